@@ -1,0 +1,85 @@
+"""Files that are either whole or absent, and their hashes."""
+
+from __future__ import annotations
+
+import contextlib
+import errno
+import hashlib
+import json
+import os
+import tempfile
+from pathlib import Path
+from typing import Any
+
+from dfkd_cli.errors import ArtifactError, ConfigError, RunFailed
+
+
+def write_atomic(path: Path, data: bytes) -> str:
+    """Write ``data`` so that a reader, or a kill at any moment, sees the whole file or none. Returns its sha256.
+
+    Raises:
+        RunFailed: The disk is full; nothing is left behind.
+        ConfigError: The directory cannot be written.
+    """
+    temporary = None
+    try:
+        path.parent.mkdir(parents=True, exist_ok=True)
+        handle, temporary = tempfile.mkstemp(prefix=f".{path.name}.", suffix=".tmp", dir=path.parent)
+        with os.fdopen(handle, "wb") as file:
+            file.write(data)
+            file.flush()
+            os.fsync(file.fileno())
+        os.chmod(temporary, 0o666 & ~_umask())  # mkstemp is private; artifacts are as readable as any other file
+        os.replace(temporary, path)
+    except OSError as error:
+        if temporary is not None:
+            with contextlib.suppress(OSError):
+                os.unlink(temporary)
+        raise os_error(error, path) from None
+    return hashlib.sha256(data).hexdigest()
+
+
+def os_error(error: OSError, path: Path) -> ConfigError | RunFailed:
+    """The user's view of a failed write to ``path``."""
+    if error.errno in (errno.ENOSPC, errno.EDQUOT, errno.EFBIG):
+        return RunFailed(f"{path}: the disk is full", "free some space and run the same command again: it continues")
+    return ConfigError(f"{path}: cannot be written ({error.strerror})", "choose a writable --out")
+
+
+def _umask() -> int:
+    mask = os.umask(0)
+    os.umask(mask)
+    return mask
+
+
+def write_json(path: Path, value: Any) -> str:
+    """Write a JSON document atomically. Returns its sha256."""
+    return write_atomic(path, (json.dumps(value, indent=2, ensure_ascii=False) + "\n").encode())
+
+
+def read_json(path: Path) -> dict[str, Any]:
+    """Read a JSON object.
+
+    Raises:
+        ArtifactError: The file is missing or is not a JSON object.
+    """
+    try:
+        value = json.loads(path.read_bytes())
+    except FileNotFoundError:
+        raise ArtifactError(f"{path}: no such file") from None
+    except (OSError, ValueError):
+        raise ArtifactError(f"{path}: not readable as JSON", "the artifact is damaged; make it again") from None
+    if not isinstance(value, dict):
+        raise ArtifactError(f"{path}: not a JSON object", "the artifact is damaged; make it again")
+    return value
+
+
+def sha256_file(path: Path) -> str:
+    """The sha256 of a file's content, in hexadecimal."""
+    with path.open("rb") as file:
+        return hashlib.file_digest(file, "sha256").hexdigest()
+
+
+def digest(value: Any) -> str:
+    """A hash of plain values that does not depend on the order of keys."""
+    return hashlib.sha256(json.dumps(value, sort_keys=True, ensure_ascii=False).encode()).hexdigest()

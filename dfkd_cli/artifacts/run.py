@@ -1,0 +1,205 @@
+"""One command's output directory: claimed by one process, continued by the same command, refused to any other."""
+
+from __future__ import annotations
+
+import contextlib
+import shutil
+import sys
+import time
+from collections.abc import Iterator, Mapping
+from pathlib import Path
+from typing import IO, Any
+
+from dfkd_cli import __version__
+from dfkd_cli.artifacts.files import os_error, read_json, sha256_file, write_atomic, write_json
+from dfkd_cli.config import dump_yaml
+from dfkd_cli.errors import ArtifactError, ConfigError, DfkdError, Interrupted
+from dfkd_cli.resolve import Settings
+
+RUN = "run.json"
+LOCK = ".lock"
+
+
+class RunDirectory:
+    """The directory that a command writes, and its ``run.json``.
+
+    ``run.json`` has: the command, its identity (everything that decides the result: settings and the hashes of what
+    was read), status, parents, seconds of work over all processes, versions, artifacts with hashes, metrics, error.
+
+    Args:
+        path: The directory.
+        settings: The command's settings.
+        parents: What the command reads: ``{"role": ..., "path": ..., "sha256": ...}`` each.
+        facts: More for ``run.json`` that does not decide identity, e.g. ``{"data_free": True}``.
+    """
+
+    def __init__(self, path: Path, settings: Settings, parents: list[dict[str, Any]], facts: Mapping[str, Any]) -> None:
+        self.path, self.settings = path, settings
+        hashed = [{k: v for k, v in parent.items() if k != "path"} for parent in parents]
+        # Paths to parents are not part of a run's identity: their hashes are.
+        own = {
+            k: v for k, v in settings.plain(volatile=False).items() if k not in ("teacher", "transfer_set", "weights")
+        }
+        self.identity = {**own, "parents": hashed}
+        self.record: dict[str, Any] = {
+            "schema": 1,
+            "command": settings.command,
+            "status": "running",
+            "identity": self.identity,
+            "parents": parents,
+            **facts,
+            "argv": ["dfkd", *sys.argv[1:]],
+            "versions": _versions(),
+            "started": _now(),
+            "seconds": 0.0,
+            "artifacts": [],
+            "metrics": {},
+            "error": None,
+        }
+        self._lock: IO[str] | None = None
+        self._mark = time.monotonic()
+
+    def claim(self) -> bool:
+        """Take the directory. Returns True when it already holds this command's finished result.
+
+        Raises:
+            ConfigError: It holds something else, another process works in it, or it cannot be written.
+        """
+        previous = self._previous()
+        if previous is not None and not self.settings.run.overwrite:
+            different = differences(previous.get("identity", {}), self.identity)
+            if different:
+                raise ConfigError(
+                    f"{self.path} holds another run: {'; '.join(different)}",
+                    "choose another --out, or give --overwrite",
+                )
+            if previous.get("status") == "done" and _whole(self.path, previous):
+                self.record = previous
+                return True
+            self.record |= {k: previous[k] for k in ("started", "seconds") if k in previous}
+        self._take_lock()
+        if self.settings.run.overwrite:
+            for item in self.path.iterdir():
+                if item.name != LOCK:
+                    shutil.rmtree(item) if item.is_dir() and not item.is_symlink() else item.unlink()
+        write_atomic(self.path / "config.yaml", dump_yaml(self.settings.plain()).encode())
+        self.save()
+        return False
+
+    def _previous(self) -> dict[str, Any] | None:
+        try:
+            present = [p for p in self.path.iterdir() if not p.name.startswith(".")] if self.path.exists() else []
+        except NotADirectoryError:
+            raise ConfigError(f"{self.path} is a file", "choose another --out") from None
+        if (self.path / RUN).exists():
+            try:
+                return read_json(self.path / RUN)
+            except ArtifactError:
+                if self.settings.run.overwrite:
+                    return {}
+                raise ConfigError(f"{self.path / RUN} is damaged", "give --overwrite to start afresh") from None
+        if present and [p.name for p in present] != ["config.yaml"]:
+            raise ConfigError(f"{self.path} is not empty and was not made by dfkd", "choose another --out")
+        return None
+
+    def _take_lock(self) -> None:
+        try:
+            self.path.mkdir(parents=True, exist_ok=True)
+            self._lock = (self.path / LOCK).open("w")
+        except OSError as error:
+            raise os_error(error, self.path) from None
+        try:
+            import fcntl
+        except ImportError:  # not on Windows
+            return
+        try:
+            fcntl.flock(self._lock, fcntl.LOCK_EX | fcntl.LOCK_NB)  # freed by the system however the process ends
+        except OSError:
+            raise ConfigError(
+                f"{self.path}: another process is writing here", "wait for it, or choose another --out"
+            ) from None
+
+    def save(self) -> None:
+        """Write ``run.json``, with the time worked so far."""
+        now = time.monotonic()
+        self.record["seconds"] = round(self.record["seconds"] + now - self._mark, 3)
+        self._mark = now
+        write_json(self.path / RUN, self.record)
+
+    def finish(self, artifacts: list[Path], metrics: Mapping[str, Any]) -> None:
+        """Record the result. From here on the same command changes nothing."""
+        self.record["artifacts"] = [
+            {"path": str(p.relative_to(self.path)), "sha256": sha256_file(p), "bytes": p.stat().st_size}
+            for p in artifacts
+        ]
+        self.record |= {"metrics": dict(metrics), "status": "done", "error": None, "ended": _now()}
+        self.save()
+
+    @contextlib.contextmanager
+    def guard(self) -> Iterator[None]:
+        """Note in ``run.json`` how the work inside ended, when it did not finish."""
+        try:
+            yield
+        except BaseException as error:
+            stopped = isinstance(error, (Interrupted, KeyboardInterrupt))
+            self.record |= {
+                "status": "interrupted" if stopped else "failed",
+                "error": str(error) or type(error).__name__,
+            }
+            with contextlib.suppress(DfkdError):  # the disk may be what failed
+                self.save()
+            raise
+        finally:
+            if self._lock is not None:
+                self._lock.close()
+
+
+def differences(old: Mapping[str, Any], new: Mapping[str, Any], prefix: str = "") -> list[str]:
+    """The keys whose values differ, as ``key: old -> new``."""
+    found = []
+    for key in [*new, *(k for k in old if k not in new)]:
+        a, b = old.get(key), new.get(key)
+        if a == b:
+            continue
+        if isinstance(a, dict) and isinstance(b, dict):
+            found += differences(a, b, f"{prefix}{key}.")
+        elif key == "parents":
+            found += [f"another {p.get('role', 'input')}" for p in b or a if p not in (a or []) or p not in (b or [])]
+        else:
+            found.append(f"{prefix}{key}: {a} -> {b}")
+    return found
+
+
+def _whole(path: Path, record: Mapping[str, Any]) -> bool:
+    return all(
+        (path / item["path"]).is_file() and sha256_file(path / item["path"]) == item["sha256"]
+        for item in record.get("artifacts", [])
+    )
+
+
+def _now() -> str:
+    return time.strftime("%Y-%m-%dT%H:%M:%S%z")
+
+
+def _versions() -> dict[str, str]:
+    import lightning
+    import torch
+
+    return {"dfkd": __version__, "torch": torch.__version__, "lightning": lightning.__version__}
+
+
+def describe(path: Path) -> dict[str, Any]:
+    """What an artifact is and where it comes from, for ``dfkd info PATH``.
+
+    Raises:
+        ArtifactError: The path holds no artifact.
+    """
+    if not path.is_dir():
+        raise ArtifactError(f"{path}: no such directory", "give a model or shard directory")
+    facts: dict[str, Any] = {"path": str(path)}
+    for name in ("model.json", "manifest.json", RUN):
+        if (path / name).is_file():
+            facts[name] = {k: v for k, v in read_json(path / name).items() if k not in ("shards", "identity")}
+    if len(facts) == 1:
+        raise ArtifactError(f"{path}: no model or shard directory", "give a directory that dfkd wrote")
+    return facts

@@ -1,0 +1,184 @@
+"""Shard directories: data impressions on disk, with what the teacher says about them.
+
+``manifest.json`` names every ``shard-00000.safetensors`` with its sha256. Shards are immutable and written whole; round
+``i`` of a synthesizer writes shard ``i``, so the shards that exist are all the state a run needs to continue.
+Fields of a shard: ``images`` (B, C, H, W), ``logits`` (B, K) of the teacher on the stored images, ``targets`` (B, K)
+soft labels aimed at, ``labels`` (B,) classes aimed at; only ``images`` and ``logits`` are always there.
+"""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any
+
+import safetensors.torch
+import torch
+from safetensors import SafetensorError
+from torch import Tensor
+
+from dfkd_cli.artifacts.files import digest, read_json, sha256_file, write_atomic, write_json
+from dfkd_cli.errors import ArtifactError
+
+MANIFEST = "manifest.json"
+REMAKE = "run the synthesize command again: it remakes what is damaged"
+
+
+def shard_name(index: int) -> str:
+    """``shard-00012.safetensors``."""
+    return f"shard-{index:05d}.safetensors"
+
+
+class ShardWriter:
+    """Writes shards into a directory and keeps the manifest.
+
+    Args:
+        directory: The shard directory.
+        head: What the manifest says about all shards: method, config, teacher, shape, classes.
+        count: Shards in all.
+    """
+
+    def __init__(self, directory: Path, head: Mapping[str, Any], count: int) -> None:
+        self.directory, self.head, self.count = directory, dict(head), count
+        self.key = digest(self.head)  # written into each shard: a file from another run is never taken for ours
+        self.rows: dict[int, dict[str, Any]] = {}
+        recorded = {}
+        if (directory / MANIFEST).exists():
+            try:
+                recorded = {row["file"]: row for row in read_json(directory / MANIFEST).get("shards", [])}
+            except ArtifactError:
+                recorded = {}  # a damaged manifest is made anew from the shards
+        for index in range(count):
+            self._recover(index, recorded.get(shard_name(index)))
+
+    def _recover(self, index: int, row: dict[str, Any] | None) -> None:
+        """Take over a shard that an earlier process finished, if it is whole and ours."""
+        path = self.directory / shard_name(index)
+        if not path.exists() or (row is not None and sha256_file(path) != row["sha256"]):
+            return
+        try:
+            with safetensors.safe_open(path, framework="pt") as file:
+                facts = file.metadata() or {}
+            if facts.get("key") == self.key:
+                tensors = safetensors.torch.load_file(path)
+                self.rows[index] = row or self._row(index, tensors, json.loads(facts["terms"]), sha256_file(path))
+        except SafetensorError:
+            return
+
+    def missing(self) -> list[int]:
+        """The shards still to be made."""
+        return [index for index in range(self.count) if index not in self.rows]
+
+    def write(
+        self, index: int, tensors: Mapping[str, Tensor], terms: Mapping[str, float], manifest: bool = True
+    ) -> None:
+        """Write one shard, then the manifest that names it.
+
+        Args:
+            index: The shard's number.
+            tensors: Its fields.
+            terms: The loss terms it ended with.
+            manifest: Whether this process keeps the manifest.
+        """
+        tensors = {name: tensor.detach().cpu().contiguous() for name, tensor in tensors.items()}
+        data = safetensors.torch.save(tensors, {"key": self.key, "terms": json.dumps(dict(terms))})
+        self.rows[index] = self._row(index, tensors, terms, write_atomic(self.directory / shard_name(index), data))
+        if manifest:
+            self.write_manifest()
+
+    def _row(
+        self, index: int, tensors: Mapping[str, Tensor], terms: Mapping[str, float], sha256: str
+    ) -> dict[str, Any]:
+        images, logits = tensors["images"], tensors["logits"]
+        histogram = torch.bincount(logits.argmax(1), minlength=logits.shape[1]).tolist()
+        low, high = images.float().aminmax() if images.is_floating_point() else images.aminmax()
+        return {
+            "file": shard_name(index),
+            "sha256": sha256,
+            "count": len(images),
+            "range": [float(low), float(high)],
+            "histogram": histogram,
+            "terms": dict(terms),
+        }
+
+    def collect(self) -> None:
+        """Take over the shards that other processes of this run have finished."""
+        for index in self.missing():
+            self._recover(index, None)
+
+    def write_manifest(self) -> dict[str, Any]:
+        """Write what is finished. The manifest carries no time and no path: equal work gives equal bytes."""
+        rows = [self.rows[index] for index in sorted(self.rows)]
+        manifest = {
+            "schema": 1,
+            "kind": "shards",
+            **self.head,
+            "complete": len(rows) == self.count,
+            "count": sum(row["count"] for row in rows),
+            "range": [min(row["range"][0] for row in rows), max(row["range"][1] for row in rows)],
+            "class_histogram": [sum(column) for column in zip(*(row["histogram"] for row in rows), strict=True)],
+            "shards": rows,
+        }
+        write_json(self.directory / MANIFEST, manifest)
+        return manifest
+
+
+class ShardReader:
+    """Reads a shard directory; every file is checked against its hash when it is first read.
+
+    Raises:
+        ArtifactError: No shard directory, unfinished, or damaged.
+    """
+
+    def __init__(self, directory: Path) -> None:
+        self.directory = directory
+        if not (directory / MANIFEST).is_file():
+            raise ArtifactError(
+                f"{directory}: no shard directory (no {MANIFEST})", "make one: dfkd synthesize --method zskd"
+            )
+        self.manifest = manifest = read_json(directory / MANIFEST)
+        try:
+            if manifest["schema"] != 1 or manifest["kind"] != "shards":
+                raise ArtifactError(f"{directory}: shards of schema {manifest['schema']}", "this dfkd reads schema 1")
+            self.sizes = [row["count"] for row in manifest["shards"]]
+            self.shape: tuple[int, int, int] = tuple(manifest["shape"])
+            self.dtype: torch.dtype = getattr(torch, manifest["dtype"])
+            self.num_classes: int = manifest["num_classes"]
+            self.teacher: str = manifest["teacher"]["sha256"]
+            files = [row["file"] for row in manifest["shards"]]
+        except (KeyError, TypeError, AttributeError):
+            raise ArtifactError(f"{directory}: {MANIFEST} is damaged", REMAKE) from None
+        if not manifest.get("complete"):
+            raise ArtifactError(f"{directory}: the synthesis is not finished", "run the same synthesize command again")
+        for name in files:
+            if Path(name).name != name or not (directory / name).is_file():
+                raise ArtifactError(f"{directory / name}: the shard is missing", REMAKE)
+        self._checked: set[int] = set()
+
+    @property
+    def sha256(self) -> str:
+        """The hash that stands for the whole set: the manifest names every shard by hash."""
+        return sha256_file(self.directory / MANIFEST)
+
+    def read(self, index: int) -> dict[str, Tensor]:
+        """One shard's tensors, on the CPU."""
+        row = self.manifest["shards"][index]
+        path = self.directory / row["file"]
+        if index not in self._checked:
+            if sha256_file(path) != row["sha256"]:
+                raise ArtifactError(f"{path}: the shard is damaged (its hash is not the recorded one)", REMAKE)
+            self._checked.add(index)
+        try:
+            tensors = safetensors.torch.load_file(path)
+        except (SafetensorError, OSError):
+            raise ArtifactError(f"{path}: the shard is damaged", REMAKE) from None
+        images = tensors.get("images")
+        if images is None or tuple(images.shape) != (row["count"], *self.shape) or images.dtype != self.dtype:
+            raise ArtifactError(f"{path}: the shard does not hold what the manifest says", REMAKE)
+        return tensors
+
+    def verify(self) -> None:
+        """Read every shard once."""
+        for index in range(len(self.sizes)):
+            self.read(index)

@@ -1,0 +1,1 @@
+"""The command line: Typer commands made from the typed configuration. Nothing here imports torch."""

@@ -1,0 +1,252 @@
+"""The commands: what each reads and writes, its flags, and the one place where errors become exit codes."""
+
+from __future__ import annotations
+
+import importlib
+import os
+import signal
+import sys
+import time
+import traceback
+from inspect import Parameter
+from typing import Annotated, Any
+
+import typer
+
+from dfkd_cli import catalog
+from dfkd_cli.cli import arguments, listing
+from dfkd_cli.errors import ConfigError, DfkdError, Interrupted, did_you_mean
+from dfkd_cli.resolve import Layer, Settings, assignments, choose, recipe_layer, resolve
+from dfkd_cli.settings import CHOICES, INPUTS, Run
+from dfkd_cli.ui import NORMAL, QUIET, VERBOSE, Terminal
+
+HELP = {
+    "train-teacher": "Train a teacher on a dataset.\n\nReads a dataset, writes a model directory (teacher/).",
+    "synthesize": "Make data impressions from a teacher, without data.\n\nReads a teacher, writes a shard directory "
+    "(shards/). The flags of a method: dfkd synthesize --method NAME --help",
+    "distill": "Train a smaller student from a teacher and a transfer set.\n\nReads a teacher and transfer sets, writes "
+    "a model directory (student/). The flags of an objective: dfkd distill --objective NAME --help",
+    "evaluate": "Measure models on test images, or shard directories.\n\nReads model or shard directories; writes "
+    "results.json when --out is given.",
+    "compare": "Put finished directories side by side, or run a grid of pipelines.\n\nReads model directories, writes "
+    "comparison/ with results.json, table.md and report.html.",
+}
+EXAMPLES = {
+    "train-teacher": ["dfkd train-teacher", "dfkd train-teacher --dataset mnist --model lenet5 --out teacher/"],
+    "synthesize": ["dfkd synthesize --method zskd --beta 1.0 0.1", "dfkd synthesize --method noise --num-images 1000"],
+    "distill": ["dfkd distill --transfer-set shards/", "dfkd distill --transfer-set real:200 --student lenet5-half"],
+    "evaluate": ["dfkd evaluate", "dfkd evaluate student/ --min-top1 0.97", "dfkd evaluate shards/ --json"],
+    "compare": ["dfkd compare student/", "dfkd compare --recipe digits --out comparison/"],
+}
+NEXT = {
+    "train-teacher": "dfkd synthesize --method zskd",
+    "synthesize": "dfkd distill --transfer-set shards/",
+    "distill": "dfkd evaluate",
+    "evaluate": "dfkd compare student/",
+    "compare": "open comparison/report.html",
+}
+CONTEXT = {"help_option_names": ["-h", "--help"]}
+
+
+def main(argv: list[str] | None = None) -> int:
+    """Run the command line and return the process's exit code."""
+    argv = list(sys.argv[1:] if argv is None else argv)
+    terminal = _terminal(argv)
+    debug = "--debug" in argv or bool(os.environ.get("DFKD_DEBUG"))
+    try:
+        status = build(argv, terminal)(_expanded(argv), standalone_mode=False)
+        sys.stdout.flush()
+        return status if isinstance(status, int) else 0
+    except typer.Exit as leave:
+        return leave.exit_code
+    except typer.Abort:
+        return 128 + signal.SIGINT
+    except typer.TyperException as error:  # the parser's own usage errors
+        terminal.error("usage", " ".join(error.format_message().split()), _try(argv) if error.exit_code == 2 else "")
+        return error.exit_code
+    except DfkdError as error:
+        if debug:
+            traceback.print_exc()
+        terminal.error(error.code, error.message, error.hint)
+        return error.exit_code
+    except (Interrupted, KeyboardInterrupt) as stop:
+        code = getattr(stop, "exit_code", 128 + signal.SIGINT)
+        terminal.error("interrupted", "stopped; what was finished is kept", "the same command continues")
+        return code
+    except BrokenPipeError:
+        # The reader has gone; a second failure while the interpreter flushes would hide that.
+        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+        return 141
+    except Exception as error:  # noqa: BLE001 -- a bug: say so, with all there is to know
+        traceback.print_exc()
+        terminal.error(
+            "bug", f"{type(error).__name__}: {error}", "this is a bug in dfkd; please report it with `dfkd info`"
+        )
+        return 1
+
+
+def _terminal(argv: list[str]) -> Terminal:
+    verbosity = QUIET if {"-q", "--quiet"} & set(argv) else VERBOSE if {"-v", "--verbose"} & set(argv) else NORMAL
+    return Terminal(verbosity, as_json="--json" in argv, silent=bool(int(os.environ.get("LOCAL_RANK", "0"))))
+
+
+def _try(argv: list[str]) -> str:
+    command = next((token for token in argv if not token.startswith("-")), "")
+    return f"try: dfkd {command + ' ' if command in INPUTS else ''}--help"
+
+
+def _command_of(argv: list[str]) -> str | None:
+    return next((token for token in argv if token in INPUTS), None)
+
+
+def _classes(command: str, layers: list[Layer]) -> list[tuple[str, type]]:
+    """The configuration classes that give a command its flags, each with the title of its help panel."""
+    classes = [("Inputs", INPUTS[command])]
+    for flag, picked in choose(command, layers).items():
+        classes += [(f"{flag.capitalize()} {entry.name}", entry.config) for entry, _ in picked]
+    return [*classes, ("Run", Run)]
+
+
+def _named_layers(argv: list[str], command: str) -> list[Layer]:
+    """What the arguments say about methods, before they are parsed: a method's flags exist only once it is known."""
+    layers: list[Layer] = []
+    # `--objective a b` must be read whole, other lists are not of interest here.
+    tokens = arguments.expand(argv, {arguments.flag(flag) for flag, *_ in CHOICES.get(command, ()) if flag != "method"})
+    for name in arguments.values_of(tokens, "--recipe")[-1:]:
+        layers.append(recipe_layer(name, command))
+    layers.append(("--set ", assignments(arguments.values_of(tokens, "--set"))))
+    typed = {flag: arguments.values_of(tokens, arguments.flag(flag)) for flag, *_ in CHOICES.get(command, ())}
+    layers.append(("", {flag: named[-1] if flag == "method" else named for flag, named in typed.items() if named}))
+    return layers
+
+
+def _with_placeholder(command: str, layers: list[Layer], argv: list[str]) -> list[Layer]:
+    """Help must work before a method is chosen."""
+    if {"-h", "--help"} & set(argv):
+        for flag, package, default in CHOICES.get(command, ()):
+            if default is None and not any(layer.get(flag) for _, layer in layers):
+                return [("", {flag: next(iter(catalog.entries(package)))}), *layers]
+    return layers
+
+
+def _expanded(argv: list[str]) -> list[str]:
+    command = _command_of(argv)
+    if command is None:
+        return argv
+    classes = _classes(command, _with_placeholder(command, _named_layers(argv, command), argv))
+    lists = arguments.list_flags(cls for _, cls in classes)
+    lists |= {arguments.flag(flag) for flag, *_ in CHOICES.get(command, ()) if flag != "method"}
+    return arguments.expand(argv, lists)
+
+
+def build(argv: list[str], terminal: Terminal) -> typer.Typer:
+    """The Typer application; the command that ``argv`` names has the flags of the methods it chooses."""
+    app = typer.Typer(
+        name="dfkd",
+        help="Compress an image classifier whose training data nobody may see any more.",
+        epilog="Start: dfkd train-teacher, dfkd synthesize --method zskd, dfkd distill, dfkd evaluate, dfkd compare student/",
+        context_settings=CONTEXT,
+        add_completion=True,
+        no_args_is_help=False,
+        pretty_exceptions_enable=False,
+        rich_markup_mode=None if os.environ.get("NO_COLOR") and not sys.stdout.isatty() else "rich",
+    )
+
+    @app.callback(invoke_without_command=True)
+    def root(
+        context: typer.Context,
+        version: Annotated[bool, typer.Option("--version", help="Print the version.")] = False,
+    ) -> None:
+        if version:
+            from dfkd_cli import __version__
+
+            typer.echo(__version__)
+            raise typer.Exit
+        if context.invoked_subcommand is None:
+            typer.echo(context.get_help())
+            raise typer.Exit
+
+    active = _command_of(argv)
+    for command in catalog.COMMANDS:
+        function: Any = _named
+        if command == active:  # the flags of the others would be read and thrown away
+            function = _stage(command, _with_placeholder(command, _named_layers(argv, command), argv), terminal)
+        app.command(command, help=HELP[command], epilog=_epilog(command) if command == active else None)(function)
+    listing.register(app, terminal)
+    return app
+
+
+def _named() -> None:
+    """A command that is only listed."""
+
+
+def _epilog(command: str) -> str:
+    lines = ["Examples:", *EXAMPLES[command], f"Next: {NEXT[command]}"]
+    for flag, package, default in CHOICES.get(command, ()):
+        known = ", ".join(catalog.entries(package))
+        lines.append(f"--{flag}: {known}" + (f" (default {default})" if default else ""))
+    return "\n\n".join(lines)
+
+
+def _stage(command: str, layers: list[Layer], terminal: Terminal) -> Any:
+    """The function behind a command, with the signature that Typer reads."""
+    parameters: dict[str, Parameter] = {}
+    for title, cls in _classes(command, layers):
+        for name, parameter in arguments.parameters(cls, title).items():
+            parameters.setdefault(name, parameter)  # one flag reaches every section that has the key
+
+    def extra(name: str, annotation: Any, *decls: str, help: str, panel: str = "Run", **more: Any) -> None:
+        info = typer.Option(*decls, help=help, rich_help_panel=panel, show_default=False, **more)
+        parameters[name] = Parameter(
+            name,
+            Parameter.KEYWORD_ONLY,
+            default=False if annotation is bool else None,
+            annotation=Annotated[annotation, info],
+        )
+
+    for flag, *_ in CHOICES.get(command, ()):
+        kind = str | None if flag == "method" else list[str] | None
+        metavar = "NAME" if flag == "method" else "NAME[=WEIGHT] ..."
+        extra(flag, kind, f"--{flag}", help=f"{flag}: see below", panel="Inputs", metavar=metavar)
+    extra("recipe", str | None, "--recipe", help="recipe: NAME (dfkd ls recipes) or FILE.yaml", metavar="NAME|FILE")
+    extra("set", list[str] | None, "--set", help="override any key", metavar="KEY=VALUE ...")
+    extra("dry_run", bool, "--dry-run", help="check everything, run one small step, write nothing")
+    extra("json", bool, "--json", help="print exactly one JSON document on stdout")
+    extra("quiet", bool, "-q", "--quiet", help="errors only")
+    extra("verbose", bool, "-v", "--verbose", help="more messages")
+    extra("debug", bool, "--debug", help="show tracebacks")
+    if command in ("evaluate", "compare"):
+        info = typer.Argument(metavar="PATH ...", help="model or shard directories", show_default=False)
+        parameters["paths"] = Parameter(
+            "paths", Parameter.KEYWORD_ONLY, default=None, annotation=Annotated[list[str] | None, info]
+        )
+
+    def stage(**values: Any) -> None:
+        paths = values.pop("paths", None) or []
+        recipe, dry_run = values.pop("recipe"), values.pop("dry_run")
+        for name in ("json", "quiet", "verbose", "debug"):
+            values.pop(name)
+        stack = [recipe_layer(recipe, command)] if recipe else []
+        stack.append(("--set ", assignments(values.pop("set") or [])))
+        stack.append(("--", {name: value for name, value in values.items() if value not in (None, [])}))
+        run_stage(resolve(command, stack), terminal, paths=paths, dry_run=dry_run)
+
+    stage.__name__ = command.replace("-", "_")
+    return arguments.with_signature(stage, parameters.values())
+
+
+def run_stage(settings: Settings, terminal: Terminal, paths: list[str], dry_run: bool) -> None:
+    """Carry out a command; torch is imported here, not before."""
+    signal.signal(signal.SIGTERM, _stop)
+    signal.signal(signal.SIGINT, _stop)
+    start = time.monotonic()
+    stage = importlib.import_module(f"dfkd_cli.stages.{settings.command.replace('-', '_')}")
+    more = {"paths": paths} if paths or settings.command in ("evaluate", "compare") else {}
+    answer = stage.run(settings, terminal, dry_run=dry_run, **more)
+    answer = {"ok": True, "command": settings.command, **answer, "seconds": round(time.monotonic() - start, 3)}
+    terminal.document(answer)
+
+
+def _stop(signum: int, _frame: Any) -> None:
+    signal.signal(signum, signal.SIG_IGN)  # once is enough: a second press must not break the clean-up
+    raise Interrupted(signum)

@@ -1,0 +1,126 @@
+"""Flags made from configuration fields, and list-valued flags that take any number of values."""
+
+from __future__ import annotations
+
+import dataclasses
+import inspect
+import re
+import typing
+from collections.abc import Callable, Iterable
+from typing import Annotated, Any
+
+import typer
+
+from dfkd_cli.config import hints, is_list, strip_none
+
+_NUMBER = re.compile(r"-?(\d+\.?\d*|\.\d+)([eE][+-]?\d+)?$")
+
+
+def flag(name: str) -> str:
+    """``batch_size`` as ``--batch-size``."""
+    return "--" + name.replace("_", "-")
+
+
+def list_flags(classes: Iterable[type]) -> set[str]:
+    """The flags of these configuration classes that take any number of values."""
+    return {flag(name) for cls in classes for name, kind in hints(cls).items() if is_list(kind)}
+
+
+def expand(tokens: list[str], lists: set[str], pairs: set[str] = frozenset({"--set"})) -> list[str]:
+    """``--beta 1.0 -0.1`` as ``--beta=1.0 --beta=-0.1``, which is what the parser knows.
+
+    Args:
+        tokens: The command's arguments.
+        lists: Flags that take every following value up to the next flag.
+        pairs: Flags that take every following ``KEY=VALUE``.
+    """
+    expanded, current = [], None
+    for position, token in enumerate(tokens):
+        if token == "--":
+            return expanded + tokens[position:]
+        name, equals, value = token.partition("=")
+        if token.startswith("-") and not _NUMBER.match(token):
+            current = name if name in lists or name in pairs else None
+            if current is None or equals:
+                expanded.append(token)
+            elif position + 1 == len(tokens) or not _is_value(tokens[position + 1]):
+                expanded.append(token)  # no value at all: the parser says so
+                current = None
+        elif current in lists or (current in pairs and equals):
+            expanded.append(f"{current}={token}")
+        else:
+            current = None
+            expanded.append(token)
+    return expanded
+
+
+def _is_value(token: str) -> bool:
+    return not token.startswith("-") or bool(_NUMBER.match(token))
+
+
+def values_of(tokens: list[str], name: str) -> list[str]:
+    """Every value given to a flag in expanded or plain tokens, without parsing the rest."""
+    found = []
+    for position, token in enumerate(tokens):
+        if token == name and position + 1 < len(tokens):
+            found.append(tokens[position + 1])
+        elif token.startswith(name + "="):
+            found.append(token.partition("=")[2])
+    return found
+
+
+def parameters(cls: type, panel: str) -> dict[str, inspect.Parameter]:
+    """The fields of a configuration class as optional Typer parameters.
+
+    Values stay strings here: the configuration checks them, so flags, ``--set`` and recipes err alike.
+    """
+    made = {}
+    for field in dataclasses.fields(cls):
+        kind, _ = strip_none(hints(cls)[field.name])
+        decls = [flag(field.name)]
+        if kind is bool:
+            decls, annotation = [f"{flag(field.name)}/--no-{field.name.replace('_', '-')}"], bool | None
+        else:
+            annotation = list[str] | None if is_list(kind) else str | None
+        default = "" if field.default in (None, dataclasses.MISSING) else _shown(field.default)
+        info = typer.Option(
+            *decls,
+            help=field.metadata.get("help", "") + (f" (default: {default})" if default else ""),
+            metavar=None if kind is bool else _metavar(kind),
+            show_default=False,
+            rich_help_panel=panel,
+        )
+        made[field.name] = inspect.Parameter(
+            field.name, inspect.Parameter.KEYWORD_ONLY, default=None, annotation=Annotated[annotation, info]
+        )
+    return made
+
+
+def _shown(value: Any) -> str:
+    if isinstance(value, tuple):
+        return " ".join(map(str, value))
+    return {True: "yes", False: "no"}.get(value, str(value)) if isinstance(value, bool) else str(value)
+
+
+def _metavar(kind: Any) -> str:
+    origin, args = typing.get_origin(kind), typing.get_args(kind)
+    if origin is tuple:
+        one = _metavar(args[0])
+        return f"{one} ..." if args[-1] is Ellipsis else " ".join([one] * len(args))
+    if origin is typing.Literal:
+        return "|".join(map(str, args))
+    return {int: "INT", float: "FLOAT", str: "TEXT"}[kind]
+
+
+def with_signature(function: Callable[..., Any], parameters: Iterable[inspect.Parameter]) -> Callable[..., Any]:
+    """``function(**values)`` wearing these parameters, for Typer to read."""
+    parameters = list(parameters)
+
+    def command(**values: Any) -> Any:
+        return function(**values)
+
+    command.__name__ = getattr(function, "__name__", "command")
+    command.__doc__ = function.__doc__
+    command.__signature__ = inspect.Signature(parameters)
+    command.__annotations__ = {p.name: p.annotation for p in parameters}
+    return command

@@ -1,0 +1,109 @@
+"""``ls``, ``cp`` and ``info``: what there is, and what this installation or an artifact is."""
+
+from __future__ import annotations
+
+import importlib.metadata
+import platform
+import shutil
+from collections.abc import Callable
+from pathlib import Path
+from typing import Annotated, Any, Literal
+
+import typer
+from rich.table import Table
+
+from dfkd_cli import __version__, catalog
+from dfkd_cli.errors import ConfigError
+from dfkd_cli.ui import Terminal
+
+KINDS: dict[str, Callable[[], list[dict[str, Any]]]] = {
+    "methods": lambda: [e.item() for package in ("synthesizers", "regimes") for e in catalog.entries(package).values()],
+    "objectives": lambda: [e.item() for e in catalog.entries("objectives").values()],
+    "models": catalog.models,
+    "datasets": catalog.datasets,
+    "recipes": catalog.recipe_items,
+}
+PACKAGES = (
+    "torch",
+    "torchvision",
+    "lightning",
+    "torchmetrics",
+    "numpy",
+    "safetensors",
+    "typer",
+    "rich",
+    "timm",
+    "tensorboard",
+)
+AsJson = Annotated[bool, typer.Option("--json", help="print one JSON document")]
+
+
+def register(app: typer.Typer, terminal: Terminal) -> None:
+    """Add the three commands to the application."""
+
+    @app.command("ls", help="List methods, objectives, models, datasets or recipes.")
+    def ls(
+        kind: Annotated[
+            Literal["methods", "objectives", "models", "datasets", "recipes"], typer.Argument()
+        ] = "methods",
+        json: AsJson = False,
+    ) -> None:
+        items = KINDS[kind]()
+        table = Table(box=None, header_style="bold")
+        columns = [c for c in ("name", "kind", "needs", "paper", "summary") if any(item[c] for item in items)]
+        for column in columns:
+            table.add_column(column.upper(), no_wrap=column != "summary")
+        for item in items:
+            table.add_row(*(" ".join(item[c]) if c == "needs" else item[c] for c in columns))
+        terminal.answer(table)
+        terminal.document({"ok": True, "items": items})
+
+    @app.command("cp", help="Copy a recipe, to change it: dfkd cp zskd-digits my.yaml")
+    def cp(
+        recipe: Annotated[str, typer.Argument(help="recipe name (dfkd ls recipes)")],
+        dest: Annotated[Path, typer.Argument(help="file to write")],
+        overwrite: Annotated[bool, typer.Option("--overwrite", help="replace DEST")] = False,
+        json: AsJson = False,
+    ) -> None:
+        source = catalog.find_recipe(recipe)
+        if dest.is_dir():
+            dest = dest / source.name
+        if dest.exists() and not overwrite:
+            raise ConfigError(f"{dest} exists", "choose another name or give --overwrite")
+        try:
+            shutil.copyfile(source, dest)
+        except OSError as error:
+            raise ConfigError(f"{dest}: cannot be written ({error.strerror})") from None
+        terminal.answer(str(dest))
+        terminal.document({"ok": True, "command": "cp", "artifacts": {"recipe": str(dest)}})
+
+    @app.command("info", help="Show versions and devices, or (with PATH) an artifact and its lineage.")
+    def info(
+        path: Annotated[Path | None, typer.Argument(help="model or shard directory", show_default=False)] = None,
+        json: AsJson = False,
+    ) -> None:
+        if path is not None:
+            from dfkd_cli.artifacts.run import describe
+
+            facts = describe(path)
+        else:
+            facts = {"dfkd": __version__, "python": platform.python_version(), "platform": platform.platform()}
+            facts |= {name: _version(name) for name in PACKAGES} | {"devices": _devices()}
+            facts["recipes"] = str(catalog.recipes_directory())
+        terminal.answer("\n".join(f"{key}: {value}" for key, value in facts.items()))
+        terminal.document({"ok": True, "command": "info", "info": facts})
+
+
+def _version(package: str) -> str:
+    try:
+        return importlib.metadata.version(package)
+    except importlib.metadata.PackageNotFoundError:
+        return "not installed"
+
+
+def _devices() -> list[str]:
+    import torch
+
+    found = [f"cpu ({torch.get_num_threads()} threads)"]
+    found += [f"cuda:{i} {torch.cuda.get_device_name(i)}" for i in range(torch.cuda.device_count())]
+    return found + (["mps"] if torch.backends.mps.is_available() else [])

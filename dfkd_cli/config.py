@@ -1,0 +1,201 @@
+"""Typed configuration: dataclass fields are the one description of every flag, key, default and check.
+
+A configuration class is a frozen dataclass whose fields are made with :func:`option`. The same fields give the
+command line its flags (``bn_scale`` is ``--bn-scale``), recipes their keys, and help its text.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import math
+import types
+import typing
+from collections.abc import Mapping
+from typing import Any, Literal
+
+import yaml
+
+from dfkd_cli.errors import ConfigError, did_you_mean
+
+
+def option(
+    default: Any = dataclasses.MISSING,
+    help: str = "",
+    *,
+    low: float | None = None,
+    above: float | None = None,
+    high: float | None = None,
+    volatile: bool = False,
+) -> Any:
+    """A configuration field.
+
+    Args:
+        default: The default value; without one the field is required.
+        help: One line for ``--help``: meaning and unit.
+        low, above, high: Inclusive lower, exclusive lower and inclusive upper bound of every number in the value.
+        volatile: The value does not change the result (a device, a logger): it may differ when a run continues.
+    """
+    metadata = {"help": help, "low": low, "above": above, "high": high, "volatile": volatile}
+    return dataclasses.field(default=default, metadata=metadata)
+
+
+def hints(cls: type) -> dict[str, Any]:
+    """The resolved type of every field of a configuration class."""
+    types_of = typing.get_type_hints(cls)
+    return {field.name: types_of[field.name] for field in dataclasses.fields(cls)}
+
+
+def defaults(cls: type) -> dict[str, Any]:
+    """The fields of a configuration class that have a default, with it."""
+    return {f.name: f.default for f in dataclasses.fields(cls) if f.default is not dataclasses.MISSING}
+
+
+def strip_none(annotation: Any) -> tuple[Any, bool]:
+    """``X | None`` as ``(X, True)``, anything else as ``(annotation, False)``."""
+    if typing.get_origin(annotation) in (typing.Union, types.UnionType):
+        inner = [a for a in typing.get_args(annotation) if a is not type(None)]
+        return inner[0], True
+    return annotation, False
+
+
+def is_list(annotation: Any) -> bool:
+    """Whether the type takes any number of values."""
+    return typing.get_origin(strip_none(annotation)[0]) is tuple
+
+
+def convert(value: Any, annotation: Any, where: str) -> Any:
+    """Turn a YAML or command-line value into the declared type, or raise :class:`ConfigError` naming ``where``.
+
+    YAML reads ``1e-3`` as a string and ``off`` as False; the declared type decides, so neither surprises.
+    """
+    annotation, optional = strip_none(annotation)
+    if value is None or (isinstance(value, str) and optional and value.lower() in ("none", "null")):
+        if optional:
+            return None
+        raise ConfigError(f"{where}: needs a value")
+    origin, args = typing.get_origin(annotation), typing.get_args(annotation)
+    if origin is tuple:
+        if isinstance(value, str):
+            value = yaml.safe_load(value) if value.strip().startswith("[") else value.replace(",", " ").split()
+        items = list(value) if isinstance(value, (list, tuple)) else [value]
+        if args[-1] is not Ellipsis and len(items) != len(args):
+            raise ConfigError(f"{where}: needs {len(args)} values, got {len(items)}")
+        if not items:
+            raise ConfigError(f"{where}: needs at least one value")
+        return tuple(convert(item, args[0] if args[-1] is Ellipsis else args[i], where) for i, item in enumerate(items))
+    if origin is Literal:
+        if value is False and "off" in args:  # YAML's idea of the bare word `off`
+            value = "off"
+        if value not in args:
+            raise ConfigError(f"{where}: {value!r} is not a choice", did_you_mean(str(value), map(str, args)))
+        return value
+    if isinstance(value, (list, tuple, dict)):
+        raise ConfigError(f"{where}: needs one {annotation.__name__}, got {value!r}")
+    if annotation is bool:
+        words = {
+            "true": True,
+            "yes": True,
+            "on": True,
+            "1": True,
+            "false": False,
+            "no": False,
+            "off": False,
+            "0": False,
+        }
+        if str(value).lower() in words:
+            return words[str(value).lower()]
+    elif annotation is str:
+        return str(value)
+    elif annotation is float and not isinstance(value, bool):
+        try:
+            number = float(value)
+        except ValueError:
+            number = math.nan
+        if math.isfinite(number):
+            return number
+    elif annotation is int and not isinstance(value, bool):
+        try:
+            number = float(value)
+        except ValueError:
+            number = math.nan
+        if math.isfinite(number) and number == int(number):
+            return int(number)
+    raise ConfigError(
+        f"{where}: {value!r} is not a {dict(int='whole number', float='number', bool='yes or no')[annotation.__name__]}"
+    )
+
+
+def build(cls: type, values: Mapping[str, Any], where: str = "") -> Any:
+    """Make a checked configuration object from plain values.
+
+    Args:
+        cls: A configuration class.
+        values: Plain values by field name; missing fields take their default.
+        where: Prefix for messages, e.g. the recipe's file name.
+
+    Raises:
+        ConfigError: An unknown key, a value of the wrong type or out of range, a required key without a value.
+    """
+    types_of = hints(cls)
+    made = {}
+    for key, value in values.items():
+        if key not in types_of:
+            raise ConfigError(f"{where}{key}: unknown key", did_you_mean(key, types_of))
+        made[key] = convert(value, types_of[key], where + key)
+    for field in dataclasses.fields(cls):
+        if field.name not in made and field.default is dataclasses.MISSING:
+            raise ConfigError(f"{where}{field.name}: needs a value", f"give --{field.name.replace('_', '-')}")
+        _check_range(field, made.get(field.name, field.default), where)
+    return cls(**made)
+
+
+def _check_range(field: dataclasses.Field, value: Any, where: str) -> None:
+    low, above, high = (field.metadata.get(k) for k in ("low", "above", "high"))
+    for number in value if isinstance(value, tuple) else (value,):
+        if isinstance(number, bool) or not isinstance(number, (int, float)):
+            continue
+        for bad, wish in (
+            (low is not None and number < low, f"at least {low}"),
+            (above is not None and number <= above, f"above {above}"),
+            (high is not None and number > high, f"at most {high}"),
+        ):
+            if bad:
+                raise ConfigError(f"{where}{field.name}: {number} is out of range, it must be {wish}")
+
+
+def plain(config: Any) -> dict[str, Any]:
+    """A configuration object as plain YAML and JSON values."""
+    return {k: list(v) if isinstance(v, tuple) else v for k, v in dataclasses.asdict(config).items()}
+
+
+class _UniqueKeys(yaml.SafeLoader):
+    """YAML where the same key twice is an error instead of a silent choice."""
+
+
+def _mapping(loader: _UniqueKeys, node: yaml.MappingNode) -> dict:
+    seen = set()
+    for key_node, _ in node.value:
+        key = loader.construct_object(key_node)
+        if key in seen:
+            raise yaml.constructor.ConstructorError(None, None, f"key {key!r} stands twice", key_node.start_mark)
+        seen.add(key)
+    return loader.construct_mapping(node, deep=True)
+
+
+_UniqueKeys.add_constructor(yaml.resolver.BaseResolver.DEFAULT_MAPPING_TAG, _mapping)
+
+
+def parse_yaml(text: str, where: str) -> dict[str, Any]:
+    """Read a YAML mapping with plain values only."""
+    try:
+        values = yaml.load(text, Loader=_UniqueKeys)  # noqa: S506 -- a SafeLoader
+    except yaml.YAMLError as error:
+        raise ConfigError(f"{where}: not readable as YAML: {' '.join(str(error).split())}") from None
+    if not isinstance(values, dict):
+        raise ConfigError(f"{where}: must be a mapping of keys to values")
+    return values
+
+
+def dump_yaml(values: Mapping[str, Any]) -> str:
+    """Plain values as block YAML, keys in the given order."""
+    return yaml.safe_dump(dict(values), sort_keys=False, allow_unicode=True)

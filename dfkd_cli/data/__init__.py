@@ -1,0 +1,1 @@
+"""Real images, the seal that keeps data-free code away from them, and augmentation."""

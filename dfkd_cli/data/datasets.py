@@ -1,0 +1,293 @@
+"""Labelled real images, for teachers, with-data baselines and evaluation."""
+
+from __future__ import annotations
+
+import contextlib
+import io
+import math
+import pickle
+import socket
+from collections.abc import Iterator
+from concurrent.futures import ThreadPoolExecutor
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Literal
+
+import numpy as np
+import torch
+import torchvision
+from PIL import Image, ImageOps
+from torch import Tensor
+from torch.nn.functional import interpolate, pad
+from torchvision.datasets.folder import IMG_EXTENSIONS, find_classes, make_dataset
+from torchvision.transforms.v2 import functional as transforms
+
+from dfkd_cli.data import seal
+from dfkd_cli.errors import ArtifactError, ConfigError, did_you_mean
+
+DATASETS = {
+    "digits": "1,797 handwritten digits, gray, 8x8 shown at 32x32, bundled with scikit-learn",
+    "mnist": "70,000 handwritten digits, gray, 28x28 padded to 32x32",
+    "fashion-mnist": "70,000 pictures of clothing in 10 classes, gray, 28x28 padded to 32x32",
+    "cifar10": "60,000 photographs in 10 classes, RGB, 32x32",
+    "cifar100": "60,000 photographs in 100 classes, RGB, 32x32",
+    "svhn": "99,289 house-number digits, RGB, 32x32",
+}
+
+Split = Literal["train", "test"]
+Shape = tuple[int, int, int]
+
+_DIGITS = tuple("0123456789")
+_MEMORY_BUDGET = 2 * 1024**3  # bytes: a directory of images that needs more is decoded batch by batch
+_STATISTICS_IMAGES = 10_000
+_NETWORK_TIMEOUT = 30.0  # seconds
+
+
+# How torchvision calls a dataset, and its channels.
+_PUBLISHED = {
+    "mnist": ("MNIST", 1),
+    "fashion-mnist": ("FashionMNIST", 1),
+    "cifar10": ("CIFAR10", 3),
+    "cifar100": ("CIFAR100", 3),
+    "svhn": ("SVHN", 3),
+}
+# What its readers raise where files are absent, damaged, or cannot be downloaded.
+_UNREADABLE = (OSError, RuntimeError, ValueError, AssertionError, EOFError, pickle.UnpicklingError)
+
+
+@dataclass(frozen=True, eq=False)
+class ImageFiles:
+    """Image files that are decoded when indexed, like a uint8 tensor (N, C, H, W) that lies on disk."""
+
+    paths: list[str]
+    shape: Shape  # of one image
+
+    def __getitem__(self, indices: Tensor) -> Tensor:
+        """Decode the images at ``indices`` (n,) to uint8 (n, C, H, W)."""
+        images = torch.empty(len(indices), *self.shape, dtype=torch.uint8)
+
+        def decode(slot: int) -> None:
+            images[slot] = _decode(self.paths[indices[slot]], self.shape)
+
+        with ThreadPoolExecutor() as pool:  # Pillow decodes outside of the interpreter lock
+            list(pool.map(decode, range(len(indices))))
+        return images
+
+
+@dataclass(frozen=True, eq=False)
+class Dataset:
+    """A labelled set of real images."""
+
+    name: str
+    split: Split
+    classes: tuple[str, ...]
+    image_shape: Shape
+    labels: Tensor  # (N,) int64
+    pixels: Tensor | ImageFiles  # (N, C', H', W') uint8, brought to `image_shape` when read
+
+    def __len__(self) -> int:
+        return len(self.labels)
+
+    def images(self, indices: Tensor) -> Tensor:
+        """The images at ``indices`` (n,) as uint8 (n, C, H, W), 0 to 255."""
+        return _fit(self.pixels[indices], self.image_shape)
+
+    def mean_std(self) -> tuple[tuple[float, ...], tuple[float, ...]]:
+        """Mean and standard deviation of each channel, pixels being 0 to 1.
+
+        From at most 10,000 evenly chosen images. The deviation is at least 1/255, so that it can be divided by.
+        """
+        count = min(len(self), _STATISTICS_IMAGES)
+        chosen = torch.arange(count) * len(self) // count
+        histogram = torch.zeros(self.image_shape[0], 256, dtype=torch.float64)
+        for part in chosen.split(256):
+            for row, channel in zip(histogram, self.images(part).transpose(0, 1), strict=True):
+                row += channel.flatten().bincount(minlength=256)
+        values = torch.arange(256, dtype=torch.float64) / 255
+        weights = histogram / histogram.sum(dim=1, keepdim=True)  # (C, 256)
+        mean = weights @ values
+        variance = (weights * (values - mean[:, None]) ** 2).sum(dim=1)
+        return tuple(mean.tolist()), tuple(variance.sqrt().clamp(min=1 / 255).tolist())
+
+
+def load(
+    name: str,
+    split: Split,
+    *,
+    data_dir: str | None = None,
+    image_shape: Shape | None = None,
+    download: bool = True,
+) -> Dataset:
+    """Load one split of a dataset.
+
+    Args:
+        name: A key of ``DATASETS``, or a directory with ``train/<class>/*`` and ``test/<class>/*``.
+        split: Which half.
+        data_dir: Where to look first, and where to download to.
+        image_shape: (C, H, W) to convert to; the dataset's own by default.
+        download: Whether a dataset that is nowhere on this machine may be downloaded.
+
+    Raises:
+        ConfigError: No such dataset.
+        ArtifactError: Its files are missing or damaged, or do not fit.
+        DataSealed: Data-free code runs.
+    """
+    seal.check(f"dataset {name!r}")
+    if image_shape and image_shape[0] not in (1, 3):
+        raise ArtifactError(f"dataset {name!r}: images can have 1 or 3 channels, not {image_shape[0]}")
+    pixels: Tensor | ImageFiles
+    if name == "digits":
+        pixels, labels, classes = _load_digits(split)
+        native_shape = (1, 32, 32)
+    elif name in _PUBLISHED:
+        pixels, labels, classes = _load_published(name, split, seal.dataset_roots(data_dir), download)
+        native_shape = (_PUBLISHED[name][1], 32, 32)
+    elif Path(name).is_dir():
+        pixels, labels, classes = _load_tree(Path(name), split, image_shape)
+        native_shape = pixels.shape
+    else:
+        raise ConfigError(f"dataset {name!r}: neither a known name nor a directory", did_you_mean(name, DATASETS))
+    if isinstance(pixels, ImageFiles) and len(labels) * math.prod(pixels.shape) <= _MEMORY_BUDGET:
+        pixels = pixels[torch.arange(len(labels))]
+    return Dataset(name, split, classes, image_shape or native_shape, labels, pixels)
+
+
+def class_balanced(labels: Tensor, count: int, seed: int) -> Tensor:
+    """Choose ``count`` indices into ``labels`` (N,), as evenly over the classes as they allow.
+
+    The choice depends on ``seed`` only, and a smaller choice is the beginning of a larger one.
+    """
+    if not 0 < count <= len(labels):
+        raise ConfigError(f"{count} images wanted, but the dataset has {len(labels)}", f"choose 1 to {len(labels)}")
+    order = torch.randperm(len(labels), generator=torch.Generator().manual_seed(seed))
+    by_class = labels[order].argsort(stable=True)
+    sizes = labels.bincount()
+    first = sizes.cumsum(0) - sizes
+    turn = torch.empty_like(order)  # how many of its class stand before each image
+    turn[by_class] = torch.arange(len(labels)) - first.repeat_interleave(sizes)
+    return order[turn.argsort(stable=True)[:count]]
+
+
+def _fit(images: Tensor, shape: Shape) -> Tensor:
+    """Bring uint8 images (n, C, H, W) to ``shape``; returns the same tensor if they have it."""
+    if images.shape[1] != shape[0]:
+        images = transforms.rgb_to_grayscale(images) if shape[0] == 1 else transforms.grayscale_to_rgb(images)
+    if images.shape[2:] == (28, 28) and shape[1:] == (32, 32):
+        images = pad(images, (2, 2, 2, 2))  # MNIST as LeNet-5 was made for it
+    elif images.shape[2:] != shape[1:]:
+        images = transforms.resize(images, list(shape[1:]), antialias=True)
+    return images
+
+
+def _load_digits(split: Split) -> tuple[Tensor, Tensor, tuple[str, ...]]:
+    from sklearn.datasets import load_digits  # slow to import
+    from sklearn.model_selection import train_test_split
+
+    images, labels = load_digits(return_X_y=True)
+    halves = train_test_split(np.arange(len(labels)), test_size=0.2, stratify=labels, random_state=0)
+    chosen = halves[split == "test"]
+    small = torch.from_numpy(images[chosen]).view(-1, 1, 8, 8) * (255 / 16)
+    pixels = interpolate(small, size=(32, 32), mode="bilinear").round().to(torch.uint8)
+    return pixels, torch.from_numpy(labels[chosen]), _DIGITS
+
+
+def _load_published(
+    name: str, split: Split, roots: list[Path], download: bool
+) -> tuple[Tensor | ImageFiles, Tensor, tuple[str, ...]]:
+    for root in roots:
+        if (root / name / split).is_dir():
+            return _load_tree(root / name, split, channels=_PUBLISHED[name][1])
+        with contextlib.suppress(*_UNREADABLE):
+            return _read_published(name, split, root, download=False)
+    reason = "downloading is off"
+    if download:
+        try:
+            return _read_published(name, split, roots[0], download=True)
+        except _UNREADABLE as error:
+            reason = (str(error).splitlines() or [type(error).__name__])[-1]
+    raise ArtifactError(
+        f"dataset {name!r}: no complete copy in {', '.join(map(str, roots))}, and no download ({reason})",
+        f"put the torchvision files under {roots[0]}, or set DFKD_DATA to the directory that has them",
+    )
+
+
+def _read_published(name: str, split: Split, root: Path, download: bool) -> tuple[Tensor, Tensor, tuple[str, ...]]:
+    reader = getattr(torchvision.datasets, _PUBLISHED[name][0])
+    which = {"split": split} if name == "svhn" else {"train": split == "train"}
+    with _quiet_network():
+        data = reader(root, download=download, **which)
+    if name == "svhn":
+        return torch.from_numpy(data.data).contiguous(), torch.from_numpy(data.labels), _DIGITS
+    pixels = torch.as_tensor(data.data)  # (N, H, W) or (N, H, W, 3)
+    pixels = pixels.unsqueeze(1) if pixels.ndim == 3 else pixels.permute(0, 3, 1, 2).contiguous()
+    return pixels, torch.as_tensor(data.targets), _DIGITS if name == "mnist" else tuple(data.classes)
+
+
+@contextlib.contextmanager
+def _quiet_network() -> Iterator[None]:
+    """Keep torchvision's progress bars off the terminal, and do not wait forever for a network that drops packets."""
+    before = socket.getdefaulttimeout()
+    socket.setdefaulttimeout(_NETWORK_TIMEOUT)
+    try:
+        with contextlib.redirect_stderr(io.StringIO()):
+            yield
+    finally:
+        socket.setdefaulttimeout(before)
+
+
+def _load_tree(
+    root: Path, split: Split, image_shape: Shape | None = None, channels: int | None = None
+) -> tuple[ImageFiles, Tensor, tuple[str, ...]]:
+    """List ``root/{train,test}/<class>/*``. Without ``image_shape``, the first training image decides it."""
+    samples = {}
+    classes: dict[str, list[str]] = {}
+    for half in ("train", "test"):
+        if not (root / half).is_dir():
+            raise ArtifactError(f"{root}: has no {half}/", "a dataset directory has train/<class>/* and test/<class>/*")
+        try:
+            classes[half], index_of = find_classes(root / half)
+            samples[half] = make_dataset(root / half, index_of, IMG_EXTENSIONS)
+        except FileNotFoundError as error:  # an empty split or class
+            raise ArtifactError(f"{root / half}: {error}") from None
+    if differing := set(classes["train"]) ^ set(classes["test"]):
+        raise ArtifactError(f"{root}: not in both train/ and test/: {', '.join(sorted(differing))}")
+
+    shape = image_shape or _first_shape(samples["train"][0][0], channels)
+    files = ImageFiles([path for path, _ in samples[split]], shape)
+    return files, torch.tensor([label for _, label in samples[split]]), tuple(classes[split])
+
+
+def image_files(folder: Path, shape: Shape) -> ImageFiles:
+    """Every image file below ``folder``, in the order of their names.
+
+    Raises:
+        ArtifactError: There is none.
+    """
+    paths = sorted(str(path) for path in folder.rglob("*") if path.suffix.lower() in IMG_EXTENSIONS)
+    if not paths:
+        raise ArtifactError(f"{folder}: no image files in it", "give a folder of images or a shard directory")
+    return ImageFiles(paths, shape)
+
+
+def _first_shape(path: str, channels: int | None) -> Shape:
+    with _readable(path), Image.open(path) as image:
+        return channels or (1 if image.mode == "L" else 3), image.height, image.width
+
+
+def _decode(path: str, shape: Shape) -> Tensor:
+    """Read one image file to uint8 ``shape``: its shortest side is resized and its centre kept."""
+    channels, height, width = shape
+    with _readable(path), Image.open(path) as file:
+        image = file.convert("L" if channels == 1 else "RGB")
+    if image.size != (width, height):
+        image = ImageOps.fit(image, (width, height), Image.Resampling.BILINEAR)
+    return torch.from_numpy(np.array(image)).view(height, width, channels).permute(2, 0, 1)
+
+
+@contextlib.contextmanager
+def _readable(path: str) -> Iterator[None]:
+    try:
+        yield
+    except (OSError, ValueError, TypeError, SyntaxError, EOFError, Image.DecompressionBombError) as error:
+        reason = str(error).replace(path, "the file")
+        raise ArtifactError(f"{path}: not readable as an image ({reason})", "replace or remove the file") from None

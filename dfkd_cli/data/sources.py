@@ -1,0 +1,246 @@
+"""Images by the chunk: the one view of shards, real sets, folders, noise and generators that training has.
+
+A source is a numbered list of chunks, each loaded on demand and always the same, so that a set of any size is
+shuffled and trained on in bounded memory and any step of any epoch can be found again after an interruption.
+"""
+
+from __future__ import annotations
+
+import os
+from abc import ABC, abstractmethod
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+
+import numpy as np
+import torch
+from torch import Tensor
+
+from dfkd_cli.artifacts.files import digest
+from dfkd_cli.artifacts.shards import ShardReader
+from dfkd_cli.data import datasets
+from dfkd_cli.data.datasets import Dataset
+from dfkd_cli.data.noise import noise
+from dfkd_cli.seeds import derive
+
+MEMORY = 64 << 20  # bytes of images held at once
+
+
+@dataclass
+class Images:
+    """Some images and what is known about them. Any tensor may be on any device.
+
+    Attributes:
+        pixels: (B, C, H, W); uint8 stands for [0,255], floats are in pixel space [0,1] (impressions may leave it).
+        labels: (B,) int64 class indices, or None.
+    """
+
+    pixels: Tensor
+    labels: Tensor | None = None
+
+    def to(self, device: torch.device) -> Images:
+        """The images on a device, as float32 in pixel space."""
+        pixels = self.pixels.to(device, non_blocking=True)
+        pixels = pixels.float().div_(255) if pixels.dtype == torch.uint8 else pixels.float()
+        return Images(pixels, None if self.labels is None else self.labels.to(device, non_blocking=True))
+
+
+class Source(ABC):
+    """Images in numbered chunks.
+
+    Attributes:
+        sizes: Number of images in each chunk.
+        shape: (C, H, W) of every image.
+        dtype: How pixels are held.
+        labelled: Whether chunks carry true labels.
+        data_free: Whether no real image is in it.
+    """
+
+    sizes: Sequence[int]
+    shape: tuple[int, int, int]
+    dtype: torch.dtype
+    labelled = False
+    data_free = True
+
+    @abstractmethod
+    def chunk(self, index: int) -> Images:
+        """Load one chunk."""
+
+    def __len__(self) -> int:
+        return sum(self.sizes)
+
+    @property
+    def bytes_per_image(self) -> int:
+        """Memory that one image takes."""
+        return int(np.prod(self.shape)) * self.dtype.itemsize
+
+
+class ShardSource(Source):
+    """The impressions of a shard directory."""
+
+    def __init__(self, reader: ShardReader) -> None:
+        self.reader, self.sizes, self.shape, self.dtype = reader, reader.sizes, reader.shape, reader.dtype
+
+    def chunk(self, index: int) -> Images:
+        return Images(self.reader.read(index)["images"])
+
+
+class NoiseSource(Source):
+    """``noise:N``: what the ``noise`` method makes, without storing it."""
+
+    def __init__(self, count: int, shape: tuple[int, int, int], seed: int, chunk: int = 1000) -> None:
+        self.sizes = [min(chunk, count - start) for start in range(0, count, chunk)]
+        self.shape, self.dtype, self.seed = shape, torch.float32, seed
+
+    def chunk(self, index: int) -> Images:
+        generator = torch.Generator().manual_seed(derive(self.seed, index))
+        return Images(noise(self.sizes[index], self.shape, generator))
+
+
+class RealSource(Source):
+    """Labelled real images, all of a dataset or a chosen part."""
+
+    labelled = True
+    data_free = False
+
+    def __init__(self, dataset: Dataset, indices: Tensor | None = None, chunk: int = 1000) -> None:
+        self.dataset = dataset
+        self.parts = (torch.arange(len(dataset)) if indices is None else indices).split(chunk)
+        self.sizes = [len(part) for part in self.parts]
+        self.shape, self.dtype = dataset.image_shape, torch.uint8
+
+    def chunk(self, index: int) -> Images:
+        part = self.parts[index]
+        return Images(self.dataset.images(part), self.dataset.labels[part])
+
+
+class FolderSource(Source):
+    """A folder of images of any depth, without labels, brought to one shape."""
+
+    def __init__(self, folder: Path, shape: tuple[int, int, int], chunk: int = 1000) -> None:
+        self.files = datasets.image_files(folder, shape)
+        self.parts = torch.arange(len(self.files)).split(chunk)
+        self.sizes = [len(part) for part in self.parts]
+        self.shape, self.dtype = shape, torch.uint8
+        names = [[os.path.relpath(path, folder), os.path.getsize(path)] for path in self.files.paths]
+        self.sha256 = digest(names)  # names and sizes: hashing every pixel would take longer than training on them
+
+    def chunk(self, index: int) -> Images:
+        return Images(self.files[self.parts[index]])
+
+
+class Concat(Source):
+    """Several sources, one after the other. Labels survive when every part has them."""
+
+    def __init__(self, parts: Sequence[Source]) -> None:
+        self.owners = [(part, i) for part in parts for i in range(len(part.sizes))]
+        self.sizes = [size for part in parts for size in part.sizes]
+        self.shape = parts[0].shape
+        self.dtype = parts[0].dtype if len({p.dtype for p in parts}) == 1 else torch.float32
+        self.labelled = all(part.labelled for part in parts)
+        self.data_free = all(part.data_free for part in parts)
+
+    def chunk(self, index: int) -> Images:
+        part, local = self.owners[index]
+        images = part.chunk(local)
+        if images.pixels.dtype != self.dtype:
+            images = images.to(torch.device("cpu"))
+        return images if self.labelled else Images(images.pixels)
+
+
+class Subset(Source):
+    """Part of every chunk: the images at positions ``start`` to ``stop`` of it, as fractions of its size.
+
+    Two subsets that meet at a fraction share no image, so one can train and the other measure.
+    """
+
+    def __init__(self, source: Source, start: float, stop: float) -> None:
+        self.source = source
+        self.cuts = [(round(start * size), round(stop * size)) for size in source.sizes]
+        self.chunks = [i for i, (a, b) in enumerate(self.cuts) if b > a]
+        self.sizes = [self.cuts[i][1] - self.cuts[i][0] for i in self.chunks]
+        self.shape, self.dtype = source.shape, source.dtype
+        self.labelled, self.data_free = source.labelled, source.data_free
+
+    def chunk(self, index: int) -> Images:
+        images, (a, b) = self.source.chunk(self.chunks[index]), self.cuts[self.chunks[index]]
+        return Images(images.pixels[a:b], None if images.labels is None else images.labels[a:b])
+
+
+class Batches:
+    """Shuffled batches of a source; every step can be found from its number alone.
+
+    A source that fits in ``memory`` is loaded once and shuffled whole. A larger one is shuffled by chunks, and within
+    windows of chunks that fit; only the window in use is held.
+
+    Args:
+        source: The images.
+        batch_size: Images per batch; an incomplete last batch is left out, unless it is the only one.
+        seed: Seed of the order, which is new in every epoch.
+        device: Where the batches, and the window, are.
+        memory: Bytes of images held at once.
+    """
+
+    def __init__(self, source: Source, batch_size: int, seed: int, device: torch.device, memory: int = MEMORY) -> None:
+        self.source, self.seed, self.device = source, seed, device
+        self.batch_size = min(batch_size, len(source))
+        self.steps_per_epoch = len(source) // self.batch_size
+        self.capacity = max(memory // source.bytes_per_image, max(source.sizes))
+        self._windows: dict[tuple[int, ...], Images] = {}
+
+    def steps(self, start: int, stop: int) -> Iterator[Images]:
+        """The batches of steps ``start`` to ``stop``, counted over all epochs."""
+        epoch, plan = -1, []
+        for step in range(start, stop):
+            if step // self.steps_per_epoch != epoch:
+                epoch = step // self.steps_per_epoch
+                plan = self._plan(epoch)
+            position = step % self.steps_per_epoch
+            yield self._take(plan, position * self.batch_size, (position + 1) * self.batch_size).to(self.device)
+
+    def _plan(self, epoch: int) -> list[tuple[tuple[int, ...], np.ndarray]]:
+        """The epoch's windows, each as its chunks and a shuffled order of its images."""
+        generator = np.random.Generator(np.random.PCG64([self.seed, epoch]))
+        sizes = self.source.sizes
+        if len(self.source) <= self.capacity:
+            windows = [tuple(range(len(sizes)))]
+        else:
+            windows, room = [], 0
+            for chunk in generator.permutation(len(sizes)).tolist():
+                if sizes[chunk] > room:
+                    windows.append(())
+                    room = self.capacity
+                windows[-1] += (chunk,)
+                room -= sizes[chunk]
+        return [(window, generator.permutation(sum(sizes[c] for c in window))) for window in windows]
+
+    def _take(self, plan: list[tuple[tuple[int, ...], np.ndarray]], start: int, stop: int) -> Images:
+        parts, used = [], set()
+        for window, order in plan:
+            if start < len(order) and stop > 0:
+                images = self._window(window)
+                rows = torch.from_numpy(order[max(start, 0) : stop]).to(self.device)
+                parts.append(Images(images.pixels[rows], None if images.labels is None else images.labels[rows]))
+                used.add(window)
+            start, stop = start - len(order), stop - len(order)
+        self._windows = {window: images for window, images in self._windows.items() if window in used}
+        if len(parts) == 1:
+            return parts[0]
+        labels = torch.cat([p.labels for p in parts]) if self.source.labelled else None
+        return Images(torch.cat([p.pixels for p in parts]), labels)
+
+    def _window(self, chunks: tuple[int, ...]) -> Images:
+        if chunks not in self._windows:
+            count = sum(self.source.sizes[c] for c in chunks)
+            pixels = torch.empty(count, *self.source.shape, dtype=self.source.dtype, device=self.device)
+            labels = torch.empty(count, dtype=torch.int64, device=self.device) if self.source.labelled else None
+            at = 0
+            for chunk in chunks:  # filled in place: a list of chunks and their concatenation would take twice the room
+                images = self.source.chunk(chunk)
+                end = at + self.source.sizes[chunk]
+                pixels[at:end] = images.pixels
+                if labels is not None:
+                    labels[at:end] = images.labels
+                at = end
+            self._windows[chunks] = Images(pixels, labels)
+        return self._windows[chunks]

@@ -1,0 +1,70 @@
+"""Every error a user can cause: one line that says what to do, with its exit code."""
+
+from __future__ import annotations
+
+import difflib
+from collections.abc import Iterable
+
+
+class DfkdError(Exception):
+    """An expected failure. ``code`` is its machine name, ``exit_code`` the process's exit status.
+
+    Args:
+        message: What is wrong, with the offending value, in one line.
+        hint: What the user can do about it, in one line.
+    """
+
+    code = "error"
+    exit_code = 1
+
+    def __init__(self, message: str, hint: str = "") -> None:
+        super().__init__(message)
+        self.message = " ".join(str(message).split())
+        self.hint = " ".join(hint.split())
+
+    def __str__(self) -> str:
+        return f"{self.message} -- {self.hint}" if self.hint else self.message
+
+
+class ConfigError(DfkdError):
+    """Usage or configuration: unknown name, bad value, another run in ``--out``."""
+
+    code = "config"
+    exit_code = 2
+
+
+class ArtifactError(DfkdError):
+    """An artifact or a dataset is missing, corrupt, or does not fit."""
+
+    code = "artifact"
+    exit_code = 3
+
+
+class RunFailed(DfkdError):
+    """The run failed: non-finite loss, out of memory, disk full. What was finished is kept."""
+
+    code = "run_failed"
+    exit_code = 4
+
+
+class GateNotMet(DfkdError):
+    """A quality gate (``--min-top1``, ``--fail-below``) was not met."""
+
+    code = "gate"
+    exit_code = 5
+
+
+class Interrupted(BaseException):
+    """A signal ended the run. Not an ``Exception``, so that no handler of ordinary failures swallows it."""
+
+    def __init__(self, signum: int) -> None:
+        super().__init__(f"signal {signum}")
+        self.signum = signum
+        self.exit_code = 128 + signum
+
+
+def did_you_mean(name: str, known: Iterable[str]) -> str:
+    """A hint naming the closest of the ``known`` names, or all of them."""
+    known = sorted(known)
+    close = difflib.get_close_matches(name, known, n=1)
+    return f"did you mean {close[0]!r}?" if close else f"choose from: {', '.join(known)}"

@@ -1,0 +1,1 @@
+"""Networks: one file per family, and what is needed to build, load, store and use them."""

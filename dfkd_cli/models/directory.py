@@ -1,0 +1,99 @@
+"""A model directory: ``model.safetensors`` with the weights, ``model.json`` with all that is needed to use them."""
+
+from __future__ import annotations
+
+import dataclasses
+from pathlib import Path
+from typing import Any
+
+import safetensors.torch
+import torch
+
+from dfkd_cli.artifacts.files import read_json, sha256_file, write_atomic, write_json
+from dfkd_cli.errors import ArtifactError, ConfigError
+from dfkd_cli.models.classifier import Classifier, ModelInfo
+from dfkd_cli.models.registry import build
+from dfkd_cli.models.weights import load_weights
+
+SCHEMA = 1
+RECORD = "model.json"
+WEIGHTS = "model.safetensors"
+
+
+def save_model(directory: Path, classifier: Classifier, *, metrics: dict[str, Any], provenance: dict[str, Any]) -> str:
+    """Write a model directory. Returns the sha256 of its weights.
+
+    The record is written last: a directory with a readable record is complete.
+    """
+    # Copies of their own: safetensors refuses tensors that share memory, such as tied weights.
+    state = {
+        key: value.detach().to("cpu", copy=True, memory_format=torch.contiguous_format)
+        for key, value in classifier.net.state_dict().items()
+    }
+    sha256 = write_atomic(directory / WEIGHTS, safetensors.torch.save(state))
+    record = {
+        "schema": SCHEMA,
+        "kind": "model",
+        **dataclasses.asdict(classifier.info),
+        "weights": {"file": WEIGHTS, "sha256": sha256},
+        "metrics": metrics,
+        "provenance": provenance,
+    }
+    write_json(directory / RECORD, record)
+    return sha256
+
+
+def load_model(directory: Path, allow_code: bool = False) -> tuple[Classifier, dict[str, Any]]:
+    """Read and check a model directory. Returns the classifier on the CPU, and the record in ``model.json``.
+
+    The global random state is left alone.
+
+    Raises:
+        ArtifactError: The directory is missing, damaged, from a newer version, or names code without ``allow_code``.
+    """
+    record = _read_record(directory)
+    weights = directory / WEIGHTS
+    if not weights.is_file():
+        raise ArtifactError(f"{weights}: no such file", "the model directory is incomplete; make it again")
+    try:
+        info = _info(record)
+        intact = sha256_file(weights) == record["weights"]["sha256"]
+    except (KeyError, TypeError, ConfigError) as error:
+        raise ArtifactError(f"{directory / RECORD}: not a model record: {error}", "make the model again") from None
+    if not intact:
+        raise ArtifactError(f"{weights}: damaged, its sha256 is not the recorded one", "make or copy the model again")
+    try:
+        with torch.random.fork_rng(devices=[]):
+            net = build(info.spec, info.num_classes, info.input_size, allow_code)
+    except ConfigError as error:  # not the user's words but the directory's
+        raise ArtifactError(f"{directory}: {error.message}", error.hint) from error
+    load_weights(net, weights)
+    return Classifier(net, info), record
+
+
+def _read_record(directory: Path) -> dict[str, Any]:
+    if directory.is_file():
+        raise ArtifactError(f"{directory}: a file, not a model directory", "give weights with --weights FILE")
+    if not (directory / RECORD).is_file():
+        found = "no model.json in it" if directory.is_dir() else "no such directory"
+        raise ArtifactError(f"{directory}: {found}", "`dfkd train-teacher` and `dfkd distill` make model directories")
+    record = read_json(directory / RECORD)
+    if record.get("kind") != "model":
+        raise ArtifactError(f"{directory}: holds {record.get('kind')!r}, not a model")
+    if record.get("schema") != SCHEMA:
+        raise ArtifactError(
+            f"{directory}: model schema {record.get('schema')!r}, this version reads {SCHEMA}", "update dfkd"
+        )
+    return record
+
+
+def _info(record: dict[str, Any]) -> ModelInfo:
+    classes = record.get("classes")
+    return ModelInfo(
+        spec=str(record["spec"]),
+        num_classes=record["num_classes"],
+        input_size=tuple(record["input_size"]),
+        mean=tuple(record["mean"]),
+        std=tuple(record["std"]),
+        classes=None if classes is None else tuple(classes),
+    )

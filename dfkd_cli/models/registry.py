@@ -1,0 +1,154 @@
+"""From a model SPEC to a network: built-in, torchvision, timm, or the user's own code."""
+
+from __future__ import annotations
+
+import contextlib
+import difflib
+import functools
+import importlib
+import importlib.util
+import inspect
+import pkgutil
+import re
+import sys
+from collections.abc import Callable, Iterator
+from pathlib import Path
+from types import ModuleType
+
+from torch import Tensor, nn
+
+from dfkd_cli import models
+from dfkd_cli.errors import ArtifactError, ConfigError, did_you_mean
+from dfkd_cli.models.classifier import probe
+
+Size = tuple[int, int, int]
+
+
+def build(spec: str, num_classes: int, input_size: Size, allow_code: bool = False) -> nn.Module:
+    """A freshly initialised network that turns normalised images (B, C, H, W) into logits (B, K).
+
+    Args:
+        spec: A built-in name, ``torchvision:NAME``, ``timm:NAME``, ``package.module:factory`` or ``./file.py:factory``.
+        num_classes: Number of logits K.
+        input_size: Images (C, H, W).
+        allow_code: Whether ``spec`` may name code to import. The user's own words may, a stranger's artifact may not.
+
+    Raises:
+        ConfigError: The name is unknown, or the network cannot be built or run for these images.
+        ArtifactError: Code was named but is not allowed, or the network's output is not (B, K).
+    """
+    source, colon, name = spec.partition(":")
+    if not colon:
+        net = _builtin(spec, num_classes, input_size)
+    elif source == "torchvision":
+        net = _torchvision(name, num_classes)
+    elif source == "timm":
+        net = _timm(name, num_classes, input_size)
+    elif allow_code:
+        net = _user_code(source, name, num_classes, input_size)
+    else:
+        raise ArtifactError(f"{spec}: this model is code, which is not run", "pass --allow-code if you trust it")
+    _check_output(net, spec, num_classes, input_size)
+    return net
+
+
+def _check_output(net: nn.Module, spec: str, num_classes: int, input_size: Size) -> None:
+    shown = "x".join(map(str, input_size))
+    with _as_config_error(f"{spec}: cannot run on {shown} images", "check --input-size"):
+        output = probe(net, input_size)
+    found = tuple(output.shape) if isinstance(output, Tensor) else type(output).__name__
+    if found != (1, num_classes):
+        raise ArtifactError(
+            f"{spec}: gives {found} for one {shown} image instead of logits {(1, num_classes)}", "check --num-classes"
+        )
+
+
+@contextlib.contextmanager
+def _as_config_error(message: str, hint: str = "") -> Iterator[None]:
+    """Turn any failure of foreign code into one line."""
+    try:
+        yield
+    except Exception as error:  # foreign code can raise anything
+        raise ConfigError(f"{message}: {type(error).__name__}: {str(error)[:300]}", hint) from error
+
+
+@functools.cache
+def _families() -> dict[str, Callable[[str, int, Size], nn.Module]]:
+    """The ``build`` function of every built-in name, as the family files declare them."""
+    names = [info.name for info in pkgutil.iter_modules(models.__path__)]
+    files = [importlib.import_module(f"{models.__name__}.{name}") for name in names]
+    return {name: file.build for file in files for name in getattr(file, "NAMES", ())}
+
+
+def _builtin(name: str, num_classes: int, input_size: Size) -> nn.Module:
+    for pattern, family in _families().items():  # wrn-<depth>-<width> stands for many names
+        if re.fullmatch(re.sub(r"<\w+>", r"[0-9]+", pattern), name):
+            return family(name, num_classes, input_size)
+    raise ConfigError(f"{name}: unknown model", did_you_mean(name, _families()))
+
+
+def _torchvision(name: str, num_classes: int) -> nn.Module:
+    import torchvision.models as zoo
+
+    if name not in (known := zoo.list_models(module=zoo)):  # this module: classifiers only
+        raise ConfigError(f"torchvision:{name}: unknown model", _closest(name, known))
+    # These two otherwise return a tuple while training, and warn about their initialisation.
+    options = {"aux_logits": False, "init_weights": True} if name in ("googlenet", "inception_v3") else {}
+    return zoo.get_model(name, weights=None, num_classes=num_classes, **options)
+
+
+def _timm(name: str, num_classes: int, input_size: Size) -> nn.Module:
+    try:
+        import timm
+    except ImportError:
+        raise ConfigError(f"timm:{name}: timm is not installed", "pip install 'dfkd[timm]'") from None
+
+    if not timm.is_model(name):
+        raise ConfigError(f"timm:{name}: unknown model", _closest(name, timm.list_models()))
+    channels, *image = input_size
+    options = {"num_classes": num_classes, "in_chans": channels}
+    with _as_config_error(f"timm:{name}: cannot be built"):
+        if timm.get_pretrained_cfg(name).fixed_input_size:  # e.g. ViT, whose position embedding has the image's size
+            options["img_size"] = tuple(image)
+        return timm.create_model(name, pretrained=False, **options)
+
+
+def _closest(name: str, known: list[str]) -> str:
+    """A hint for a catalogue that is too long to be listed."""
+    return f"closest names: {', '.join(difflib.get_close_matches(name, known, n=3, cutoff=0.0))}"
+
+
+def _user_code(source: str, factory: str, num_classes: int, input_size: Size) -> nn.Module:
+    """Call ``factory`` from a file or an importable module, with those of the two arguments that it declares."""
+    spec = f"{source}:{factory}"
+    is_file = source.endswith(".py")
+    if is_file and not Path(source).is_file():
+        raise ConfigError(f"{spec}: no such file {source}")
+    # As for a script or `python -m`, modules beside the file or in the working directory can be imported.
+    with _as_config_error(f"{spec}: failed"), _importable(Path(source).parent if is_file else Path()):
+        module = _import_file(Path(source)) if is_file else importlib.import_module(source)
+        make = getattr(module, factory)
+        declared = inspect.signature(make).parameters
+        offered = {"num_classes": num_classes, "input_size": input_size}
+        net = make(**{key: value for key, value in offered.items() if key in declared})
+    if not isinstance(net, nn.Module):
+        raise ConfigError(f"{spec}: returned {type(net).__name__}", "the factory must return a torch.nn.Module")
+    return net
+
+
+@contextlib.contextmanager
+def _importable(folder: Path) -> Iterator[None]:
+    entry = str(folder.resolve())
+    sys.path.insert(0, entry)
+    try:
+        yield
+    finally:
+        sys.path.remove(entry)
+
+
+def _import_file(path: Path) -> ModuleType:
+    spec = importlib.util.spec_from_file_location(f"_dfkd_user_{path.stem}", path)
+    module = importlib.util.module_from_spec(spec)
+    sys.modules[spec.name] = module  # dataclasses look their module up there
+    spec.loader.exec_module(module)
+    return module

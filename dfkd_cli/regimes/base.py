@@ -1,0 +1,138 @@
+"""The loop in which every network is trained, teacher or student."""
+
+from __future__ import annotations
+
+from abc import abstractmethod
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from typing import Any, ClassVar
+
+import torch
+from torch import Tensor, nn
+from torch.optim.lr_scheduler import CosineAnnealingLR, LinearLR, LRScheduler, SequentialLR
+
+from dfkd_cli.data.augment import pipeline
+from dfkd_cli.data.sources import Batches, Images, Source, Subset
+from dfkd_cli.models.classifier import Classifier
+from dfkd_cli.objectives.base import Objective
+from dfkd_cli.rounds import Learner
+from dfkd_cli.seeds import derive
+from dfkd_cli.settings import Training
+
+ROUND = 200  # steps of one round: enough for Lightning's own cost not to show, few enough to lose little in a kill
+
+
+@dataclass
+class Task:
+    """What a regime works on.
+
+    Attributes:
+        student: The network to train.
+        teacher: The network to learn from, or None.
+        source: The images.
+        objectives: Losses between the two, with their weights.
+        training: Optimiser, schedule, augmentation.
+        holdout: Share of the images that only measures.
+        seed: The run's seed.
+    """
+
+    student: Classifier
+    teacher: Classifier | None
+    source: Source
+    objectives: Sequence[tuple[float, Objective]]
+    training: Training
+    holdout: float
+    seed: int
+
+
+class Regime(Learner):
+    """Trains a student by steps of one batch each; rounds are stretches of steps.
+
+    A subclass says in ``needs`` what it asks for (``"teacher"``, ``"labels"``), has a ``Config`` in its file, and gives
+    the loss of a batch in :meth:`loss`.
+    """
+
+    kind: ClassVar[str]
+    needs: ClassVar[tuple[str, ...]] = ()
+
+    def __init__(self, task: Task, config: Any) -> None:
+        super().__init__()
+        self.config, self.training_config, self.seed, self.source = config, task.training, task.seed, task.source
+        self.student = task.student
+        self.teacher = None if task.teacher is None else task.teacher.freeze()
+        self.weights = [weight for weight, _ in task.objectives]
+        self.objectives = nn.ModuleList(objective for _, objective in task.objectives)
+        self.train_source, self.held_out = task.source, None
+        if round(task.holdout * len(task.source)):
+            self.train_source, self.held_out = (
+                Subset(task.source, 0, 1 - task.holdout),
+                Subset(task.source, 1 - task.holdout, 1),
+            )
+        per_epoch = max(len(self.train_source) // task.training.batch_size, 1)
+        self.steps = task.training.steps or task.training.epochs * per_epoch
+        self.rounds = -(-self.steps // ROUND)
+
+    @abstractmethod
+    def loss(self, images: Images) -> tuple[Tensor, dict[str, Tensor]]:
+        """The loss of a batch, weighted and summed, and its unweighted terms for the log."""
+
+    @abstractmethod
+    def right(self, images: Images) -> Tensor:
+        """Per held-out image (B,), whether the student answers as it should. The batch is not augmented."""
+
+    measure: ClassVar[str]  # what the mean of `right` is called
+
+    def configure_optimizers(self) -> Any:
+        """The student's optimiser, and a learning rate that rises and then falls along a cosine."""
+        c = self.training_config
+        parameters = [p for p in [*self.student.parameters(), *self.objectives.parameters()] if p.requires_grad]
+        if c.optimizer == "sgd":
+            nesterov = c.momentum > 0
+            optimizer: torch.optim.Optimizer = torch.optim.SGD(
+                parameters, c.lr, momentum=c.momentum, weight_decay=c.weight_decay, nesterov=nesterov
+            )
+        else:
+            cls = {"adam": torch.optim.Adam, "adamw": torch.optim.AdamW}[c.optimizer]
+            optimizer = cls(parameters, c.lr, weight_decay=c.weight_decay, fused=True)
+        return [optimizer], [self._schedule(optimizer)]
+
+    def _schedule(self, optimizer: torch.optim.Optimizer) -> LRScheduler:
+        warmup = min(int(self.training_config.warmup * self.steps), self.steps - 1)
+        rise = LinearLR(optimizer, start_factor=1 / (warmup + 1), total_iters=warmup)
+        if self.training_config.schedule == "constant":
+            return rise
+        fall = CosineAnnealingLR(optimizer, T_max=self.steps - warmup)
+        return SequentialLR(optimizer, [rise, fall], milestones=[warmup])
+
+    def on_fit_start(self) -> None:
+        """Get the batches ready on this process's device."""
+        fill = self.student.mean.flatten() if self.training_config.fill == "mean" else 0.0
+        self.augment = pipeline(self.training_config, fill)
+        self.batches = Batches(self.train_source, self.training_config.batch_size, self.seed, self.device)
+
+    def round(self, index: int) -> Mapping[str, Tensor]:
+        """A stretch of optimiser steps. Logs the terms' means over it, and the held-out measure."""
+        optimizer, schedule = self.optimizers(), self.lr_schedulers()
+        start, stop = index * ROUND, min((index + 1) * ROUND, self.steps)
+        sums: dict[str, Tensor] = {}
+        self.student.train()
+        for step, images in enumerate(self.batches.steps(start, stop), start):
+            torch.manual_seed(derive(self.seed, step, self.global_rank))
+            images.pixels = self.augment(images.pixels)
+            loss, terms = self.loss(images)
+            optimizer.zero_grad()
+            self.manual_backward(loss)
+            optimizer.step()
+            schedule.step()
+            for name, term in terms.items():
+                sums[name] = sums[name] + term.detach() if name in sums else term.detach()
+        means = {name: total / (stop - start) for name, total in sums.items()}
+        if self.held_out is not None:
+            means[self.measure] = self._measure(self.held_out)
+        return means
+
+    @torch.no_grad()
+    def _measure(self, source: Source) -> Tensor:
+        self.student.eval()
+        right = [self.right(source.chunk(i).to(self.device)).float() for i in range(len(source.sizes))]
+        return torch.cat(right).mean()

@@ -1,0 +1,51 @@
+"""Offline distillation: one finished teacher, one student, a transfer set.
+
+Hinton, Vinyals, Dean. Distilling the Knowledge in a Neural Network. 2015. arXiv:1503.02531.
+
+    L = sum_objectives weight * sum_terms term_weight * term(student(a(x)), teacher(a(x)))
+
+``a`` is the random augmentation. The teacher answers the augmented image, as in the ZSKD paper: an impression that is
+turned or shifted is asked about anew, not given the answer of the upright one.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor
+
+from dfkd_cli.data.sources import Images
+from dfkd_cli.objectives.base import Outputs
+from dfkd_cli.regimes.base import Regime
+from dfkd_cli.rounds import weighted_sum
+
+
+@dataclass(frozen=True, kw_only=True)
+class Config:
+    """Offline distillation: everything is in the objectives."""
+
+
+class Offline(Regime):
+    """One frozen teacher, one student."""
+
+    kind = "regime"
+    needs = ("teacher",)
+    measure = "agreement"
+    config: Config
+
+    def loss(self, images: Images) -> tuple[Tensor, dict[str, Tensor]]:
+        """The objectives between student and teacher on the same pixels."""
+        with torch.no_grad():
+            teacher = Outputs(self.teacher(images.pixels).float())
+        student = Outputs(self.student(images.pixels).float())
+        loss, logged = torch.zeros((), device=self.device), {}
+        for weight, objective in zip(self.weights, self.objectives, strict=True):
+            terms = objective(student, teacher, images.labels)
+            loss = loss + weight * weighted_sum(terms, objective.config)
+            logged |= terms
+        return loss, logged
+
+    def right(self, images: Images) -> Tensor:
+        """Whether the student gives the teacher's class."""
+        return self.student(images.pixels).argmax(1) == self.teacher(images.pixels).argmax(1)

@@ -1,0 +1,167 @@
+"""From method defaults, a recipe, ``--set`` and typed flags to one checked configuration, in that order of precedence."""
+
+from __future__ import annotations
+
+import dataclasses
+from collections.abc import Mapping
+from typing import Any
+
+from dfkd_cli import catalog, config
+from dfkd_cli.errors import ConfigError, did_you_mean
+from dfkd_cli.settings import CHOICES, INPUTS, Run
+
+Layer = tuple[str, Mapping[str, Any]]  # where the values come from (a prefix for messages), and the values
+
+
+@dataclasses.dataclass(frozen=True)
+class Component:
+    """A chosen method or objective with its configuration; ``weight`` multiplies an objective's loss."""
+
+    entry: catalog.Entry
+    config: Any
+    weight: float = 1.0
+
+
+@dataclasses.dataclass(frozen=True)
+class Settings:
+    """Everything a command was told, defaults filled in."""
+
+    command: str
+    run: Run
+    inputs: Any
+    components: dict[str, tuple[Component, ...]]
+    grid: Mapping[str, Any] | None = None  # the pipelines of a compare recipe
+
+    @property
+    def method(self) -> Component:
+        """The synthesizer or training regime."""
+        return self.components["method"][0]
+
+    def plain(self, *, volatile: bool = True) -> dict[str, Any]:
+        """Plain values that give the same settings when read as a recipe.
+
+        Args:
+            volatile: Whether to include what does not change the result.
+        """
+        values: dict[str, Any] = {"command": self.command}
+        for flag, chosen in self.components.items():
+            if flag == "method":
+                values |= {"method": chosen[0].entry.name} | config.plain(chosen[0].config)
+            else:
+                values[flag] = {c.entry.name: {"weight": c.weight} | config.plain(c.config) for c in chosen}
+        for section in (self.inputs, self.run):
+            dropped = {f.name for f in dataclasses.fields(section) if f.metadata.get("volatile") and not volatile}
+            values |= {k: v for k, v in config.plain(section).items() if k not in dropped}
+        if self.grid is not None:
+            values["grid"] = dict(self.grid)
+        return values
+
+    def replace(self, **changes: Any) -> Settings:
+        """The same settings with some inputs changed."""
+        return dataclasses.replace(self, inputs=dataclasses.replace(self.inputs, **changes))
+
+
+def resolve(command: str, layers: list[Layer]) -> Settings:
+    """Merge layers, lowest precedence first.
+
+    A key that several sections know (``temperature`` of two objectives) reaches all of them;
+    ``objective.NAME.key`` reaches one and wins over the short form within the same layer.
+
+    Raises:
+        ConfigError: Unknown key, bad value, or a recipe for another command.
+    """
+    chosen = choose(command, layers)
+    types: dict[tuple[str, ...], type] = {("inputs",): INPUTS[command], ("run",): Run}
+    types |= {(flag, entry.name): entry.config for flag, picked in chosen.items() for entry, _ in picked}
+    values: dict[tuple[str, ...], dict[str, Any]] = {key: {} for key in types}
+    where: dict[tuple[tuple[str, ...], str], str] = {}
+    fields = {key: config.hints(cls) for key, cls in types.items()}
+    grid = None
+    for source, layer in layers:
+        flat = _flatten(layer, chosen)
+        for path, value in sorted(flat.items(), key=lambda item: len(item[0])):  # short forms first: specifics win
+            if path == ("grid",) and command == "compare":
+                grid = value
+                continue
+            targets = [key for key in fields if (path[:-1] in ((), key)) and path[-1] in fields[key]]
+            if not targets:
+                known = {name for names in fields.values() for name in names} | {
+                    flag for flag, *_ in CHOICES.get(command, ())
+                }
+                raise ConfigError(f"{source}{'.'.join(path)}: unknown key", did_you_mean(path[-1], known))
+            for key in targets:
+                values[key][path[-1]] = value
+                where[key, path[-1]] = source
+    built = {}
+    for key, cls in types.items():
+        converted = {}
+        for name, value in values[key].items():
+            converted[name] = config.convert(value, fields[key][name], where[key, name] + name)
+        built[key] = config.build(cls, converted)
+    components = {
+        flag: tuple(Component(entry, built[flag, entry.name], weight) for entry, weight in picked)
+        for flag, picked in chosen.items()
+    }
+    return Settings(command, built["run",], built["inputs",], components, grid)
+
+
+def choose(command: str, layers: list[Layer]) -> dict[str, list[tuple[catalog.Entry, float]]]:
+    """The methods and objectives that the layers name, the last layer's word counting."""
+    chosen = {}
+    for flag, package, default in CHOICES.get(command, ()):
+        named = next((layer[flag] for _, layer in reversed(layers) if layer.get(flag)), default)
+        if named is None:
+            known = ", ".join(catalog.entries(package))
+            raise ConfigError(f"{command} needs a --{flag}", f"choose from: {known}")
+        chosen[flag] = [(catalog.find(package, name, flag), weight) for name, weight in _weights(named, flag).items()]
+    return chosen
+
+
+def _weights(named: Any, flag: str) -> dict[str, float]:
+    """``zskd``, ``["response=0.9", "at"]`` or ``{response: {weight: 0.9}}`` as names with weights."""
+    if isinstance(named, Mapping):
+        pairs = [(n, v.get("weight", 1.0) if isinstance(v, Mapping) else v) for n, v in named.items()]
+    else:
+        items = [named] if isinstance(named, str) else named
+        pairs = [(n, w or "1") for n, _, w in (str(item).partition("=") for item in items)]
+    return {str(name): config.convert(weight, float, f"{flag} {name}") for name, weight in pairs}
+
+
+def _flatten(layer: Mapping[str, Any], chosen: Mapping[str, Any]) -> dict[tuple[str, ...], Any]:
+    """The layer's values by path, without its head and without the choices themselves."""
+    flat: dict[tuple[str, ...], Any] = {}
+    for key, value in layer.items():
+        if key in ("about", "command"):
+            continue
+        if key in chosen:
+            if isinstance(value, Mapping):
+                for name, inner in value.items():
+                    if isinstance(inner, Mapping):
+                        flat |= {(key, name, k): v for k, v in inner.items() if k != "weight"}
+            continue
+        flat[tuple(key.split("."))] = value
+    return flat
+
+
+def recipe_layer(name: str, command: str) -> Layer:
+    """The values of a recipe.
+
+    Raises:
+        ConfigError: No such recipe, or one for another command.
+    """
+    path = catalog.find_recipe(name, command)
+    values = catalog.read_recipe(path)
+    if values.get("command", command) != command:
+        raise ConfigError(f"{path} is a recipe for {values['command']}, not for {command}")
+    return f"{path}: ", values
+
+
+def assignments(items: list[str]) -> dict[str, str]:
+    """``KEY=VALUE`` strings as a mapping, split at the first ``=``."""
+    pairs = {}
+    for item in items:
+        key, equals, value = item.partition("=")
+        if not equals or not key:
+            raise ConfigError(f"--set {item}: must be KEY=VALUE")
+        pairs[key.replace("-", "_")] = value
+    return pairs

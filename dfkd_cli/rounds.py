@@ -1,0 +1,265 @@
+"""Everything that learns or optimises is a LightningModule whose training step is one whole round.
+
+One Lightning epoch is one round is one ``training_step``; inside it runs a loop of ours over many inner steps, so that
+Lightning's cost per step does not show, and its checkpoints fall between rounds. Random state is derived from the seed
+and the step, never saved: a run that was killed and continued is the run that was not.
+"""
+
+from __future__ import annotations
+
+import csv
+import io
+import logging
+import math
+import time
+import warnings
+from abc import ABC, abstractmethod
+from collections.abc import Iterable, Mapping
+from pathlib import Path
+from typing import Any
+
+import lightning.pytorch as pl
+import torch
+from lightning.pytorch.callbacks import Callback, Checkpoint
+from lightning.pytorch.loggers import Logger
+from lightning.pytorch.plugins.io import TorchCheckpointIO
+from lightning.pytorch.strategies import DDPStrategy
+from lightning.pytorch.utilities.exceptions import MisconfigurationException
+from lightning.pytorch.utilities.rank_zero import rank_zero_only
+from torch import Tensor
+from torch.utils.data import DataLoader
+
+from dfkd_cli.artifacts.files import write_atomic
+from dfkd_cli.artifacts.run import RunDirectory
+from dfkd_cli.errors import ArtifactError, ConfigError, RunFailed
+from dfkd_cli.ui import Progress, Terminal
+
+CHECKPOINT = Path("checkpoints", "last.ckpt")
+
+
+class Learner(pl.LightningModule, ABC):
+    """Work cut into rounds.
+
+    Attributes:
+        rounds: How many rounds there are.
+        stateless: Rounds do not depend on each other; nothing has to be saved between them.
+    """
+
+    rounds: int
+    stateless = False
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.automatic_optimization = False
+        self.strict_loading = False  # the teacher is not in the checkpoint
+
+    @abstractmethod
+    def round(self, index: int) -> Mapping[str, Tensor]:
+        """Do one round. Returns the named loss terms and measures to log, 0-d."""
+
+    def training_step(self, batch: Any, batch_idx: int) -> None:
+        """One round; stops the run when a term is not finite."""
+        terms = self.round(self.current_epoch)
+        self.check_finite(terms, self.current_epoch)
+        self.log_dict(dict(terms), on_step=True, on_epoch=False)
+
+    @staticmethod
+    def check_finite(terms: Mapping[str, Tensor], index: int) -> None:
+        """Raise :class:`RunFailed` when a term of round ``index`` is not finite."""
+        bad = [name for name, value in terms.items() if not math.isfinite(value)]
+        if bad:
+            raise RunFailed(
+                f"round {index}: {', '.join(bad)} is not finite",
+                "lower --lr or use --precision 32 with --overwrite; finished rounds are kept",
+            )
+
+    def on_save_checkpoint(self, checkpoint: dict[str, Any]) -> None:
+        """The teacher is frozen and on disk already: it is no part of the state."""
+        state = checkpoint["state_dict"]
+        checkpoint["state_dict"] = {key: value for key, value in state.items() if not key.startswith("teacher.")}
+
+    def on_train_end(self) -> None:
+        """Processes leave together."""
+        self.trainer.strategy.barrier()
+
+    def configure_optimizers(self) -> Any:
+        """No optimiser that outlives a round, unless a subclass has one."""
+
+
+def weighted_sum(terms: Mapping[str, Tensor], weights: Any) -> Tensor:
+    """The terms times the attributes of the same names, summed."""
+    return torch.stack([getattr(weights, name) * term for name, term in terms.items()]).sum()
+
+
+class _Keeper(Checkpoint):
+    """Saves state, curves and the time worked, between rounds, as often as costs at most two per cent of the time."""
+
+    def __init__(self, path: Path, run: RunDirectory) -> None:
+        self.path, self.run = path, run
+        self.next = 0.0
+
+    def on_train_epoch_end(self, trainer: pl.Trainer, module: pl.LightningModule) -> None:
+        start = time.monotonic()
+        due = trainer.strategy.broadcast(start >= self.next or trainer.current_epoch + 1 == trainer.max_epochs)
+        if not due:
+            return
+        if not module.stateless:
+            trainer.save_checkpoint(self.path)
+        for logger in trainer.loggers:
+            logger.save()
+        if trainer.is_global_zero:
+            self.run.save()
+        now = time.monotonic()
+        self.next = now + max(1.0, 50 * (now - start))
+
+
+class _Report(Callback):
+    """Progress, one line of it."""
+
+    def __init__(self, terminal: Terminal, what: str) -> None:
+        self.terminal, self.what = terminal, what
+
+    def on_train_start(self, trainer: pl.Trainer, module: pl.LightningModule) -> None:
+        self.progress = Progress(self.terminal, self.what, "rounds", trainer.max_epochs or 0, trainer.current_epoch)
+
+    def on_train_epoch_end(self, trainer: pl.Trainer, module: pl.LightningModule) -> None:
+        shown = " ".join(f"{name} {float(value):.4g}" for name, value in list(trainer.callback_metrics.items())[:3])
+        self.progress.update(trainer.current_epoch + 1, shown)
+
+    def on_train_end(self, trainer: pl.Trainer, module: pl.LightningModule) -> None:
+        self.progress.close()
+
+    def on_exception(self, trainer: pl.Trainer, module: pl.LightningModule, exception: BaseException) -> None:
+        if hasattr(self, "progress"):
+            self.progress.close()
+
+
+class _AtomicCheckpoints(TorchCheckpointIO):
+    """Checkpoints that are whole or absent, whatever kills the process."""
+
+    def save_checkpoint(self, checkpoint: dict[str, Any], path: Any, storage_options: Any = None) -> None:
+        buffer = io.BytesIO()
+        torch.save(checkpoint, buffer)
+        write_atomic(Path(path), buffer.getvalue())
+
+
+class MetricsFile(Logger):
+    """``metrics.csv``: one row per round. Rows that a continued run repeats are replaced by themselves."""
+
+    name = "metrics"
+    version = 0
+
+    def __init__(self, path: Path) -> None:
+        super().__init__()
+        self.path = path
+        self.rows: dict[int, dict[str, Any]] = {}
+        if path.exists():
+            with path.open(newline="") as file:
+                self.rows = {int(row["round"]): row for row in csv.DictReader(file)}
+
+    @rank_zero_only
+    def log_metrics(self, metrics: dict[str, float], step: int | None = None) -> None:
+        """Take a row; ``epoch`` is Lightning's name of the round."""
+        index = int(metrics.pop("epoch"))
+        self.rows[index] = {"round": index, **metrics}
+
+    @rank_zero_only
+    def log_hyperparams(self, *args: Any, **kwargs: Any) -> None:
+        """Hyper-parameters are in config.yaml."""
+
+    @rank_zero_only
+    def save(self) -> None:
+        """Write the file."""
+        write_csv(self.path, [self.rows[index] for index in sorted(self.rows)])
+
+    def finalize(self, status: str) -> None:
+        """Curves of an interrupted run are saved with its checkpoints."""
+        if status == "success":
+            self.save()
+
+
+def write_csv(path: Path, rows: Iterable[Mapping[str, Any]]) -> None:
+    """Write rows under the union of their keys."""
+    rows = list(rows)
+    buffer = io.StringIO()
+    columns = list(dict.fromkeys(key for row in rows for key in row))
+    writer = csv.DictWriter(buffer, columns, lineterminator="\n")
+    writer.writeheader()
+    writer.writerows(rows)
+    write_atomic(path, buffer.getvalue().encode())
+
+
+class _Independent(DDPStrategy):
+    """Processes that share rounds but no gradients: modules without trainable parameters cannot be wrapped."""
+
+    def configure_ddp(self) -> None:
+        if any(parameter.requires_grad for parameter in self.model.parameters()):
+            super().configure_ddp()
+
+
+def trainer_for(run: RunDirectory, loggers: list[Logger], **more: Any) -> pl.Trainer:
+    """Lightning's Trainer as this project uses it.
+
+    Raises:
+        ConfigError: The device or precision is not to be had on this machine.
+    """
+    _hush()
+    settings = run.settings.run
+    if settings.logger == "tensorboard":
+        try:
+            from lightning.pytorch.loggers import TensorBoardLogger
+
+            loggers.append(TensorBoardLogger(run.path, name="tensorboard", version=""))
+        except ModuleNotFoundError:
+            raise ConfigError("tensorboard is not installed", "pip install 'dfkd[tensorboard]'") from None
+    try:
+        return pl.Trainer(
+            accelerator=settings.device,
+            devices=settings.devices,
+            num_nodes=settings.num_nodes,
+            strategy=_Independent() if settings.devices * settings.num_nodes > 1 else "auto",
+            precision={"32": "32-true", "bf16": "bf16-mixed", "16": "16-mixed"}[settings.precision],
+            plugins=[_AtomicCheckpoints()],
+            logger=loggers,
+            log_every_n_steps=1,
+            enable_progress_bar=False,
+            enable_model_summary=False,
+            num_sanity_val_steps=0,
+            use_distributed_sampler=False,
+            **more,
+        )
+    except (MisconfigurationException, ValueError, RuntimeError) as error:
+        raise ConfigError(f"--device {settings.device} --precision {settings.precision}: {error}") from None
+
+
+def fit(learner: Learner, run: RunDirectory, terminal: Terminal) -> None:
+    """Do the rounds that are still to be done.
+
+    Raises:
+        RunFailed: Non-finite loss or out of memory; the state of the last saved round is kept.
+    """
+    path = run.path / CHECKPOINT
+    if not learner.rounds:
+        return
+    loggers: list[Logger] = [] if learner.stateless else [MetricsFile(run.path / "metrics.csv")]
+    callbacks = [_Report(terminal, run.settings.command), _Keeper(path, run)]
+    trainer = trainer_for(run, loggers, max_epochs=learner.rounds, callbacks=callbacks)
+    resume = path if path.exists() and not learner.stateless else None
+    try:
+        trainer.fit(learner, DataLoader([0]), ckpt_path=resume, weights_only=True)
+    except torch.OutOfMemoryError:
+        raise RunFailed("out of memory", "lower --batch-size; what was finished is kept") from None
+    except (EOFError, KeyError) as error:
+        if resume is not None and learner.current_epoch == 0:
+            raise ArtifactError(
+                f"{path}: not a readable checkpoint ({error})", "give --overwrite to start afresh"
+            ) from None
+        raise
+
+
+def _hush() -> None:
+    """Lightning's messages are not part of this command's conversation."""
+    for name in ("lightning.pytorch", "lightning.fabric", "lightning"):
+        logging.getLogger(name).setLevel(logging.ERROR)
+    warnings.filterwarnings("ignore", module=r"lightning\.")
+    warnings.filterwarnings("ignore", category=FutureWarning)

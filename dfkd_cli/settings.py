@@ -1,0 +1,142 @@
+"""Settings shared by several methods and commands, and the inputs of every command. Nothing here imports torch."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import Literal
+
+from dfkd_cli.config import option
+
+
+@dataclass(frozen=True, kw_only=True)
+class Augmentation:
+    """Random changes to training images, drawn anew for every image of every batch."""
+
+    rotate: float = option(0.0, "random rotation, +- degrees", low=0, high=180)
+    translate: float = option(0.0, "random shift, +- fraction of the side", low=0, high=1)
+    scale: float = option(0.0, "random zoom, +- fraction: 0.1 zooms by 0.9 to 1.1", low=0, high=0.9)
+    flip: bool = option(False, "mirror left-right with probability 1/2")
+    crop: int = option(0, "random crop after padding by this many pixels on each side", low=0)
+    noise: float = option(0.0, "Gaussian noise, standard deviation in pixel units", low=0)
+    fill: Literal["black", "mean"] = option("black", "what comes in from outside the image; mean: the model's")
+
+
+@dataclass(frozen=True, kw_only=True)
+class Training(Augmentation):
+    """How a network is trained: any teacher, any student."""
+
+    epochs: int = option(60, "passes over the images", low=1)
+    steps: int | None = option(None, "optimiser steps, instead of --epochs", low=1)
+    batch_size: int = option(128, "images per step", low=1)
+    optimizer: Literal["adam", "adamw", "sgd"] = option("adam", "optimiser")
+    lr: float = option(2e-3, "peak learning rate", above=0)
+    momentum: float = option(0.9, "momentum of sgd (Nesterov)", low=0, high=1)
+    weight_decay: float = option(0.0, "weight decay", low=0)
+    warmup: float = option(0.05, "share of the steps with rising learning rate", low=0, high=1)
+    schedule: Literal["cosine", "constant"] = option("cosine", "learning rate after the warm-up")
+
+
+@dataclass(frozen=True, kw_only=True)
+class ImageOptimization:
+    """How a batch of images is optimised through a frozen teacher. One batch is one round is one shard."""
+
+    batch_size: int = option(200, "images optimised together; also the images of one shard", low=1)
+    iterations: int = option(100, "inner steps on one batch of images", low=1)
+    lr: float = option(0.1, "Adam learning rate on the pixels", above=0)
+    dtype: Literal["float16", "float32"] = option("float16", "stored pixels")
+
+
+# -- the inputs of each command ----------------------------------------------------------------------------------------
+
+
+@dataclass(frozen=True, kw_only=True)
+class TrainTeacher(Training):
+    """Inputs of ``train-teacher``."""
+
+    dataset: str = option("digits", "dataset NAME, or a DIR with train/<class>/ and test/<class>/")
+    data_dir: str | None = option(None, "where datasets lie", volatile=True)
+    model: str = option("lenet5", "model SPEC: dfkd ls models, torchvision:NAME, timm:NAME, FILE.py:factory")
+    input_size: tuple[int, int, int] | None = option(None, "channels, height and width of the images", low=1)
+
+
+@dataclass(frozen=True, kw_only=True)
+class ForeignModel:
+    """What a foreign teacher's file does not say."""
+
+    weights: str | None = option(None, "weights of a foreign teacher: .safetensors, .pt, .pth, .ckpt")
+    input_size: tuple[int, int, int] | None = option(None, "its channels, height and width", low=1)
+    mean: tuple[float, ...] | None = option(None, "mean per channel its images were normalised with")
+    std: tuple[float, ...] | None = option(None, "standard deviation per channel", above=0)
+    num_classes: int | None = option(None, "its number of classes", low=1)
+
+
+@dataclass(frozen=True, kw_only=True)
+class Synthesize(ForeignModel):
+    """Inputs of ``synthesize``."""
+
+    teacher: str = option("teacher", "teacher: model directory or SPEC")
+    num_images: int = option(4000, "images to make", low=1)
+    student: str | None = option(None, "student SPEC, for methods with a student in the loop")
+
+
+@dataclass(frozen=True, kw_only=True)
+class Distill(Training, ForeignModel):
+    """Inputs of ``distill``."""
+
+    teacher: str = option("teacher", "teacher: model directory or SPEC")
+    transfer_set: tuple[str, ...] = option(("shards",), "shard directory, real, real:N, noise:N, folder of images")
+    student: str = option("lenet5-half", "student model SPEC")
+    data_dir: str | None = option(None, "where the real images lie, for real and real:N", volatile=True)
+    holdout: float = option(0.02, "share of the transfer set that only measures agreement", low=0, high=0.5)
+
+
+@dataclass(frozen=True, kw_only=True)
+class Evaluate(ForeignModel):
+    """Inputs of ``evaluate``."""
+
+    teacher: str | None = option(None, "teacher to compare with (default: teacher/)")
+    dataset: str | None = option(None, "dataset to test on (default: the teacher's)")
+    data_dir: str | None = option(None, "where datasets lie", volatile=True)
+    batch_size: int = option(500, "images per forward pass", low=1)
+    min_top1: float | None = option(None, "gate: exit 5 when top-1 accuracy is below (0 to 1)", low=0, high=1)
+
+
+@dataclass(frozen=True, kw_only=True)
+class Compare:
+    """Inputs of ``compare``."""
+
+    dataset: str | None = option(None, "dataset to test on (default: the teacher's)")
+    data_dir: str | None = option(None, "where datasets lie", volatile=True)
+    fail_below: float | None = option(None, "gate: exit 5 when any student's top-1 is below (0 to 1)", low=0, high=1)
+
+
+@dataclass(frozen=True, kw_only=True)
+class Run:
+    """How a command runs: flags that every command has."""
+
+    out: str | None = option(None, "directory to write", volatile=True)
+    overwrite: bool = option(False, "replace what --out holds", volatile=True)
+    seed: int = option(0, "seed of everything random", low=0)
+    device: Literal["auto", "cpu", "cuda", "mps"] = option("auto", "device", volatile=True)
+    devices: int = option(1, "number of devices (processes)", low=1, volatile=True)
+    num_nodes: int = option(1, "number of machines", low=1, volatile=True)
+    precision: Literal["32", "bf16", "16"] = option("32", "arithmetic")
+    logger: Literal["csv", "tensorboard"] = option(
+        "csv", "curves: metrics.csv alone, or also tensorboard", volatile=True
+    )
+    allow_code: bool = option(False, "run the Python file or module that an artifact names", volatile=True)
+
+
+INPUTS: dict[str, type] = {
+    "train-teacher": TrainTeacher,
+    "synthesize": Synthesize,
+    "distill": Distill,
+    "evaluate": Evaluate,
+    "compare": Compare,
+}
+# What a command chooses by name: flag, package, default.
+CHOICES: dict[str, tuple[tuple[str, str, str | None], ...]] = {
+    "train-teacher": (("method", "regimes", "supervised"),),
+    "synthesize": (("method", "synthesizers", None),),
+    "distill": (("method", "regimes", "offline"), ("objective", "objectives", "response")),
+}

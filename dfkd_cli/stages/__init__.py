@@ -1,0 +1,1 @@
+"""One module per command: reads artifacts, runs the work, writes the result. ``run(settings, terminal, ...)`` each."""

@@ -1,0 +1,53 @@
+"""``dfkd distill``: a teacher and transfer sets to a student's model directory."""
+
+from __future__ import annotations
+
+import contextlib
+import dataclasses
+from pathlib import Path
+from typing import Any
+
+from dfkd_cli.artifacts.run import RunDirectory
+from dfkd_cli.data.seal import sealed
+from dfkd_cli.models.classifier import Classifier
+from dfkd_cli.regimes.base import Task
+from dfkd_cli.resolve import Settings
+from dfkd_cli.stages.inputs import concatenate, load_teacher, open_transfer_set
+from dfkd_cli.stages.measures import agreement
+from dfkd_cli.stages.training import fresh, rehearse, train
+from dfkd_cli.ui import Terminal
+
+
+def run(settings: Settings, terminal: Terminal, dry_run: bool = False) -> dict[str, Any]:
+    """Train a student. Unless a transfer set is real, no dataset can be opened meanwhile."""
+    if dry_run:
+        return rehearse(settings, run, terminal)
+    inputs = settings.inputs
+    data_free = not any(name.partition(":")[0] == "real" for name in inputs.transfer_set)
+    with sealed("the transfer set is data-free") if data_free else contextlib.nullcontext():
+        teacher = load_teacher(inputs, settings.run.allow_code)
+        sets = [open_transfer_set(name, teacher, inputs.data_dir, settings.run.seed) for name in inputs.transfer_set]
+        source = concatenate(sets)
+        parents = [teacher.parent("teacher"), *(s.parent for s in sets)]
+        facts = {"data_free": data_free, "num_images": len(source)}
+        directory = RunDirectory(Path(settings.run.out or "student"), settings, parents, facts)
+        student = fresh(dataclasses.replace(teacher.classifier.info, spec=inputs.student), settings.run.seed)
+        objectives = [(c.weight, c.entry.load()(c.config)) for c in settings.components["objective"]]
+        task = Task(student, teacher.classifier, source, objectives, inputs, inputs.holdout, settings.run.seed)
+
+        def score(model: Classifier) -> dict[str, float]:
+            return {"agreement_on_transfer_set": agreement(model, teacher.classifier, source)}
+
+        provenance = {
+            "command": "distill",
+            "dataset": teacher.dataset,
+            "data_free": data_free,
+            "seed": settings.run.seed,
+            "teacher": teacher.sha256,
+            "transfer_set": [{k: v for k, v in s.parent.items() if k in ("spec", "sha256")} for s in sets],
+            "num_images": len(source),
+        }
+        answer = train(task, directory, terminal, provenance, score)
+    shown = f"{answer['metrics']['agreement_on_transfer_set']:.2%} agreement with the teacher on the transfer set"
+    terminal.answer(f"{answer['artifacts']['student']}: {shown}")
+    return answer

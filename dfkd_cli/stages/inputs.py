@@ -1,0 +1,140 @@
+"""What commands read: teachers and transfer sets, checked before any work starts."""
+
+from __future__ import annotations
+
+import dataclasses
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from dfkd_cli.artifacts.files import digest, sha256_file
+from dfkd_cli.artifacts.shards import MANIFEST, ShardReader
+from dfkd_cli.data import datasets
+from dfkd_cli.data.sources import Concat, FolderSource, NoiseSource, RealSource, ShardSource, Source
+from dfkd_cli.errors import ArtifactError, ConfigError
+from dfkd_cli.models.classifier import Classifier, ModelInfo
+from dfkd_cli.models.directory import load_model
+from dfkd_cli.models.registry import build
+from dfkd_cli.models.weights import load_weights
+from dfkd_cli.seeds import derive
+
+
+@dataclass
+class LoadedModel:
+    """A model that was read, with its identity.
+
+    Attributes:
+        classifier: On the CPU.
+        sha256: Stands for the weights and how they are used.
+        record: ``model.json``, or what stands for it with a foreign model.
+        path: Where it was read from.
+    """
+
+    classifier: Classifier
+    sha256: str
+    record: dict[str, Any]
+    path: str
+
+    @property
+    def dataset(self) -> str | None:
+        """The dataset it was trained on, as far as its record says."""
+        return self.record.get("provenance", {}).get("dataset")
+
+    def parent(self, role: str) -> dict[str, Any]:
+        """The entry in a run's list of parents."""
+        return {"role": role, "path": self.path, "sha256": self.sha256}
+
+
+def load_teacher(inputs: Any, allow_code: bool) -> LoadedModel:
+    """The teacher that ``--teacher`` names: a model directory, or a SPEC with ``--weights``.
+
+    Raises:
+        ArtifactError: Missing, damaged, or not a model.
+        ConfigError: A foreign model whose input space is not known.
+    """
+    path = Path(inputs.teacher)
+    if path.is_dir() or (inputs.weights is None and (path.exists() or ":" not in inputs.teacher)):
+        if path.is_file():
+            raise ArtifactError(
+                f"{path} is a file, not a model directory",
+                "give its architecture and file: --teacher SPEC --weights FILE --input-size C H W --num-classes K",
+            )
+        if not path.exists():
+            hint = "train one: dfkd train-teacher" if inputs.teacher == "teacher" else "check --teacher"
+            raise ArtifactError(f"no teacher at {path}", hint)
+        classifier, record = load_model(path, allow_code=allow_code)
+        return LoadedModel(classifier, record["weights"]["sha256"], record, inputs.teacher)
+    return _foreign(inputs)
+
+
+def _foreign(inputs: Any) -> LoadedModel:
+    if inputs.weights is None:
+        raise ConfigError(f"teacher {inputs.teacher} has no weights", "give --weights FILE")
+    missing = [f"--{name.replace('_', '-')}" for name in ("input_size", "num_classes") if getattr(inputs, name) is None]
+    if missing:
+        raise ConfigError(f"teacher {inputs.teacher}: its file does not say its input", f"give {' and '.join(missing)}")
+    channels = inputs.input_size[0]
+    mean, std = inputs.mean or (0.0,) * channels, inputs.std or (1.0,) * channels
+    info = ModelInfo(inputs.teacher, inputs.num_classes, inputs.input_size, mean, std)
+    with torch.random.fork_rng(devices=[]):
+        net = build(info.spec, info.num_classes, info.input_size, allow_code=True)  # the user's own words
+    if not Path(inputs.weights).is_file():
+        raise ArtifactError(f"no weights file {inputs.weights}", "check --weights")
+    load_weights(net, Path(inputs.weights))
+    sha256 = digest([sha256_file(Path(inputs.weights)), dataclasses.asdict(info)])
+    return LoadedModel(Classifier(net, info), sha256, {"provenance": {}}, inputs.teacher)
+
+
+@dataclass
+class TransferSet:
+    """One transfer set that was opened: its images and its entry in the run's list of parents."""
+
+    source: Source
+    parent: dict[str, Any]
+
+
+def open_transfer_set(name: str, teacher: LoadedModel, data_dir: str | None, seed: int) -> TransferSet:
+    """Open ``real``, ``real:N``, ``noise:N``, a shard directory, or a folder of images.
+
+    Raises:
+        ConfigError: Not a transfer set.
+        ArtifactError: Missing or damaged, or made for another teacher.
+    """
+    kind, _, count = name.partition(":")
+    info = teacher.classifier.info
+    if kind in ("real", "noise") and not Path(name).exists():
+        if count and not (count.isdigit() and int(count)):
+            raise ConfigError(f"transfer set {name}: {count!r} is not a number of images")
+        if kind == "noise":
+            if not count:
+                raise ConfigError("transfer set noise needs a number of images", "e.g. noise:1000")
+            return TransferSet(NoiseSource(int(count), info.input_size, seed), {"role": "transfer-set", "spec": name})
+        if teacher.dataset is None:
+            raise ConfigError(f"transfer set {name}: the teacher's record names no dataset", "use shards or a folder")
+        dataset = datasets.load(teacher.dataset, "train", data_dir=data_dir, image_shape=info.input_size)
+        if len(dataset.classes) != info.num_classes:
+            raise ArtifactError(f"{teacher.dataset} has {len(dataset.classes)} classes, the teacher {info.num_classes}")
+        indices = datasets.class_balanced(dataset.labels, int(count), derive(seed)) if count else None
+        return TransferSet(RealSource(dataset, indices), {"role": "transfer-set", "spec": f"{name} {teacher.dataset}"})
+    path = Path(name)
+    if not path.is_dir():
+        hint = "make it: dfkd synthesize --method zskd" if name.rstrip("/") == "shards" else "check --transfer-set"
+        raise ArtifactError(f"no transfer set at {name}", hint)
+    if (path / MANIFEST).exists():
+        reader = ShardReader(path)
+        if reader.num_classes != info.num_classes:
+            raise ArtifactError(f"{name} has {reader.num_classes} classes, the teacher {info.num_classes}")
+        if reader.teacher != teacher.sha256:
+            raise ArtifactError(f"{name} was made from another teacher", "give the --teacher it was made from")
+        if reader.shape != info.input_size:
+            raise ArtifactError(f"{name} has images of {reader.shape}, the teacher takes {info.input_size}")
+        return TransferSet(ShardSource(reader), {"role": "transfer-set", "path": name, "sha256": reader.sha256})
+    folder = FolderSource(path, info.input_size)
+    return TransferSet(folder, {"role": "transfer-set", "path": name, "sha256": folder.sha256})
+
+
+def concatenate(sets: list[TransferSet]) -> Source:
+    """All transfer sets as one."""
+    return sets[0].source if len(sets) == 1 else Concat([s.source for s in sets])

@@ -1,0 +1,88 @@
+"""Training a network into a model directory: what ``train-teacher`` and ``distill`` share."""
+
+from __future__ import annotations
+
+import dataclasses
+import tempfile
+from collections.abc import Callable, Mapping
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from dfkd_cli.artifacts.run import RunDirectory
+from dfkd_cli.config import dump_yaml
+from dfkd_cli.errors import ConfigError
+from dfkd_cli.models.classifier import Classifier, ModelInfo
+from dfkd_cli.models.directory import load_model, save_model
+from dfkd_cli.models.registry import build
+from dfkd_cli.regimes.base import Task
+from dfkd_cli.resolve import Settings
+from dfkd_cli.rounds import fit
+from dfkd_cli.seeds import derive
+from dfkd_cli.ui import Terminal
+
+
+def fresh(info: ModelInfo, seed: int) -> Classifier:
+    """A newly initialised classifier; its weights depend on the seed only."""
+    with torch.random.fork_rng(devices=[]):
+        torch.manual_seed(derive(seed))
+        return Classifier(build(info.spec, info.num_classes, info.input_size, allow_code=True), info)
+
+
+def train(
+    task: Task,
+    run: RunDirectory,
+    terminal: Terminal,
+    provenance: Mapping[str, Any],
+    score: Callable[[Classifier], Mapping[str, float]],
+) -> dict[str, Any]:
+    """Train ``task.student`` in the run's directory, or take the finished one that is there.
+
+    Args:
+        task: What to train, on what.
+        run: The output directory.
+        terminal: Where progress goes.
+        provenance: Where the model comes from, for ``model.json``.
+        score: Measures the finished model.
+
+    Returns:
+        The command's answer.
+    """
+    settings = run.settings
+    regime = settings.method.entry
+    if "labels" in regime.needs and not task.source.labelled:
+        raise ConfigError(f"--method {regime.name} needs labels, which this transfer set has not", "use real or real:N")
+    if run.claim():
+        terminal.say(f"{run.path} is already complete")
+        metrics = run.record["metrics"]
+    else:
+        with run.guard():
+            learner = regime.load()(task, settings.method.config)
+            fit(learner, run, terminal)
+            metrics = dict(score(task.student.eval()))
+            save_model(run.path, task.student, metrics=metrics, provenance=dict(provenance))
+            run.finish([run.path / name for name in ("model.safetensors", "model.json", "metrics.csv")], metrics)
+    role = "teacher" if settings.command == "train-teacher" else "student"
+    return {"artifacts": {role: str(run.path)}, "metrics": metrics}
+
+
+def rehearse(settings: Settings, stage: Callable[..., Any], terminal: Terminal) -> dict[str, Any]:
+    """``--dry-run``: the command itself, shrunk to one small step on the CPU, in a directory that is thrown away."""
+    small = {"steps": 1, "batch_size": 2, "num_images": 2, "iterations": 1}
+
+    def shrink(section: Any) -> Any:
+        known = {f.name for f in dataclasses.fields(section)} & small.keys()
+        return dataclasses.replace(section, **{name: small[name] for name in known})
+
+    with tempfile.TemporaryDirectory() as directory:
+        run = dataclasses.replace(settings.run, out=str(Path(directory, "out")), device="cpu", devices=1, num_nodes=1)
+        components = {
+            flag: tuple(dataclasses.replace(c, config=shrink(c.config)) for c in chosen)
+            for flag, chosen in settings.components.items()
+        }
+        quiet = Terminal(silent=True)
+        stage(dataclasses.replace(settings, run=run, inputs=shrink(settings.inputs), components=components), quiet)
+    terminal.answer(dump_yaml(settings.plain()).rstrip())
+    terminal.say("dry run: everything fits; nothing was written")
+    return {"dry_run": True, "config": settings.plain()}

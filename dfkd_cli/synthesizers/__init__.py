@@ -1,0 +1,1 @@
+"""Methods that turn a frozen teacher into data impressions: one file each."""

@@ -1,0 +1,127 @@
+"""What every synthesizer is, and the loop that all methods share which optimise images through a frozen teacher."""
+
+from __future__ import annotations
+
+from abc import abstractmethod
+from collections.abc import Mapping
+from dataclasses import dataclass
+from typing import Any, ClassVar
+
+import torch
+from torch import Tensor
+
+from dfkd_cli.artifacts.shards import ShardWriter
+from dfkd_cli.models.classifier import Classifier
+from dfkd_cli.rounds import Learner, weighted_sum
+from dfkd_cli.seeds import derive
+
+
+@dataclass
+class Impressions:
+    """One shard's worth of data impressions.
+
+    Attributes:
+        pixels: (B, C, H, W) float32 in pixel space; impressions may leave [0,1].
+        targets: (B, K) soft labels they were made for, or None.
+        terms: The loss terms they ended with, named and unweighted.
+    """
+
+    pixels: Tensor
+    targets: Tensor | None
+    terms: Mapping[str, Tensor]
+
+
+class Synthesizer(Learner):
+    """Turns a frozen teacher into data impressions; round ``i`` makes shard ``i`` and depends only on (seed, i).
+
+    A subclass says in ``kind`` how it works and in ``needs`` what it asks for, has a ``Config`` in its file (with
+    ``batch_size``, the images of a shard, and ``dtype``, how they are stored), and makes a shard in :meth:`make`.
+
+    Args:
+        teacher: The classifier; it is frozen here.
+        config: The method's own configuration.
+        num_images: Images to make in all.
+        seed: The run's seed.
+        writer: Where finished shards go; the rounds are the shards that it misses.
+        processes: Processes that share the rounds.
+    """
+
+    kind: ClassVar[str]
+    needs: ClassVar[tuple[str, ...]] = ()
+    stateless = True
+
+    def __init__(
+        self, teacher: Classifier, config: Any, num_images: int, seed: int, writer: ShardWriter, processes: int = 1
+    ) -> None:
+        super().__init__()
+        self.teacher = teacher.freeze()
+        self.config, self.num_images, self.seed = config, num_images, seed
+        self.writer, self.processes = writer, processes
+        self.todo = writer.missing()
+        self.rounds = -(-len(self.todo) // processes)
+
+    @abstractmethod
+    def make(self, first: int, count: int) -> Impressions:
+        """Make images ``first`` to ``first + count`` of the set. Torch's random state is already seeded for them."""
+
+    def round(self, index: int) -> Mapping[str, Tensor]:
+        """Make one missing shard and write it."""
+        position = index * self.processes + self.global_rank
+        if position >= len(self.todo):
+            return {}
+        shard = self.todo[position]
+        torch.manual_seed(derive(self.seed, shard))
+        first = shard * self.config.batch_size
+        made = self.make(first, min(self.config.batch_size, self.num_images - first))
+        self.check_finite(made.terms, shard)
+        self._store(shard, made)
+        return made.terms
+
+    @torch.no_grad()
+    def _store(self, shard: int, made: Impressions) -> None:
+        stored = made.pixels.to(getattr(torch, self.config.dtype))
+        tensors = {"images": stored, "logits": self.teacher(stored.float()).float()}
+        if made.targets is not None:
+            tensors["targets"] = made.targets.float()
+        terms = {name: float(value) for name, value in made.terms.items()}
+        self.writer.write(shard, tensors, terms, manifest=self.global_rank == 0)
+
+
+class ImageOptimizer(Synthesizer):
+    """Optimises each batch of images by Adam through the teacher, from noise, towards targets.
+
+    A subclass gives the targets and the loss terms. Terms are weighted by the configuration keys of their names; a
+    term whose weight is zero need not be computed.
+    """
+
+    kind = "images"
+
+    @abstractmethod
+    def targets(self, first: int, count: int) -> Tensor:
+        """What images ``first`` to ``first + count`` aim at, (count, K) float32, on the CPU."""
+
+    @abstractmethod
+    def terms(self, images: Tensor, logits: Tensor, targets: Tensor) -> dict[str, Tensor]:
+        """Named, unweighted loss terms, 0-d, for images (B, C, H, W) in pixel space and their logits (B, K)."""
+
+    def start(self, count: int) -> Tensor:
+        """Where the optimisation starts: uniform noise (count, C, H, W), on the CPU."""
+        return torch.rand(count, *self.teacher.info.input_size)
+
+    def project(self, images: Tensor) -> None:
+        """Bring images back into their range, in place, after each iteration. Nothing by default."""
+
+    def make(self, first: int, count: int) -> Impressions:
+        """Run the inner iterations on one batch. Images and optimiser are new in every round."""
+        # Drawn on the CPU, so that targets and starting images do not depend on the device.
+        targets = self.targets(first, count).to(self.device)
+        images = self.start(count).to(self.device).requires_grad_()
+        optimizer = torch.optim.Adam([images], lr=self.config.lr, fused=True)
+        for _ in range(self.config.iterations):
+            terms = self.terms(images, self.teacher(images).float(), targets)
+            # The teacher's parameters need no gradient: backward goes to the images only.
+            (images.grad,) = torch.autograd.grad(weighted_sum(terms, self.config), images)
+            optimizer.step()
+            with torch.no_grad():
+                self.project(images)
+        return Impressions(images.detach(), targets, {name: term.detach() for name, term in terms.items()})

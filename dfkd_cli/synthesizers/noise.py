@@ -1,0 +1,33 @@
+"""Noise images: the baseline that every method must beat.
+
+Uniform in [0,1], independent in every pixel. Nothing is optimised; the teacher's answers are recorded all the same.
+The transfer set ``noise:N`` is the same images, made on the fly.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import Literal
+
+from dfkd_cli.config import option
+from dfkd_cli.data.noise import noise
+from dfkd_cli.synthesizers.base import Impressions, Synthesizer
+
+
+@dataclass(frozen=True, kw_only=True)
+class Config:
+    """Noise."""
+
+    batch_size: int = option(1000, "images of one shard", low=1)
+    dtype: Literal["float16", "float32"] = option("float16", "stored pixels")
+
+
+class Noise(Synthesizer):
+    """Uniform noise."""
+
+    kind = "noise"
+    config: Config
+
+    def make(self, first: int, count: int) -> Impressions:
+        """Draw the images."""
+        return Impressions(noise(count, self.teacher.info.input_size).to(self.device), None, {})

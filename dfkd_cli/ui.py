@@ -1,0 +1,101 @@
+"""What a user sees: the answer on stdout, everything else on stderr."""
+
+from __future__ import annotations
+
+import json
+import sys
+import time
+from typing import Any
+
+from rich.console import Console
+from rich.progress import BarColumn, MofNCompleteColumn, TimeRemainingColumn
+from rich.progress import Progress as RichProgress
+
+QUIET, NORMAL, VERBOSE = -1, 0, 1
+
+
+class Terminal:
+    """The two streams of a command.
+
+    Args:
+        verbosity: QUIET prints errors only, VERBOSE adds detail.
+        as_json: stdout carries exactly one JSON document.
+        silent: Print nothing at all (a process that is not the first of its run).
+    """
+
+    def __init__(self, verbosity: int = NORMAL, as_json: bool = False, silent: bool = False) -> None:
+        self.verbosity, self.as_json, self.silent = verbosity, as_json, silent
+        # An environment that forces colour (many CI systems do) must not put escapes into a file or a pipe.
+        self.out = Console(file=sys.stdout, force_terminal=sys.stdout.isatty(), soft_wrap=True, highlight=False)
+        self.err = Console(file=sys.stderr, force_terminal=sys.stderr.isatty(), soft_wrap=True, highlight=False)
+        self.live = sys.stderr.isatty() and verbosity >= NORMAL and not silent
+
+    def say(self, text: str, level: int = NORMAL) -> None:
+        """A message for the person watching."""
+        if self.verbosity >= level and not self.silent:
+            self.err.print(text, markup=False)
+
+    def answer(self, text: Any) -> None:
+        """The result in words, or a rich table."""
+        if not self.as_json and not self.silent:
+            self.out.print(text, markup=False) if isinstance(text, str) else self.out.print(text)
+
+    def document(self, value: dict[str, Any]) -> None:
+        """The one JSON document."""
+        if self.as_json and not self.silent:
+            sys.stdout.write(json.dumps({"schema": 1, **value}, ensure_ascii=False, allow_nan=False) + "\n")
+            sys.stdout.flush()
+
+    def error(self, code: str, message: str, hint: str) -> None:
+        """One line on stderr, and the JSON document when asked for."""
+        self.document({"ok": False, "error": {"code": code, "message": message, "hint": hint}})
+        if not self.silent:
+            self.err.print(f"error: {message}" + (f" -- {hint}" if hint else ""), markup=False)
+
+
+class Progress:
+    """Speed and time left: a live bar on a terminal, a plain line at intervals elsewhere.
+
+    Args:
+        terminal: Where to show it.
+        what: The work's name.
+        unit: What is counted, e.g. ``"rounds"``.
+        total: Units in all.
+        done: Units that an earlier run already did.
+        interval: Seconds between plain lines.
+    """
+
+    def __init__(
+        self, terminal: Terminal, what: str, unit: str, total: int, done: int = 0, interval: float = 15
+    ) -> None:
+        self.terminal, self.what, self.unit, self.total = terminal, what, unit, total
+        self.first, self.start, self.last, self.interval = done, time.monotonic(), 0.0, interval
+        self.bar = None
+        if terminal.live:
+            columns = (
+                "{task.description}",
+                BarColumn(),
+                MofNCompleteColumn(),
+                "{task.fields[note]}",
+                TimeRemainingColumn(),
+            )
+            self.bar = RichProgress(*columns, console=terminal.err)
+            self.task = self.bar.add_task(what, total=total, completed=done, note="")
+            self.bar.start()
+
+    def update(self, done: int, note: str = "") -> None:
+        """Show that ``done`` units are finished."""
+        now = time.monotonic()
+        speed = (done - self.first) / max(now - self.start, 1e-9)
+        note = f"{speed:.2f} {self.unit}/s {note}".rstrip()
+        if self.bar is not None:
+            self.bar.update(self.task, completed=done, note=note)
+        elif now - self.last >= self.interval or done >= self.total:
+            self.last = now
+            left = time.strftime("%H:%M:%S", time.gmtime((self.total - done) / speed)) if speed else "--:--:--"
+            self.terminal.say(f"{self.what} {done}/{self.total} {note}, {left} left")
+
+    def close(self) -> None:
+        """Leave the terminal as it was."""
+        if self.bar is not None:
+            self.bar.stop()

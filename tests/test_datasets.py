@@ -1,0 +1,336 @@
+"""Datasets, and the seal that keeps data-free code away from them."""
+
+from __future__ import annotations
+
+import os
+import subprocess
+import sys
+import threading
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+import torchvision
+from PIL import Image
+from sklearn.datasets import load_digits
+
+from dfkd_cli.data import datasets
+from dfkd_cli.data.datasets import DATASETS, class_balanced, load
+from dfkd_cli.data.seal import DataSealed, dataset_roots, sealed
+from dfkd_cli.errors import ArtifactError, ConfigError
+
+REAL_DATA = Path(os.environ.get("DFKD_DATA") or Path(__file__).parents[2] / "shared" / "data")
+needs_mnist = pytest.mark.skipif(not (REAL_DATA / "MNIST" / "raw").is_dir(), reason="MNIST is not on this machine")
+
+
+@pytest.fixture(autouse=True)
+def nowhere(monkeypatch, tmp_path):
+    """No test sees the datasets of the machine unless it says so, and none reaches the network."""
+    monkeypatch.delenv("DFKD_DATA", raising=False)
+    monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path / "cache"))
+
+    def offline(*_args, **_kwargs):
+        raise OSError("no network in tests")
+
+    monkeypatch.setattr(torchvision.datasets.utils, "_get_redirect_url", offline)
+
+
+def write_image(path: Path, pixels: np.ndarray) -> None:
+    path.parent.mkdir(parents=True, exist_ok=True)
+    Image.fromarray(pixels.astype(np.uint8)).save(path)
+
+
+def make_tree(root: Path, shape: tuple[int, ...] = (6, 8), train: int = 5, test: int = 2) -> Path:
+    rng = np.random.default_rng(0)
+    for half, count in (("train", train), ("test", test)):
+        for label in ("cat", "dog"):
+            for number in range(count):
+                write_image(root / half / label / f"{number}.png", rng.integers(0, 256, shape))
+    return root
+
+
+def everything(dataset: datasets.Dataset) -> torch.Tensor:
+    return dataset.images(torch.arange(len(dataset)))
+
+
+# -- digits ------------------------------------------------------------------------------------------------------------
+
+
+def test_digits_split_is_stratified_and_always_the_same():
+    train, test = load("digits", "train"), load("digits", "test")
+    assert (len(train), len(test)) == (1437, 360)
+    assert train.image_shape == (1, 32, 32)
+    assert train.classes == tuple("0123456789")
+    assert train.labels.dtype == torch.int64
+    total = np.bincount(load_digits().target)
+    assert np.all(np.abs(test.labels.bincount().numpy() - total * 360 / 1797) < 1)
+    assert torch.equal(everything(load("digits", "test")), everything(test))
+
+
+def test_digits_pixels_are_the_bundled_ones_enlarged():
+    images = torch.cat([everything(load("digits", split)) for split in ("train", "test")])
+    assert images.dtype == torch.uint8 and images.shape == (1797, 1, 32, 32)
+    assert images.min() == 0 and images.max() == 255
+    # An enlarged 8x8 grid averages back to about what it was; sorting makes the order of the split irrelevant.
+    means = images.double().mean(dim=(1, 2, 3)).sort().values.numpy()
+    expected = np.sort(load_digits().data.mean(axis=1)) * 255 / 16
+    np.testing.assert_allclose(means, expected, atol=6)
+    corner = images[:, 0, :2, :2].double().mean(dim=(1, 2)).sort().values.numpy()
+    np.testing.assert_allclose(corner, np.sort(load_digits().images[:, 0, 0]) * 255 / 16, atol=0.51)
+
+
+# -- torchvision's datasets --------------------------------------------------------------------------------------------
+
+
+@needs_mnist
+def test_mnist_is_padded(monkeypatch):
+    monkeypatch.setenv("DFKD_DATA", str(REAL_DATA))
+    test = load("mnist", "test", download=False)
+    raw = torchvision.datasets.MNIST(REAL_DATA, train=False)
+    assert len(test) == 10_000 and test.image_shape == (1, 32, 32)
+    assert torch.equal(test.labels, raw.targets)
+    some = torch.tensor([3, 9_999])
+    images = test.images(some)
+    assert torch.equal(images[:, 0, 2:30, 2:30], raw.data[some])
+    assert images.sum() == raw.data[some].sum()
+    original = load("mnist", "test", data_dir=str(REAL_DATA), image_shape=(1, 28, 28))
+    assert torch.equal(original.images(some)[:, 0], raw.data[some])
+
+
+@needs_mnist
+def test_data_dir_comes_before_the_environment(monkeypatch, tmp_path):
+    monkeypatch.setenv("DFKD_DATA", str(REAL_DATA))
+    tree = make_tree(tmp_path / "mine" / "mnist", (28, 28))
+    found = load("mnist", "test", data_dir=str(tmp_path / "mine"))
+    assert found.classes == ("cat", "dog") and found.image_shape == (1, 32, 32)
+    pixels = np.array(Image.open(tree / "test" / "cat" / "0.png"))
+    np.testing.assert_array_equal(found.images(torch.tensor([0]))[0, 0], np.pad(pixels, 2))
+
+
+def test_download_failure_is_one_line_with_a_way_out(tmp_path, capfd):
+    with pytest.raises(ArtifactError) as caught:
+        load("cifar10", "train", data_dir=str(tmp_path))
+    assert caught.value.exit_code == 3
+    assert "no network in tests" in caught.value.message and "\n" not in str(caught.value)
+    assert str(tmp_path) in caught.value.hint and "DFKD_DATA" in caught.value.hint
+    assert capfd.readouterr() == ("", "")
+
+
+def test_no_download_when_told_so(monkeypatch, tmp_path):
+    monkeypatch.setattr(torchvision.datasets.MNIST, "download", lambda self: pytest.fail("downloaded"))
+    with pytest.raises(ArtifactError, match="downloading is off"):
+        load("mnist", "train", data_dir=str(tmp_path), download=False)
+
+
+def test_damaged_files_are_an_artifact_error(tmp_path):
+    raw = tmp_path / "MNIST" / "raw"
+    raw.mkdir(parents=True)
+    for name in ("train-images-idx3", "train-labels-idx1", "t10k-images-idx3", "t10k-labels-idx1"):
+        (raw / f"{name}-ubyte").write_bytes(b"\0\0\x08\x01\0\0\0\x09short")
+    with pytest.raises(ArtifactError):
+        load("mnist", "train", data_dir=str(tmp_path))
+
+
+# -- directories -------------------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize(("shape", "expected"), [((6, 8), (1, 6, 8)), ((6, 8, 3), (3, 6, 8))])
+def test_directory_pixels_and_labels(tmp_path, shape, expected):
+    root = make_tree(tmp_path, shape)
+    train = load(str(root), "train")
+    assert (len(train), train.image_shape, train.classes) == (10, expected, ("cat", "dog"))
+    assert train.labels.tolist() == [0] * 5 + [1] * 5
+    pixels = np.array(Image.open(root / "train" / "dog" / "3.png")).reshape(6, 8, -1).transpose(2, 0, 1)
+    np.testing.assert_array_equal(train.images(torch.tensor([8]))[0], pixels)
+
+
+def test_lazy_decoding_gives_the_same_images(tmp_path, monkeypatch):
+    root = make_tree(tmp_path, (6, 8, 3))
+    in_memory = load(str(root), "train")
+    monkeypatch.setattr(datasets, "_MEMORY_BUDGET", 100)
+    lazy = load(str(root), "train")
+    assert isinstance(in_memory.pixels, torch.Tensor) and isinstance(lazy.pixels, datasets.ImageFiles)
+    indices = torch.tensor([7, 0, 0, 3])
+    assert torch.equal(in_memory.images(indices), lazy.images(indices))
+    assert in_memory.mean_std() == lazy.mean_std()
+
+
+def test_other_sizes_are_resized_and_cropped_in_the_centre(tmp_path):
+    root = make_tree(tmp_path, (4, 4))
+    wide = np.zeros((8, 24))
+    wide[:, 6:18] = 200  # the centre square and what the resizing filter reads beside it
+    write_image(root / "train" / "dog" / "9.png", wide)
+    assert (load(str(root), "train").images(torch.tensor([10])) == 200).all()
+
+
+def test_requested_shape(tmp_path):
+    root = make_tree(tmp_path, (6, 6, 3))
+    gray = load(str(root), "train", image_shape=(1, 12, 12)).images(torch.tensor([2]))
+    file = Image.open(root / "train" / "cat" / "2.png")
+    np.testing.assert_allclose(gray.double().mean(), np.array(file.convert("L")).mean(), atol=2)
+    digits, rgb = load("digits", "test"), load("digits", "test", image_shape=(3, 16, 16))
+    some = torch.arange(4)
+    images = rgb.images(some)
+    assert images.shape == (4, 3, 16, 16) and torch.equal(images[:, 0], images[:, 2])
+    halves = torch.nn.functional.interpolate(
+        digits.images(some).double(), size=(16, 16), mode="bilinear", antialias=True
+    )
+    assert (images[:, :1] - halves).abs().max() <= 1
+    with pytest.raises(ArtifactError, match="1 or 3 channels"):
+        load("digits", "test", image_shape=(2, 32, 32))
+
+
+def corrupt(root: Path) -> None:
+    path = root / "train" / "dog" / "1.png"
+    path.write_bytes(path.read_bytes()[:50])
+
+
+def drop_test(root: Path) -> None:
+    (root / "test").rename(root / "validation")
+
+
+def empty_class(root: Path) -> None:
+    (root / "test" / "bird").mkdir()
+    write_image(root / "train" / "bird" / "0.png", np.zeros((6, 8)))
+
+
+def other_classes(root: Path) -> None:
+    (root / "test" / "dog").rename(root / "test" / "wolf")
+
+
+@pytest.mark.parametrize(
+    ("damage", "message"),
+    [(corrupt, "1.png"), (drop_test, "has no test/"), (empty_class, "bird"), (other_classes, "dog, wolf")],
+)
+def test_bad_directories(tmp_path, damage, message):
+    root = make_tree(tmp_path)
+    damage(root)
+    with pytest.raises(ArtifactError, match=message) as caught:
+        load(str(root), "train")
+    assert caught.value.exit_code == 3
+
+
+def test_unknown_name(tmp_path):
+    with pytest.raises(ConfigError) as caught:
+        load("cifar-10", "train")
+    assert caught.value.exit_code == 2 and "cifar10" in caught.value.hint
+    with pytest.raises(ConfigError):
+        load(str(tmp_path / "absent"), "train")
+
+
+# -- statistics and choices --------------------------------------------------------------------------------------------
+
+
+def test_mean_std(tmp_path, monkeypatch):
+    rgb = load(str(make_tree(tmp_path, (6, 8, 3))), "train")
+    pixels = everything(rgb).double().numpy() / 255
+    mean, std = rgb.mean_std()
+    np.testing.assert_allclose(mean, pixels.mean(axis=(0, 2, 3)), rtol=1e-12)
+    np.testing.assert_allclose(std, pixels.std(axis=(0, 2, 3)), rtol=1e-12)
+    monkeypatch.setattr(datasets, "_STATISTICS_IMAGES", 5)
+    np.testing.assert_allclose(rgb.mean_std()[0], pixels[::2].mean(axis=(0, 2, 3)), rtol=1e-12)
+
+
+def test_class_balanced():
+    labels = torch.tensor([0] * 50 + [1] * 3 + [2] * 20)
+    chosen = class_balanced(labels, 12, seed=0)
+    assert labels[chosen].bincount().tolist() in ([5, 3, 4], [4, 3, 5])
+    assert len(chosen.unique()) == 12
+    assert torch.equal(chosen, class_balanced(labels, 12, seed=0))
+    assert torch.equal(chosen[:6], class_balanced(labels, 6, seed=0))
+    assert not torch.equal(chosen, class_balanced(labels, 12, seed=1))
+    assert sorted(class_balanced(labels, 73, seed=0).tolist()) == list(range(73))
+    for count in (0, 74):
+        with pytest.raises(ConfigError):
+            class_balanced(labels, count, seed=0)
+
+
+# -- the seal ----------------------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("name", DATASETS)
+def test_sealed_names(name):
+    with sealed("zskd is data-free"), pytest.raises(DataSealed, match="zskd is data-free") as caught:
+        load(name, "test", download=False)
+    assert (caught.value.exit_code, caught.value.code) == (1, "data_sealed")
+
+
+def test_sealed_directory_and_its_files(tmp_path):
+    root = make_tree(tmp_path / "pets")
+    path = root / "train" / "cat" / "0.png"
+    (tmp_path / "link").symlink_to(root)
+    lazy = datasets.ImageFiles([str(path)], (1, 6, 8))
+    with sealed("it is data-free", roots=[root]):
+        for read in (
+            lambda: load(str(root), "train"),
+            lambda: path.read_bytes(),
+            lambda: os.open(os.fsencode(path), os.O_RDONLY),
+            lambda: Image.open(tmp_path / "link" / "train" / "cat" / "0.png"),
+            lambda: lazy[torch.tensor([0])],
+        ):
+            with pytest.raises(DataSealed):
+                read()
+        write_image(tmp_path / "pets-of-mine.png", np.zeros((2, 2)))  # a sibling is no part of it
+    assert len(load(str(root), "train")) == 10
+
+
+@needs_mnist
+def test_sealed_torchvision(monkeypatch):
+    monkeypatch.setenv("DFKD_DATA", str(REAL_DATA))
+    with sealed("it is data-free"), pytest.raises(DataSealed):
+        torchvision.datasets.MNIST(REAL_DATA, train=False)
+    assert len(torchvision.datasets.MNIST(REAL_DATA, train=False)) == 10_000
+
+
+def test_sealed_scikit_learn():
+    with sealed("it is data-free"), pytest.raises(DataSealed, match=r"digits\.csv\.gz"):
+        load_digits()
+    assert len(load_digits().target) == 1797
+
+
+def test_sealed_cache(tmp_path):
+    cached = dataset_roots()[-1] / "MNIST" / "file"
+    cached.parent.mkdir(parents=True)
+    cached.write_bytes(b"x")
+    with sealed("it is data-free"), pytest.raises(DataSealed):
+        cached.read_bytes()
+    assert cached.read_bytes() == b"x"
+
+
+def test_seals_nest_and_end_with_an_exception(tmp_path):
+    path = tmp_path / "data" / "file"
+    path.parent.mkdir()
+    path.write_bytes(b"x")
+    with pytest.raises(KeyError), sealed("outer", roots=[path.parent]):
+        with sealed("inner"):
+            pass
+        with pytest.raises(DataSealed, match="outer"):
+            path.read_bytes()
+        raise KeyError
+    assert path.read_bytes() == b"x"
+    assert len(load("digits", "test")) == 360
+
+
+def test_the_seal_holds_in_other_threads(tmp_path):
+    path = tmp_path / "data" / "file"
+    path.parent.mkdir()
+    path.write_bytes(b"x")
+    raised = []
+
+    def read() -> None:
+        try:
+            path.read_bytes()
+        except DataSealed as error:
+            raised.append(error)
+
+    with sealed("it is data-free", roots=[path.parent]):
+        thread = threading.Thread(target=read)
+        thread.start()
+        thread.join()
+    assert len(raised) == 1
+
+
+def test_the_seal_does_not_import_torch():
+    code = "import sys, dfkd_cli.data.seal; sys.exit('torch' in sys.modules)"
+    assert subprocess.run([sys.executable, "-c", code], check=False).returncode == 0
