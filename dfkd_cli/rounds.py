@@ -7,10 +7,13 @@ and the step, never saved: a run that was killed and continued is the run that w
 
 from __future__ import annotations
 
+import contextlib
 import csv
+import ctypes
 import io
 import logging
 import math
+import sys
 import time
 import warnings
 from abc import ABC, abstractmethod
@@ -30,7 +33,7 @@ from torch import Tensor
 from torch.utils.data import DataLoader
 
 from dfkd_cli.artifacts.files import write_atomic
-from dfkd_cli.artifacts.run import RunDirectory
+from dfkd_cli.artifacts.run import RunDirectory, first_process
 from dfkd_cli.errors import ArtifactError, ConfigError, RunFailed
 from dfkd_cli.ui import Progress, Terminal
 
@@ -204,6 +207,7 @@ def trainer_for(run: RunDirectory, loggers: list[Logger], **more: Any) -> pl.Tra
         ConfigError: The device or precision is not to be had on this machine.
     """
     _hush()
+    _keep_freed_memory()
     settings = run.settings.run
     if settings.logger == "tensorboard":
         try:
@@ -255,6 +259,20 @@ def fit(learner: Learner, run: RunDirectory, terminal: Terminal) -> None:
                 f"{path}: not a readable checkpoint ({error})", "give --overwrite to start afresh"
             ) from None
         raise
+    if not first_process():
+        sys.exit()  # its share is done; the first process writes the result
+
+
+def _keep_freed_memory() -> None:
+    """Let glibc reuse large freed blocks instead of returning them to the system and faulting in new pages.
+
+    On CPUs that costs the activations of every step 10 to 40 per cent of the time. Elsewhere this does nothing.
+    """
+    mmap_threshold, trim_threshold = -3, -1  # from malloc.h
+    with contextlib.suppress(OSError, AttributeError):
+        libc = ctypes.CDLL("libc.so.6")
+        libc.mallopt(mmap_threshold, 1 << 30)
+        libc.mallopt(trim_threshold, (1 << 31) - 1)
 
 
 def _hush() -> None:

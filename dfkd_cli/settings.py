@@ -12,9 +12,9 @@ from dfkd_cli.config import option
 class Augmentation:
     """Random changes to training images, drawn anew for every image of every batch."""
 
-    rotate: float = option(0.0, "random rotation, +- degrees", low=0, high=180)
-    translate: float = option(0.0, "random shift, +- fraction of the side", low=0, high=1)
-    scale: float = option(0.0, "random zoom, +- fraction: 0.1 zooms by 0.9 to 1.1", low=0, high=0.9)
+    rotate: float = option(15.0, "random rotation, +- degrees", low=0, high=180)
+    translate: float = option(0.15, "random shift, +- fraction of the side", low=0, high=1)
+    scale: float = option(0.15, "random zoom, +- fraction: 0.1 zooms by 0.9 to 1.1", low=0, high=0.9)
     flip: bool = option(False, "mirror left-right with probability 1/2")
     crop: int = option(0, "random crop after padding by this many pixels on each side", low=0)
     noise: float = option(0.0, "Gaussian noise, standard deviation in pixel units", low=0)
@@ -25,7 +25,7 @@ class Augmentation:
 class Training(Augmentation):
     """How a network is trained: any teacher, any student."""
 
-    epochs: int = option(60, "passes over the images", low=1)
+    epochs: int = option(100, "passes over the images", low=1)
     steps: int | None = option(None, "optimiser steps, instead of --epochs", low=1)
     batch_size: int = option(128, "images per step", low=1)
     optimizer: Literal["adam", "adamw", "sgd"] = option("adam", "optimiser")
@@ -86,6 +86,10 @@ class Distill(Training, ForeignModel):
     teacher: str = option("teacher", "teacher: model directory or SPEC")
     transfer_set: tuple[str, ...] = option(("shards",), "shard directory, real, real:N, noise:N, folder of images")
     student: str = option("lenet5-half", "student model SPEC")
+    # Stronger than for real images: impressions are alike, and the teacher answers each changed one anew.
+    rotate: float = option(30.0, "random rotation, +- degrees", low=0, high=180)
+    translate: float = option(0.4, "random shift, +- fraction of the side", low=0, high=1)
+    scale: float = option(0.3, "random zoom, +- fraction: 0.1 zooms by 0.9 to 1.1", low=0, high=0.9)
     data_dir: str | None = option(None, "where the real images lie, for real and real:N", volatile=True)
     holdout: float = option(0.02, "share of the transfer set that only measures agreement", low=0, high=0.5)
 
@@ -94,20 +98,28 @@ class Distill(Training, ForeignModel):
 class Evaluate(ForeignModel):
     """Inputs of ``evaluate``."""
 
+    # Volatile: what decides the result is what the paths hold, by hash.
+    paths: tuple[str, ...] | None = option(None, "what to measure (default: teacher/ and student/)", volatile=True)
     teacher: str | None = option(None, "teacher to compare with (default: teacher/)")
     dataset: str | None = option(None, "dataset to test on (default: the teacher's)")
     data_dir: str | None = option(None, "where datasets lie", volatile=True)
-    batch_size: int = option(500, "images per forward pass", low=1)
-    min_top1: float | None = option(None, "gate: exit 5 when top-1 accuracy is below (0 to 1)", low=0, high=1)
+    batch_size: int = option(500, "images per forward pass", low=1, volatile=True)
+    min_top1: float | None = option(
+        None, "gate: exit 5 when top-1 accuracy is below (0 to 1)", low=0, high=1, volatile=True
+    )
 
 
 @dataclass(frozen=True, kw_only=True)
-class Compare:
+class Compare(ForeignModel):
     """Inputs of ``compare``."""
 
+    paths: tuple[str, ...] | None = option(None, "model or shard directories", volatile=True)
+    teacher: str | None = option(None, "teacher: model directory or SPEC (default: the one each student records)")
     dataset: str | None = option(None, "dataset to test on (default: the teacher's)")
     data_dir: str | None = option(None, "where datasets lie", volatile=True)
-    fail_below: float | None = option(None, "gate: exit 5 when any student's top-1 is below (0 to 1)", low=0, high=1)
+    fail_below: float | None = option(
+        None, "gate: exit 5 when any student's top-1 is below (0 to 1)", low=0, high=1, volatile=True
+    )
 
 
 @dataclass(frozen=True, kw_only=True)

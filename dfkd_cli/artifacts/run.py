@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import contextlib
+import os
 import shutil
 import sys
 import time
@@ -18,6 +19,11 @@ from dfkd_cli.resolve import Settings
 
 RUN = "run.json"
 LOCK = ".lock"
+
+
+def first_process() -> bool:
+    """Whether this is the process of a run that writes its records; launchers number the others."""
+    return not any(int(os.environ.get(name) or 0) for name in ("RANK", "LOCAL_RANK", "NODE_RANK", "SLURM_PROCID"))
 
 
 class RunDirectory:
@@ -65,6 +71,8 @@ class RunDirectory:
         Raises:
             ConfigError: It holds something else, another process works in it, or it cannot be written.
         """
+        if not first_process():
+            return False
         previous = self._previous()
         if previous is not None and not self.settings.run.overwrite:
             different = differences(previous.get("identity", {}), self.identity)
@@ -121,6 +129,8 @@ class RunDirectory:
 
     def save(self) -> None:
         """Write ``run.json``, with the time worked so far."""
+        if not first_process():
+            return
         now = time.monotonic()
         self.record["seconds"] = round(self.record["seconds"] + now - self._mark, 3)
         self._mark = now

@@ -22,6 +22,7 @@ from dfkd_cli.artifacts.files import digest, read_json, sha256_file, write_atomi
 from dfkd_cli.errors import ArtifactError
 
 MANIFEST = "manifest.json"
+METADATA = "dfkd"
 REMAKE = "run the synthesize command again: it remakes what is damaged"
 
 
@@ -59,10 +60,10 @@ class ShardWriter:
             return
         try:
             with safetensors.safe_open(path, framework="pt") as file:
-                facts = file.metadata() or {}
+                facts = json.loads((file.metadata() or {}).get(METADATA, "{}"))
             if facts.get("key") == self.key:
                 tensors = safetensors.torch.load_file(path)
-                self.rows[index] = row or self._row(index, tensors, json.loads(facts["terms"]), sha256_file(path))
+                self.rows[index] = row or self._row(index, tensors, facts["terms"], sha256_file(path))
         except SafetensorError:
             return
 
@@ -82,7 +83,9 @@ class ShardWriter:
             manifest: Whether this process keeps the manifest.
         """
         tensors = {name: tensor.detach().cpu().contiguous() for name, tensor in tensors.items()}
-        data = safetensors.torch.save(tensors, {"key": self.key, "terms": json.dumps(dict(terms))})
+        # One entry only: safetensors writes several in random order, and equal work must give equal bytes.
+        facts = json.dumps({"key": self.key, "terms": dict(terms)})
+        data = safetensors.torch.save(tensors, {METADATA: facts})
         self.rows[index] = self._row(index, tensors, terms, write_atomic(self.directory / shard_name(index), data))
         if manifest:
             self.write_manifest()

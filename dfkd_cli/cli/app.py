@@ -14,6 +14,7 @@ from typing import Annotated, Any
 import typer
 
 from dfkd_cli import catalog
+from dfkd_cli.artifacts.run import first_process
 from dfkd_cli.cli import arguments, listing
 from dfkd_cli.errors import ConfigError, DfkdError, Interrupted, did_you_mean
 from dfkd_cli.resolve import Layer, Settings, assignments, choose, recipe_layer, resolve
@@ -87,7 +88,7 @@ def main(argv: list[str] | None = None) -> int:
 
 def _terminal(argv: list[str]) -> Terminal:
     verbosity = QUIET if {"-q", "--quiet"} & set(argv) else VERBOSE if {"-v", "--verbose"} & set(argv) else NORMAL
-    return Terminal(verbosity, as_json="--json" in argv, silent=bool(int(os.environ.get("LOCAL_RANK", "0"))))
+    return Terminal(verbosity, as_json="--json" in argv, silent=not first_process())
 
 
 def _try(argv: list[str]) -> str:

@@ -38,6 +38,9 @@ class Images:
     pixels: Tensor
     labels: Tensor | None = None
 
+    def __getitem__(self, rows: slice | Tensor) -> Images:
+        return Images(self.pixels[rows], None if self.labels is None else self.labels[rows])
+
     def to(self, device: torch.device) -> Images:
         """The images on a device, as float32 in pixel space."""
         pixels = self.pixels.to(device, non_blocking=True)
@@ -149,22 +152,32 @@ class Concat(Source):
 
 
 class Subset(Source):
-    """Part of every chunk: the images at positions ``start`` to ``stop`` of it, as fractions of its size.
+    """Some images of a source.
 
-    Two subsets that meet at a fraction share no image, so one can train and the other measure.
+    Args:
+        source: All images.
+        chosen: (N,) which of them.
     """
 
-    def __init__(self, source: Source, start: float, stop: float) -> None:
+    def __init__(self, source: Source, chosen: np.ndarray) -> None:
         self.source = source
-        self.cuts = [(round(start * size), round(stop * size)) for size in source.sizes]
-        self.chunks = [i for i, (a, b) in enumerate(self.cuts) if b > a]
-        self.sizes = [self.cuts[i][1] - self.cuts[i][0] for i in self.chunks]
+        ends = np.cumsum(source.sizes)[:-1]
+        rows = [np.flatnonzero(part) for part in np.split(chosen, ends)]
+        self.rows = [(chunk, torch.from_numpy(part)) for chunk, part in enumerate(rows) if len(part)]
+        self.sizes = [len(part) for _, part in self.rows]
         self.shape, self.dtype = source.shape, source.dtype
         self.labelled, self.data_free = source.labelled, source.data_free
 
     def chunk(self, index: int) -> Images:
-        images, (a, b) = self.source.chunk(self.chunks[index]), self.cuts[self.chunks[index]]
-        return Images(images.pixels[a:b], None if images.labels is None else images.labels[a:b])
+        chunk, rows = self.rows[index]
+        return self.source.chunk(chunk)[rows]
+
+
+def split(source: Source, share: float, seed: int) -> tuple[Source, Source | None]:
+    """Two parts of a source that have no image in common; the second holds ``share`` of it, or is None."""
+    chosen = np.zeros(len(source), dtype=bool)
+    chosen[np.random.default_rng(seed).permutation(len(source))[: round(share * len(source))]] = True
+    return (Subset(source, ~chosen), Subset(source, chosen)) if chosen.any() else (source, None)
 
 
 class Batches:
@@ -220,7 +233,7 @@ class Batches:
             if start < len(order) and stop > 0:
                 images = self._window(window)
                 rows = torch.from_numpy(order[max(start, 0) : stop]).to(self.device)
-                parts.append(Images(images.pixels[rows], None if images.labels is None else images.labels[rows]))
+                parts.append(images[rows])
                 used.add(window)
             start, stop = start - len(order), stop - len(order)
         self._windows = {window: images for window, images in self._windows.items() if window in used}
