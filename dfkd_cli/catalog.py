@@ -100,12 +100,12 @@ def _config_class(tree: ast.Module, node: ast.ClassDef, path: Path) -> type:
     imports = [s for s in tree.body if isinstance(s, ast.ImportFrom) and s.module in _TORCH_FREE]
     imports.sort(key=lambda s: s.module != "__future__")
     namespace: dict[str, Any] = {"__name__": __name__}
-    exec(compile(ast.Module([*imports, node], []), str(path), "exec"), namespace)  # noqa: S102 -- our own file
+    exec(compile(ast.Module([*imports, node], []), str(path), "exec"), namespace)
     config = namespace["Config"]
     # Type hints are strings under `from __future__ import annotations`: resolve them while the namespace is at hand.
     for field in dataclasses.fields(config):
         if field.name in config.__dict__.get("__annotations__", {}):
-            config.__annotations__[field.name] = eval(config.__annotations__[field.name], namespace)  # noqa: S307
+            config.__annotations__[field.name] = eval(config.__annotations__[field.name], namespace)
     return config
 
 
@@ -119,8 +119,8 @@ def _literal(tree: ast.Module, name: str) -> Any:
 
 
 def _paper(doc: str) -> str:
-    found = re.search(r"(arXiv:[\w./]*\w|doi:[\w./()-]*\w)", doc)
-    return found.group(1) if found else ""
+    found = re.search(r"(arXiv|doi)[: ]\s*(\d[\w./()-]*\w)", doc)
+    return f"{found.group(1)}:{found.group(2)}" if found else ""
 
 
 def models() -> list[dict[str, Any]]:

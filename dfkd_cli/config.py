@@ -6,6 +6,7 @@ command line its flags (``bn_scale`` is ``--bn-scale``), recipes their keys, and
 
 from __future__ import annotations
 
+import contextlib
 import dataclasses
 import math
 import types
@@ -76,7 +77,7 @@ def convert(value: Any, annotation: Any, where: str) -> Any:
     origin, args = typing.get_origin(annotation), typing.get_args(annotation)
     if origin is tuple:
         if isinstance(value, str):
-            value = yaml.safe_load(value) if value.strip().startswith("[") else value.replace(",", " ").split()
+            value = _split(value, spaces=args[0] is not str, where=where)
         items = list(value) if isinstance(value, (list, tuple)) else [value]
         if args[-1] is not Ellipsis and len(items) != len(args):
             raise ConfigError(f"{where}: needs {len(args)} values, got {len(items)}")
@@ -86,9 +87,9 @@ def convert(value: Any, annotation: Any, where: str) -> Any:
     if origin is Literal:
         if value is False and "off" in args:  # YAML's idea of the bare word `off`
             value = "off"
-        if value not in args:
-            raise ConfigError(f"{where}: {value!r} is not a choice", did_you_mean(str(value), map(str, args)))
-        return value
+        if str(value) not in args:
+            raise ConfigError(f"{where}: {value!r} is not a choice", did_you_mean(str(value), args))
+        return str(value)
     if isinstance(value, (list, tuple, dict)):
         raise ConfigError(f"{where}: needs one {annotation.__name__}, got {value!r}")
     if annotation is bool:
@@ -106,32 +107,43 @@ def convert(value: Any, annotation: Any, where: str) -> Any:
             return words[str(value).lower()]
     elif annotation is str:
         return str(value)
-    elif annotation is float and not isinstance(value, bool):
-        try:
-            number = float(value)
-        except ValueError:
-            number = math.nan
-        if math.isfinite(number):
-            return number
-    elif annotation is int and not isinstance(value, bool):
-        try:
-            number = float(value)
-        except ValueError:
-            number = math.nan
-        if math.isfinite(number) and number == int(number):
+    elif not isinstance(value, bool):
+        number = _number(value)
+        if annotation is float and number is not None:
+            return float(number)
+        if annotation is int and number is not None and number == int(number):
             return int(number)
-    raise ConfigError(
-        f"{where}: {value!r} is not a {dict(int='whole number', float='number', bool='yes or no')[annotation.__name__]}"
-    )
+    kind = {"int": "whole number", "float": "number", "bool": "yes or no"}[annotation.__name__]
+    raise ConfigError(f"{where}: {value!r} is not a {kind}")
 
 
-def build(cls: type, values: Mapping[str, Any], where: str = "") -> Any:
+def _number(value: Any) -> int | float | None:
+    """A finite number, exact where it is whole, or None."""
+    for kind in (int, float):
+        with contextlib.suppress(ValueError, TypeError, OverflowError):
+            number = kind(str(value))
+            if math.isfinite(float(number)):
+                return number
+    return None
+
+
+def _split(text: str, *, spaces: bool, where: str) -> list[Any]:
+    """The items of ``[a, b]``, ``a,b`` or, unless they are words, ``a b``."""
+    if text.strip().startswith("["):
+        try:
+            return list(yaml.safe_load(text))
+        except (yaml.YAMLError, TypeError):
+            raise ConfigError(f"{where}: {text!r} is not a list") from None
+    return text.replace(",", " ").split() if spaces else [item.strip() for item in text.split(",")]
+
+
+def build(cls: type, values: Mapping[str, Any], labels: Mapping[str, str] = types.MappingProxyType({})) -> Any:
     """Make a checked configuration object from plain values.
 
     Args:
         cls: A configuration class.
         values: Plain values by field name; missing fields take their default.
-        where: Prefix for messages, e.g. the recipe's file name.
+        labels: What messages call a field, e.g. ``--num-images``; its name by default.
 
     Raises:
         ConfigError: An unknown key, a value of the wrong type or out of range, a required key without a value.
@@ -140,16 +152,16 @@ def build(cls: type, values: Mapping[str, Any], where: str = "") -> Any:
     made = {}
     for key, value in values.items():
         if key not in types_of:
-            raise ConfigError(f"{where}{key}: unknown key", did_you_mean(key, types_of))
-        made[key] = convert(value, types_of[key], where + key)
+            raise ConfigError(f"{key}: unknown key", did_you_mean(key, types_of))
+        made[key] = convert(value, types_of[key], labels.get(key, key))
     for field in dataclasses.fields(cls):
         if field.name not in made and field.default is dataclasses.MISSING:
-            raise ConfigError(f"{where}{field.name}: needs a value", f"give --{field.name.replace('_', '-')}")
-        _check_range(field, made.get(field.name, field.default), where)
+            raise ConfigError(f"{field.name}: needs a value", f"give --{field.name.replace('_', '-')}")
+        _check_range(field, made.get(field.name, field.default), labels.get(field.name, field.name))
     return cls(**made)
 
 
-def _check_range(field: dataclasses.Field, value: Any, where: str) -> None:
+def _check_range(field: dataclasses.Field, value: Any, label: str) -> None:
     low, above, high = (field.metadata.get(k) for k in ("low", "above", "high"))
     for number in value if isinstance(value, tuple) else (value,):
         if isinstance(number, bool) or not isinstance(number, (int, float)):
@@ -160,7 +172,7 @@ def _check_range(field: dataclasses.Field, value: Any, where: str) -> None:
             (high is not None and number > high, f"at most {high}"),
         ):
             if bad:
-                raise ConfigError(f"{where}{field.name}: {number} is out of range, it must be {wish}")
+                raise ConfigError(f"{label}: {number} is out of range, it must be {wish}")
 
 
 def plain(config: Any) -> dict[str, Any]:
@@ -175,7 +187,9 @@ class _UniqueKeys(yaml.SafeLoader):
 def _mapping(loader: _UniqueKeys, node: yaml.MappingNode) -> dict:
     seen = set()
     for key_node, _ in node.value:
-        key = loader.construct_object(key_node)
+        key = loader.construct_object(key_node, deep=True)
+        if not isinstance(key, str):
+            raise yaml.constructor.ConstructorError(None, None, f"key {key!r} is not a word", key_node.start_mark)
         if key in seen:
             raise yaml.constructor.ConstructorError(None, None, f"key {key!r} stands twice", key_node.start_mark)
         seen.add(key)
@@ -188,7 +202,7 @@ _UniqueKeys.add_constructor(yaml.resolver.BaseResolver.DEFAULT_MAPPING_TAG, _map
 def parse_yaml(text: str, where: str) -> dict[str, Any]:
     """Read a YAML mapping with plain values only."""
     try:
-        values = yaml.load(text, Loader=_UniqueKeys)  # noqa: S506 -- a SafeLoader
+        values = yaml.load(text, Loader=_UniqueKeys)
     except yaml.YAMLError as error:
         raise ConfigError(f"{where}: not readable as YAML: {' '.join(str(error).split())}") from None
     if not isinstance(values, dict):

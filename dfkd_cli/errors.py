@@ -3,7 +3,8 @@
 from __future__ import annotations
 
 import difflib
-from collections.abc import Iterable
+from collections.abc import Iterable, Mapping
+from typing import Any
 
 
 class DfkdError(Exception):
@@ -19,6 +20,7 @@ class DfkdError(Exception):
 
     def __init__(self, message: str, hint: str = "") -> None:
         super().__init__(message)
+        self.answer: dict[str, Any] = {}
         self.message = " ".join(str(message).split())
         self.hint = " ".join(hint.split())
 
@@ -48,10 +50,19 @@ class RunFailed(DfkdError):
 
 
 class GateNotMet(DfkdError):
-    """A quality gate (``--min-top1``, ``--fail-below``) was not met."""
+    """A quality gate (``--min-top1``, ``--fail-below``) was not met.
+
+    Args:
+        message, hint: As with every error.
+        answer: The results, which are as good as without the gate: they go into the JSON document.
+    """
 
     code = "gate"
     exit_code = 5
+
+    def __init__(self, message: str, hint: str = "", answer: Mapping[str, Any] | None = None) -> None:
+        super().__init__(message, hint)
+        self.answer = dict(answer or {})
 
 
 class Interrupted(BaseException):

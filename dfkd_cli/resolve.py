@@ -10,6 +10,7 @@ from dfkd_cli import catalog, config
 from dfkd_cli.errors import ConfigError, did_you_mean
 from dfkd_cli.settings import CHOICES, INPUTS, Run
 
+TYPED = "--"  # where typed flags come from
 Layer = tuple[str, Mapping[str, Any]]  # where the values come from (a prefix for messages), and the values
 
 
@@ -74,7 +75,7 @@ def resolve(command: str, layers: list[Layer]) -> Settings:
     types: dict[tuple[str, ...], type] = {("inputs",): INPUTS[command], ("run",): Run}
     types |= {(flag, entry.name): entry.config for flag, picked in chosen.items() for entry, _ in picked}
     values: dict[tuple[str, ...], dict[str, Any]] = {key: {} for key in types}
-    where: dict[tuple[tuple[str, ...], str], str] = {}
+    labels: dict[tuple[str, ...], dict[str, str]] = {key: {} for key in types}
     fields = {key: config.hints(cls) for key, cls in types.items()}
     grid = None
     for source, layer in layers:
@@ -91,13 +92,8 @@ def resolve(command: str, layers: list[Layer]) -> Settings:
                 raise ConfigError(f"{source}{'.'.join(path)}: unknown key", did_you_mean(path[-1], known))
             for key in targets:
                 values[key][path[-1]] = value
-                where[key, path[-1]] = source
-    built = {}
-    for key, cls in types.items():
-        converted = {}
-        for name, value in values[key].items():
-            converted[name] = config.convert(value, fields[key][name], where[key, name] + name)
-        built[key] = config.build(cls, converted)
+                labels[key][path[-1]] = source + (path[-1].replace("_", "-") if source == TYPED else path[-1])
+    built = {key: config.build(cls, values[key], labels[key]) for key, cls in types.items()}
     components = {
         flag: tuple(Component(entry, built[flag, entry.name], weight) for entry, weight in picked)
         for flag, picked in chosen.items()
@@ -113,7 +109,12 @@ def choose(command: str, layers: list[Layer]) -> dict[str, list[tuple[catalog.En
         if named is None:
             known = ", ".join(catalog.entries(package))
             raise ConfigError(f"{command} needs a --{flag}", f"choose from: {known}")
-        chosen[flag] = [(catalog.find(package, name, flag), weight) for name, weight in _weights(named, flag).items()]
+        weights = _weights(named, flag)
+        for source, layer in layers:  # `--set objective.NAME.weight=2`
+            for name in weights:
+                label = f"{flag}.{name}.weight"
+                weights[name] = config.convert(layer.get(label, weights[name]), float, source + label)
+        chosen[flag] = [(catalog.find(package, name, flag), weight) for name, weight in weights.items()]
     return chosen
 
 
@@ -122,8 +123,10 @@ def _weights(named: Any, flag: str) -> dict[str, float]:
     if isinstance(named, Mapping):
         pairs = [(n, v.get("weight", 1.0) if isinstance(v, Mapping) else v) for n, v in named.items()]
     else:
-        items = [named] if isinstance(named, str) else named
+        items = named if isinstance(named, (list, tuple)) else [named]
         pairs = [(n, w or "1") for n, _, w in (str(item).partition("=") for item in items)]
+    if flag == "method" and len(pairs) != 1:
+        raise ConfigError(f"{flag}: needs one name, got {named!r}")
     return {str(name): config.convert(weight, float, f"{flag} {name}") for name, weight in pairs}
 
 
@@ -139,7 +142,9 @@ def _flatten(layer: Mapping[str, Any], chosen: Mapping[str, Any]) -> dict[tuple[
                     if isinstance(inner, Mapping):
                         flat |= {(key, name, k): v for k, v in inner.items() if k != "weight"}
             continue
-        flat[tuple(key.split("."))] = value
+        path = tuple(key.split("."))
+        if path[0] not in chosen or path[-1] != "weight":
+            flat[path] = value
     return flat
 
 
@@ -163,5 +168,6 @@ def assignments(items: list[str]) -> dict[str, str]:
         key, equals, value = item.partition("=")
         if not equals or not key:
             raise ConfigError(f"--set {item}: must be KEY=VALUE")
-        pairs[key.replace("-", "_")] = value
+        path, dot, name = key.rpartition(".")
+        pairs[path + dot + name.replace("-", "_")] = value
     return pairs

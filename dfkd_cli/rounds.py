@@ -208,6 +208,7 @@ def trainer_for(run: RunDirectory, loggers: list[Logger], **more: Any) -> pl.Tra
     """
     _hush()
     _keep_freed_memory()
+    torch.backends.cudnn.allow_tf32 = False  # --precision says what arithmetic is meant
     settings = run.settings.run
     if settings.logger == "tensorboard":
         try:

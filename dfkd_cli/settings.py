@@ -7,14 +7,18 @@ from typing import Literal
 
 from dfkd_cli.config import option
 
+_ROTATE = "random rotation, +- degrees"
+_TRANSLATE = "random shift, +- fraction of the side"
+_SCALE = "random zoom, +- fraction: 0.1 zooms by 0.9 to 1.1"
+
 
 @dataclass(frozen=True, kw_only=True)
 class Augmentation:
     """Random changes to training images, drawn anew for every image of every batch."""
 
-    rotate: float = option(15.0, "random rotation, +- degrees", low=0, high=180)
-    translate: float = option(0.15, "random shift, +- fraction of the side", low=0, high=1)
-    scale: float = option(0.15, "random zoom, +- fraction: 0.1 zooms by 0.9 to 1.1", low=0, high=0.9)
+    rotate: float = option(0.0, _ROTATE, low=0, high=180)
+    translate: float = option(0.0, _TRANSLATE, low=0, high=1)
+    scale: float = option(0.0, _SCALE, low=0, high=0.9)
     flip: bool = option(False, "mirror left-right with probability 1/2")
     crop: int = option(0, "random crop after padding by this many pixels on each side", low=0)
     noise: float = option(0.0, "Gaussian noise, standard deviation in pixel units", low=0)
@@ -34,6 +38,7 @@ class Training(Augmentation):
     weight_decay: float = option(0.0, "weight decay", low=0)
     warmup: float = option(0.05, "share of the steps with rising learning rate", low=0, high=1)
     schedule: Literal["cosine", "constant"] = option("cosine", "learning rate after the warm-up")
+    holdout: float = option(0.0, "share of the images that only measures", low=0, high=0.5)
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -57,6 +62,9 @@ class TrainTeacher(Training):
     data_dir: str | None = option(None, "where datasets lie", volatile=True)
     model: str = option("lenet5", "model SPEC: dfkd ls models, torchvision:NAME, timm:NAME, FILE.py:factory")
     input_size: tuple[int, int, int] | None = option(None, "channels, height and width of the images", low=1)
+    rotate: float = option(10.0, _ROTATE, low=0, high=180)
+    translate: float = option(0.1, _TRANSLATE, low=0, high=1)
+    scale: float = option(0.1, _SCALE, low=0, high=0.9)
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -87,11 +95,11 @@ class Distill(Training, ForeignModel):
     transfer_set: tuple[str, ...] = option(("shards",), "shard directory, real, real:N, noise:N, folder of images")
     student: str = option("lenet5-half", "student model SPEC")
     # Stronger than for real images: impressions are alike, and the teacher answers each changed one anew.
-    rotate: float = option(30.0, "random rotation, +- degrees", low=0, high=180)
-    translate: float = option(0.4, "random shift, +- fraction of the side", low=0, high=1)
-    scale: float = option(0.3, "random zoom, +- fraction: 0.1 zooms by 0.9 to 1.1", low=0, high=0.9)
+    rotate: float = option(30.0, _ROTATE, low=0, high=180)
+    translate: float = option(0.4, _TRANSLATE, low=0, high=1)
+    scale: float = option(0.3, _SCALE, low=0, high=0.9)
     data_dir: str | None = option(None, "where the real images lie, for real and real:N", volatile=True)
-    holdout: float = option(0.02, "share of the transfer set that only measures agreement", low=0, high=0.5)
+    holdout: float = option(0.02, "share of the images that only measures agreement", low=0, high=0.5)
 
 
 @dataclass(frozen=True, kw_only=True)

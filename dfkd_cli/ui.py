@@ -5,13 +5,28 @@ from __future__ import annotations
 import json
 import sys
 import time
-from typing import Any
+from collections.abc import Mapping
+from types import MappingProxyType
+from typing import Any, TextIO
 
 from rich.console import Console
 from rich.progress import BarColumn, MofNCompleteColumn, TimeRemainingColumn
 from rich.progress import Progress as RichProgress
 
 QUIET, NORMAL, VERBOSE = -1, 0, 1
+
+
+class _Console(Console):
+    def on_broken_pipe(self) -> None:
+        """The reader has gone: say so to the caller; Rich itself would exit with 1, which means a bug here."""
+        raise BrokenPipeError
+
+
+def _console(stream: TextIO) -> Console:
+    """A console that never puts escapes into a file or a pipe, however hard the environment asks for colour."""
+    terminal = stream.isatty()
+    width = None if terminal else 200  # tables in a pipe are for grep and for files
+    return _Console(file=stream, force_terminal=terminal, width=width, soft_wrap=True, highlight=False)
 
 
 class Terminal:
@@ -25,9 +40,8 @@ class Terminal:
 
     def __init__(self, verbosity: int = NORMAL, as_json: bool = False, silent: bool = False) -> None:
         self.verbosity, self.as_json, self.silent = verbosity, as_json, silent
-        # An environment that forces colour (many CI systems do) must not put escapes into a file or a pipe.
-        self.out = Console(file=sys.stdout, force_terminal=sys.stdout.isatty(), soft_wrap=True, highlight=False)
-        self.err = Console(file=sys.stderr, force_terminal=sys.stderr.isatty(), soft_wrap=True, highlight=False)
+        self.out = _console(sys.stdout)
+        self.err = _console(sys.stderr)
         self.live = sys.stderr.isatty() and verbosity >= NORMAL and not silent
 
     def say(self, text: str, level: int = NORMAL) -> None:
@@ -46,9 +60,9 @@ class Terminal:
             sys.stdout.write(json.dumps({"schema": 1, **value}, ensure_ascii=False, allow_nan=False) + "\n")
             sys.stdout.flush()
 
-    def error(self, code: str, message: str, hint: str) -> None:
-        """One line on stderr, and the JSON document when asked for."""
-        self.document({"ok": False, "error": {"code": code, "message": message, "hint": hint}})
+    def error(self, code: str, message: str, hint: str, answer: Mapping[str, Any] = MappingProxyType({})) -> None:
+        """One line on stderr, and the JSON document when asked for, with the results that there are all the same."""
+        self.document({"ok": False, "error": {"code": code, "message": message, "hint": hint}, **answer})
         if not self.silent:
             self.err.print(f"error: {message}" + (f" -- {hint}" if hint else ""), markup=False)
 

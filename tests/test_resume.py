@@ -18,7 +18,20 @@ KILLS = int(os.environ.get("DFKD_KILLS", "4"))  # `make kill-test` asks for more
 # Small enough for a test, long enough for a kill to hit every phase: start, rounds, checkpoints, the final writes.
 PIPELINE = [
     ["train-teacher", "--steps", "1000", "--batch-size", "16"],
-    ["synthesize", "--method", "zskd", "--beta", "1.0", "0.1", "--num-images", "160", "--batch-size", "8", "--iterations", "40"],
+    [
+        "synthesize",
+        "--method",
+        "zskd",
+        "--beta",
+        "1.0",
+        "0.1",
+        "--num-images",
+        "160",
+        "--batch-size",
+        "8",
+        "--iterations",
+        "40",
+    ],
     ["distill", "--transfer-set", "shards/", "--steps", "1000", "--batch-size", "16"],
 ]
 RESULTS = ["teacher/model.safetensors", "teacher/model.json", "teacher/metrics.csv", "shards/manifest.json",
@@ -127,7 +140,9 @@ def test_signals_end_the_run_and_keep_the_state(reference: tuple, tmp_path: Path
     assert "Traceback" not in err
     assert json.loads((tmp_path / "shards" / "run.json").read_text())["status"] == "interrupted"
     finish(PIPELINE[1], tmp_path)
-    assert hashlib.sha256((tmp_path / "shards/manifest.json").read_bytes()).hexdigest() == expected["shards/manifest.json"]
+    assert (
+        hashlib.sha256((tmp_path / "shards/manifest.json").read_bytes()).hexdigest() == expected["shards/manifest.json"]
+    )
 
 
 def test_the_same_command_again_changes_nothing(reference: tuple) -> None:
@@ -163,7 +178,9 @@ def test_a_damaged_shard_is_remade(reference: tuple, tmp_path: Path) -> None:
     data[-9] ^= 1
     shard.write_bytes(data)
     finish(PIPELINE[1], tmp_path)
-    assert hashlib.sha256((tmp_path / "shards/manifest.json").read_bytes()).hexdigest() == expected["shards/manifest.json"]
+    assert (
+        hashlib.sha256((tmp_path / "shards/manifest.json").read_bytes()).hexdigest() == expected["shards/manifest.json"]
+    )
 
 
 def test_two_processes_make_the_shards_of_one(reference: tuple, tmp_path: Path) -> None:
@@ -171,4 +188,6 @@ def test_two_processes_make_the_shards_of_one(reference: tuple, tmp_path: Path) 
     expected, _, source = reference
     (tmp_path / "teacher").symlink_to(source / "teacher")
     finish([*PIPELINE[1], "--device", "cpu", "--devices", "2"], tmp_path)
-    assert hashlib.sha256((tmp_path / "shards/manifest.json").read_bytes()).hexdigest() == expected["shards/manifest.json"]
+    assert (
+        hashlib.sha256((tmp_path / "shards/manifest.json").read_bytes()).hexdigest() == expected["shards/manifest.json"]
+    )

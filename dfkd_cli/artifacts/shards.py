@@ -44,28 +44,26 @@ class ShardWriter:
         self.directory, self.head, self.count = directory, dict(head), count
         self.key = digest(self.head)  # written into each shard: a file from another run is never taken for ours
         self.rows: dict[int, dict[str, Any]] = {}
-        recorded = {}
-        if (directory / MANIFEST).exists():
-            try:
-                recorded = {row["file"]: row for row in read_json(directory / MANIFEST).get("shards", [])}
-            except ArtifactError:
-                recorded = {}  # a damaged manifest is made anew from the shards
+        try:
+            recorded = {row["file"]: row["sha256"] for row in read_json(directory / MANIFEST)["shards"]}
+        except (ArtifactError, KeyError, TypeError):
+            recorded = {}  # no manifest, or a damaged one: it is made anew from the shards
         for index in range(count):
             self._recover(index, recorded.get(shard_name(index)))
 
-    def _recover(self, index: int, row: dict[str, Any] | None) -> None:
-        """Take over a shard that an earlier process finished, if it is whole and ours."""
+    def _recover(self, index: int, recorded: str | None) -> None:
+        """Take over a shard that an earlier process finished, if it is whole, ours, and has the recorded hash."""
         path = self.directory / shard_name(index)
-        if not path.exists() or (row is not None and sha256_file(path) != row["sha256"]):
+        if not path.is_file():
             return
+        sha256 = sha256_file(path)
         try:
             with safetensors.safe_open(path, framework="pt") as file:
-                facts = json.loads((file.metadata() or {}).get(METADATA, "{}"))
-            if facts.get("key") == self.key:
-                tensors = safetensors.torch.load_file(path)
-                self.rows[index] = row or self._row(index, tensors, facts["terms"], sha256_file(path))
-        except SafetensorError:
-            return
+                facts = json.loads((file.metadata() or {})[METADATA])
+            if (facts["key"], facts["index"]) == (self.key, index) and recorded in (None, sha256):
+                self.rows[index] = self._row(index, safetensors.torch.load_file(path), facts["terms"], sha256)
+        except (SafetensorError, KeyError, TypeError, ValueError):
+            return  # damaged, or not one of ours: it is remade
 
     def missing(self) -> list[int]:
         """The shards still to be made."""
@@ -84,7 +82,7 @@ class ShardWriter:
         """
         tensors = {name: tensor.detach().cpu().contiguous() for name, tensor in tensors.items()}
         # One entry only: safetensors writes several in random order, and equal work must give equal bytes.
-        facts = json.dumps({"key": self.key, "terms": dict(terms)})
+        facts = json.dumps({"key": self.key, "index": index, "terms": dict(terms)})
         data = safetensors.torch.save(tensors, {METADATA: facts})
         self.rows[index] = self._row(index, tensors, terms, write_atomic(self.directory / shard_name(index), data))
         if manifest:
@@ -149,7 +147,8 @@ class ShardReader:
             self.dtype: torch.dtype = getattr(torch, manifest["dtype"])
             self.num_classes: int = manifest["num_classes"]
             self.teacher: str = manifest["teacher"]["sha256"]
-            files = [row["file"] for row in manifest["shards"]]
+            files = [str(Path(row["file"])) for row in manifest["shards"]]
+            _ = [str.lower(row["sha256"]) for row in manifest["shards"]]
         except (KeyError, TypeError, AttributeError):
             raise ArtifactError(f"{directory}: {MANIFEST} is damaged", REMAKE) from None
         if not manifest.get("complete"):
@@ -176,8 +175,9 @@ class ShardReader:
             tensors = safetensors.torch.load_file(path)
         except (SafetensorError, OSError):
             raise ArtifactError(f"{path}: the shard is damaged", REMAKE) from None
-        images = tensors.get("images")
-        if images is None or tuple(images.shape) != (row["count"], *self.shape) or images.dtype != self.dtype:
+        shapes = {name: tuple(tensor.shape) for name, tensor in tensors.items()}
+        expected = {"images": (row["count"], *self.shape), "logits": (row["count"], self.num_classes)}
+        if any(shapes.get(name) != shape for name, shape in expected.items()) or tensors["images"].dtype != self.dtype:
             raise ArtifactError(f"{path}: the shard does not hold what the manifest says", REMAKE)
         return tensors
 

@@ -16,8 +16,8 @@ import typer
 from dfkd_cli import catalog
 from dfkd_cli.artifacts.run import first_process
 from dfkd_cli.cli import arguments, listing
-from dfkd_cli.errors import ConfigError, DfkdError, Interrupted, did_you_mean
-from dfkd_cli.resolve import Layer, Settings, assignments, choose, recipe_layer, resolve
+from dfkd_cli.errors import DfkdError, Interrupted
+from dfkd_cli.resolve import TYPED, Layer, Settings, assignments, choose, recipe_layer, resolve
 from dfkd_cli.settings import CHOICES, INPUTS, Run
 from dfkd_cli.ui import NORMAL, QUIET, VERBOSE, Terminal
 
@@ -46,7 +46,7 @@ NEXT = {
     "evaluate": "dfkd compare student/",
     "compare": "open comparison/report.html",
 }
-CONTEXT = {"help_option_names": ["-h", "--help"]}
+CONTEXT = {"help_option_names": ["-h", "--help"], "max_content_width": 200}
 
 
 def main(argv: list[str] | None = None) -> int:
@@ -68,22 +68,30 @@ def main(argv: list[str] | None = None) -> int:
     except DfkdError as error:
         if debug:
             traceback.print_exc()
-        terminal.error(error.code, error.message, error.hint)
+        terminal.error(error.code, error.message, error.hint, error.answer)
         return error.exit_code
     except (Interrupted, KeyboardInterrupt) as stop:
         code = getattr(stop, "exit_code", 128 + signal.SIGINT)
         terminal.error("interrupted", "stopped; what was finished is kept", "the same command continues")
         return code
     except BrokenPipeError:
-        # The reader has gone; a second failure while the interpreter flushes would hide that.
-        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
-        return 141
-    except Exception as error:  # noqa: BLE001 -- a bug: say so, with all there is to know
+        return _reader_gone()
+    except SystemExit as leave:
+        if isinstance(leave.__context__, BrokenPipeError):  # what Typer makes of it
+            return _reader_gone()
+        raise
+    except Exception as error:
         traceback.print_exc()
         terminal.error(
             "bug", f"{type(error).__name__}: {error}", "this is a bug in dfkd; please report it with `dfkd info`"
         )
         return 1
+
+
+def _reader_gone() -> int:
+    """The exit code when nobody reads stdout any more; a failing last flush must not hide it."""
+    os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+    return 128 + signal.SIGPIPE
 
 
 def _terminal(argv: list[str]) -> Terminal:
@@ -93,11 +101,12 @@ def _terminal(argv: list[str]) -> Terminal:
 
 def _try(argv: list[str]) -> str:
     command = next((token for token in argv if not token.startswith("-")), "")
-    return f"try: dfkd {command + ' ' if command in INPUTS else ''}--help"
+    return f"try: dfkd {command + ' ' if command in (*INPUTS, 'ls', 'cp', 'info') else ''}--help"
 
 
 def _command_of(argv: list[str]) -> str | None:
-    return next((token for token in argv if token in INPUTS), None)
+    first = next((token for token in argv if not token.startswith("-")), None)
+    return first if first in INPUTS else None
 
 
 def _classes(command: str, layers: list[Layer]) -> list[tuple[str, type]]:
@@ -150,7 +159,8 @@ def build(argv: list[str], terminal: Terminal) -> typer.Typer:
         add_completion=True,
         no_args_is_help=False,
         pretty_exceptions_enable=False,
-        rich_markup_mode=None if os.environ.get("NO_COLOR") and not sys.stdout.isatty() else "rich",
+        # Some environments force colour, even into a pipe: there, help is plain.
+        rich_markup_mode="rich" if sys.stdout.isatty() else None,
     )
 
     @app.callback(invoke_without_command=True)
@@ -172,7 +182,12 @@ def build(argv: list[str], terminal: Terminal) -> typer.Typer:
         function: Any = _named
         if command == active:  # the flags of the others would be read and thrown away
             function = _stage(command, _with_placeholder(command, _named_layers(argv, command), argv), terminal)
-        app.command(command, help=HELP[command], epilog=_epilog(command) if command == active else None)(function)
+        app.command(
+            command,
+            help=HELP[command],
+            epilog=_epilog(command) if command == active else None,
+            context_settings=CONTEXT,
+        )(function)
     listing.register(app, terminal)
     return app
 
@@ -229,7 +244,7 @@ def _stage(command: str, layers: list[Layer], terminal: Terminal) -> Any:
             values.pop(name)
         stack = [recipe_layer(recipe, command)] if recipe else []
         stack.append(("--set ", assignments(values.pop("set") or [])))
-        stack.append(("--", {name: value for name, value in values.items() if value not in (None, [])}))
+        stack.append((TYPED, {name: value for name, value in values.items() if value not in (None, [])}))
         run_stage(resolve(command, stack), terminal, paths=paths, dry_run=dry_run)
 
     stage.__name__ = command.replace("-", "_")

@@ -34,20 +34,20 @@ def expand(tokens: list[str], lists: set[str], pairs: set[str] = frozenset({"--s
         lists: Flags that take every following value up to the next flag.
         pairs: Flags that take every following ``KEY=VALUE``.
     """
-    expanded, current = [], None
+    expanded: list[str] = []
+    current, given = None, False  # the list flag being filled, and whether it has a value yet
     for position, token in enumerate(tokens):
         if token == "--":
             return expanded + tokens[position:]
-        name, equals, value = token.partition("=")
-        if token.startswith("-") and not _NUMBER.match(token):
-            current = name if name in lists or name in pairs else None
-            if current is None or equals:
+        name, equals, _ = token.partition("=")
+        if not _is_value(token):
+            current, given = name if name in lists or name in pairs else None, bool(equals)
+            followed = position + 1 < len(tokens) and _is_value(tokens[position + 1])
+            if current is None or equals or not followed:  # without any value the parser says so
                 expanded.append(token)
-            elif position + 1 == len(tokens) or not _is_value(tokens[position + 1]):
-                expanded.append(token)  # no value at all: the parser says so
-                current = None
-        elif current in lists or (current in pairs and equals):
+        elif current in lists or (current in pairs and (equals or not given)):
             expanded.append(f"{current}={token}")
+            given = True
         else:
             current = None
             expanded.append(token)

@@ -62,6 +62,9 @@ class ImageFiles:
     paths: list[str]
     shape: Shape  # of one image
 
+    def __len__(self) -> int:
+        return len(self.paths)
+
     def __getitem__(self, indices: Tensor) -> Tensor:
         """Decode the images at ``indices`` (n,) to uint8 (n, C, H, W)."""
         images = torch.empty(len(indices), *self.shape, dtype=torch.uint8)

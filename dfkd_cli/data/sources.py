@@ -228,15 +228,15 @@ class Batches:
         return [(window, generator.permutation(sum(sizes[c] for c in window))) for window in windows]
 
     def _take(self, plan: list[tuple[tuple[int, ...], np.ndarray]], start: int, stop: int) -> Images:
-        parts, used = [], set()
+        parts = []
         for window, order in plan:
             if start < len(order) and stop > 0:
+                # Rows are copies: a batch that spans windows needs the former no more when it loads the next.
+                self._windows = {key: images for key, images in self._windows.items() if key == window}
                 images = self._window(window)
                 rows = torch.from_numpy(order[max(start, 0) : stop]).to(self.device)
                 parts.append(images[rows])
-                used.add(window)
             start, stop = start - len(order), stop - len(order)
-        self._windows = {window: images for window, images in self._windows.items() if window in used}
         if len(parts) == 1:
             return parts[0]
         labels = torch.cat([p.labels for p in parts]) if self.source.labelled else None

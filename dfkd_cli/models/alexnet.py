@@ -1,5 +1,7 @@
-"""AlexNet for 32x32 images: ImageNet Classification with Deep Convolutional Neural Networks (Krizhevsky, Sutskever,
-Hinton; NeurIPS 2012), in the CIFAR-10 version of ZSKD (Nayak et al., ICML 2019, arXiv 1905.08114).
+"""AlexNet for 32x32 images, as ZSKD uses it.
+
+Krizhevsky, Sutskever, Hinton. ImageNet Classification with Deep Convolutional Neural Networks. NeurIPS 2012; in the
+CIFAR-10 version of Nayak et al., ICML 2019, arXiv:1905.08114.
 
 ``alexnet-half`` has half the filters and hidden units. Each stage normalises AFTER its activation and pooling, and the
 hidden layers after dropout. Ported from TensorFlow 1, whose conventions differ:

@@ -1,6 +1,7 @@
-"""VGG for small images: Very Deep Convolutional Networks for Large-Scale Image Recognition (Simonyan, Zisserman; ICLR
-2015; arXiv 1409.1556), with BatchNorm, global average pooling and one linear layer, as in RepDistiller (Tian et al.,
-ICLR 2020, arXiv 1910.10699) and CMI (Fang et al., IJCAI 2021, arXiv 2105.08584).
+"""VGG for small images, with BatchNorm, global average pooling and one linear layer.
+
+Simonyan, Zisserman. Very Deep Convolutional Networks for Large-Scale Image Recognition. ICLR 2015. arXiv:1409.1556.
+As in RepDistiller (Tian et al., ICLR 2020, arXiv:1910.10699) and CMI (Fang et al., IJCAI 2021, arXiv:2105.08584).
 
 ``vgg8`` is RepDistiller's: one convolution per stage. Each stage ends in a ReLU; the pooling between two stages stands
 at the start of the later one. 32x32 images are pooled three times before the last stage, those of 64 pixels and more a

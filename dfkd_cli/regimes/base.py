@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from abc import abstractmethod
-from collections.abc import Mapping, Sequence
+from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import Any, ClassVar
 
@@ -30,18 +30,16 @@ class Task:
         student: The network to train.
         teacher: The network to learn from, or None.
         source: The images.
-        objectives: Losses between the two, with their weights.
+        objectives: Losses between the two by name, with their weights.
         training: Optimiser, schedule, augmentation.
-        holdout: Share of the images that only measures.
         seed: The run's seed.
     """
 
     student: Classifier
     teacher: Classifier | None
     source: Source
-    objectives: Sequence[tuple[float, Objective]]
+    objectives: Mapping[str, tuple[float, Objective]]
     training: Training
-    holdout: float
     seed: int
 
 
@@ -63,9 +61,9 @@ class Regime(Learner):
         self.teacher = None
         if task.teacher is not None:
             self.teacher = task.teacher.freeze().to(memory_format=torch.channels_last)
-        self.weights = [weight for weight, _ in task.objectives]
-        self.objectives = nn.ModuleList(objective for _, objective in task.objectives)
-        self.train_source, self.held_out = split(task.source, task.holdout, task.seed)
+        self.weights = {name: weight for name, (weight, _) in task.objectives.items()}
+        self.objectives = nn.ModuleDict({name: objective for name, (_, objective) in task.objectives.items()})
+        self.train_source, self.held_out = split(task.source, task.training.holdout, task.seed)
         per_epoch = max(len(self.train_source) // task.training.batch_size, 1)
         self.steps = task.training.steps or task.training.epochs * per_epoch
         self.rounds = -(-self.steps // ROUND)

@@ -40,10 +40,11 @@ class Offline(Regime):
             teacher = Outputs(self.teacher(images.pixels).float())
         student = Outputs(self.student(images.pixels).float())
         loss, logged = torch.zeros((), device=self.device), {}
-        for weight, objective in zip(self.weights, self.objectives, strict=True):
+        for name, objective in self.objectives.items():
             terms = objective(student, teacher, images.labels)
-            loss = loss + weight * weighted_sum(terms, objective.config)
-            logged |= terms
+            loss = loss + self.weights[name] * weighted_sum(terms, objective.config)
+            prefix = f"{name}." if len(self.objectives) > 1 else ""
+            logged |= {prefix + term: value for term, value in terms.items()}
         return loss, logged
 
     def right(self, images: Images) -> Tensor:

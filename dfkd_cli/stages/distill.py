@@ -32,8 +32,9 @@ def run(settings: Settings, terminal: Terminal, dry_run: bool = False) -> dict[s
         facts = {"data_free": data_free, "num_images": len(source)}
         directory = RunDirectory(Path(settings.run.out or "student"), settings, parents, facts)
         student = fresh(dataclasses.replace(teacher.classifier.info, spec=inputs.student), settings.run.seed)
-        objectives = [(c.weight, c.entry.load()(c.config)) for c in settings.components["objective"]]
-        task = Task(student, teacher.classifier, source, objectives, inputs, inputs.holdout, settings.run.seed)
+        chosen = settings.components["objective"]
+        objectives = {c.entry.name: (c.weight, c.entry.load()(c.config)) for c in chosen}
+        task = Task(student, teacher.classifier, source, objectives, inputs, settings.run.seed)
 
         def score(model: Classifier) -> dict[str, float]:
             return {"agreement_on_transfer_set": agreement(model, teacher.classifier, source)}

@@ -55,6 +55,10 @@ def load_teacher(inputs: Any, allow_code: bool) -> LoadedModel:
         ConfigError: A foreign model whose input space is not known.
     """
     path = Path(inputs.teacher)
+    if path.is_dir() and inputs.weights is not None:
+        raise ConfigError(
+            f"{path} is a model directory and has weights", "give --weights with a SPEC, not with a directory"
+        )
     if path.is_dir() or (inputs.weights is None and (path.exists() or ":" not in inputs.teacher)):
         if path.is_file():
             raise ArtifactError(

@@ -6,8 +6,8 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from torchvision.utils import make_grid
 from torchvision.io import encode_png
+from torchvision.utils import make_grid
 
 from dfkd_cli import catalog
 from dfkd_cli.artifacts.files import write_atomic

@@ -26,7 +26,7 @@ def run(settings: Settings, terminal: Terminal, dry_run: bool = False) -> dict[s
     info = ModelInfo(inputs.model, len(dataset.classes), dataset.image_shape, mean, std, dataset.classes)
     directory = RunDirectory(Path(settings.run.out or "teacher"), settings, [], {"data_free": False})
     student = fresh(info, settings.run.seed)
-    task = Task(student, None, RealSource(dataset), [], inputs, holdout=0.0, seed=settings.run.seed)
+    task = Task(student, None, RealSource(dataset), {}, inputs, settings.run.seed)
 
     def score(model: Classifier) -> dict[str, float]:
         test = datasets.load(inputs.dataset, "test", data_dir=inputs.data_dir, image_shape=info.input_size)

@@ -14,7 +14,7 @@ from dfkd_cli.artifacts.run import RunDirectory
 from dfkd_cli.config import dump_yaml
 from dfkd_cli.errors import ConfigError
 from dfkd_cli.models.classifier import Classifier, ModelInfo
-from dfkd_cli.models.directory import load_model, save_model
+from dfkd_cli.models.directory import save_model
 from dfkd_cli.models.registry import build
 from dfkd_cli.regimes.base import Task
 from dfkd_cli.resolve import Settings
@@ -53,6 +53,8 @@ def train(
     regime = settings.method.entry
     if "labels" in regime.needs and not task.source.labelled:
         raise ConfigError(f"--method {regime.name} needs labels, which this transfer set has not", "use real or real:N")
+    if "teacher" in regime.needs and task.teacher is None:
+        raise ConfigError(f"--method {regime.name} needs a teacher", "use it with dfkd distill")
     if run.claim():
         terminal.say(f"{run.path} is already complete")
         metrics = run.record["metrics"]

@@ -11,6 +11,7 @@ import torch
 from torch import Tensor
 
 from dfkd_cli.artifacts.shards import ShardWriter
+from dfkd_cli.errors import RunFailed
 from dfkd_cli.models.classifier import Classifier
 from dfkd_cli.rounds import Learner, weighted_sum
 from dfkd_cli.seeds import derive
@@ -82,7 +83,10 @@ class Synthesizer(Learner):
     @torch.no_grad()
     def _store(self, shard: int, made: Impressions) -> None:
         stored = made.pixels.to(getattr(torch, self.config.dtype))
-        tensors = {"images": stored, "logits": self.teacher(stored.float()).float()}
+        if not stored.isfinite().all():
+            raise RunFailed(f"shard {shard}: pixels are not finite as {self.config.dtype}", "lower --lr")
+        with torch.autocast(self.device.type, enabled=False):  # whatever --precision is, answers are exact
+            tensors = {"images": stored, "logits": self.teacher(stored.float())}
         if made.targets is not None:
             tensors["targets"] = made.targets.float()
         terms = {name: float(value) for name, value in made.terms.items()}

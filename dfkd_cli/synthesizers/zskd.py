@@ -84,7 +84,7 @@ def class_similarity(weight: Tensor) -> Tensor:
     rows = F.normalize(weight, dim=1)
     cosine = rows @ rows.T
     low, high = cosine.amin(1, keepdim=True), cosine.amax(1, keepdim=True)
-    return (cosine - low) / (high - low)
+    return (cosine - low) / (high - low).clamp_min(1e-12)
 
 
 def dirichlet_targets(similarity: Tensor, beta: Tensor, epsilon: float = 1e-4) -> Tensor:
@@ -98,6 +98,9 @@ def dirichlet_targets(similarity: Tensor, beta: Tensor, epsilon: float = 1e-4) -
     Returns:
         (B, K) float32, rows sum to one.
     """
-    # float64: at concentrations near epsilon, float32 gamma draws underflow to zero in every class.
+    # A Dirichlet draw is normalised gamma draws. Near epsilon these underflow, all classes at once, so they are drawn
+    # as logarithms: if g ~ Gamma(a + 1) and u ~ Uniform(0, 1), then g u^(1/a) ~ Gamma(a) (Marsaglia and Tsang, 2000).
     concentration = (beta[:, None] * similarity + epsilon).double()
-    return torch.distributions.Dirichlet(concentration).sample().float()
+    gamma = torch.distributions.Gamma(concentration + 1, torch.ones_like(concentration)).sample()
+    log_uniform = (1 - torch.rand_like(concentration)).log()
+    return (gamma.log() + log_uniform / concentration).softmax(1).float()

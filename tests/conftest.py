@@ -1,0 +1,81 @@
+"""What several test files share: a tiny teacher on disk, and the command line as a process and as a call."""
+
+from __future__ import annotations
+
+import os
+import signal
+import subprocess
+import sys
+from collections.abc import Callable, Iterator, Mapping
+from pathlib import Path
+
+import pytest
+import torch
+
+from dfkd_cli.artifacts.files import sha256_file
+from dfkd_cli.cli.app import main
+from dfkd_cli.models.classifier import Classifier, ModelInfo
+from dfkd_cli.models.directory import save_model
+from dfkd_cli.models.registry import build
+
+torch.set_num_threads(1)  # the tensors of tests are too small to share
+
+
+@pytest.fixture(scope="session")
+def make_teacher(tmp_path_factory) -> Iterator[Callable[[str], Path]]:
+    """``make_teacher(spec)``: the directory of a random classifier of digits. Made once; no test may change it."""
+    made: dict[str, tuple[Path, dict[Path, str]]] = {}
+
+    def make(spec: str) -> Path:
+        if spec not in made:
+            path = tmp_path_factory.mktemp(spec) / "teacher"
+            info = ModelInfo(spec, 10, (1, 32, 32), (0.3,), (0.4,), tuple("0123456789"))
+            with torch.random.fork_rng():
+                torch.manual_seed(0)
+                classifier = Classifier(build(spec, info.num_classes, info.input_size), info).eval()
+            save_model(path, classifier, metrics={}, provenance={"dataset": "digits"})
+            made[spec] = path, {file: sha256_file(file) for file in path.iterdir()}
+        return made[spec][0]
+
+    yield make
+    for path, hashes in made.values():
+        assert {file: sha256_file(file) for file in path.iterdir()} == hashes, f"a test changed {path}"
+
+
+@pytest.fixture(scope="session")
+def teacher(make_teacher) -> Path:
+    """The model directory of a random LeNet-5."""
+    return make_teacher("lenet5")
+
+
+@pytest.fixture(scope="session")
+def dfkd() -> Callable[..., subprocess.CompletedProcess]:
+    """``dfkd(*args, cwd, env)``: the command line in a process of its own."""
+
+    def run(*args: str, cwd: Path, env: Mapping[str, str] | None = None) -> subprocess.CompletedProcess:
+        return subprocess.run(
+            [sys.executable, "-m", "dfkd_cli", *args],
+            cwd=cwd,
+            env={**os.environ, "OMP_NUM_THREADS": "1", **(env or {})},
+            capture_output=True,
+            text=True,
+            timeout=120,
+            check=False,
+        )
+
+    return run
+
+
+@pytest.fixture
+def cli(capsys) -> Iterator[Callable[..., tuple[int, str, str]]]:
+    """``cli(*args)``: the command line in this process, for what needs no isolation: exit code, stdout, stderr."""
+    handlers = {number: signal.getsignal(number) for number in (signal.SIGINT, signal.SIGTERM)}
+
+    def run(*args: str) -> tuple[int, str, str]:
+        capsys.readouterr()
+        code = main([str(arg) for arg in args])
+        return code, *capsys.readouterr()
+
+    yield run
+    for number, handler in handlers.items():
+        signal.signal(number, handler)

@@ -1,0 +1,306 @@
+"""Every row of the exit table: the code, one line on stderr that says what to do, nothing finished lost."""
+
+from __future__ import annotations
+
+import json
+import os
+import pickle
+import resource
+import shutil
+import signal
+import socket
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+import torch
+
+from dfkd_cli.data import datasets, seal
+
+SMALL = ["--num-images", "20", "--batch-size", "10", "--iterations", "1"]
+
+
+@pytest.fixture(scope="module")
+def finished(tmp_path_factory, make_teacher, dfkd) -> Path:
+    """A directory with teacher/ and shards/ made from it."""
+    directory = tmp_path_factory.mktemp("finished")
+    shutil.copytree(make_teacher("lenet5"), directory / "teacher")
+    done = dfkd("synthesize", "--method", "zskd", *SMALL, cwd=directory)
+    assert done.returncode == 0, done.stderr
+    return directory
+
+
+@pytest.fixture
+def here(finished: Path, tmp_path: Path, monkeypatch) -> Path:
+    """A copy of it, as the working directory."""
+    shutil.copytree(finished, tmp_path, dirs_exist_ok=True)
+    monkeypatch.chdir(tmp_path)
+    return tmp_path
+
+
+def one_line(result: tuple[int, str, str], code: int, *words: str) -> None:
+    """The exit code, empty stdout, and one line on stderr with these words."""
+    exit_code, out, err = result
+    assert exit_code == code, err
+    assert out == ""
+    assert len(err.strip().splitlines()) == 1, err
+    for word in words:
+        assert word in err
+
+
+@pytest.mark.parametrize(
+    ("arguments", "words"),
+    [
+        (["synthesise"], ["synthesize"]),
+        (["synthesize"], ["--method", "zskd"]),
+        (["synthesize", "--method", "zksd"], ["'zksd'", "'zskd'"]),
+        (["synthesize", "--method", "zskd", "--betta", "1"], ["--betta", "--beta"]),
+        (["synthesize", "--method", "zskd", "--beta", "much"], ["beta", "'much'", "number"]),
+        (["synthesize", "--method", "zskd", "--beta", "0"], ["beta", "above 0"]),
+        (["synthesize", "--method", "zskd", "--num-images", "1.5"], ["num-images", "1.5"]),
+        (["synthesize", "--method", "noise", "--beta", "1"], ["--beta"]),
+        (["synthesize", "--method", "zskd", "--set", "iteratons=3"], ["iteratons", "'iterations'"]),
+        (["synthesize", "--method", "zskd", "--set", "iterations"], ["KEY=VALUE"]),
+        (["synthesize", "--recipe", "zskd-digit"], ["'zskd-digits'"]),
+        (["synthesize", "--recipe", "nowhere.yaml"], ["nowhere.yaml"]),
+        (["distill", "--objective", "responce"], ["'response'"]),
+        (["distill", "--student", "lenet5-haf"], ["lenet5-half"]),
+        (["distill", "--transfer-set", "noise"], ["noise:1000"]),
+        (["distill", "--transfer-set", "noise:many"], ["many"]),
+        (["distill", "--method", "supervised"], ["labels", "real"]),
+        (["train-teacher", "--dataset", "mnits"], ["'mnist'"]),
+        (["train-teacher", "--model", "lenet"], ["lenet5"]),
+        (["train-teacher", "--device", "cuda", "--out", "x"], ["cuda"]),
+        (["synthesize", "--method", "zskd", *SMALL, "--temperature", "3"], ["temperature: 20.0 -> 3.0", "--overwrite"]),
+        (["synthesize", "--method", "zskd", "--out", "teacher/model.json"], ["--out"]),
+    ],
+)
+def test_usage_errors(here: Path, cli, arguments: list[str], words: list[str]) -> None:
+    if "cuda" in arguments and torch.cuda.is_available():
+        pytest.skip("this machine has the device")
+    one_line(cli(*arguments), 2, *words)
+
+
+def test_json_error_is_the_only_output(here: Path, cli) -> None:
+    code, out, _ = cli("synthesize", "--method", "zksd", "--json")
+    document = json.loads(out)
+    assert code == 2
+    assert document["ok"] is False
+    assert document["schema"] == 1
+    assert "zskd" in document["error"]["hint"]
+
+
+def test_missing_teacher(tmp_path: Path, monkeypatch, cli) -> None:
+    monkeypatch.chdir(tmp_path)
+    one_line(cli("synthesize", "--method", "zskd"), 3, "teacher", "dfkd train-teacher")
+
+
+def test_missing_transfer_set(here: Path, cli) -> None:
+    shutil.rmtree("shards")
+    one_line(cli("distill"), 3, "shards", "dfkd synthesize")
+
+
+def test_text_file_as_teacher(here: Path, cli) -> None:
+    Path("notes.txt").write_text("not a model")
+    one_line(cli("synthesize", "--method", "zskd", "--teacher", "notes.txt", "--out", "x"), 3, "notes.txt", "--weights")
+
+
+def foreign(weights: str) -> list[str]:
+    """A foreign LeNet-5 teacher."""
+    return ["synthesize", "--method", "zskd", *SMALL, "--teacher", "lenet5", "--weights", weights,
+            "--input-size", "1", "32", "32", "--num-classes", "10", "--out", "foreign"]  # fmt: skip
+
+
+def test_pickle_with_code_is_never_run(here: Path, cli) -> None:
+    class Evil:
+        def __reduce__(self):
+            return os.system, ("touch run-by-pickle",)
+
+    torch.save({"state_dict": Evil()}, "zip.pt")
+    Path("plain.pt").write_bytes(pickle.dumps(Evil()))
+    for name in ("zip.pt", "plain.pt"):
+        one_line(cli(*foreign(name)), 3, name)
+    assert not Path("run-by-pickle").exists()
+
+
+def test_foreign_teacher_from_a_wrapped_checkpoint(here: Path, cli) -> None:
+    import safetensors.torch
+
+    state = safetensors.torch.load_file("teacher/model.safetensors")
+    torch.save({"epoch": 3, "state_dict": {f"module.{k}": v for k, v in state.items()}}, "user.pt")
+    code, _, err = cli(*foreign("user.pt"))
+    assert code == 0, err
+    assert json.loads(Path("foreign/manifest.json").read_text())["count"] == 20
+
+
+def test_foreign_teacher_that_says_too_little(here: Path, cli) -> None:
+    torch.save({}, "user.pt")
+    one_line(
+        cli("synthesize", "--method", "zskd", "--teacher", "torchvision:resnet18", "--weights", "user.pt", "--out", "x"),
+        2, "--input-size", "--num-classes",
+    )  # fmt: skip
+
+
+def test_code_in_a_strangers_artifact_is_not_run(here: Path, cli) -> None:
+    Path("net.py").write_text("open('run-by-spec', 'w').close()\ndef build(): raise SystemExit\n")
+    record = json.loads(Path("teacher/model.json").read_text())
+    Path("teacher/model.json").write_text(json.dumps({**record, "spec": "./net.py:build"}))
+    one_line(cli("synthesize", "--method", "zskd", "--out", "x"), 3, "net.py", "--allow-code")
+    assert not Path("run-by-spec").exists()
+
+
+@pytest.mark.parametrize("damage", ["truncate", "flip", "remove", "text"])
+def test_damaged_shards(here: Path, cli, damage: str) -> None:
+    shard = Path("shards/shard-00001.safetensors")
+    data = bytearray(shard.read_bytes())
+    if damage == "remove":
+        shard.unlink()
+    else:
+        data[-5] ^= 1
+        shard.write_bytes({"truncate": bytes(data[:-100]), "flip": bytes(data), "text": b"hello"}[damage])
+    one_line(cli("distill", "--steps", "1"), 3, "shard-00001.safetensors", "synthesize")
+
+
+def test_damaged_teacher(here: Path, cli) -> None:
+    weights = Path("teacher/model.safetensors")
+    data = bytearray(weights.read_bytes())
+    data[len(data) // 2] ^= 1
+    weights.write_bytes(data)
+    one_line(cli("distill", "--steps", "1"), 3, "model.safetensors")
+
+
+def test_shards_of_another_teacher(here: Path, cli, dfkd) -> None:
+    assert dfkd("train-teacher", "--steps", "1", "--seed", "5", "--out", "other", cwd=here).returncode == 0
+    one_line(cli("distill", "--teacher", "other", "--steps", "1"), 3, "another teacher", "--teacher")
+
+
+def test_class_count_mismatch(here: Path, cli) -> None:
+    manifest = json.loads(Path("shards/manifest.json").read_text())
+    Path("shards/manifest.json").write_text(json.dumps({**manifest, "num_classes": 7}))
+    one_line(cli("distill", "--steps", "1"), 3, "7 classes", "10")
+
+
+def test_unfinished_shards(here: Path, cli) -> None:
+    manifest = json.loads(Path("shards/manifest.json").read_text())
+    Path("shards/manifest.json").write_text(json.dumps({**manifest, "complete": False}))
+    one_line(cli("distill", "--steps", "1"), 3, "not finished", "synthesize")
+
+
+def test_output_that_holds_something_else(here: Path, cli) -> None:
+    Path("mine").mkdir()
+    Path("mine/thesis.txt").write_text("years of work")
+    for more in ([], ["--overwrite"]):
+        one_line(cli("synthesize", "--method", "zskd", *SMALL, "--out", "mine", *more), 2, "not made by dfkd")
+    assert Path("mine/thesis.txt").read_text() == "years of work"
+
+
+def test_two_processes_one_output(here: Path, cli, dfkd) -> None:
+    slow = subprocess.Popen(
+        [sys.executable, "-m", "dfkd_cli", "synthesize", "--method", "zskd", "--iterations", "100000", "--out", "busy"],
+        stderr=subprocess.DEVNULL,
+    )
+    try:
+        while not Path("busy/run.json").exists():
+            assert slow.poll() is None
+        one_line(cli("synthesize", "--method", "zskd", "--iterations", "100000", "--out", "busy"), 2, "another process")
+    finally:
+        slow.kill()
+        slow.wait()
+
+
+@pytest.mark.skipif(os.name != "posix", reason="POSIX permissions")
+def test_read_only_output(here: Path, dfkd) -> None:
+    """A directory on a read-only place; root may write anywhere, so /proc stands for it."""
+    result = dfkd("synthesize", "--method", "zskd", *SMALL, "--out", "/proc/impressions", cwd=here)
+    one_line((result.returncode, result.stdout, result.stderr), 2, "/proc/impressions", "--out")
+
+
+def test_full_disk_keeps_what_is_finished(here: Path) -> None:
+    """A limit on file size fails the write as a full disk does; shards written before are kept and the run continues."""
+    command = [sys.executable, "-m", "dfkd_cli", "synthesize", "--method", "zskd", "--num-images", "20",
+               "--iterations", "1", "--out", "full"]  # fmt: skip
+
+    def limit() -> None:
+        signal.signal(signal.SIGXFSZ, signal.SIG_IGN)  # write() then fails with EFBIG
+        resource.setrlimit(resource.RLIMIT_FSIZE, (20_000, 20_000))
+
+    small, large = [*command, "--batch-size", "4"], [*command, "--batch-size", "20"]
+    result = subprocess.run(large, capture_output=True, text=True, preexec_fn=limit, check=False)
+    one_line((result.returncode, result.stdout, result.stderr), 4, "disk is full", "same command")
+    assert json.loads(Path("full/run.json").read_text())["status"] == "failed"
+    assert not list(Path("full").glob("*.tmp")) + list(Path("full").glob(".*.tmp"))
+    assert subprocess.run(large, check=False, capture_output=True).returncode == 0
+    assert subprocess.run([*small, "--out", "full4"], check=False, capture_output=True).returncode == 0
+
+
+def test_non_finite_loss(here: Path, cli) -> None:
+    one_line(cli("distill", "--lr", "1e30", "--steps", "50", "-q"), 4, "not finite", "--lr")
+    assert json.loads(Path("student/run.json").read_text())["status"] == "failed"
+
+
+def test_no_network(here: Path, dfkd) -> None:
+    """A dataset that is nowhere and cannot be downloaded; a proxy that refuses stands for a missing network."""
+    with socket.socket() as closed:
+        closed.bind(("127.0.0.1", 0))
+        proxy = f"http://127.0.0.1:{closed.getsockname()[1]}"
+        network = dict.fromkeys(("http_proxy", "https_proxy", "HTTP_PROXY", "HTTPS_PROXY"), proxy) | {
+            "no_proxy": ""
+        }
+        places = {"DFKD_DATA": str(here / "nothing"), "XDG_CACHE_HOME": str(here / "cache")}
+        result = dfkd("train-teacher", "--dataset", "cifar100", "--out", "x", cwd=here, env=network | places)
+    one_line((result.returncode, result.stdout, result.stderr), 3, "cifar100", "DFKD_DATA")
+
+
+def test_dry_run_writes_nothing_and_finds_errors(here: Path, cli) -> None:
+    before = sorted(here.rglob("*"))
+    code, out, err = cli("distill", "--transfer-set", "shards", "--dry-run")
+    assert code == 0, err
+    assert "temperature: 20.0" in out
+    assert sorted(here.rglob("*")) == before
+    one_line(cli("distill", "--teacher", "nowhere", "--dry-run"), 3, "nowhere")
+
+
+# -- the data-free promise --------------------------------------------------------------------------------------------
+
+
+def test_data_free_commands_cannot_open_a_dataset(here: Path, cli) -> None:
+    """A student whose factory opens the dataset, by our loader or around it, stops the run."""
+    for name, body in {
+        "ours": "from dfkd_cli.data.datasets import load; load('digits', 'train')",
+        "library": "from sklearn.datasets import load_digits; load_digits()",
+        "file": "open('private/train/0/a.png', 'rb')",
+    }.items():
+        Path("private/train/0").mkdir(parents=True, exist_ok=True)
+        Path("private/train/0/a.png").write_bytes(b"x")
+        Path(f"{name}.py").write_text(
+            f"import torch\ndef build(num_classes):\n    {body}\n"
+            "    return torch.nn.Sequential(torch.nn.Flatten(), torch.nn.Linear(1024, num_classes))\n"
+        )
+        os.environ["DFKD_DATA"] = str(here / "private")
+        try:
+            arguments = ["distill", "--student", f"./{name}.py:build", "--steps", "1", "--out", name]
+            code, _, err = cli(*arguments)
+            assert code != 0, name
+            assert "data-free" in err, name
+            # The same factory is welcome where real data is part of the command.
+            code, _, err = cli(*arguments, "--transfer-set", "real:20", "--out", f"{name}-real")
+            assert code == 0, err
+        finally:
+            del os.environ["DFKD_DATA"]
+
+
+def test_seal_is_on_while_synthesizing_and_off_afterwards(here: Path, cli, monkeypatch) -> None:
+    """The teacher's own code tries; afterwards the same process may open data again."""
+    Path("net.py").write_text(
+        "import torch\nfrom dfkd_cli.data.datasets import load\nclass Net(torch.nn.Sequential):\n"
+        "    def forward(self, x):\n        load('digits', 'test')\n        return super().forward(x)\n"
+        "def build(num_classes):\n    return Net(torch.nn.Flatten(), torch.nn.Linear(1024, num_classes))\n"
+    )
+    torch.save({"1.weight": torch.zeros(10, 1024), "1.bias": torch.zeros(10)}, "net.pt")
+    code, _, err = cli("synthesize", "--method", "noise", "--teacher", "./net.py:build", "--weights", "net.pt",
+                       "--input-size", "1", "32", "32", "--num-classes", "10", "--out", "x")  # fmt: skip
+    assert code != 0
+    assert "data-free" in err
+    seal.check("afterwards")
+    assert len(datasets.load("digits", "test")) == 360

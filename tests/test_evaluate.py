@@ -1,0 +1,542 @@
+"""`dfkd evaluate`: every measure against NumPy, and the command on directories that are made here."""
+
+from __future__ import annotations
+
+import itertools
+import json
+import shutil
+import time
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+from torch import nn
+
+from dfkd_cli.artifacts.shards import MANIFEST, ShardReader, ShardWriter
+from dfkd_cli.data import datasets
+from dfkd_cli.data.datasets import Dataset
+from dfkd_cli.data.sources import RealSource
+from dfkd_cli.models.classifier import Classifier, ModelInfo
+from dfkd_cli.models.directory import load_model, save_model
+from dfkd_cli.models.registry import build
+from dfkd_cli.stages import shard_measures
+from dfkd_cli.stages.measures import agreement, answers, cost, examine, finite, top1
+from dfkd_cli.stages.shard_measures import Moments, bn_distances, measure_shards
+
+CPU = torch.device("cpu")
+DIGITS = tuple("0123456789")
+
+
+def softmax(logits: np.ndarray) -> np.ndarray:
+    powers = np.exp(logits - logits.max(1, keepdims=True))
+    return powers / powers.sum(1, keepdims=True)
+
+
+# -- models ------------------------------------------------------------------------------------------------------------
+
+
+class Table(nn.Module):
+    """Answers image n, whose first pixel is n of 255, with row n of a table of logits."""
+
+    def __init__(self, logits: np.ndarray) -> None:
+        super().__init__()
+        self.logits = nn.Parameter(torch.from_numpy(logits).float())
+
+    def forward(self, images: torch.Tensor) -> torch.Tensor:
+        return self.logits[(images[:, 0, 0, 0] * 255).round().long()]
+
+
+def exam(logits: np.ndarray, labels: np.ndarray, chunk: int = 60) -> tuple[Classifier, RealSource, tuple[str, ...]]:
+    count, classes = logits.shape
+    pixels = torch.zeros(count, 1, 2, 2, dtype=torch.uint8)
+    pixels[:, 0, 0, 0] = torch.arange(count)
+    names = tuple(f"class {k}" for k in range(classes))
+    dataset = Dataset("made up", "test", names, (1, 2, 2), torch.from_numpy(labels), pixels)
+    model = Classifier(Table(logits), ModelInfo("table", classes, (1, 2, 2), (0.0,), (1.0,)))
+    return model, RealSource(dataset, chunk=chunk), names
+
+
+def ece(probabilities: np.ndarray, labels: np.ndarray, bins: int = 15) -> float:
+    confidence, right = probabilities.max(1), probabilities.argmax(1) == labels
+    index = np.minimum((confidence * bins).astype(int), bins - 1)
+    gaps = [abs(right[index == b].mean() - confidence[index == b].mean()) * (index == b).sum() for b in set(index)]
+    return sum(gaps) / len(labels)
+
+
+@pytest.mark.parametrize("classes", [3, 8])
+@pytest.mark.parametrize(
+    "scale",
+    [
+        pytest.param(3.0, id="usual"),
+        pytest.param(400.0, id="saturated: probabilities are exactly 0 and 1"),
+        pytest.param(0.0, id="logits that could be probabilities"),
+    ],
+)
+def test_accuracy_and_calibration(scale, classes):
+    rng = np.random.default_rng(classes)
+    logits = rng.normal(size=(201, classes)) * scale if scale else rng.random((201, classes))
+    logits = logits.astype(np.float32).astype(np.float64)
+    labels = np.where(rng.random(201) < 0.5, logits.argmax(1), rng.integers(0, classes, 201))
+    labels[labels == 1] = 0  # class 1 has no image
+    measures, given = examine(*exam(logits, labels), CPU, batch_size=7)
+
+    best = np.argsort(-logits, axis=1)[:, :5]
+    probabilities = softmax(logits)
+    log_probabilities = logits - logits.max(1, keepdims=True)
+    log_probabilities -= np.log(np.exp(log_probabilities).sum(1, keepdims=True))
+    per_class = measures.pop("per_class")
+    assert given.tolist() == logits.argmax(1).tolist()
+    assert measures == {
+        "top1": (logits.argmax(1) == labels).mean(),  # exactly
+        "top5": (best == labels[:, None]).any(1).mean(),
+        "nll": pytest.approx(-log_probabilities[np.arange(201), labels].mean(), rel=1e-6),
+        "ece": pytest.approx(ece(probabilities, labels), rel=1e-5),
+    }
+    assert list(per_class) == [f"class {k}" for k in range(classes)]
+    assert np.isnan(per_class.pop("class 1"))
+    assert per_class == {f"class {k}": (logits.argmax(1)[labels == k] == k).mean() for k in range(classes) if k != 1}
+
+
+def test_certainty_is_in_the_last_of_the_15_bins():
+    logits = np.repeat([[30.0, 0.0], [3.0, 0.0]], 10, axis=0)  # confidence 1 in float32, and 0.95
+    labels = np.repeat([1, 0], 10)  # wrong, and right: gaps of opposite sign that one bin cancels
+    measures, _ = examine(*exam(logits, labels), CPU)
+    assert measures["ece"] == pytest.approx((1 + softmax(logits)[-1, 0]) / 2 - 0.5, rel=1e-6)
+
+
+def test_a_share_is_exact_so_that_a_gate_at_it_is_met():
+    right = np.array([0] * 19 + [1])
+    model, source, names = exam(np.tile([[1.0, 0.0]], (20, 1)), right)
+    assert examine(model, source, names, CPU)[0]["top1"] == 0.95
+    assert top1(model, source) == 0.95  # float32 says 0.9499999881
+    other, *_ = exam(np.eye(2)[right], right)
+    assert agreement(model, other, source) == 0.95
+
+
+def test_answers_are_those_of_every_image_in_order():
+    logits = np.random.default_rng(0).normal(size=(50, 4)).astype(np.float32)
+    model, source, _ = exam(logits, np.zeros(50, dtype=np.int64), chunk=20)
+    np.testing.assert_array_equal(answers(model.train(), source, batch_size=7), logits)
+    assert not model.training
+
+
+def test_a_broken_model_has_no_likelihood_and_no_calibration():
+    logits = np.random.default_rng(0).normal(size=(30, 4))
+    logits[3] = np.nan
+    measures = finite(examine(*exam(logits, np.zeros(30, dtype=np.int64)), CPU)[0])
+    assert measures["nll"] is None
+    assert measures["ece"] is None
+    json.dumps(measures, allow_nan=False)
+
+
+def test_finite_keeps_what_json_has():
+    value = {"a": [1.5, float("nan"), {"b": float("-inf")}], "c": None, "d": "nan", "e": 3, "f": True}
+    assert finite(value) == {"a": [1.5, None, {"b": None}], "c": None, "d": "nan", "e": 3, "f": True}
+
+
+class Slow(nn.Module):
+    """A network of known cost: 1x6x6 to 2x4x4 by 3x3 filters, then to 3 classes, in 5 ms or more."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.conv, self.linear = nn.Conv2d(1, 2, 3), nn.Linear(32, 3)
+        self.threads: list[int] = []
+
+    def forward(self, images: torch.Tensor) -> torch.Tensor:
+        time.sleep(0.005)
+        self.threads.append(torch.get_num_threads())
+        assert len(images) == 1
+        return self.linear(self.conv(images).flatten(1))
+
+
+def test_cost():
+    net, before = Slow(), torch.get_num_threads()
+    torch.set_num_threads(2)
+    try:
+        costs = cost(Classifier(net, ModelInfo("slow", 3, (1, 6, 6), (0.1,), (0.5,))), CPU)
+        assert torch.get_num_threads() == 2
+    finally:
+        torch.set_num_threads(before)
+    latency = costs.pop("latency_ms")
+    assert costs == {"parameters": 2 * 9 + 2 + 32 * 3 + 3, "macs": 2 * 4 * 4 * 9 + 32 * 3}
+    assert 5 <= latency < 50
+    assert net.threads[-1] == 1
+
+
+# -- impressions -------------------------------------------------------------------------------------------------------
+
+
+def tiny_teacher() -> Classifier:
+    """A classifier of 2x6x6 images in 4 classes with two BatchNorm layers, its statistics as if trained."""
+    with torch.random.fork_rng():
+        torch.manual_seed(0)
+        head = nn.Linear(3 * 4 * 4, 4)
+        net = nn.Sequential(nn.Conv2d(2, 3, 3), nn.BatchNorm2d(3), nn.ReLU(), nn.BatchNorm2d(3), nn.Flatten(), head)
+        for layer in (net[1], net[3]):
+            layer.running_mean.normal_()
+            layer.running_var.uniform_(0.5, 2)
+        head.weight.data *= 8
+    return Classifier(net, ModelInfo("tiny", 4, (2, 6, 6), (0.2, 0.3), (0.5, 0.4))).eval()
+
+
+def write_shards(
+    path: Path, teacher: Classifier, sha256: str, *, targets: bool = True, shift: float = 0.0, sizes=(5, 5, 3)
+) -> dict[str, np.ndarray]:
+    """Write random impressions, and return all that is in them in float64. ``shift`` falsifies the stored logits."""
+    generator, info = torch.Generator().manual_seed(1), teacher.info
+    head = {
+        "method": "zskd",
+        "config": {"temperature": 3.0},
+        "shape": list(info.input_size),
+        "dtype": "float16",
+        "num_classes": info.num_classes,
+        "teacher": {"sha256": sha256, "spec": info.spec},
+    }
+    writer, written = ShardWriter(path, head, len(sizes)), []
+    for index, size in enumerate(sizes):
+        images = (torch.randn(size, *info.input_size, generator=generator) * 2).half()
+        with torch.no_grad():
+            shard = {"images": images, "logits": teacher.eval()(images.float()) + shift}
+        if targets:
+            shard["targets"] = torch.rand(size, info.num_classes, generator=generator).pow(4).softmax(1)
+            shard["targets"][0] = torch.eye(info.num_classes)[0]  # zeros have no logarithm
+        writer.write(index, shard, {})
+        written.append(shard)
+    return {name: np.concatenate([shard[name].double().numpy() for shard in written]) for name in written[0]}
+
+
+def spread(images: np.ndarray) -> float:
+    pairs = itertools.combinations(images, 2)
+    return float(np.mean([np.sqrt(((a - b) ** 2).mean()) for a, b in pairs]))
+
+
+def distance(layer: nn.BatchNorm2d, seen: np.ndarray) -> float:
+    mean, var = layer.running_mean.double().numpy(), layer.running_var.double().numpy()
+    return float(np.linalg.norm(seen.mean((0, 2, 3)) - mean) + np.linalg.norm(seen.var((0, 2, 3)) - var))
+
+
+def prefix_outputs(teacher: Classifier, images: np.ndarray) -> list[np.ndarray]:
+    """What comes into the two BatchNorm layers of the tiny teacher."""
+    with torch.no_grad():
+        normalised = teacher.normalise(torch.from_numpy(images).float())
+        return [teacher.net[:stop](normalised).double().numpy() for stop in (1, 3)]
+
+
+@pytest.mark.parametrize("sample", [1000, 4])
+def test_shard_measures(tmp_path, monkeypatch, sample):
+    monkeypatch.setattr(shard_measures, "SAMPLE", sample)
+    teacher = tiny_teacher()
+    data = write_shards(tmp_path, teacher, "0" * 64)
+    measures = measure_shards(ShardReader(tmp_path), teacher, CPU, batch_size=2)
+
+    given = data["logits"].argmax(1)
+    histogram = np.bincount(given, minlength=4)
+    frequent = histogram[histogram > 0] / 13
+    aimed, answered = data["targets"], softmax(data["logits"] / 3.0)
+    chosen = data["images"] if sample > 13 else data["images"][[0, 3, 6, 9]]
+    layers = [distance(teacher.net[i], x) for i, x in zip((1, 3), prefix_outputs(teacher, chosen), strict=True)]
+    assert 0 < (aimed.argmax(1) == given).sum() < 13
+    assert measures == {
+        "count": 13,
+        "confidence": pytest.approx(softmax(data["logits"]).max(1).mean(), rel=1e-9),
+        "class_balance": pytest.approx(-(frequent * np.log(frequent)).sum() / np.log(4), rel=1e-6),
+        "class_histogram": histogram.tolist(),
+        "target_match": (aimed.argmax(1) == given).mean(),
+        "target_divergence": pytest.approx(
+            np.where(aimed > 0, aimed * np.log(np.maximum(aimed, 1e-300) / answered), 0).sum(1).mean(), rel=1e-9
+        ),
+        "diversity": pytest.approx(spread(chosen), rel=1e-6),
+        "value_range": [data["images"].min(), data["images"].max()],
+        "bn_distance": pytest.approx(sum(layers), rel=1e-5),
+        "bn_distance_layers": pytest.approx(layers, rel=1e-5),
+        "logits_ok": True,
+    }
+
+
+def test_shards_without_targets_teacher_or_batch_norm(tmp_path):
+    write_shards(tmp_path, tiny_teacher(), "0" * 64, targets=False)
+    alone = measure_shards(ShardReader(tmp_path), None, CPU)
+    absent = {"target_match", "target_divergence", "bn_distance", "bn_distance_layers", "logits_ok"}
+    assert {name for name, value in alone.items() if value is None} == absent
+    plain = Classifier(nn.Sequential(nn.Flatten(), nn.Linear(72, 4)), tiny_teacher().info)
+    measures = measure_shards(ShardReader(tmp_path), plain, CPU)
+    assert measures["bn_distance"] is measures["bn_distance_layers"] is None
+    assert measures["logits_ok"] is False  # another teacher
+
+
+def test_one_image_has_no_diversity(tmp_path):
+    write_shards(tmp_path, tiny_teacher(), "0" * 64, sizes=(1,))
+    measures = finite(measure_shards(ShardReader(tmp_path), tiny_teacher(), CPU))
+    assert measures["diversity"] is None
+    assert measures["class_balance"] == 0
+
+
+@pytest.mark.parametrize(("shift", "ok"), [(5e-4, True), (5e-3, False)])
+def test_falsified_logits_are_noticed(tmp_path, shift, ok):
+    teacher = tiny_teacher()
+    write_shards(tmp_path, teacher, "0" * 64, shift=shift)
+    assert measure_shards(ShardReader(tmp_path), teacher, CPU)["logits_ok"] is ok
+
+
+def test_moments_of_batches_are_those_of_all():
+    rng = np.random.default_rng(0)
+    values = (1000 + rng.normal(size=(23, 3, 2, 5)) * [[[[1.0]], [[0.1]], [[20.0]]]]).astype(np.float32)
+    moments = Moments()
+    for part in np.split(values, [1, 9, 20]):
+        moments.add(torch.from_numpy(part))
+    exact = values.astype(np.float64)
+    assert moments.count == 23 * 10
+    np.testing.assert_allclose(moments.mean, exact.mean((0, 2, 3)), rtol=1e-7)
+    np.testing.assert_allclose(moments.variance, exact.var((0, 2, 3)), rtol=1e-3)
+    sum_of_squares = (values**2).mean((0, 2, 3)) - values.mean((0, 2, 3)) ** 2  # what this must be better than
+    assert abs(sum_of_squares[1] / exact.var((0, 2, 3))[1] - 1) > 0.1
+
+
+def test_hooks_are_removed_also_after_a_failure():
+    teacher = tiny_teacher()
+    images = torch.rand(3, 2, 6, 6)
+    bn_distances(teacher, images, CPU)
+    teacher.net[4] = nn.Unflatten(1, (7, 7))  # after both BatchNorm layers
+    with pytest.raises(RuntimeError):
+        bn_distances(teacher, images, CPU)
+    assert not teacher.net[1]._forward_pre_hooks
+    assert not teacher.net[3]._forward_pre_hooks
+
+
+def test_layers_that_do_not_run_are_left_out():
+    teacher = tiny_teacher()
+    teacher.net[1].unused = nn.BatchNorm2d(9)
+    assert len(teacher.batch_norms()) == 3
+    assert len(bn_distances(teacher, torch.rand(3, 2, 6, 6), CPU)) == 2
+
+
+# -- the command -------------------------------------------------------------------------------------------------------
+
+
+def digits() -> tuple[torch.Tensor, np.ndarray]:
+    test = datasets.load("digits", "test")
+    return test.images(torch.arange(len(test))).float() / 255, test.labels.numpy()
+
+
+def make_model(path: Path, spec: str, seed: int = 0, classes: int = 10, **provenance) -> str:
+    """A random model that gives digits various classes. Returns its sha256."""
+    info = ModelInfo(spec, classes, (1, 32, 32), (0.3,), (0.4,), DIGITS[:classes])
+    with torch.random.fork_rng(), torch.no_grad():
+        torch.manual_seed(seed)
+        model = Classifier(build(spec, classes, info.input_size), info).eval()
+        model.head().bias -= model(digits()[0][:50]).mean(0)
+    return save_model(path, model, metrics={}, provenance=provenance)
+
+
+@pytest.fixture(scope="module")
+def pipeline(tmp_path_factory) -> Path:
+    """teacher/ and student/ as the pipeline leaves them, shards/ of resnet/, and things that do not fit."""
+    root = tmp_path_factory.mktemp("pipeline")
+    teacher = make_model(root / "teacher", "lenet5", dataset="digits")
+    make_model(root / "student", "lenet5-half", dataset="digits", teacher=teacher)
+    make_model(root / "orphan", "lenet5-half", seed=1, dataset="digits", teacher="f" * 64)
+    make_model(root / "three", "lenet5-half", classes=3, dataset="digits")
+    make_model(root / "nameless", "lenet5-half")
+    resnet = make_model(root / "resnet", "resnet8", dataset="digits")
+    write_shards(root / "shards", load_model(root / "resnet")[0], resnet)
+    (root / "empty").mkdir()
+    return root
+
+
+@pytest.fixture
+def here(pipeline, tmp_path, monkeypatch) -> Path:
+    """A copy of the pipeline, as the working directory."""
+    shutil.copytree(pipeline, tmp_path, dirs_exist_ok=True)
+    monkeypatch.chdir(tmp_path)
+    return tmp_path
+
+
+def top1_of(path: Path) -> tuple[float, np.ndarray]:
+    """The accuracy on the test digits and the answers, without the code under test."""
+    images, labels = digits()
+    with torch.no_grad():
+        given = load_model(path)[0].eval()(images).argmax(1).numpy()
+    return float((given == labels).mean()), given
+
+
+def test_nothing_named_is_the_student_beside_the_teacher(pipeline, dfkd):
+    before = sorted(pipeline.rglob("*"))
+    done = dfkd("evaluate", "--json", cwd=pipeline)
+    assert done.returncode == 0, done.stderr
+    answer = json.loads(done.stdout)  # one document and nothing else
+    assert set(answer) == {"schema", "ok", "command", "artifacts", "metrics", "results", "seconds"}
+    assert (answer["schema"], answer["ok"], answer["command"], answer["artifacts"]) == (1, True, "evaluate", {})
+    teacher, student = answer["results"]
+    for result in (teacher, student):
+        assert set(result) == {
+            "path", "kind", "spec", "dataset", "count", "top1", "top5", "nll", "ece", "per_class", "agreement",
+            "parameters", "macs", "latency_ms", "device",
+        }  # fmt: skip
+        assert tuple(result["per_class"]) == DIGITS
+        assert (result["count"], result["dataset"]) == (360, "digits")
+    (accuracy, given), (student_accuracy, student_given) = (top1_of(pipeline / n) for n in ("teacher", "student"))
+    assert (teacher["path"], teacher["top1"], teacher["agreement"]) == ("teacher", accuracy, 1.0)
+    assert (student["path"], student["top1"]) == ("student", student_accuracy)
+    assert student["agreement"] == (given == student_given).mean()
+    assert 0 < student["agreement"] < 1
+    assert student["parameters"] == 78 + 608 + 24120 + 10164 + 850
+    assert {k: answer["metrics"][k] for k in ("top1", "macs")} == {k: student[k] for k in ("top1", "macs")}
+    assert sorted(pipeline.rglob("*")) == before
+
+
+def test_gate_and_out(here, dfkd):
+    done = dfkd("evaluate", "teacher", "student", "--min-top1", "1", "--out", "out", "--json", cwd=here)
+    assert done.returncode == 5, done.stderr
+    answer = json.loads(done.stdout)
+    assert (answer["ok"], answer["error"]["code"]) == (False, "gate")
+    assert f"student {top1_of(here / 'student')[0]:.6g}" in answer["error"]["message"]
+    written = json.loads((here / "out" / "results.json").read_text())
+    assert [result["path"] for result in written["results"]] == ["teacher", "student"]
+    assert json.loads((here / "out" / "run.json").read_text())["status"] == "done"
+
+
+def test_gate_at_the_very_accuracy_is_met(here, cli):
+    exact = top1_of(here / "student")[0]
+    assert cli("evaluate", "student/", "--min-top1", repr(exact))[0] == 0
+    code, out, err = cli("evaluate", "student/", "--min-top1", repr(exact + 1e-9))
+    assert code == 5
+    assert f"{exact:.2%}" in out  # the results are shown all the same
+    assert "top-1 is below" in err
+
+
+def test_out_again_and_replayed(here, cli):
+    code, first, _ = cli("evaluate", "shards", "student", "--out", "out", "--json")
+    assert code == 0
+    assert json.loads(first)["artifacts"] == {"results": "out/results.json"}
+    before = (here / "out" / "results.json").read_bytes()
+    code, again, messages = cli("evaluate", "shards", "student", "--out", "out", "--json", "--min-top1", "0")
+    assert code == 0
+    assert "already complete" in messages
+    assert json.loads(again)["results"] == json.loads(first)["results"] == json.loads(before)["results"]
+    assert cli("evaluate", "shards", "orphan", "--out", "out")[0] == 2  # something else is there
+    assert (here / "out" / "results.json").read_bytes() == before
+    code, replayed, _ = cli("evaluate", "--recipe", "out/config.yaml", "--out", "other", "--json")
+    assert code == 0
+    assert [result["path"] for result in json.loads(replayed)["results"]] == ["shards", "student"]
+
+
+def test_shards_and_models_mix(here, cli):
+    code, out, err = cli("evaluate", "shards", "student/", "--teacher", "resnet", "--json")
+    assert code == 0, err
+    shards, student = json.loads(out)["results"]
+    assert set(shards) == {
+        "path", "kind", "method", "count", "confidence", "class_balance", "class_histogram", "target_match",
+        "target_divergence", "diversity", "value_range", "bn_distance", "bn_distance_layers", "logits_ok",
+    }  # fmt: skip
+    assert (shards["path"], shards["kind"], shards["method"], shards["count"]) == ("shards", "shards", "zskd", 13)
+    assert shards["logits_ok"] is True
+    assert len(shards["bn_distance_layers"]) == len(load_model(here / "resnet")[0].batch_norms())
+    assert shards["bn_distance"] == pytest.approx(sum(shards["bn_distance_layers"]))
+    assert (student["path"], student["kind"]) == ("student/", "model")
+    assert student["agreement"] == (top1_of(here / "student")[1] == top1_of(here / "resnet")[1]).mean()
+    code, out, _ = cli("evaluate", "shards", "student/", "--teacher", "resnet")
+    assert code == 0
+    assert " ".join(out.splitlines()[0].split()) == "MODEL TOP-1 TOP-5 NLL ECE AGREEMENT PARAMS MACS LATENCY"
+    assert (
+        " ".join(out.splitlines()[2].split()) == "SHARDS IMAGES CONFIDENCE BALANCE TARGET MATCH DIVERSITY BN DISTANCE"
+    )
+    assert f"{student['top1']:.2%}" in out.splitlines()[1]
+    assert f"{shards['bn_distance']:.3f}" in out.splitlines()[3]
+
+
+def test_a_table_in_a_file_has_whole_paths(here, cli):
+    path = "runs/[red]of a very long name" + "x" * 70
+    shutil.move(here / "shards", here / path)
+    code, out, _ = cli("evaluate", path)
+    assert code == 0
+    assert path in out.splitlines()[1]
+
+
+def test_false_logits_are_reported(here, cli):
+    classifier, record = load_model(here / "teacher")
+    write_shards(here / "false", classifier, record["weights"]["sha256"], shift=1.0)
+    code, out, err = cli("evaluate", "false", "--json")
+    assert code == 0
+    assert json.loads(out)["results"][0]["logits_ok"] is False
+    assert "false: the stored logits" in err
+
+
+def test_a_teacher_that_is_not_the_recorded_one(here, cli):
+    code, out, err = cli("evaluate", "orphan", "shards", "--json")
+    assert code == 0
+    orphan, shards = json.loads(out)["results"]
+    assert orphan["agreement"] is shards["logits_ok"] is None
+    assert err.count("give --teacher") == 1
+    assert "orphan, shards:" in err
+    code, out, err = cli("evaluate", "orphan", "--teacher", "student", "--json")
+    given = [top1_of(here / name)[1] for name in ("orphan", "student")]
+    assert json.loads(out)["results"][0]["agreement"] == (given[0] == given[1]).mean()
+    assert "give --teacher" not in err
+    assert cli("evaluate", "shards", "--teacher", "teacher")[0] == 3
+
+
+def test_a_teacher_alone(here, cli):
+    shutil.rmtree(here / "student")
+    code, out, err = cli("evaluate", "--json")
+    assert [result["path"] for result in json.loads(out)["results"]] == ["teacher"]
+    assert "give --teacher" not in err
+    shutil.rmtree(here / "teacher")
+    code, out, _ = cli("evaluate", "--json")
+    assert code == 3
+    assert json.loads(out)["error"]["code"] == "artifact"
+
+
+@pytest.mark.parametrize(
+    ("arguments", "code", "message"),
+    [
+        (["absent"], 3, "absent: no such directory"),
+        (["empty"], 3, "neither a model directory nor a shard directory"),
+        (["student", "absent"], 3, "absent"),
+        (["three"], 3, "digits has 10 classes, three 3"),
+        (["student", "--teacher", "three"], 3, "digits has 10 classes, three 3"),
+        (["student", "--teacher", "absent"], 3, "no teacher at absent"),
+        (["nameless"], 2, "give --dataset"),
+        (["student", "--dataset", "digitz"], 2, "did you mean 'digits'"),
+        (["shards", "--min-top1", "0.5"], 2, "--min-top1 needs a model"),
+        (["student", "--min-top1", "95"], 2, "at most 1"),
+        pytest.param(
+            ["student", "--device", "cuda"], 2, "--device cuda",
+            marks=pytest.mark.skipif(torch.cuda.is_available(), reason="there is a GPU"),
+        ),
+    ],
+)  # fmt: skip
+def test_what_cannot_be_evaluated(pipeline, monkeypatch, cli, arguments, code, message):
+    monkeypatch.chdir(pipeline)
+    status, out, err = cli("evaluate", *arguments, "--json")
+    assert status == code
+    assert message in err
+    assert json.loads(out)["ok"] is False
+
+
+def test_a_dataset_where_the_record_names_none(pipeline, monkeypatch, cli):
+    monkeypatch.chdir(pipeline)
+    code, out, err = cli("evaluate", "nameless", "--dataset", "digits", "--json")
+    assert code == 0, err
+    assert json.loads(out)["results"][0]["agreement"] is None
+    assert "give --teacher" not in err  # it records none
+
+
+def test_a_damaged_shard(here, cli):
+    name = json.loads((here / "shards" / MANIFEST).read_text())["shards"][1]["file"]
+    data = bytearray((here / "shards" / name).read_bytes())
+    data[-1] ^= 1
+    (here / "shards" / name).write_bytes(data)
+    code, _, err = cli("evaluate", "shards")
+    assert code == 3
+    assert name in err
+
+
+def test_dry_run_opens_everything_and_writes_nothing(pipeline, monkeypatch, cli):
+    monkeypatch.chdir(pipeline)
+    before = sorted(pipeline.rglob("*"))
+    code, out, _ = cli("evaluate", "student", "--dry-run", "--out", "out", "--json")
+    assert code == 0
+    assert json.loads(out)["config"]["paths"] == ["student"]
+    assert cli("evaluate", "three", "--dry-run")[0] == 3
+    assert sorted(pipeline.rglob("*")) == before

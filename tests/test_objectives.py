@@ -1,0 +1,162 @@
+"""Distillation objectives against their papers' formulas, and what every one of them promises."""
+
+from __future__ import annotations
+
+import csv
+import dataclasses
+import importlib
+import json
+import re
+
+import numpy as np
+import oracles
+import pytest
+import torch
+from torch import Tensor
+
+from dfkd_cli import catalog
+from dfkd_cli.config import build, hints
+from dfkd_cli.objectives.base import Objective, Outputs
+from dfkd_cli.objectives.response import Response, soft_loss
+
+OBJECTIVES = catalog.entries("objectives")
+FORMS = ("kl", "ce", "mse")
+RNG = np.random.default_rng(0)
+
+
+def pair(batch: int = 4, classes: int = 10) -> tuple[np.ndarray, np.ndarray]:
+    """Logits of a student and of a teacher."""
+    return RNG.normal(scale=3, size=(batch, classes)), RNG.normal(scale=5, size=(batch, classes))
+
+
+def response(student: Tensor, teacher: Tensor, labels: Tensor | None = None, **values) -> dict[str, Tensor]:
+    return Response(build(OBJECTIVES["response"].config, values))(Outputs(student), Outputs(teacher), labels)
+
+
+# -- the soft term -----------------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("form", FORMS)
+@pytest.mark.parametrize("shape", [(1, 2), (1, 10), (7, 2), (5, 100)])
+@pytest.mark.parametrize("tau", [1.0, 4.0, 20.0])
+def test_soft_loss_is_the_papers(form, shape, tau):
+    student, teacher = pair(*shape)
+    terms = response(torch.tensor(student), torch.tensor(teacher), form=form, temperature=tau)
+    assert terms.keys() == {"soft"}
+    np.testing.assert_allclose(terms["soft"].item(), oracles.response(student, teacher, form, tau), rtol=1e-10)
+
+
+@pytest.mark.parametrize("tau", [1.0, 20.0])
+def test_kl_and_ce_have_the_analytic_gradient(tau):
+    student, teacher = pair()
+    for form in ("kl", "ce"):
+        z = torch.tensor(student, requires_grad=True)
+        soft_loss(z, torch.tensor(teacher), form, tau).backward()
+        np.testing.assert_allclose(z.grad, oracles.response_gradient(student, teacher, tau), atol=1e-13)
+
+
+@pytest.mark.parametrize("form", FORMS)
+def test_soft_loss_passes_gradcheck(form):
+    student, teacher = (torch.tensor(logits) for logits in pair(3, 5))
+    assert torch.autograd.gradcheck(lambda z: soft_loss(z, teacher, form, 4.0), student.requires_grad_())
+
+
+def test_equal_answers_cost_nothing():
+    logits = torch.tensor(pair()[0])
+    for form in ("kl", "mse"):
+        assert abs(soft_loss(logits, logits.clone(), form, 20.0)) < 1e-12
+
+
+@pytest.mark.parametrize("form", ["kl", "ce"])
+def test_answers_do_not_change_when_all_logits_are_shifted(form):
+    student, teacher = (torch.tensor(logits) for logits in pair())
+    torch.testing.assert_close(soft_loss(student + 7, teacher - 3, form, 4.0), soft_loss(student, teacher, form, 4.0))
+
+
+def test_at_high_temperature_kl_is_the_squared_difference_of_centred_logits():
+    student, teacher = pair(5, 10)
+    difference = student - teacher
+    difference -= difference.mean(axis=1, keepdims=True)
+    limit = (difference**2).sum(axis=1).mean() / (2 * 10)
+    loss = soft_loss(torch.tensor(student), torch.tensor(teacher), "kl", 1e4)
+    np.testing.assert_allclose(loss.item(), limit, rtol=1e-3)
+
+
+def test_direction_is_teacher_to_student():
+    sure, unsure = torch.tensor([[8.0, 0.0]]), torch.tensor([[1.0, 0.0]])
+    assert not torch.isclose(soft_loss(sure, unsure, "kl", 1.0), soft_loss(unsure, sure, "kl", 1.0), rtol=0.1)
+
+
+@pytest.mark.parametrize("form", FORMS)
+def test_extreme_logits_stay_finite(form):
+    student = torch.tensor([[1e4, -1e4, 0.0]], requires_grad=True)
+    loss = soft_loss(student, torch.tensor([[-1e4, 1e4, 0.0]]), form, 1.0)
+    loss.backward()
+    assert loss.isfinite()
+    assert student.grad.isfinite().all()
+
+
+@pytest.mark.parametrize("form", FORMS)
+def test_autocast_keeps_the_precision_of_the_loss(form):
+    student, teacher = (torch.tensor(logits, dtype=torch.float32) for logits in pair(4, 100))
+    exact = soft_loss(student, teacher, form, 20.0)
+    with torch.autocast("cpu", torch.bfloat16):
+        loss = soft_loss(student, teacher, form, 20.0)
+    torch.testing.assert_close(loss, exact, rtol=1e-5, atol=0)
+
+
+# -- the hard term -----------------------------------------------------------------------------------------------------
+
+
+def test_hard_term_is_cross_entropy_with_the_true_label():
+    student, teacher = pair()
+    labels = np.array([3, 1, 4, 1])
+    terms = response(torch.tensor(student), torch.tensor(teacher), torch.tensor(labels), hard=0.1)
+    expected = oracles.cross_entropy(np.eye(10)[labels], oracles.softmax(student))
+    np.testing.assert_allclose(terms["hard"].item(), expected, rtol=1e-10)
+
+
+def test_hard_term_without_labels_takes_the_teachers_class():
+    student, teacher = pair()
+    terms = response(torch.tensor(student), torch.tensor(teacher), hard=0.1)
+    expected = oracles.cross_entropy(np.eye(10)[teacher.argmax(1)], oracles.softmax(student))
+    np.testing.assert_allclose(terms["hard"].item(), expected, rtol=1e-10)
+
+
+# -- what every objective promises -------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("entry", OBJECTIVES.values(), ids=OBJECTIVES)
+def test_documentation(entry):
+    title = entry.doc.partition("\n")[0]
+    assert title.endswith(".")
+    assert entry.summary == title.rstrip(".")
+    assert entry.paper
+    assert re.search(r"\b(19|20)\d\d\b", entry.doc), "year and venue"
+    assert re.search(r"^ {4}.*=", entry.doc, re.MULTILINE), "an equation"
+    for field in dataclasses.fields(entry.config):
+        assert field.metadata.get("help"), field.name
+
+
+@pytest.mark.parametrize("entry", OBJECTIVES.values(), ids=OBJECTIVES)
+def test_what_is_read_without_torch_is_what_runs(entry):
+    cls = entry.load()
+    assert issubclass(cls, Objective)
+    assert (cls.kind, tuple(cls.needs)) == (entry.kind, entry.needs)
+    config = importlib.import_module(cls.__module__).Config
+    assert hints(config) == hints(entry.config)
+    for real, read in zip(dataclasses.fields(config), dataclasses.fields(entry.config), strict=True):
+        assert (real.name, real.default, real.metadata) == (read.name, read.default, read.metadata)
+
+
+@pytest.mark.parametrize("entry", OBJECTIVES.values(), ids=OBJECTIVES)
+def test_a_tiny_run_logs_finite_terms_that_are_configuration_keys(entry, tmp_path, cli, teacher):
+    sets = ["real:8"] if "labels" in entry.needs else ["noise:8"]
+    args = ["--steps", 1, "--batch-size", 4, "--holdout", 0.5, "--out", tmp_path / "s", "--json"]
+    code, out, err = cli("distill", "--objective", entry.name, "--teacher", teacher, "--transfer-set", *sets, *args)
+    assert code == 0, err
+    assert json.loads(out)["ok"]
+    with (tmp_path / "s" / "metrics.csv").open() as file:
+        (row,) = csv.DictReader(file)
+    assert {key.rpartition(".")[2] for key in row} - {"round", "agreement"} <= set(hints(entry.config))
+    assert all(np.isfinite(float(value)) for value in row.values())

@@ -1,0 +1,273 @@
+"""Training regimes: the optimiser's steps, the schedule, augmentation, and independence of how steps are cut."""
+
+from __future__ import annotations
+
+import copy
+import dataclasses
+import importlib
+import re
+from collections.abc import Sequence
+from pathlib import Path
+
+import numpy as np
+import oracles
+import pytest
+import torch
+from torch import Tensor, nn
+
+from dfkd_cli import catalog
+from dfkd_cli.artifacts.run import RunDirectory
+from dfkd_cli.config import build, hints
+from dfkd_cli.data.sources import Images, Source
+from dfkd_cli.models.classifier import Classifier, ModelInfo
+from dfkd_cli.objectives.base import Objective
+from dfkd_cli.regimes import base
+from dfkd_cli.regimes.base import Regime, Task
+from dfkd_cli.resolve import resolve
+from dfkd_cli.rounds import fit
+from dfkd_cli.settings import Augmentation, Distill
+from dfkd_cli.ui import Terminal
+
+REGIMES = catalog.entries("regimes")
+STILL = {f.name: 0 for f in dataclasses.fields(Augmentation) if f.name not in ("flip", "fill")}  # no augmentation
+CLASSES, SIZE = 4, (1, 3, 3)
+
+
+class Given(Source):
+    """Images (N, C, H, W), with labels or without, in one chunk."""
+
+    def __init__(self, pixels: Tensor, labels: Tensor | None = None) -> None:
+        self.images, self.labelled = Images(pixels, labels), labels is not None
+        self.sizes, self.shape, self.dtype = [len(pixels)], tuple(pixels.shape[1:]), pixels.dtype
+
+    def chunk(self, index: int) -> Images:
+        return self.images
+
+
+def network(seed: int, *hidden: nn.Module) -> Classifier:
+    with torch.random.fork_rng():
+        torch.manual_seed(seed)
+        net = nn.Sequential(nn.Flatten(), *hidden, nn.Linear(9, CLASSES))
+    return Classifier(net, ModelInfo("test", CLASSES, SIZE, (0.2,), (0.5,)))
+
+
+def pixels(count: int = 6) -> Tensor:
+    return torch.rand(count, *SIZE, generator=torch.Generator().manual_seed(7))
+
+
+def response(**values) -> Objective:
+    entry = catalog.entries("objectives")["response"]
+    return entry.load()(build(entry.config, values))
+
+
+def regime(
+    name: str,
+    source: Source | None = None,
+    student: Classifier | None = None,
+    objectives: Sequence[tuple[float, Objective]] | None = None,
+    config: dict | None = None,
+    **training,
+) -> Regime:
+    """A regime with a linear student and a linear teacher."""
+    entry = REGIMES[name]
+    source = source or Given(pixels())
+    settings = build(Distill, STILL | {"warmup": 0, "holdout": 0, "batch_size": len(source)} | training)
+    named = {f"loss{i}": pair for i, pair in enumerate(objectives or [(1.0, response())])}
+    task = Task(student or network(1), network(2), source, named, settings, seed=0)
+    return entry.load()(task, build(entry.config, config or {}))
+
+
+def train(learner: Regime, directory: Path) -> Regime:
+    run = RunDirectory(directory, resolve("distill", []), [], {})
+    run.claim()
+    with run.guard():
+        fit(learner, run, Terminal(silent=True))
+    return learner
+
+
+def linear(classifier: Classifier) -> np.ndarray:
+    """Weights and bias of a linear classifier, (K, D + 1) float64."""
+    layer = classifier.head()
+    return torch.cat([layer.weight, layer.bias[:, None]], dim=1).detach().double().numpy()
+
+
+def inputs(images: Tensor) -> np.ndarray:
+    """What a linear layer sees of images: normalised, flat, and a one for the bias, (B, D + 1)."""
+    flat = (images.flatten(1).double().numpy() - 0.2) / 0.5
+    return np.hstack([flat, np.ones((len(flat), 1))])
+
+
+# -- the steps ---------------------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize(
+    ("steps", "momentum", "decay", "batch"), [(1, 0.0, 0.0, 6), (1, 0.9, 0.0, 6), (4, 0.9, 0.05, 6), (3, 0.0, 0.0, 100)]
+)
+def test_offline_is_gradient_descent_on_the_response(tmp_path, steps, momentum, decay, batch):
+    tau, lr, weight = 4.0, 0.5, 0.7
+    learner = regime(
+        "offline", objectives=[(weight, response(temperature=tau))], batch_size=batch, steps=steps, schedule="constant",
+        optimizer="sgd", lr=lr, momentum=momentum, weight_decay=decay,
+    )  # fmt: skip
+    x, teacher, start = inputs(pixels()), linear(learner.teacher), linear(learner.student)
+
+    def gradient(w):
+        return weight * oracles.response_gradient(x @ w.T, x @ teacher.T, tau).T @ x
+
+    expected = oracles.sgd(start, gradient, lr, momentum, decay, steps)
+    train(learner, tmp_path / "run")
+    assert np.abs(expected - start).max() > 0.01
+    np.testing.assert_allclose(linear(learner.student), expected, atol=1e-5)
+    np.testing.assert_array_equal(linear(learner.teacher), teacher)
+
+
+def test_weights_of_objectives_and_of_their_terms_add_up():
+    objectives = [
+        (0.9, response(temperature=4, soft=0.5, hard=2.0)),
+        (0.1, response(form="mse", soft=3.0)),
+    ]
+    learner, images = regime("offline", objectives=objectives), pixels()
+    x = inputs(images)
+    student, teacher = x @ linear(learner.student).T, x @ linear(learner.teacher).T
+    hard = oracles.cross_entropy(np.eye(CLASSES)[teacher.argmax(1)], oracles.softmax(student))
+    first = 0.5 * oracles.response(student, teacher, "kl", 4) + 2 * hard
+    expected = 0.9 * first + 0.1 * 3 * oracles.response(student, teacher, "mse", 1)
+    loss, _ = learner.loss(Images(images))
+    np.testing.assert_allclose(loss.item(), expected, rtol=1e-5)
+
+
+def test_no_gradient_reaches_the_teacher():
+    learner, images = regime("offline"), pixels().requires_grad_()
+    learner.loss(Images(images))[0].backward()
+    assert all(p.grad is None for p in learner.teacher.parameters())
+    assert all(p.grad is not None for p in learner.student.parameters())
+    through_student = learner.student.head().weight.detach()
+    x = inputs(images.detach())
+    expected = oracles.response_gradient(x @ linear(learner.student).T, x @ linear(learner.teacher).T, 20.0)
+    expected = expected @ through_student.double().numpy() / 0.5
+    np.testing.assert_allclose(images.grad.flatten(1), expected, atol=1e-6)
+
+
+@pytest.mark.parametrize("smoothing", [0.0, 0.1, 1.0])
+def test_supervised_is_smoothed_cross_entropy(smoothing):
+    images, labels = pixels(), torch.tensor([0, 1, 2, 3, 0, 1])
+    learner = regime("supervised", Given(images, labels), config={"label_smoothing": smoothing})
+    loss, _ = learner.loss(Images(images, labels))
+    logits = inputs(images) @ linear(learner.student).T
+    expected = oracles.smoothed_cross_entropy(logits, labels.numpy(), smoothing)
+    np.testing.assert_allclose(loss.item(), expected, rtol=1e-6)
+
+
+def test_supervised_training_learns(tmp_path):
+    images = pixels(8)
+    labels = (inputs(images) @ linear(network(5)).T).argmax(1)  # classes that a linear student can tell apart
+    source = Given(images, torch.from_numpy(labels))
+    learner = train(regime("supervised", source, steps=300, lr=0.1, optimizer="adam"), tmp_path / "run")
+    assert learner.right(Images(images, source.images.labels)).all()
+
+
+# -- the schedule ------------------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("schedule", ["cosine", "constant"])
+@pytest.mark.parametrize("warmup", [0.0, 0.05, 0.5, 1.0])
+@pytest.mark.parametrize("steps", [1, 2, 10, 101])
+def test_learning_rate(steps, warmup, schedule):
+    learner = regime("offline", steps=steps, warmup=warmup, schedule=schedule, lr=0.3)
+    (optimizer,), (scheduler,) = learner.configure_optimizers()
+    rates = []
+    for _ in range(steps):
+        rates.append(optimizer.param_groups[0]["lr"])
+        optimizer.step()
+        scheduler.step()
+    np.testing.assert_allclose(
+        rates, [oracles.learning_rate(s, steps, 0.3, warmup, schedule) for s in range(steps)], atol=1e-9
+    )
+    if schedule == "cosine" and steps == 101 and warmup < 1:
+        assert max(rates) == pytest.approx(0.3, rel=1e-3)
+        assert rates[-1] < 1e-3
+
+
+def test_epochs_count_whole_batches_and_steps_override_them():
+    assert regime("offline", epochs=5, batch_size=2).steps == 15
+    assert regime("offline", epochs=5, batch_size=4).steps == 5  # the incomplete batch is left out
+    assert regime("offline", epochs=5, batch_size=100).steps == 5
+    assert regime("offline", epochs=5, batch_size=2, steps=7).steps == 7
+
+
+# -- rounds ------------------------------------------------------------------------------------------------------------
+
+
+def test_how_steps_are_cut_into_rounds_does_not_change_the_result(tmp_path, monkeypatch):
+    results, fresh = [], network(1, nn.Linear(9, 9), nn.BatchNorm1d(9), nn.ReLU(), nn.Dropout(0.5))
+    for length in (1, 3, 200):
+        monkeypatch.setattr(base, "ROUND", length)
+        student = copy.deepcopy(fresh)
+        augmentation = {"noise": 0.1, "rotate": 10, "translate": 0.1}
+        learner = regime(
+            "offline", Given(pixels(20)), student, holdout=0.2, batch_size=5, steps=7, warmup=0.3, **augmentation
+        )
+        assert learner.rounds == -(-7 // length)
+        train(learner, tmp_path / str(length))
+        results.append(student.state_dict())
+    assert not torch.equal(results[0]["net.1.weight"], fresh.net[1].weight)
+    for other in results[1:]:
+        assert all(torch.equal(value, other[key]) for key, value in results[0].items())
+
+
+def test_held_out_images_are_never_trained_on(tmp_path):
+    images, student, seen = pixels(20), network(1), []
+    student.register_forward_pre_hook(lambda module, args: seen.append((module.training, args[0])))
+    train(regime("offline", Given(images), student, holdout=0.25, batch_size=5, steps=6), tmp_path / "run")
+    trained, measured = (
+        {tuple(image.flatten().tolist()) for training, batch in seen for image in batch if training is mode}
+        for mode in (True, False)
+    )
+    assert (len(trained), len(measured)) == (15, 5)
+    assert trained | measured == {tuple(image.flatten().tolist()) for image in images}
+
+
+# -- augmentation ------------------------------------------------------------------------------------------------------
+
+
+def test_teacher_and_student_see_the_same_augmented_images(tmp_path):
+    images, learner, seen = pixels(), regime("offline", steps=2, noise=0.3), {"student": [], "teacher": []}
+    for role, batches in seen.items():
+        getattr(learner, role).register_forward_pre_hook(lambda _, args, batches=batches: batches.append(args[0]))
+    train(learner, tmp_path / "run")
+    assert len(seen["student"]) == 2
+    for student, teacher in zip(seen["student"], seen["teacher"], strict=True):
+        assert torch.equal(student, teacher)
+        assert torch.cdist(student.flatten(1), images.flatten(1)).min() > 0.1
+    assert not torch.equal(*seen["student"])
+
+
+# -- what every regime promises ----------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("entry", REGIMES.values(), ids=REGIMES)
+def test_documentation_and_traits(entry):
+    assert entry.doc.partition("\n")[0].endswith(".")
+    assert entry.paper or "baseline" in entry.doc
+    assert re.search(r"^ {4}.*=", entry.doc, re.MULTILINE), "an equation"
+    cls = entry.load()
+    assert issubclass(cls, Regime)
+    assert (cls.kind, tuple(cls.needs)) == (entry.kind, entry.needs)
+    assert isinstance(cls.measure, str)
+    assert hints(importlib.import_module(cls.__module__).Config) == hints(entry.config)
+    for field in dataclasses.fields(entry.config):
+        assert field.metadata.get("help"), field.name
+
+
+@pytest.mark.parametrize("name", [name for name, entry in REGIMES.items() if "teacher" in entry.needs])
+def test_a_regime_that_needs_a_teacher_cannot_make_one(name, cli, tmp_path):
+    code, _, err = cli("train-teacher", "--method", name, "--steps", 1, "--out", tmp_path / "teacher")
+    assert code == 2, err
+
+
+@pytest.mark.parametrize("name", [name for name, entry in REGIMES.items() if "labels" in entry.needs])
+def test_a_regime_that_needs_labels_refuses_impressions(name, cli, tmp_path, teacher):
+    args = ["--teacher", teacher, "--transfer-set", "noise:8", "--out", tmp_path / "student"]
+    code, out, err = cli("distill", "--method", name, *args)
+    assert (code, out) == (2, "")
+    assert "needs labels" in err

@@ -1,0 +1,272 @@
+"""Sources of images and their shuffled batches: every image once an epoch, in bounded memory, from any step on."""
+
+from __future__ import annotations
+
+import itertools
+
+import numpy as np
+import pytest
+import torch
+from PIL import Image
+
+from dfkd_cli import catalog
+from dfkd_cli.artifacts.shards import ShardReader, ShardWriter
+from dfkd_cli.config import build
+from dfkd_cli.data import datasets
+from dfkd_cli.data.sources import (
+    Batches,
+    Concat,
+    FolderSource,
+    Images,
+    NoiseSource,
+    RealSource,
+    ShardSource,
+    Source,
+    Subset,
+    split,
+)
+from dfkd_cli.models.directory import load_model
+
+CPU = torch.device("cpu")
+IMAGE = 4  # bytes of an image of Numbers
+
+
+class Numbers(Source):
+    """Images of one float32 pixel that say their own number; the label is the number, too."""
+
+    def __init__(self, sizes: list[int], labelled: bool = False, first: int = 0) -> None:
+        self.sizes, self.shape, self.dtype, self.labelled, self.first = sizes, (1, 1, 1), torch.float32, labelled, first
+        self.loaded: list[int] = []
+
+    def chunk(self, index: int) -> Images:
+        self.loaded.append(index)
+        start = self.first + sum(self.sizes[:index])
+        numbers = torch.arange(start, start + self.sizes[index])
+        return Images(numbers.float().view(-1, 1, 1, 1), numbers if self.labelled else None)
+
+
+def numbers(images: Images) -> list[int]:
+    return images.pixels.flatten().int().tolist()
+
+
+def everything(source: Source) -> list[int]:
+    return [number for index in range(len(source.sizes)) for number in numbers(source.chunk(index))]
+
+
+def epoch(batches: Batches, index: int = 0) -> list[list[int]]:
+    start = index * batches.steps_per_epoch
+    return [numbers(images) for images in batches.steps(start, start + batches.steps_per_epoch)]
+
+
+# Sizes of chunks, images of a batch, images that fit into memory.
+CUTS = [
+    ([12], 4, 100),
+    ([5, 4, 3], 4, 100),
+    ([4, 4, 4], 4, 4),
+    ([5, 4, 3], 4, 5),
+    ([5, 4, 3], 4, 9),
+    ([1] * 12, 4, 5),
+    ([7, 1, 4], 6, 1),  # a chunk that does not fit, batches over several windows
+    ([3, 3, 3, 3], 12, 3),
+]
+
+
+# -- batches -----------------------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize(("sizes", "batch", "memory"), CUTS)
+@pytest.mark.parametrize("index", [0, 3])
+def test_every_image_once_an_epoch(sizes, batch, memory, index):
+    batches = Batches(Numbers(sizes, labelled=True), batch, seed=0, device=CPU, memory=memory * IMAGE)
+    drawn = epoch(batches, index)
+    assert [len(part) for part in drawn] == [batch] * (12 // batch)
+    assert sorted(itertools.chain(*drawn)) == list(range(12))
+
+
+@pytest.mark.parametrize(("sizes", "batch", "memory"), CUTS)
+def test_labels_stay_with_their_images(sizes, batch, memory):
+    batches = Batches(Numbers(sizes, labelled=True), batch, seed=0, device=CPU, memory=memory * IMAGE)
+    for images in batches.steps(0, 2 * batches.steps_per_epoch):
+        assert images.labels.tolist() == numbers(images)
+
+
+@pytest.mark.parametrize(("sizes", "batch", "memory"), CUTS)
+def test_any_step_can_be_found_from_its_number(sizes, batch, memory):
+    def batches() -> Batches:
+        return Batches(Numbers(sizes), batch, seed=5, device=CPU, memory=memory * IMAGE)
+
+    total = 3 * batches().steps_per_epoch
+    whole = [numbers(images) for images in batches().steps(0, total)]
+    for start in range(total):
+        assert [numbers(images) for images in batches().steps(start, total)] == whole[start:]
+    used = batches()
+    backwards = [numbers(next(used.steps(step, step + 1))) for step in reversed(range(total))]
+    assert backwards == whole[::-1]
+
+
+@pytest.mark.parametrize("memory", [100, 4])
+def test_order_is_new_in_every_epoch_and_for_every_seed(memory):
+    def order(seed: int, index: int) -> list[int]:
+        return list(itertools.chain(*epoch(Batches(Numbers([4] * 5), 5, seed, CPU, memory * IMAGE), index)))
+
+    orders = [order(seed, index) for seed in range(3) for index in range(3)]
+    assert len({tuple(part) for part in orders}) == 9
+    assert list(range(20)) not in orders
+    assert order(1, 2) == order(1, 2)
+
+
+def test_incomplete_last_batch_is_left_out_unless_it_is_the_only_one():
+    batches = Batches(Numbers([10]), 4, seed=0, device=CPU)
+    assert batches.steps_per_epoch == 2
+    assert len(set(itertools.chain(*epoch(batches)))) == 8
+    missed = [set(range(10)) - set(itertools.chain(*epoch(batches, index))) for index in range(20)]
+    assert set.union(*missed) == set(range(10))  # not always the same images
+    assert [len(part) for part in epoch(Batches(Numbers([3]), 4, seed=0, device=CPU))] == [3]
+
+
+def test_what_fits_is_loaded_once():
+    source = Numbers([5, 4, 3])
+    list(Batches(source, 4, seed=0, device=CPU, memory=12 * IMAGE).steps(0, 9))
+    assert source.loaded == [0, 1, 2]
+
+
+def test_what_does_not_fit_is_loaded_once_an_epoch():
+    source = Numbers([4] * 6)
+    batches = Batches(source, 3, seed=0, device=CPU, memory=8 * IMAGE)
+    list(batches.steps(0, 2 * batches.steps_per_epoch))
+    assert sorted(source.loaded) == sorted([*range(6)] * 2)
+
+
+@pytest.mark.parametrize(
+    ("sizes", "batch", "memory"),
+    CUTS,
+)
+def test_memory_is_bounded(sizes, batch, memory):
+    batches = Batches(Numbers(sizes), batch, seed=0, device=CPU, memory=memory * IMAGE)
+    for _ in batches.steps(0, 3 * batches.steps_per_epoch):
+        held = sum(len(images.pixels) for images in batches._windows.values())
+        assert held <= max(memory, max(sizes))
+
+
+def test_batches_are_float32_in_pixel_space():
+    class Bytes(Numbers):
+        def chunk(self, index: int) -> Images:
+            return Images(super().chunk(index).pixels.byte())
+
+    source = Bytes([256])
+    source.dtype = torch.uint8
+    (images,) = Batches(source, 256, seed=0, device=CPU).steps(0, 1)
+    assert images.pixels.dtype == torch.float32
+    torch.testing.assert_close(images.pixels.flatten().sort().values, torch.arange(256) / 255)
+
+
+def test_batches_do_not_share_memory_with_the_source():
+    batches = Batches(Numbers([4]), 4, seed=0, device=CPU)
+    first = next(batches.steps(0, 1))
+    first.pixels.zero_()
+    assert sorted(numbers(next(batches.steps(0, 1)))) == [0, 1, 2, 3]
+
+
+# -- parts and sums ----------------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("sizes", [[100], [20] * 5, [1] * 100, [3, 90, 7]])
+@pytest.mark.parametrize("share", [0.02, 0.25, 0.5])
+def test_split_parts_cover_the_source_and_share_nothing(sizes, share):
+    kept, held_out = split(Numbers(sizes, labelled=True), share, seed=0)
+    assert len(held_out) == round(share * 100)
+    assert sorted(everything(kept) + everything(held_out)) == list(range(100))
+    for part in (kept, held_out):
+        assert [len(part.chunk(i).pixels) for i in range(len(part.sizes))] == part.sizes
+        assert all(part.chunk(i).labels.tolist() == numbers(part.chunk(i)) for i in range(len(part.sizes)))
+
+
+def test_split_depends_on_the_seed_and_may_hold_nothing_out():
+    source = Numbers([50, 50])
+    first, again, other = (everything(split(source, 0.2, seed)[1]) for seed in (0, 0, 1))
+    assert first == again != other
+    for share, count in ((0.0, 100), (0.02, 10)):
+        source = Numbers([count])
+        assert split(source, share, seed=0) == (source, None)
+
+
+def test_subset_leaves_out_chunks_of_which_nothing_is_chosen():
+    source = Numbers([2, 3, 2])
+    subset = Subset(source, np.array([0, 0, 1, 0, 1, 0, 1], dtype=bool))
+    assert subset.sizes == [2, 1]
+    assert everything(subset) == [2, 4, 6]
+    assert 0 not in source.loaded
+
+
+def test_concat_is_one_after_the_other():
+    both = Concat([Numbers([2, 3]), Numbers([4], first=5)])
+    assert both.sizes == [2, 3, 4]
+    assert everything(both) == list(range(9))
+    assert sorted(itertools.chain(*epoch(Batches(both, 3, seed=0, device=CPU)))) == list(range(9))
+
+
+def test_concat_keeps_labels_only_where_all_have_them():
+    labelled, unlabelled = Numbers([2], labelled=True), Numbers([2])
+    assert Concat([labelled, labelled]).chunk(1).labels.tolist() == [0, 1]
+    mixed = Concat([labelled, unlabelled])
+    assert not mixed.labelled
+    assert mixed.chunk(0).labels is None
+
+
+def test_concat_brings_different_storage_to_one_space():
+    noise, real = NoiseSource(4, (1, 32, 32), seed=0), RealSource(datasets.load("digits", "test"), torch.arange(3))
+    both = Concat([real, noise])
+    assert both.dtype == torch.float32
+    assert not both.data_free
+    torch.testing.assert_close(both.chunk(0).pixels, real.chunk(0).pixels / 255)
+    assert torch.equal(both.chunk(1).pixels, noise.chunk(0).pixels)
+
+
+# -- the sources -------------------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("dtype", ["float16", "float32"])
+def test_noise_source_is_what_the_noise_method_makes(tmp_path, teacher, dtype):
+    classifier, _ = load_model(teacher)
+    entry, count, seed = catalog.entries("synthesizers")["noise"], 1200, 3
+    head = {"shape": [1, 32, 32], "dtype": dtype, "num_classes": 10, "teacher": {"sha256": "0"}}
+    writer = ShardWriter(tmp_path, head, 2)
+    method = entry.load()(classifier, build(entry.config, {"dtype": dtype}), count, seed, writer)
+    for index in range(method.rounds):
+        method.round(index)
+    writer.write_manifest()
+    stored, streamed = ShardSource(ShardReader(tmp_path)), NoiseSource(count, (1, 32, 32), seed)
+    assert stored.sizes == streamed.sizes == [1000, 200]
+    assert stored.data_free
+    assert streamed.data_free
+    for index in range(2):
+        assert torch.equal(stored.chunk(index).pixels, streamed.chunk(index).pixels.to(stored.dtype))
+
+
+def test_real_source_gives_the_chosen_images_with_their_labels():
+    dataset = datasets.load("digits", "test")
+    chosen = datasets.class_balanced(dataset.labels, 50, seed=0)
+    source = RealSource(dataset, chosen, chunk=20)
+    assert source.sizes == [20, 20, 10]
+    assert source.labelled
+    assert not source.data_free
+    chunks = [source.chunk(i) for i in range(3)]
+    assert torch.equal(torch.cat([c.pixels for c in chunks]), dataset.images(chosen))
+    assert torch.equal(torch.cat([c.labels for c in chunks]), dataset.labels[chosen])
+
+
+def test_folder_source_reads_any_depth_and_knows_its_content(tmp_path):
+    (tmp_path / "deep er").mkdir()
+    for number, name in enumerate(["b.png", "deep er/ä.png", "c.png"]):
+        Image.fromarray(np.full((6, 6), 50 * number, dtype=np.uint8)).save(tmp_path / name)
+    source = FolderSource(tmp_path, (1, 6, 6), chunk=2)
+    assert source.sizes == [2, 1]
+    assert [int(image.float().mean()) for i in range(2) for image in source.chunk(i).pixels] == [0, 100, 50]
+    assert FolderSource(tmp_path, (1, 6, 6)).sha256 == source.sha256
+    (tmp_path / "b.png").rename(tmp_path / "a.png")
+    assert FolderSource(tmp_path, (1, 6, 6)).sha256 != source.sha256
+
+
+def test_memory_of_an_image_is_that_of_its_storage():
+    assert NoiseSource(1, (3, 8, 8), seed=0).bytes_per_image == 3 * 8 * 8 * 4
+    assert RealSource(datasets.load("digits", "test")).bytes_per_image == 32 * 32

@@ -1,0 +1,337 @@
+"""Synthesizers against their papers' formulas, and what every one of them promises."""
+
+from __future__ import annotations
+
+import dataclasses
+import importlib
+import json
+import re
+from pathlib import Path
+
+import numpy as np
+import oracles
+import pytest
+import safetensors.torch
+import torch
+from torch import Tensor, nn
+
+from dfkd_cli import catalog
+from dfkd_cli.artifacts.shards import ShardReader, ShardWriter
+from dfkd_cli.config import build, hints
+from dfkd_cli.errors import RunFailed
+from dfkd_cli.models.classifier import Classifier, ModelInfo
+from dfkd_cli.models.directory import load_model
+from dfkd_cli.resolve import resolve
+from dfkd_cli.synthesizers.base import Synthesizer
+from dfkd_cli.synthesizers.terms import tempered_cross_entropy, total_variation
+from dfkd_cli.synthesizers.zskd import class_similarity, dirichlet_targets
+
+METHODS = catalog.entries("synthesizers")
+INDEPENDENT = [name for name, entry in METHODS.items() if entry.load().stateless and "student" not in entry.needs]
+TINY = {"batch_size": 2, "iterations": 2, "steps": 2, "epochs": 1}
+RNG = np.random.default_rng(0)
+
+
+def linear_teacher(classes: int = 4, size: tuple[int, int, int] = (1, 3, 3)) -> Classifier:
+    channels = size[0]
+    with torch.random.fork_rng():
+        torch.manual_seed(1)
+        net = nn.Sequential(nn.Flatten(), nn.Linear(int(np.prod(size)), classes))
+    return Classifier(net, ModelInfo("linear", classes, size, mean=(0.2,) * channels, std=(0.5,) * channels))
+
+
+def synthesizer(
+    name: str, directory: Path, teacher: Classifier | None = None, num_images: int = 6, seed: int = 0, **values
+) -> Synthesizer:
+    """The method on a teacher (linear by default), its tiny settings changed by ``values``."""
+    entry, teacher = METHODS[name], teacher or linear_teacher()
+    config = build(entry.config, tiny(name) | values)
+    info = teacher.info
+    head = {
+        "shape": list(info.input_size),
+        "dtype": config.dtype,
+        "num_classes": info.num_classes,
+        "teacher": {"sha256": "0"},
+        "seed": seed,
+    }
+    writer = ShardWriter(directory, head, -(-num_images // config.batch_size))
+    return entry.load()(teacher, config, num_images, seed, writer)
+
+
+def tiny(name: str) -> dict[str, int]:
+    return {key: value for key, value in TINY.items() if key in hints(METHODS[name].config)}
+
+
+def shards(method: Synthesizer) -> list[dict[str, Tensor]]:
+    """Do every round, and read what was written."""
+    for index in range(method.rounds):
+        method.round(index)
+    return [safetensors.torch.load_file(path) for path in sorted(method.writer.directory.glob("*.safetensors"))]
+
+
+def targets_of(method: Synthesizer, batches: list[int]) -> Tensor:
+    """The targets of consecutive batches of these sizes."""
+    starts = np.cumsum([0, *batches])
+    return torch.cat([method.targets(int(first), count) for first, count in zip(starts, batches, strict=False)])
+
+
+# -- class similarity --------------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("shape", [(2, 3), (10, 84), (100, 64)])
+def test_class_similarity_is_the_papers(shape):
+    weight = RNG.normal(size=shape) * RNG.uniform(0.1, 10, size=(shape[0], 1))
+    similarity = class_similarity(torch.from_numpy(weight).float())
+    np.testing.assert_allclose(similarity, oracles.class_similarity(weight), atol=2e-5)
+    np.testing.assert_allclose(similarity.diagonal(), 1, atol=1e-6)
+    assert (similarity.amin(1) == 0).all()
+
+
+def test_class_similarity_is_scaled_by_row():
+    # The first class is near the second and far from the third: rows have different minima.
+    similarity = class_similarity(torch.tensor([[1.0, 0.0], [0.9, 0.4], [-0.2, 1.0]]))
+    assert not torch.allclose(similarity, similarity.T, atol=0.05)  # scaling the columns would transpose it
+    assert (similarity == 0).sum() == 3  # one minimum for all would leave two zeros
+    assert similarity[0, 2] == similarity[1, 2] == similarity[2, 0] == 0
+
+
+# -- targets -----------------------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("beta", [1.0, 0.1, 5.0])
+@pytest.mark.parametrize("epsilon", [1e-4, 0.5])
+def test_dirichlet_targets_have_the_moments_of_the_distribution(beta, epsilon):
+    count, similarity = 100_000, torch.tensor([1.0, 0.5, 0.2, 0.0])
+    torch.manual_seed(0)
+    drawn = dirichlet_targets(similarity.expand(count, -1), torch.full((count,), beta), epsilon).double().numpy()
+    assert (drawn >= 0).all()
+    np.testing.assert_allclose(drawn.sum(1), 1, atol=1e-6)
+    mean, variance, fourth = oracles.dirichlet_moments(beta * similarity.double().numpy() + epsilon)
+    np.testing.assert_array_less(np.abs(drawn.mean(0) - mean), 5 * np.sqrt(variance / count))
+    np.testing.assert_array_less(np.abs(drawn.var(0) - variance), 5 * np.sqrt((fourth - variance**2) / count))
+
+
+def test_beta_is_per_row_and_epsilon_as_published():
+    similarity, beta = torch.tensor([[1.0, 1.0, 0.0]]), torch.tensor([1e4, 1e-1]).repeat(20_000)
+    torch.manual_seed(0)
+    calm, peaked = dirichlet_targets(similarity.expand(len(beta), -1), beta).double().view(-1, 2, 3).unbind(1)
+    for drawn, scale in ((calm, 1e4), (peaked, 1e-1)):
+        _, variance, fourth = oracles.dirichlet_moments(np.array([scale, scale, 0]) + 1e-4)
+        error = 5 * np.sqrt((fourth - variance**2) / len(drawn))
+        np.testing.assert_array_less(np.abs(drawn.numpy().var(0) - variance), error)
+    _, wrong, _ = oracles.dirichlet_moments(np.array([1.0, 1.0, 0]) + 1e-4)
+    assert peaked.var(0)[0] > 1.5 * wrong[0]  # the released code's beta, which has no effect
+
+
+def test_classes_and_betas_have_equal_shares_over_rounds_of_any_size(tmp_path):
+    teacher, betas = linear_teacher(), (1e7, 1e-3)
+    method = synthesizer("zskd", tmp_path, teacher, batch_size=7, beta=betas)
+    torch.manual_seed(0)
+    targets = targets_of(method, [7] * 5 + [5]).view(-1, 2, 4, 4)  # image n = 8 i + 4 b + k
+    similarity = oracles.class_similarity(teacher.head().weight.double().numpy())
+    for k in range(4):
+        calm = np.broadcast_to(similarity[k] / similarity[k].sum(), (5, 4))  # beta so large that only the mean is left
+        np.testing.assert_allclose(targets[:, 0, k], calm, atol=5e-3)
+        assert (np.abs(targets[:, 1, k].numpy() - calm).max(1) > 0.1).all()
+
+
+def test_class_impressions_aim_at_one_class_each_in_equal_shares(tmp_path):
+    method = synthesizer("class-impressions", tmp_path)
+    targets = targets_of(method, [3, 3, 3, 3])
+    assert torch.equal(targets, torch.eye(4).repeat(3, 1))
+
+
+# -- terms -------------------------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("shape", [(1, 2), (5, 10), (3, 100)])
+@pytest.mark.parametrize("tau", [1.0, 20.0])
+def test_tempered_cross_entropy_is_the_papers(shape, tau):
+    logits, target = RNG.normal(scale=10, size=shape), RNG.dirichlet(np.ones(shape[1]), size=shape[0])
+    z = torch.tensor(logits, requires_grad=True)
+    loss = tempered_cross_entropy(z, torch.from_numpy(target), tau)
+    loss.backward()
+    np.testing.assert_allclose(loss.item(), oracles.impression_loss(logits, target, tau), rtol=1e-12)
+    np.testing.assert_allclose(z.grad, oracles.impression_gradient(logits, target, tau), atol=1e-14)
+    assert torch.autograd.gradcheck(lambda a: tempered_cross_entropy(a, torch.from_numpy(target), tau), z)
+
+
+def test_tempered_cross_entropy_takes_class_indices_too():
+    logits, labels = torch.randn(6, 4), torch.tensor([0, 1, 2, 3, 3, 0])
+    one_hot = torch.eye(4)[labels]
+    torch.testing.assert_close(tempered_cross_entropy(logits, labels, 3), tempered_cross_entropy(logits, one_hot, 3))
+
+
+@pytest.mark.parametrize("shape", [(1, 1, 2, 2), (2, 3, 4, 5), (1, 1, 1, 4)])
+def test_total_variation_is_the_sum_over_neighbours(shape):
+    pixels = RNG.normal(size=shape)
+    images = torch.tensor(pixels, requires_grad=True)
+    value = total_variation(images)
+    value.backward()
+    expected, gradient = oracles.total_variation(pixels)
+    np.testing.assert_allclose(value.item(), expected, rtol=1e-12)
+    np.testing.assert_allclose(images.grad, gradient, atol=1e-12)
+    assert torch.autograd.gradcheck(total_variation, images)
+
+
+# -- the inner loop ----------------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("values", [{}, {"total_variation": 0.01}, {"range": "rescale"}, {"cross_entropy": 0.5}])
+def test_inner_loop_is_adam_on_the_pixels(tmp_path, values):
+    count, tau, lr, iterations = 3, 5.0, 0.1, 5
+    teacher = linear_teacher()
+    method = synthesizer("zskd", tmp_path, teacher, temperature=tau, lr=lr, iterations=iterations, **values)
+    torch.manual_seed(3)
+    made = method.make(0, count)
+    torch.manual_seed(3)  # the same draws: first the targets, then the start
+    targets, start = method.targets(0, count).double().numpy(), method.start(count).double().numpy()
+
+    weight, bias = (p.double().numpy() for p in teacher.net.parameters())
+
+    def gradient(x):
+        logits = ((x - 0.2) / 0.5).reshape(count, -1) @ weight.T + bias
+        through = oracles.impression_gradient(logits, targets, tau) @ weight / 0.5
+        smooth = values.get("total_variation", 0.0) * oracles.total_variation(x)[1]
+        return values.get("cross_entropy", 1.0) * through.reshape(x.shape) + smooth
+
+    def project(x):
+        return (x - x.min()) / (x.max() - x.min()) if values.get("range") == "rescale" else x
+
+    expected = oracles.adam(start, gradient, lr, iterations, project)
+    assert np.abs(expected - start).max() > 0.05
+    np.testing.assert_allclose(made.pixels, expected, atol=2e-5)
+    np.testing.assert_allclose(made.targets, targets)
+
+
+def test_more_iterations_come_nearer_to_the_targets(tmp_path):
+    few = synthesizer("class-impressions", tmp_path / "few", iterations=1, num_images=8, batch_size=8)
+    many = synthesizer("class-impressions", tmp_path / "many", iterations=50, num_images=8, batch_size=8)
+    assert many.round(0)["cross_entropy"] < 0.5 * few.round(0)["cross_entropy"]
+
+
+def test_starting_images_and_noise_are_uniform(tmp_path):
+    method = synthesizer("zskd", tmp_path, linear_teacher(size=(3, 8, 8)))
+    (stored,) = shards(synthesizer("noise", tmp_path / "noise", linear_teacher(size=(3, 8, 8)), 200, batch_size=200))
+    torch.manual_seed(0)
+    for drawn in (method.start(200), stored["images"].float()):
+        assert drawn.shape == (200, 3, 8, 8)
+        assert drawn.min() >= 0
+        assert drawn.max() <= 1
+        standard_error = (1 / 12 / drawn.numel()) ** 0.5
+        assert abs(drawn.mean() - 0.5) < 5 * standard_error
+        np.testing.assert_allclose(drawn.flatten().quantile(torch.tensor([0.25, 0.75])), [0.25, 0.75], atol=0.01)
+
+
+def test_images_that_overflow_their_storage_fail_the_run(tmp_path):
+    method = synthesizer("zskd", tmp_path, lr=1e6, dtype="float16")
+    with pytest.raises(RunFailed):
+        method.round(0)
+    assert not list(tmp_path.glob("*.safetensors"))
+
+
+# -- what every independent method promises ----------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("name", INDEPENDENT)
+@pytest.mark.parametrize("dtype", ["float16", "float32"])
+def test_stored_logits_are_the_teachers_on_the_stored_images(name, dtype, tmp_path):
+    teacher = linear_teacher()
+    for shard in shards(synthesizer(name, tmp_path, teacher, num_images=5, dtype=dtype)):
+        assert shard["images"].dtype == getattr(torch, dtype)
+        assert shard["images"].isfinite().all()
+        with torch.no_grad():
+            torch.testing.assert_close(shard["logits"], teacher(shard["images"].float()), rtol=0, atol=0)
+
+
+@pytest.mark.parametrize("name", INDEPENDENT)
+def test_a_round_depends_on_seed_and_index_only(name, tmp_path):
+    first = shards(synthesizer(name, tmp_path))
+    last = tmp_path / "shard-00002.safetensors"
+    before = last.read_bytes()
+    last.unlink()
+    torch.manual_seed(99)
+    shards(synthesizer(name, tmp_path))  # makes the third shard alone, after nothing
+    assert last.read_bytes() == before
+    assert not torch.equal(first[0]["images"], first[1]["images"])
+    other = shards(synthesizer(name, tmp_path / "other", seed=1))
+    assert not any(torch.equal(a["images"], b["images"]) for a, b in zip(first, other, strict=True))
+
+
+def state(teacher: Classifier) -> dict:
+    hooks = [sum(len(v) for k, v in vars(m).items() if k.endswith("hooks")) for m in teacher.modules()]
+    tensors = {name: value.clone() for name, value in [*teacher.named_parameters(), *teacher.named_buffers()]}
+    return {"hooks": hooks, "training": [m.training for m in teacher.modules()], "tensors": tensors}
+
+
+@pytest.mark.parametrize("name", INDEPENDENT)
+@pytest.mark.parametrize("fails", [False, True])
+def test_the_teacher_is_left_as_it_was(name, fails, tmp_path, make_teacher):
+    teacher, _ = load_model(make_teacher("resnet8"))
+    method = synthesizer(name, tmp_path, teacher, num_images=2)
+    before = state(teacher)
+    if fails:
+        with teacher.net.stem[0].register_forward_hook(lambda *_: 1 / 0), pytest.raises(ZeroDivisionError):
+            method.round(0)
+    else:
+        method.round(0)
+    after = state(teacher)
+    for name_, value in before.pop("tensors").items():
+        assert torch.equal(value, after["tensors"][name_]), name_
+    assert after["training"] == before["training"]
+    assert after["hooks"] == before["hooks"]
+    assert all(p.grad is None and not p.requires_grad for p in teacher.parameters())
+
+
+# -- what every method promises ----------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("entry", METHODS.values(), ids=METHODS)
+def test_documentation(entry):
+    title = entry.doc.partition("\n")[0]
+    assert title.endswith(".")
+    assert entry.summary == title.rstrip(".")
+    if entry.paper:
+        assert re.search(r"\b(19|20)\d\d\b", entry.doc), "year and venue"
+        assert re.search(r"^ {4}.*=", entry.doc, re.MULTILINE), "an equation"
+    else:
+        assert "baseline" in entry.doc, "a method without a paper is a baseline"
+    for field in dataclasses.fields(entry.config):
+        assert field.metadata.get("help"), field.name
+
+
+@pytest.mark.parametrize("entry", METHODS.values(), ids=METHODS)
+def test_what_is_read_without_torch_is_what_runs(entry):
+    cls = entry.load()
+    assert issubclass(cls, Synthesizer)
+    assert (cls.kind, tuple(cls.needs)) == (entry.kind, entry.needs)
+    config = importlib.import_module(cls.__module__).Config
+    assert hints(config) == hints(entry.config)
+    for real, read in zip(dataclasses.fields(config), dataclasses.fields(entry.config), strict=True):
+        assert (real.name, real.default, real.metadata) == (read.name, read.default, read.metadata)
+    assert {"batch_size", "dtype"} <= set(hints(config))
+
+
+@pytest.mark.parametrize("entry", METHODS.values(), ids=METHODS)
+def test_a_tiny_run_gives_whole_shards_whose_terms_are_configuration_keys(entry, tmp_path, cli, make_teacher):
+    teacher = make_teacher("resnet8" if "batchnorm" in entry.needs else "lenet5")
+    flags = [f"--{key.replace('_', '-')}={value}" for key, value in tiny(entry.name).items()]
+    flags += ["--student", "lenet5-half"] if "student" in entry.needs else []
+    args = ["synthesize", "--method", entry.name, "--teacher", teacher, "--out", tmp_path / "s", "--num-images", 3]
+    code, out, err = cli(*args, *flags, "--json")
+    assert code == 0, err
+    assert json.loads(out)["metrics"]["count"] == 3
+    reader = ShardReader(tmp_path / "s")
+    reader.verify()
+    assert sum(reader.sizes) == 3
+    assert reader.manifest["method"] == entry.name
+    for row in reader.manifest["shards"]:
+        assert set(row["terms"]) <= set(hints(entry.config))
+    assert (tmp_path / "s" / "preview.png").read_bytes().startswith(b"\x89PNG")
+
+
+@pytest.mark.parametrize("name", METHODS)
+def test_every_method_has_a_recipe(name):
+    paths = [path for key, path in catalog.recipes().items() if key.startswith("synthesize/")]
+    layers = [(str(path), catalog.read_recipe(path)) for path in paths]
+    assert name in {resolve("synthesize", [layer]).method.entry.name for layer in layers}
