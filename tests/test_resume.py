@@ -191,3 +191,17 @@ def test_two_processes_make_the_shards_of_one(reference: tuple, tmp_path: Path) 
     assert (
         hashlib.sha256((tmp_path / "shards/manifest.json").read_bytes()).hexdigest() == expected["shards/manifest.json"]
     )
+
+
+def test_dropped_and_reordered_inputs_are_another_run(reference: tuple, tmp_path: Path) -> None:
+    """Every difference between two lists of inputs counts: one less, one more, another order."""
+    _, _, source = reference
+    for name in ("teacher", "shards"):
+        (tmp_path / name).symlink_to(source / name)
+    first = ["distill", "--steps", "1", "--transfer-set", "shards", "noise:10"]
+    finish(first, tmp_path)
+    for other in (["shards"], ["noise:10", "shards"], ["shards", "noise:10", "noise:20"]):
+        process = start([*first[:4], *other], tmp_path)
+        _, err = process.communicate()
+        assert process.returncode == 2, other
+        assert "holds another run" in err

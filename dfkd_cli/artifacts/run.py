@@ -174,7 +174,9 @@ def differences(old: Mapping[str, Any], new: Mapping[str, Any], prefix: str = ""
         if isinstance(a, dict) and isinstance(b, dict):
             found += differences(a, b, f"{prefix}{key}.")
         elif key == "parents":
-            found += [f"another {p.get('role', 'input')}" for p in b or a if p not in (a or []) or p not in (b or [])]
+            before, now = a or [], b or []
+            changed = [f"another {p.get('role', 'input')}" for p in [*now, *before] if (p in before) != (p in now)]
+            found += dict.fromkeys(changed or ["inputs in another order"])
         else:
             found.append(f"{prefix}{key}: {a} -> {b}")
     return found

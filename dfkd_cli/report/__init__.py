@@ -1,0 +1,1 @@
+"""Comparisons: what finished directories say about themselves, grids of them, and the tables and pages made of it."""

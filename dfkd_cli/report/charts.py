@@ -1,0 +1,80 @@
+"""The pictures of a report, as PNG bytes."""
+
+from __future__ import annotations
+
+import io
+from collections.abc import Mapping, Sequence
+from typing import Any
+
+from matplotlib.figure import Figure
+from matplotlib.ticker import MaxNLocator, NullFormatter
+
+MEASURES = ("accuracy", "agreement")  # columns of metrics.csv that are shares; the others are losses
+_COLOURS = {"teacher": "#57606a", "free": "#0b62c4", "real": "#9a6700"}
+_LINE: dict[str, Any] = {"markersize": 2.5, "linewidth": 1.2, "alpha": 0.8}
+_INK, _GRID = "#24292f", "#d8dee4"
+
+
+def top1(rows: Sequence[Mapping[str, Any]]) -> bytes:
+    """Top-1 of every row: a dot for each seed, a diamond at the mean, a whisker of one standard deviation."""
+    figure = Figure(figsize=(7.5, 0.8 + 0.36 * len(rows)), layout="constrained")
+    axes = figure.subplots()
+    axes.axvline(100 * rows[0]["top1"]["mean"], color=_COLOURS["teacher"], linestyle="--", linewidth=1)
+    for place, row in enumerate(rows):
+        colour = _COLOURS["teacher" if row["role"] == "teacher" else "free" if row["data_free"] else "real"]
+        values = [100 * value for value in row["top1"]["values"]]
+        sd = row["top1"]["sd"] and 100 * row["top1"]["sd"]
+        axes.plot(values, [place] * len(values), "o", color=colour, markersize=5, alpha=0.45, markeredgewidth=0)
+        axes.errorbar(100 * row["top1"]["mean"], place, xerr=sd, color=colour, marker="D", markersize=6, capsize=4)
+    axes.set_yticks(range(len(rows)), [_short(row["label"]) for row in rows])
+    axes.set_ylim(len(rows) - 0.5, -0.5)
+    axes.margins(x=0.06)
+    axes.set_xlabel("top-1 on the test images, %")
+    return _png(figure, [axes])
+
+
+def curves(runs: Sequence[Mapping[str, Sequence[float]]]) -> bytes | None:
+    """Losses on the left, shares on the right, a line for each run; None when there is nothing to draw.
+
+    Args:
+        runs: The columns of each run's ``metrics.csv``.
+    """
+    names = dict.fromkeys(name for run in runs for name in run if name != "round")
+    panels = [[n for n in names if n not in MEASURES], [n for n in names if n in MEASURES]]
+    panels = [panel for panel in panels if panel]
+    if not panels:
+        return None
+    figure = Figure(figsize=(6, 2.3), layout="constrained")
+    grid = figure.subplots(1, len(panels), squeeze=False)[0]
+    for axes, panel in zip(grid, panels, strict=True):
+        for number, name in enumerate(panel):
+            for repeat, run in enumerate(run for run in runs if name in run):
+                label = name if repeat == 0 else None
+                axes.plot(run["round"], run[name], "o-", color=f"C{number}", label=label, **_LINE)
+        values = [value for name in panel for run in runs for value in run.get(name, ())]
+        if min(values) > 0 and max(values) > 30 * min(values):
+            axes.set_yscale("log")
+            axes.yaxis.set_minor_formatter(NullFormatter())
+        axes.set_xlabel("round")
+        axes.xaxis.set_major_locator(MaxNLocator(5, integer=True))
+        axes.legend(frameon=False, fontsize=8)
+    return _png(figure, list(grid))
+
+
+def _short(label: str, width: int = 40) -> str:
+    # A dollar sign would start a formula.
+    return (label if len(label) <= width else label[: width - 3] + "...").replace("$", r"\$")
+
+
+def _png(figure: Figure, axes: Sequence[Any]) -> bytes:
+    for one in axes:
+        one.set_axisbelow(True)
+        one.grid(color=_GRID, linewidth=0.7)
+        one.tick_params(colors=_INK, labelsize=8, length=0)
+        one.xaxis.label.set_size(8)
+        for side, spine in one.spines.items():
+            spine.set_visible(side in ("left", "bottom"))
+            spine.set_color(_GRID)
+    buffer = io.BytesIO()
+    figure.savefig(buffer, format="png", dpi=140, metadata={"Software": None})
+    return buffer.getvalue()

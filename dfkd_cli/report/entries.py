@@ -1,0 +1,196 @@
+"""What finished directories say about themselves: what made them, from what, and how long that took. Nothing is run."""
+
+from __future__ import annotations
+
+import csv
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+from dfkd_cli.artifacts.files import digest, read_json, sha256_file
+from dfkd_cli.artifacts.run import RUN
+from dfkd_cli.artifacts.shards import MANIFEST, ShardReader
+from dfkd_cli.models.directory import RECORD, load_model
+
+
+@dataclass(frozen=True)
+class ShardSet:
+    """A shard directory.
+
+    Attributes:
+        path: Where it is.
+        sha256: Of its manifest.
+        manifest: ``manifest.json``.
+        run: ``run.json``, or an empty mapping where it is missing.
+    """
+
+    path: Path
+    sha256: str
+    manifest: Mapping[str, Any]
+    run: Mapping[str, Any]
+
+    @property
+    def settings(self) -> dict[str, Any]:
+        """What made it, but for the seed and what it was made from."""
+        return settings_of(self.run) or {k: self.manifest[k] for k in ("method", "config", "count")}
+
+    def facts(self) -> dict[str, Any]:
+        """For ``results.json``."""
+        return {
+            "path": str(self.path),
+            "sha256": self.sha256,
+            "method": self.manifest["method"],
+            "seed": self.manifest.get("seed"),
+            "count": self.manifest["count"],
+            "confidence": self.run.get("metrics", {}).get("confidence"),
+            "seconds": self.run.get("seconds"),
+            "argv": self.run.get("argv"),
+            "versions": self.run.get("versions"),
+        }
+
+
+@dataclass(frozen=True)
+class Model:
+    """A model directory, or a foreign teacher.
+
+    Attributes:
+        path: Where it is.
+        sha256: Of its weights and their use.
+        parameters: Number of them.
+        record: ``model.json``.
+        run: ``run.json``, or an empty mapping where it is missing.
+        shards: The shard sets it learned from, as far as they were found.
+        row: The name of its row in a grid.
+    """
+
+    path: Path
+    sha256: str
+    parameters: int
+    record: Mapping[str, Any]
+    run: Mapping[str, Any] = field(default_factory=dict)
+    shards: Sequence[ShardSet] = ()
+    row: str | None = None
+
+    @property
+    def provenance(self) -> Mapping[str, Any]:
+        """Where the model comes from."""
+        return self.record.get("provenance", {})
+
+    @property
+    def teacher(self) -> str | None:
+        """The hash of the teacher it learned from."""
+        return self.provenance.get("teacher")
+
+    @property
+    def settings(self) -> dict[str, Any]:
+        """All that made it, but for seeds and teacher: equal settings are repeats of one another."""
+        return {
+            "model": self.record.get("spec"),
+            **settings_of(self.run),
+            "transfer_set": [_origin(p, self.shards) for p in self._origins()],
+        }
+
+    @property
+    def key(self) -> str:
+        """Equal for repeats over seeds."""
+        return self.row or digest(self.settings if self.run else self.sha256)
+
+    @property
+    def label(self) -> str:
+        """The row's name in a grid, else what the model was made from and how, e.g. ``zskd -> response``."""
+        if self.row or not self.run:
+            return self.row or str(self.path)
+        origins = " + ".join(_name(p, self.shards) for p in self._origins())
+        method, objectives = self.run["identity"].get("method", ""), self.run["identity"].get("objective", {})
+        how = {"offline": "", "supervised": "supervised"}.get(method, f"{method}: ")
+        if method != "supervised":
+            how += " + ".join(objectives)
+        return f"{origins} -> {how}" if origins else how
+
+    def _origins(self) -> list[Mapping[str, Any]]:
+        return [p for p in self.run.get("parents", []) if p["role"] == "transfer-set"]
+
+    def curves(self) -> dict[str, list[float]]:
+        """The columns of ``metrics.csv``."""
+        return read_curves(self.path / "metrics.csv")
+
+
+def read_model(path: Path, allow_code: bool, row: str | None = None) -> Model:
+    """Read a model directory, and find the shard sets it names.
+
+    Raises:
+        ArtifactError: Missing, damaged, or not a model.
+    """
+    classifier, record = load_model(path, allow_code)
+    run = _read_run(path)
+    found = (find(parent, path, MANIFEST) for parent in run.get("parents", []))
+    shards = [read_shards(place) for place in found if place is not None]
+    return Model(path, record["weights"]["sha256"], classifier.num_parameters, record, run, shards, row)
+
+
+def read_shards(path: Path) -> ShardSet:
+    """Read what a shard directory says about itself.
+
+    Raises:
+        ArtifactError: Missing, unfinished or damaged.
+    """
+    reader = ShardReader(path)
+    return ShardSet(path, reader.sha256, reader.manifest, _read_run(path))
+
+
+def find(parent: Mapping[str, Any], child: Path, file: str) -> Path | None:
+    """The directory that a ``run.json`` names as a parent, if it is still there and still the same.
+
+    Its path is relative to where the command ran: here, or, as a rule, beside the child.
+
+    Args:
+        parent: ``{"path": ..., "sha256": ...}``, other parents are never found.
+        child: The directory whose parent it is.
+        file: ``manifest.json`` or ``model.json``, whichever makes a directory of that kind.
+    """
+    for base in (Path(), child.resolve().parent):
+        path = base / parent.get("path", "")
+        if "path" in parent and (path / file).is_file() and _sha256(path / file) == parent["sha256"]:
+            return path
+    return None
+
+
+def read_curves(path: Path) -> dict[str, list[float]]:
+    """The columns of a ``metrics.csv``, ``round`` among them; nothing where there is no file."""
+    if not path.is_file():
+        return {}
+    with path.open(newline="") as file:
+        rows = list(csv.DictReader(file))
+    return {name: [float(row[name] or "nan") for row in rows] for name in (rows[0] if rows else ())}
+
+
+def settings_of(run: Mapping[str, Any]) -> dict[str, Any]:
+    """The settings in a ``run.json``, without seed and parents."""
+    return {k: v for k, v in run.get("identity", {}).items() if k not in ("seed", "parents")}
+
+
+def _read_run(path: Path) -> dict[str, Any]:
+    return read_json(path / RUN) if (path / RUN).is_file() else {}
+
+
+def _sha256(path: Path) -> str:
+    """What stands for a directory in its children's records."""
+    return read_json(path)["weights"]["sha256"] if path.name == RECORD else sha256_file(path)
+
+
+def _owner(parent: Mapping[str, Any], shards: Sequence[ShardSet]) -> ShardSet | None:
+    return next((s for s in shards if s.sha256 == parent.get("sha256")), None)
+
+
+def _origin(parent: Mapping[str, Any], shards: Sequence[ShardSet]) -> Any:
+    """A transfer set but for its seed; one that was not found is only equal to itself."""
+    owner = _owner(parent, shards)
+    return parent.get("spec") or (owner.settings if owner else parent["sha256"])
+
+
+def _name(parent: Mapping[str, Any], shards: Sequence[ShardSet]) -> str:
+    owner = _owner(parent, shards)
+    if owner is not None:
+        return owner.manifest["method"]
+    return parent["spec"].split()[0] if "spec" in parent else Path(parent["path"]).name

@@ -1,0 +1,205 @@
+"""A grid: many pipelines in one recipe, planned as the ordinary commands that make them.
+
+    grid:
+      seeds: [0, 1, 2]                      every row is run with each of them
+      teacher: {recipe: digits}             train-teacher settings, or the path of a teacher; `per_seed: true` for one
+                                            teacher per seed
+      synthesize: {num_images: 4000}        what every row's synthesize has in common
+      student: {recipe: digits}             what every row's distill has in common
+      rows:
+        zskd: {synthesize: {method: zskd}}                                    shards, then a student from them
+        zskd-at: {shards: zskd, distill: {objective: [response, at]}}         another student from the same shards
+        real: {distill: {transfer_set: [real]}}                               no shards at all
+
+A mapping of settings may name a ``recipe`` of its command. What the grid itself says wins over every recipe, and a row
+over what all have in common.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import re
+from collections.abc import Iterator, Mapping
+from pathlib import Path
+from typing import Any
+
+from dfkd_cli import config
+from dfkd_cli.artifacts.files import digest
+from dfkd_cli.errors import ConfigError, did_you_mean
+from dfkd_cli.resolve import TYPED, Layer, Settings, recipe_layer, resolve
+from dfkd_cli.settings import INPUTS, Run
+
+_KEYS = ("seeds", "teacher", "synthesize", "student", "rows")
+_ROW_KEYS = ("synthesize", "shards", "distill")
+_OWN = ("teacher", "out", "overwrite", "seed")  # what the grid itself decides for every command
+_NAME = re.compile(r"[A-Za-z0-9][A-Za-z0-9._-]*")
+# The flags of `compare` that reach every stage which has them.
+_PASSED = ("device", "precision", "logger", "allow_code", "data_dir")
+_FOREIGN = ("weights", "input_size", "mean", "std", "num_classes")
+
+
+@dataclasses.dataclass(frozen=True)
+class Step:
+    """One command of the grid. ``row`` is empty for a teacher."""
+
+    row: str
+    seed: int
+    settings: Settings
+
+    @property
+    def out(self) -> Path:
+        """The directory that the command writes."""
+        return Path(str(self.settings.run.out))
+
+
+@dataclasses.dataclass(frozen=True)
+class Grid:
+    """The commands of a grid, in an order in which they can be run.
+
+    Attributes:
+        steps: Teachers, then row by row.
+        teacher: The path or SPEC of the teacher that was there before, or None.
+        per_seed: Whether every seed has a teacher of its own.
+        sha256: Stands for every setting that decides the result; where the directories lie is none of them.
+    """
+
+    steps: tuple[Step, ...]
+    teacher: str | None
+    per_seed: bool
+    sha256: str
+
+
+def plan(settings: Settings, out: Path) -> Grid:
+    """The grid of a ``compare`` recipe as checked settings of ordinary commands.
+
+    Args:
+        settings: Of ``compare``; a ``--teacher`` takes the place of the recipe's.
+        out: The directory of the comparison; everything is written under ``out / "runs"``.
+
+    Raises:
+        ConfigError: Unknown key, bad value, or a row from nothing.
+    """
+    if settings.run.devices * settings.run.num_nodes > 1:
+        raise ConfigError("a grid runs on one device", "leave out --devices and --num-nodes, or run its commands alone")
+    planner, anywhere = _Planner(settings, out / "runs"), _Planner(settings, Path())
+    identity = [{**step.settings.plain(volatile=False), "row": step.row} for step in anywhere.steps()]
+    for values in identity:
+        values.pop("teacher", None)  # a path: the teacher's hash counts
+    return Grid(tuple(planner.steps()), planner.given, planner.per_seed, digest(identity))
+
+
+def _mapping(value: Any, where: str, known: tuple[str, ...] | None = None) -> Mapping[str, Any]:
+    """``value``, if it is a mapping with no key but the ``known``; nothing at all is an empty mapping."""
+    if value is not None and not isinstance(value, Mapping):
+        raise ConfigError(f"{where}: must be a mapping of keys to values, not {value!r}")
+    for key in value or {}:
+        if known is not None and key not in known:
+            raise ConfigError(f"{where}.{key}: unknown key", did_you_mean(str(key), known))
+    return value or {}
+
+
+def _layers(command: str, *sections: tuple[str, Any], own: tuple[str, ...] = _OWN) -> list[Layer]:
+    """Mappings of settings as layers: first the recipes they name, then what they say themselves.
+
+    Args:
+        command: Whose settings they are.
+        sections: Where each stands, for messages, and the mapping.
+        own: Keys that they must not have.
+    """
+    recipes, layers = [], []
+    for where, value in sections:
+        values = dict(_mapping(value, where))
+        for key in own:
+            if key in values:
+                raise ConfigError(f"{where}.{key}: the grid itself decides this", "leave it out")
+        recipe = values.pop("recipe", None)
+        if recipe is not None:
+            recipes.append(recipe_layer(str(recipe), command))
+        layers.append((f"{where}.", values))
+    return recipes + layers
+
+
+class _Planner:
+    """The recipe's grid, checked, and its commands under one directory."""
+
+    def __init__(self, settings: Settings, root: Path) -> None:
+        grid = _mapping(settings.grid, "grid", _KEYS)
+        self.settings, self.root = settings, root
+        self.seeds = config.convert(grid.get("seeds", [0]), tuple[int, ...], "grid.seeds")
+        if len(set(self.seeds)) < len(self.seeds) or min(self.seeds) < 0:
+            raise ConfigError(f"grid.seeds: {list(self.seeds)} must be different whole numbers of at least 0")
+        teacher = settings.inputs.teacher or grid.get("teacher", {})
+        self.given = teacher if isinstance(teacher, str) else None
+        teacher = {} if self.given is not None else dict(_mapping(teacher, "grid.teacher"))
+        self.per_seed = config.convert(teacher.pop("per_seed", False), bool, "grid.teacher.per_seed")
+        own = _OWN if self.per_seed else tuple(key for key in _OWN if key != "seed")
+        self.teacher = _layers("train-teacher", ("grid.teacher", teacher), own=own)
+        self.synthesize = ("grid.synthesize", grid.get("synthesize"))
+        self.student = ("grid.student", grid.get("student"))
+        rows = _mapping(grid.get("rows"), "grid.rows")
+        if not rows:
+            raise ConfigError("grid.rows: needs at least one row", "e.g. rows: {zskd: {synthesize: {method: zskd}}}")
+        self.rows = {str(name): _mapping(row, f"grid.rows.{name}", _ROW_KEYS) for name, row in rows.items()}
+        for name in self.rows:
+            if not _NAME.fullmatch(name) or name == "teacher":
+                raise ConfigError(f"grid.rows.{name}: not a name for a row", "letters, digits, . _ -; not `teacher`")
+
+    def steps(self) -> Iterator[Step]:
+        """The commands; rows that use another row's shards come last."""
+        if self.given is None:
+            for seed in self.seeds if self.per_seed else self.seeds[:1]:
+                more = {"seed": seed} if self.per_seed else {}
+                yield self._step("", seed, "train-teacher", self.teacher, {"out": self._teacher(seed), **more})
+        for name in sorted(self.rows, key=lambda name: "shards" in self.rows[name]):
+            for seed in self.seeds:
+                yield from self._row(name, seed)
+
+    def _row(self, name: str, seed: int) -> Iterator[Step]:
+        row, where = self.rows[name], f"grid.rows.{name}"
+        common: dict[str, Any] = {"teacher": self._teacher(seed), "seed": seed}
+        shards = None
+        if "shards" in row:
+            shards = self._place(self._owner(name), seed, "shards")
+        elif "synthesize" in row:
+            shards = self._place(name, seed, "shards")
+            layers = _layers("synthesize", self.synthesize, (f"{where}.synthesize", row["synthesize"]))
+            yield self._step(name, seed, "synthesize", layers, {**common, "out": shards})
+        layers = _layers("distill", self.student, (f"{where}.distill", row.get("distill")))
+        if shards is not None:
+            # What the row itself names joins its shards; a transfer set from further away is a default.
+            named = layers[-1][1].get("transfer_set", [])
+            common["transfer_set"] = [shards, *([named] if isinstance(named, str) else named)]
+        elif not any("transfer_set" in layer for _, layer in layers):
+            raise ConfigError(f"{where}: nothing to distill from", "give synthesize, shards, or distill.transfer_set")
+        common["out"] = self._place(name, seed, "student")
+        yield self._step(name, seed, "distill", layers, common)
+
+    def _owner(self, name: str) -> str:
+        """The row whose shards the row uses."""
+        if "synthesize" in self.rows[name]:
+            raise ConfigError(f"grid.rows.{name}: has both synthesize and shards", "choose one")
+        owner, owners = str(self.rows[name]["shards"]), [n for n, row in self.rows.items() if "synthesize" in row]
+        if owner not in owners:
+            hint = did_you_mean(owner, owners) if owners else "no row has synthesize"
+            raise ConfigError(f"grid.rows.{name}.shards: no row {owner!r} with synthesize", hint)
+        return owner
+
+    def _place(self, row: str, seed: int, what: str) -> str:
+        return str(self.root / row / f"seed{seed}" / what)
+
+    def _teacher(self, seed: int) -> str:
+        if self.given is not None:
+            return self.given
+        return str(self.root / "teacher" / f"seed{seed}" if self.per_seed else self.root / "teacher")
+
+    def _step(self, row: str, seed: int, command: str, layers: list[Layer], values: Mapping[str, Any]) -> Step:
+        values = {**values, "overwrite": False}
+        return Step(row, seed, resolve(command, [*layers, (TYPED, self._passed(command)), ("", values)]))
+
+    def _passed(self, command: str) -> dict[str, Any]:
+        """The flags given to ``compare`` that the command has too."""
+        known = config.hints(INPUTS[command]) | config.hints(Run)
+        values = config.plain(self.settings.inputs) | config.plain(self.settings.run)
+        unset = config.defaults(INPUTS["compare"]) | config.defaults(Run)
+        names = _PASSED if self.given is None else _PASSED + _FOREIGN
+        return {name: values[name] for name in names if name in known and values[name] != unset[name]}

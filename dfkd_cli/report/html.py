@@ -1,0 +1,172 @@
+"""``report.html``: a comparison as one file that needs nothing else, neither scripts nor a network."""
+
+from __future__ import annotations
+
+import base64
+from collections.abc import Iterable, Mapping, Sequence
+from html import escape
+from pathlib import Path
+from typing import Any
+
+from dfkd_cli.report import charts, table
+from dfkd_cli.report.entries import read_curves
+
+_CLASSES_OPEN = 20  # a longer table of classes is folded
+
+_STYLE = """
+:root { color-scheme: light; --ink: #1f2328; --soft: #59636e; --line: #d8dee4; --back: #f6f8fa; }
+* { box-sizing: border-box; }
+body { margin: 0 auto; max-width: 1180px; padding: 24px; color: var(--ink); background: #fff;
+  font: 15px/1.5 system-ui, -apple-system, "Segoe UI", Roboto, sans-serif; }
+h1 { font-size: 26px; margin: 0; } h2 { font-size: 20px; margin: 40px 0 8px; padding-top: 16px;
+  border-top: 1px solid var(--line); } h3 { font-size: 15px; margin: 28px 0 8px; }
+p { margin: 4px 0 12px; max-width: 80ch; } .soft { color: var(--soft); }
+.scroll { overflow-x: auto; border: 1px solid var(--line); border-radius: 8px; }
+table { border-collapse: collapse; width: 100%; font-variant-numeric: tabular-nums; font-size: 14px; }
+th, td { padding: 7px 12px; text-align: right; white-space: nowrap; border-top: 1px solid var(--line); }
+thead th { border-top: 0; background: var(--back); color: var(--soft); font-size: 12px; font-weight: 600; }
+.words { text-align: left; } tr.teacher td { background: var(--back); font-weight: 600; }
+tr.failed td { color: #a40e26; }
+.failure { color: #a40e26; margin-top: 10px; overflow-wrap: anywhere; }
+.cards { display: grid; grid-template-columns: repeat(auto-fill, minmax(min(520px, 100%), 1fr)); gap: 16px; }
+figure { margin: 0; padding: 12px; border: 1px solid var(--line); border-radius: 8px; }
+figcaption { font-size: 13px; color: var(--soft); overflow-wrap: anywhere; } figcaption b { color: var(--ink); }
+img { max-width: 100%; height: auto; display: block; margin: 0 auto 6px; }
+img.pixels { width: 100%; image-rendering: pixelated; }
+code { font: 12px/1.4 ui-monospace, Consolas, monospace; overflow-wrap: anywhere; }
+details { margin: 12px 0; } summary { cursor: pointer; color: var(--soft); }
+@media (max-width: 600px) { body { padding: 14px; } th, td { padding: 6px 8px; } }
+"""
+
+
+def page(results: Mapping[str, Any]) -> str:
+    """The report of what is in ``results.json``; curves and previews are read from the directories it names."""
+    rows = [row for section in results["sections"] for row in section["rows"]]
+    runs = sum(len(row["runs"]) for row in rows)
+    body = [
+        "<h1>dfkd comparison</h1>",
+        f'<p class="soft">{len(rows)} rows from {runs} models, {escape(_date(results["started"]))}, '
+        f"dfkd {escape(results['versions']['dfkd'])}</p>",
+        *(_section(section, results["device"]) for section in results["sections"]),
+        _galleries(results["shards"]),
+        _provenance(rows, results),
+    ]
+    head = (
+        '<meta charset="utf-8"><meta name="viewport" content="width=device-width, initial-scale=1">'
+        f"<title>dfkd comparison</title><style>{_STYLE}</style>"
+    )
+    return f'<!doctype html>\n<html lang="en"><head>{head}</head>\n<body>\n' + "\n".join(body) + "\n</body></html>\n"
+
+
+def _section(section: Mapping[str, Any], device: str) -> str:
+    rows = section["rows"]
+    texts = [(row["role"], table.cells(row)) for row in rows]
+    texts += [("failed", failed) for failed in table.failed_cells(section)]
+    failures = "".join(f'<p class="failure">{escape(line)}</p>' for line in table.failures(section))
+    return "\n".join(
+        [
+            f"<h2>{escape(section['dataset'])}, teacher {escape(rows[0]['model'] or '')}</h2>",
+            f"<p>{escape(table.headline(section, device))}. Means over the seeds, with the sample standard deviation. "
+            "The gap is in percentage points, below zero where the student is worse than its teacher.</p>",
+            _table(table.COLUMNS, texts),
+            failures,
+            "<h3>Top-1</h3>",
+            _figure(
+                charts.top1(rows),
+                "Every dot is one seed, a diamond the mean, a whisker one standard deviation. "
+                "The dashed line is the teacher. Blue is data-free, brown had real data.",
+                "top-1 of every row",
+            ),
+            "<h3>Top-1 per class, %</h3>",
+            _classes(section),
+            "<h3>Training</h3>",
+            "<p>A line for each seed; a round is a stretch of optimiser steps.</p>",
+            f'<div class="cards">{"".join(filter(None, map(_curves, rows)))}</div>',
+        ]
+    )
+
+
+def _classes(section: Mapping[str, Any]) -> str:
+    rows = section["rows"]
+    texts = []
+    for name in section["classes"]:
+        shares = [[run["measures"]["per_class"][name] for run in row["runs"]] for row in rows]
+        texts.append(("", [name, *(_mean_share(values) for values in shares)]))
+    made = _table(["CLASS", *(row["label"] for row in rows)], texts, left=("CLASS",))
+    fold = "" if len(texts) <= _CLASSES_OPEN else "<summary>all classes</summary>"
+    return f"<details>{fold}{made}</details>" if fold else made
+
+
+def _mean_share(values: Sequence[float | None]) -> str:
+    known = [value for value in values if value is not None]
+    return f"{100 * sum(known) / len(known):.1f}" if known else "-"
+
+
+def _curves(row: Mapping[str, Any]) -> str:
+    columns = [read_curves(Path(run["path"], "metrics.csv")) for run in row["runs"]]
+    drawn = charts.curves([run for run in columns if run])
+    if drawn is None:
+        return ""
+    seconds = table.seconds(row["seconds"]["training"])
+    return _figure(
+        drawn, f"<b>{escape(row['label'])}</b>, {escape(seconds)} s of training", f"curves of {row['label']}"
+    )
+
+
+def _galleries(shards: Iterable[Mapping[str, Any]]) -> str:
+    cards = []
+    for facts in shards:
+        preview = Path(facts["path"], "preview.png")
+        if not preview.is_file():
+            continue
+        confidence = "" if facts["confidence"] is None else f", mean teacher confidence {facts['confidence']:.3f}"
+        seed = "" if facts["seed"] is None else f", seed {facts['seed']}"
+        caption = f"<b>{escape(facts['method'])}</b>{seed}: {facts['count']:,} images{confidence}<br>"
+        caption += f"<code>{escape(facts['path'])}</code>"
+        cards.append(_figure(preview.read_bytes(), caption, f"images of {facts['path']}", "pixels"))
+    if not cards:
+        return ""
+    note = "<p>The first images of every set. Each is stretched to the full range of grey or colour by itself.</p>"
+    return f'<h2>Transfer sets</h2>{note}<div class="cards">{"".join(cards)}</div>'
+
+
+def _provenance(rows: Iterable[Mapping[str, Any]], results: Mapping[str, Any]) -> str:
+    columns = ("DIRECTORY", "SHA-256", "COMMAND", "VERSIONS")
+    made = [run for row in rows for run in row["runs"]] + list(results["shards"])
+    texts = [("", [m["path"], m["sha256"][:16], _command(m["argv"]), _versions(m["versions"])]) for m in made]
+    command = f"<p>This report: <code>{escape(_command(results['argv']))}</code> "
+    command += f"({escape(_versions(results['versions']))})</p>"
+    return f"<h2>Provenance</h2>{command}{_table(columns, texts, left=columns)}"
+
+
+def _table(columns: Sequence[str], rows: Sequence[tuple[str, Sequence[str]]], left: Sequence[str] = table.LEFT) -> str:
+    """A table that scrolls by itself; each row has a class and its texts."""
+
+    def cell(tag: str, column: str, text: str) -> str:
+        return f"<{tag}{' class=words' * (column in left)}>{escape(text)}</{tag}>"
+
+    head = "".join(cell("th", column, column) for column in columns)
+    lines = []
+    for role, texts in rows:
+        cells = "".join(cell("td", column, text) for column, text in zip(columns, texts, strict=True))
+        lines.append(f"<tr class={role or 'plain'}>{cells}</tr>")
+    return f'<div class="scroll"><table><thead><tr>{head}</tr></thead><tbody>{"".join(lines)}</tbody></table></div>'
+
+
+def _figure(png: bytes, caption: str, alt: str, style: str = "") -> str:
+    """A picture inside the page; ``caption`` is HTML, ``alt`` is not."""
+    data = base64.b64encode(png).decode()
+    image = f'<img class="{style}" alt="{escape(alt)}" src="data:image/png;base64,{data}">'
+    return f"<figure>{image}<figcaption>{caption}</figcaption></figure>"
+
+
+def _command(argv: Sequence[str] | None) -> str:
+    return " ".join(argv or ["-"])
+
+
+def _versions(versions: Mapping[str, str] | None) -> str:
+    return ", ".join(f"{name} {version}" for name, version in (versions or {}).items())
+
+
+def _date(started: str) -> str:
+    return started.partition("T")[0]

@@ -1,0 +1,118 @@
+"""From models and what was measured of them to the rows of a comparison: plain values, as in ``results.json``."""
+
+from __future__ import annotations
+
+import statistics
+from collections.abc import Iterable, Mapping, Sequence
+from pathlib import Path
+from typing import Any
+
+from dfkd_cli.report.entries import Model
+from dfkd_cli.report.sections import Section
+
+Measures = Mapping[str, Any]  # of one model: top1, agreement, ...
+
+
+def spread(values: Iterable[float | None]) -> dict[str, Any] | None:
+    """Mean, sample standard deviation (None of one value) and the values themselves; None where nothing is known."""
+    known = [value for value in values if value is not None]
+    if not known:
+        return None
+    return {"mean": statistics.fmean(known), "sd": statistics.stdev(known) if len(known) > 1 else None, "values": known}
+
+
+def rows(section: Section, measured: Mapping[Path, Measures]) -> list[dict[str, Any]]:
+    """The section's rows: teacher, then the others by mean top-1, best first.
+
+    Args:
+        section: The models.
+        measured: What was measured of each model, by its path.
+    """
+    groups: dict[str, list[Model]] = {}
+    for model in section.members:
+        groups.setdefault(model.key, []).append(model)
+    labels = _labels([group[0] for group in groups.values()])
+    teachers = list(section.teachers.values())
+    made = [_row("teacher", "teacher", teachers, section, measured)]
+    students = [
+        _row("student" if group[0].teacher else "baseline", label, group, section, measured)
+        for label, group in zip(labels, groups.values(), strict=True)
+    ]
+    return made + sorted(students, key=lambda row: -row["top1"]["mean"])
+
+
+def _row(
+    role: str, label: str, models: Sequence[Model], section: Section, measured: Mapping[Path, Measures]
+) -> dict[str, Any]:
+    models = sorted(models, key=lambda model: _seed(model) or 0)
+    runs = [_run(model, section, measured) for model in models]
+    first = models[0]
+    return {
+        "label": label,
+        "role": role,
+        "model": first.record.get("spec"),
+        "data_free": bool(first.provenance.get("data_free")),
+        "num_images": first.provenance.get("num_images"),
+        "parameters": first.parameters,
+        "seeds": [run["seed"] for run in runs],
+        "top1": spread(run["measures"]["top1"] for run in runs),
+        "gap": spread(run["gap"] for run in runs) if role != "teacher" else None,
+        "agreement": spread(run["measures"].get("agreement") for run in runs) if role != "teacher" else None,
+        "seconds": {name: spread(run["seconds"][name] for run in runs) for name in ("synthesis", "training")},
+        "settings": first.settings,
+        "runs": runs,
+    }
+
+
+def _run(model: Model, section: Section, measured: Mapping[Path, Measures]) -> dict[str, Any]:
+    teacher = section.teacher_of(model)
+    curves = model.curves()
+    synthesis = [s.run.get("seconds") for s in model.shards]
+    return {
+        "path": str(model.path),
+        "sha256": model.sha256,
+        "seed": _seed(model),
+        "teacher": None if model is teacher else teacher.sha256,
+        "measures": dict(measured[model.path]),
+        "gap": measured[model.path]["top1"] - measured[teacher.path]["top1"],  # below zero: worse than the teacher
+        "seconds": {
+            "synthesis": sum(synthesis) if synthesis and None not in synthesis else None,
+            "training": model.run.get("seconds"),
+        },
+        "rounds": len(curves.get("round", [])),
+        "last": {name: column[-1] for name, column in curves.items()},
+        "shards": [s.facts() for s in model.shards],
+        "argv": model.run.get("argv"),
+        "versions": model.run.get("versions"),
+        "started": model.run.get("started"),
+    }
+
+
+def _seed(model: Model) -> int | None:
+    return model.provenance.get("seed")
+
+
+def _labels(models: Sequence[Model]) -> list[str]:
+    """The models' labels; where two of them are the same, with the settings that tell them apart."""
+    labels = []
+    for model in models:
+        same = [_flat(other.settings) for other in models if other.label == model.label]
+        own = _flat(model.settings)
+        varying = [k for k in own if k != "student" and k != "model" and any(own[k] != other.get(k) for other in same)]
+        told = ", ".join(f"{key.rpartition('.')[2]} {own[key]}" for key in varying)
+        labels.append(f"{model.label} ({told})" if told else model.label)
+    return labels
+
+
+def _flat(value: Any, prefix: str = "") -> dict[str, Any]:
+    """Nested settings by dotted key."""
+    if isinstance(value, Mapping):
+        items: Iterable[tuple[Any, Any]] = value.items()
+    elif isinstance(value, list) and any(isinstance(item, Mapping) for item in value):
+        items = enumerate(value)
+    else:
+        return {prefix: value}
+    flat: dict[str, Any] = {}
+    for name, inner in items:
+        flat |= _flat(inner, f"{prefix}.{name}" if prefix else str(name))
+    return flat

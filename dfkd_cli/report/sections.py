@@ -1,0 +1,104 @@
+"""Which models may be ranked together: those of one teacher, tested on one dataset."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass, field
+
+from dfkd_cli.errors import ArtifactError, ConfigError
+from dfkd_cli.models.directory import RECORD
+from dfkd_cli.report.entries import Model, find, read_model
+
+
+@dataclass
+class Section:
+    """One ranking.
+
+    Attributes:
+        dataset: The test images.
+        teachers: By hash; several only where every row is repeated with a teacher per seed.
+        members: Students, and baselines that had no teacher.
+    """
+
+    dataset: str
+    teachers: dict[str, Model]
+    members: list[Model] = field(default_factory=list)
+
+    @property
+    def models(self) -> list[Model]:
+        """All of them, teachers first."""
+        return [*self.teachers.values(), *self.members]
+
+    def teacher_of(self, model: Model) -> Model:
+        """The teacher that a model is measured against."""
+        if model.sha256 in self.teachers:
+            return model
+        return self.teachers[model.teacher or next(iter(self.teachers))]
+
+
+def arrange(models: Sequence[Model], dataset: str | None, allow_code: bool, per_seed: bool = False) -> list[Section]:
+    """The sections of a comparison, in the order of the models.
+
+    Args:
+        models: Everything to compare. A teacher that is not among them is looked for where its students say.
+        dataset: What to test on; by default what each teacher was tested on.
+        allow_code: Whether a model directory may name code.
+        per_seed: Whether all models with a row belong together although each seed has a teacher of its own.
+
+    Raises:
+        ArtifactError: A student's teacher is not to be found.
+        ConfigError: Nobody says what to test on.
+    """
+    sections: dict[str, Section] = {}
+    heads = {model.teacher for model in models}
+    for model in models:
+        if model.teacher is not None:
+            teacher = _teacher_of(model, models, allow_code)
+            if teacher is None and model.sha256 in heads:
+                continue  # here as a teacher, whoever taught it
+            if teacher is None:
+                raise ArtifactError(
+                    f"{model.path}: its teacher (sha256 {model.teacher[:12]}...) is not to be found",
+                    "give it too: dfkd compare TEACHER STUDENT, or with --teacher",
+                )
+            key = "grid" if per_seed and model.row else teacher.sha256
+            section = sections.setdefault(key, Section(_dataset_of(teacher, dataset), {}))
+            section.teachers[teacher.sha256] = teacher
+            section.members.append(model)
+    taught = [*sections.values()]
+    for model in models:
+        if model.teacher is None and not any(model.sha256 in section.teachers for section in sections.values()):
+            fitting = [section for section in taught if _fits(model, section, dataset)]
+            if len(fitting) == 1:
+                fitting[0].members.append(model)
+            else:
+                sections[model.sha256] = Section(_dataset_of(model, dataset), {model.sha256: model})
+    return [*sections.values()]
+
+
+def _teacher_of(student: Model, models: Sequence[Model], allow_code: bool) -> Model | None:
+    """Among the models, where the student says, or in ``teacher/``."""
+    wanted = student.teacher
+    for model in models:
+        if model.sha256 == wanted:
+            return model
+    recorded = [parent for parent in student.run.get("parents", []) if parent["role"] == "teacher"]
+    for parent in [*recorded, {"path": "teacher", "sha256": wanted}]:
+        place = find(parent, student.path, RECORD)
+        if place is not None:
+            return read_model(place, allow_code)
+    return None
+
+
+def _fits(baseline: Model, section: Section, dataset: str | None) -> bool:
+    """Whether a model without a teacher can stand beside the students of one."""
+    teachers = list(section.teachers.values())
+    same_images = baseline.record["input_size"] == teachers[0].record["input_size"]
+    return len(teachers) == 1 and same_images and (dataset or baseline.provenance.get("dataset")) == section.dataset
+
+
+def _dataset_of(model: Model, dataset: str | None) -> str:
+    name = dataset or model.provenance.get("dataset")
+    if name is None:
+        raise ConfigError(f"{model.path}: its record names no dataset to test on", "give --dataset")
+    return name

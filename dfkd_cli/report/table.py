@@ -1,0 +1,141 @@
+"""The rows of a comparison as a table for the terminal and in Markdown."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from typing import Any, Literal
+
+from rich.table import Table
+from rich.text import Text
+
+COLUMNS = (
+    "ROW",
+    "STUDENT",
+    "TOP-1 %",
+    "GAP",
+    "AGREEMENT %",
+    "IMAGES",
+    "SYNTHESIS s",
+    "DISTILLATION s",
+    "PARAMS",
+    "SEEDS",
+    "DATA",
+)
+LEFT = ("ROW", "STUDENT", "SEEDS", "DATA")  # columns of words
+# Left out of a narrow terminal, in this order.
+_EXPENDABLE = ("PARAMS", "IMAGES", "SEEDS", "STUDENT", "AGREEMENT %", "DISTILLATION s", "SYNTHESIS s")
+_SEEDS_SHOWN = 5
+
+
+def cells(row: Mapping[str, Any]) -> list[str]:
+    """A row's texts, one for each of the ``COLUMNS``. Top-1, gap and agreement are in percentage points."""
+    training = row["seconds"]["training"] if row["role"] == "student" else None
+    seeds = [str(seed) for seed in row["seeds"] if seed is not None]
+    return [
+        row["label"],
+        row["model"] or "",
+        _points(row["top1"]),
+        _points(row["gap"], sign="+"),
+        _points(row["agreement"]),
+        _count(row["num_images"]),
+        seconds(row["seconds"]["synthesis"]),
+        seconds(training),
+        _count(row["parameters"]),
+        " ".join(seeds) if len(seeds) <= _SEEDS_SHOWN else f"{len(seeds)} seeds",
+        "data-free" if row["data_free"] else "real data",
+    ]
+
+
+def failed_cells(section: Mapping[str, Any]) -> list[list[str]]:
+    """The texts of the rows that failed, in whole or in part."""
+    seeds: dict[str, list[str]] = {}
+    for failure in section["failed"]:
+        seeds.setdefault(failure["row"], []).append(str(failure["seed"]))
+    return [[row, "", "failed", *[""] * 6, " ".join(failed), ""] for row, failed in seeds.items()]
+
+
+def headline(section: Mapping[str, Any], device: str) -> str:
+    """One line: test images, teacher, repeats, device."""
+    teacher = section["rows"][0]
+    seeds = {seed for row in section["rows"][1:] for seed in row["seeds"]}
+    repeats = f"{len(seeds)} seed{'s' * (len(seeds) != 1)}" if seeds else "no students"
+    top1 = _points(teacher["top1"])
+    return (
+        f"{section['test_images']:,} test images of {section['dataset']}; "
+        f"teacher {teacher['model']}: top-1 {top1} %; {repeats}; measured on {device}"
+    )
+
+
+def failures(section: Mapping[str, Any]) -> list[str]:
+    """One line for each way in which a row failed."""
+    seeds: dict[tuple[str, str], list[str]] = {}
+    for f in section["failed"]:
+        why = f"{f['command']} failed: {f['message']}" + (f" -- {f['hint']}" if f["hint"] else "")
+        seeds.setdefault((f["row"], why), []).append(str(f["seed"]))
+    return [f"{row}, seed {' '.join(failed)}: {why}" for (row, why), failed in seeds.items()]
+
+
+def terminal_table(section: Mapping[str, Any], width: int | None) -> Table:
+    """A section for a terminal of so many characters; None: for a file, which has room for all columns."""
+    columns = dict(zip(COLUMNS, zip(*_texts(section), strict=True), strict=True))
+    widths = {name: max(map(len, (name, *texts))) for name, texts in columns.items()}
+    dropped: list[str] = []
+    while width is not None and sum(widths.values()) + len(widths) > width and len(dropped) < len(_EXPENDABLE):
+        dropped.append(_EXPENDABLE[len(dropped)])
+        del widths[dropped[-1]]
+    note = f"table.md also has {', '.join(dropped)}" if dropped else None
+    table = Table(box=None, header_style="bold", pad_edge=False, caption=note, caption_justify="left")
+    for name in widths:
+        fixed = width is None or name != "ROW"
+        justify: Literal["left", "right"] = "left" if name in LEFT else "right"
+        table.add_column(name, justify=justify, min_width=widths[name] if fixed else None, overflow="fold")
+    for row in zip(*(columns[name] for name in widths), strict=True):
+        table.add_row(*map(Text, row))
+    return table
+
+
+def markdown(results: Mapping[str, Any]) -> str:
+    """``table.md``."""
+    blocks = []
+    for section in results["sections"]:
+        rule = [":--" if name in LEFT else "--:" for name in COLUMNS]
+        lines = [headline(section, results["device"]), "", _line(COLUMNS), _line(rule)]
+        lines += [_line(map(_escape, row)) for row in _texts(section)]
+        lines += [f"\n{_escape(line)}" for line in failures(section)]
+        blocks.append("\n".join(lines))
+    return "\n\n".join(blocks) + "\n"
+
+
+def _texts(section: Mapping[str, Any]) -> list[list[str]]:
+    return [*map(cells, section["rows"]), *failed_cells(section)]
+
+
+def _line(texts: Any) -> str:
+    return f"| {' | '.join(texts)} |"
+
+
+def _escape(text: str) -> str:
+    for mark in "\\|<`*_[":
+        text = text.replace(mark, "\\" + mark)
+    return " ".join(text.split())
+
+
+def seconds(spread: Mapping[str, Any] | None) -> str:
+    """Seconds, mean and standard deviation."""
+    return _number(spread, 1)
+
+
+def _points(spread: Mapping[str, Any] | None, sign: str = "") -> str:
+    """Fractions in per cent."""
+    return _number(spread, 2, 100, sign)
+
+
+def _number(spread: Mapping[str, Any] | None, digits: int, scale: float = 1, sign: str = "") -> str:
+    if spread is None:
+        return "-"
+    text = f"{scale * spread['mean']:{sign}.{digits}f}"
+    return text if spread["sd"] is None else f"{text} ± {scale * spread['sd']:.{digits}f}"
+
+
+def _count(number: int | None) -> str:
+    return "-" if number is None else f"{number:,}"

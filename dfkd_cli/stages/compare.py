@@ -1,0 +1,306 @@
+"""``dfkd compare``: finished directories, or the pipelines of a grid, side by side."""
+
+from __future__ import annotations
+
+import dataclasses
+from collections.abc import Callable, Mapping, Sequence
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from dfkd_cli.artifacts.files import read_json, write_atomic, write_json
+from dfkd_cli.artifacts.run import RunDirectory
+from dfkd_cli.artifacts.shards import MANIFEST
+from dfkd_cli.data import datasets
+from dfkd_cli.data.datasets import Dataset
+from dfkd_cli.data.sources import RealSource
+from dfkd_cli.errors import ArtifactError, ConfigError, DfkdError, GateNotMet, RunFailed
+from dfkd_cli.models.classifier import Classifier
+from dfkd_cli.models.directory import load_model
+from dfkd_cli.report import html, table
+from dfkd_cli.report.entries import Model, ShardSet, read_model, read_shards
+from dfkd_cli.report.grid import Grid, Step, plan
+from dfkd_cli.report.results import rows
+from dfkd_cli.report.sections import Section, arrange
+from dfkd_cli.resolve import Settings
+from dfkd_cli.stages import distill, synthesize, train_teacher
+from dfkd_cli.stages.evaluate import pick_device
+from dfkd_cli.stages.inputs import load_teacher
+from dfkd_cli.stages.measures import cost, examine, finite, share
+from dfkd_cli.ui import Progress, Terminal
+
+RESULTS, TABLE, REPORT, MEASUREMENTS = "results.json", "table.md", "report.html", "measurements.json"
+STAGES: dict[str, Callable[[Settings, Terminal], Any]] = {
+    "train-teacher": train_teacher.run,
+    "synthesize": synthesize.run,
+    "distill": distill.run,
+}
+
+
+@dataclasses.dataclass
+class Subjects:
+    """What is compared.
+
+    Attributes:
+        models: Model directories, those of the grid first.
+        shards: Shard directories that were named by themselves.
+        foreign: The classifier of a teacher without a directory, by hash.
+    """
+
+    models: list[Model] = dataclasses.field(default_factory=list)
+    shards: list[ShardSet] = dataclasses.field(default_factory=list)
+    foreign: dict[str, Classifier] = dataclasses.field(default_factory=dict)
+
+    def load(self, model: Model, allow_code: bool) -> Classifier:
+        """A model's classifier."""
+        return self.foreign.get(model.sha256) or load_model(model.path, allow_code)[0]
+
+
+def run(settings: Settings, terminal: Terminal, dry_run: bool = False, paths: Sequence[str] = ()) -> dict[str, Any]:
+    """Compare what ``paths`` hold and what the grid makes. Both are only read."""
+    settings = settings.replace(paths=tuple(paths) or settings.inputs.paths)
+    out = Path(settings.run.out or "comparison")
+    grid = None if settings.grid is None else plan(settings, out)
+    subjects = _open(settings, grid)
+    _arrange(subjects, settings)  # what does not fit is found before anything is written
+    if dry_run:
+        return _rehearse(subjects, grid, terminal)
+    directory = RunDirectory(out, settings, _parents(subjects, grid), {})
+    if directory.claim():
+        terminal.say(f"{out} is already complete")
+        results = read_json(out / RESULTS)
+        _show(results, terminal)
+    else:
+        with directory.guard():
+            failed = [] if grid is None else run_grid(grid, terminal)
+            if grid is not None:
+                subjects.models[:0] = _made(grid, failed, settings.run.allow_code)
+            sections = _arrange(subjects, settings, per_seed=grid is not None and grid.per_seed)
+            results = _results(subjects, sections, failed, directory, terminal)
+            write_atomic(out / TABLE, table.markdown(results).encode())
+            write_atomic(out / REPORT, html.page(results).encode())
+            write_json(out / RESULTS, results)
+            _show(results, terminal)
+            if failed:  # unfinished, so that the same command tries again
+                names = ", ".join(dict.fromkeys(f["row"] for f in failed))
+                raise RunFailed(f"failed: {names}", f"see {out / TABLE}; the same command tries again")
+            directory.finish([out / RESULTS, out / TABLE, out / REPORT], _best(results))
+    artifacts = {"comparison": str(out), "results": str(out / RESULTS), "report": str(out / REPORT)}
+    answer = {"artifacts": artifacts, "metrics": _best(results), "sections": results["sections"]}
+    _check_gate(answer, settings.inputs.fail_below)
+    return answer
+
+
+# -- what is compared --------------------------------------------------------------------------------------------------
+
+
+def _open(settings: Settings, grid: Grid | None) -> Subjects:
+    """Read the directories that were given.
+
+    Raises:
+        ConfigError: No model was given.
+        ArtifactError: Missing, unfinished or damaged.
+    """
+    inputs, allow_code = settings.inputs, settings.run.allow_code
+    subjects = Subjects()
+    for path in {Path(name).resolve(): Path(name) for name in inputs.paths or ()}.values():
+        if (path / MANIFEST).is_file():
+            subjects.shards.append(read_shards(path))
+        else:
+            subjects.models.append(read_model(path, allow_code))
+    name = inputs.teacher if grid is None else grid.teacher
+    if name is not None and Path(name).is_dir():
+        subjects.models.append(read_model(Path(name), allow_code))
+    elif name is not None:
+        teacher = load_teacher(dataclasses.replace(inputs, teacher=name), allow_code)
+        record = dataclasses.asdict(teacher.classifier.info) | {"provenance": {}}
+        subjects.models.append(Model(Path(name), teacher.sha256, teacher.classifier.num_parameters, record))
+        subjects.foreign[teacher.sha256] = teacher.classifier
+    if grid is None and not subjects.models:
+        raise ConfigError("no models to compare", "give directories (dfkd compare student/) or a grid (--recipe NAME)")
+    return subjects
+
+
+def _made(grid: Grid, failed: Sequence[Mapping[str, Any]], allow_code: bool) -> list[Model]:
+    """The models of a grid, but for the runs that failed."""
+    lost = {(f["row"], f["seed"]) for f in failed}
+    steps = [s for s in grid.steps if s.settings.command != "synthesize" and (s.row, s.seed) not in lost]
+    return [read_model(step.out, allow_code, step.row or None) for step in steps]
+
+
+def _arrange(subjects: Subjects, settings: Settings, per_seed: bool = False) -> list[Section]:
+    return arrange(subjects.models, settings.inputs.dataset, settings.run.allow_code, per_seed)
+
+
+def _parents(subjects: Subjects, grid: Grid | None) -> list[dict[str, Any]]:
+    """What decides the result, by hash."""
+    found = [{"role": "model", "path": str(m.path), "sha256": m.sha256} for m in subjects.models]
+    found += [{"role": "shards", "path": str(s.path), "sha256": s.sha256} for s in subjects.shards]
+    return found if grid is None else [*found, {"role": "grid", "sha256": grid.sha256}]
+
+
+# -- the pipelines of a grid -------------------------------------------------------------------------------------------
+
+
+def run_grid(grid: Grid, terminal: Terminal) -> list[dict[str, Any]]:
+    """Run what is not finished yet. Returns the runs that failed; the others are none the worse for it.
+
+    Raises:
+        DfkdError: A teacher failed.
+    """
+    quiet = Terminal(terminal.verbosity, as_json=True, silent=terminal.silent)  # stdout is for the comparison
+    failed: dict[tuple[str, int], dict[str, Any]] = {}
+    for number, step in enumerate(grid.steps, 1):
+        if (step.row, step.seed) in failed:
+            continue  # no shards to distill from
+        terminal.say(f"[{number}/{len(grid.steps)}] {_describe(step)}")
+        try:
+            STAGES[step.settings.command](step.settings, quiet)
+        except DfkdError as error:
+            if not step.row:
+                raise
+            terminal.say(f"{_describe(step)} failed: {error}")
+            facts = {"row": step.row, "seed": step.seed, "command": step.settings.command}
+            reason = {"code": error.code, "message": error.message, "hint": error.hint}
+            failed[step.row, step.seed] = facts | reason
+    return list(failed.values())
+
+
+def _describe(step: Step) -> str:
+    return f"{step.row or 'teacher'}, seed {step.seed}: {step.settings.command} -> {step.out}"
+
+
+def _rehearse(subjects: Subjects, grid: Grid | None, terminal: Terminal) -> dict[str, Any]:
+    """``--dry-run``: everything was read and checked; say what would be done."""
+    steps = [] if grid is None else grid.steps
+    lines = [_describe(step) for step in steps] + [f"compare {model.path}" for model in subjects.models]
+    terminal.answer("\n".join(lines))
+    terminal.say("dry run: everything fits; nothing was written")
+    planned = [{"row": s.row, "seed": s.seed, "out": str(s.out), "config": s.settings.plain()} for s in steps]
+    return {"dry_run": True, "plan": planned, "models": [str(model.path) for model in subjects.models]}
+
+
+# -- what is measured --------------------------------------------------------------------------------------------------
+
+
+def _results(
+    subjects: Subjects,
+    sections: Sequence[Section],
+    failed: Sequence[Mapping[str, Any]],
+    directory: RunDirectory,
+    terminal: Terminal,
+) -> dict[str, Any]:
+    """``results.json``. A grid is the first section."""
+    settings = directory.settings
+    device = pick_device(settings.run.device)
+    progress = Progress(terminal, "compare", "models", sum(len(section.models) for section in sections))
+    meter = Meter(directory.path / MEASUREMENTS, subjects, device, settings.run.allow_code, progress)
+    blocks: list[dict[str, Any]] = []
+    for section in sections:
+        test = _test_images(section, settings.inputs.data_dir)
+        measured = {model.path: meter.measure(model, section.teacher_of(model), test) for model in section.models}
+        facts = {"dataset": section.dataset, "test_images": len(test), "classes": list(test.classes)}
+        blocks.append({**facts, "rows": rows(section, measured), "failed": [] if blocks else list(failed)})
+    progress.close()
+    galleries = {s.sha256: s.facts() for s in [*(s for m in subjects.models for s in m.shards), *subjects.shards]}
+    return {
+        "schema": 1,
+        "argv": directory.record["argv"],
+        "device": torch.cuda.get_device_name(device) if device.type == "cuda" else device.type,
+        "versions": directory.record["versions"],
+        "started": directory.record["started"],
+        "sections": blocks,
+        "shards": list(galleries.values()),
+    }
+
+
+def _test_images(section: Section, data_dir: str | None) -> Dataset:
+    record = section.models[0].record
+    test = datasets.load(section.dataset, "test", data_dir=data_dir, image_shape=tuple(record["input_size"]))
+    for model in section.models:
+        if model.record["num_classes"] != len(test.classes):
+            raise ArtifactError(
+                f"{model.path} has {model.record['num_classes']} classes, {section.dataset} {len(test.classes)}",
+                "give the --dataset it was made for",
+            )
+    return test
+
+
+@dataclasses.dataclass
+class Meter:
+    """Measures every model with the same code, once: a continued run takes the numbers from ``file``."""
+
+    file: Path
+    subjects: Subjects
+    device: torch.device
+    allow_code: bool
+    progress: Progress
+
+    def __post_init__(self) -> None:
+        self.known = read_json(self.file) if self.file.exists() else {}
+        self.given: dict[str, Tensor] = {}  # the classes (N,) that each teacher gives
+        self.costs: dict[Any, dict[str, Any]] = {}  # of each architecture: repeats over seeds cost the same
+        self.done = 0
+
+    def measure(self, model: Model, teacher: Model, test: Dataset) -> dict[str, Any]:
+        """What is measured of a model, its agreement with the teacher included."""
+        key = f"{model.sha256} {teacher.sha256} {test.name}"
+        if key not in self.known:
+            measures, classes = self._examine(model, test)
+            teacher_key = f"{teacher.sha256} {test.name}"
+            if teacher_key not in self.given:
+                self.given[teacher_key] = classes if model is teacher else self._examine(teacher, test)[1]
+            measures["agreement"] = share(classes == self.given[teacher_key])
+            self.known[key] = measures
+            write_json(self.file, self.known)
+        self.done += 1
+        self.progress.update(self.done)
+        return self.known[key]
+
+    def _examine(self, model: Model, test: Dataset) -> tuple[dict[str, Any], Tensor]:
+        classifier = self.subjects.load(model, self.allow_code)
+        measures, classes = examine(classifier, RealSource(test), test.classes, self.device)
+        info = classifier.info
+        architecture = (info.spec, info.num_classes, info.input_size)
+        if architecture not in self.costs:
+            self.costs[architecture] = cost(classifier, self.device)
+        return finite(measures | self.costs[architecture]), classes
+
+
+# -- what is said about it ---------------------------------------------------------------------------------------------
+
+
+def _show(results: Mapping[str, Any], terminal: Terminal) -> None:
+    for section in results["sections"]:
+        terminal.answer(table.headline(section, results["device"]))
+        width = terminal.out.width if terminal.out.is_terminal else None
+        terminal.answer(table.terminal_table(section, width))
+        for line in table.failures(section):
+            terminal.answer(line)
+
+
+def _students(results: Mapping[str, Any]) -> list[Mapping[str, Any]]:
+    return [row for section in results["sections"] for row in section["rows"] if row["role"] == "student"]
+
+
+def _best(results: Mapping[str, Any]) -> dict[str, Any]:
+    """The student with the smallest gap."""
+    students = _students(results)
+    if not students:
+        return {}
+    row = max(students, key=lambda row: row["gap"]["mean"])
+    return {"best": row["label"], "top1": row["top1"]["mean"], "gap": row["gap"]["mean"]}
+
+
+def _check_gate(answer: Mapping[str, Any], least: float | None) -> None:
+    """Raise :class:`GateNotMet` when a single student is below."""
+    below = [
+        f"{run['path']} {run['measures']['top1']:.2%}"
+        for row in _students(answer)
+        for run in row["runs"]
+        if least is not None and run["measures"]["top1"] < least
+    ]
+    if below:
+        raise GateNotMet(f"top-1 below {least:.2%}: {', '.join(below)}", answer=answer)

@@ -1,0 +1,464 @@
+"""``dfkd compare``: tables and pages of finished directories, and grids of pipelines. Tiny artifacts, real commands."""
+
+from __future__ import annotations
+
+import csv
+import functools
+import hashlib
+import json
+import os
+import re
+import shutil
+import signal
+import subprocess
+import sys
+import time
+from html.parser import HTMLParser
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+from PIL import Image
+from torch.utils.benchmark import Timer
+
+from dfkd_cli.data import datasets
+from dfkd_cli.models.directory import load_model
+from dfkd_cli.report import table
+from dfkd_cli.report.results import spread
+
+SMALL = ("--steps", "2", "--batch-size", "8")
+EVERYTHING = ("student0", "student1", "real", "baseline", "shards0")
+GRID = """
+command: compare
+grid:
+  seeds: [0, 1]
+  teacher: {steps: 3, batch_size: 8}
+  synthesize: {num_images: 8}
+  student: {steps: 3, batch_size: 4}
+  rows:
+    zskd: {synthesize: {method: zskd, batch_size: 4, iterations: 2}}
+    zskd-hot: {shards: zskd, distill: {temperature: 2}}
+"""
+
+
+@pytest.fixture(scope="module")
+def made(tmp_path_factory, module_cli) -> Path:
+    """A teacher, two shard sets that differ by seed, a student from each, a student from real images, a baseline."""
+    place = tmp_path_factory.mktemp("made")
+    commands = [
+        ["train-teacher", "--steps", "60", "--batch-size", "32"],
+        ["train-teacher", *SMALL, "--model", "lenet5-half", "--out", "baseline"],
+        ["distill", *SMALL, "--transfer-set", "real:50", "--out", "real"],
+    ]
+    zskd = ["--method", "zskd", "--num-images", "32", "--batch-size", "32", "--iterations", "10"]
+    learn = ["--steps", "40", "--batch-size", "16", "--rotate", "0", "--translate", "0", "--scale", "0"]
+    for seed in ("0", "1"):
+        commands.append(["synthesize", *zskd, "--out", f"shards{seed}", "--seed", seed])
+        commands.append(
+            ["distill", *learn, "--transfer-set", f"shards{seed}", "--out", f"student{seed}", "--seed", seed]
+        )
+    for command in commands:
+        assert module_cli(place, *command) == 0, command
+    return place
+
+
+@pytest.fixture(scope="module")
+def module_cli():
+    """``module_cli(cwd, *args)``: the command line in this process, somewhere else; its exit code."""
+    from dfkd_cli.cli.app import main
+
+    handlers = {number: signal.getsignal(number) for number in (signal.SIGINT, signal.SIGTERM)}
+
+    def run(cwd: Path, *args: str) -> int:
+        with pytest.MonkeyPatch.context() as patch:
+            patch.chdir(cwd)
+            return main([*args, "-q"])
+
+    yield run
+    for number, handler in handlers.items():
+        signal.signal(number, handler)
+
+
+@pytest.fixture(autouse=True)
+def quick_latency(monkeypatch) -> None:
+    """No test here reads the latency; measuring it well would take most of the time."""
+    quick = functools.partialmethod(Timer.blocked_autorange, min_run_time=0.01)
+    monkeypatch.setattr(Timer, "blocked_autorange", quick)
+
+
+@pytest.fixture
+def here(made, monkeypatch) -> Path:
+    """The artifacts' directory as the working directory."""
+    monkeypatch.chdir(made)
+    return made
+
+
+def results_in(directory: Path) -> dict:
+    return json.loads((directory / "results.json").read_text())
+
+
+def accuracy(path: Path) -> float:
+    """Top-1 on the digits test images, by hand."""
+    test = datasets.load("digits", "test")
+    classifier, _ = load_model(path)
+    with torch.no_grad():
+        given = classifier.eval()(test.images(torch.arange(len(test))).float() / 255).argmax(1)
+    return float(np.mean(given.numpy() == test.labels.numpy()))
+
+
+def tree(root: Path, *names: str) -> dict[str, str]:
+    """The hash of every file below some directories."""
+    files = sorted(file for name in names for file in (root / name).rglob("*") if file.is_file())
+    return {str(file.relative_to(root)): hashlib.sha256(file.read_bytes()).hexdigest() for file in files}
+
+
+class Page(HTMLParser):
+    """What a browser would fetch, run and show."""
+
+    def __init__(self, text: str) -> None:
+        super().__init__()
+        self.tags: list[str] = []
+        self.addresses: list[str] = []
+        self.texts: list[str] = []
+        self.feed(text)
+
+    def handle_starttag(self, tag, attrs):
+        self.tags.append(tag)
+        self.addresses += [value or "" for name, value in attrs if name in ("src", "href", "srcset", "data")]
+        assert not [name for name, _ in attrs if name.startswith("on")]
+
+    def handle_data(self, data):
+        self.texts.append(data)
+
+
+def check_self_contained(text: str) -> Page:
+    page = Page(text)
+    assert page.addresses
+    assert all(address.startswith("data:image/png;base64,") for address in page.addresses)
+    assert not {"script", "link", "iframe", "object", "embed"} & set(page.tags)
+    assert "http" not in text
+    assert "url(" not in text
+    assert "@import" not in text
+    return page
+
+
+# -- finished directories ----------------------------------------------------------------------------------------------
+
+
+@pytest.fixture(scope="module")
+def compared(made, dfkd) -> subprocess.CompletedProcess:
+    """Everything that was made, compared into all/."""
+    before = tree(made, ".")
+    done = dfkd("compare", *EVERYTHING, "--out", "all", "--json", cwd=made)
+    assert done.returncode == 0, done.stderr
+    after = tree(made, ".")
+    assert {name: sha for name, sha in after.items() if not name.startswith("all/")} == before, "an input changed"
+    return done
+
+
+def test_directories_become_table_json_markdown_and_page(made, compared):
+    answer = json.loads(compared.stdout)
+    assert answer["ok"]
+    assert answer["command"] == "compare"
+    results = results_in(made / "all")
+    assert results["schema"] == 1
+    assert answer["sections"] == results["sections"]
+
+    (section,) = results["sections"]
+    assert section["dataset"] == "digits"
+    assert section["test_images"] == 360
+    rows = {row["label"]: row for row in section["rows"]}
+    assert section["rows"][0]["label"] == "teacher"
+    assert set(rows) == {"teacher", "zskd -> response", "real:50 -> response", "supervised"}
+    means = [row["top1"]["mean"] for row in section["rows"][1:]]
+    assert means == sorted(means, reverse=True)
+
+    teacher, zskd = accuracy(made / "teacher"), [accuracy(made / f"student{seed}") for seed in (0, 1)]
+    assert zskd[0] != zskd[1], "equal values have no spread to test"
+    row = rows["zskd -> response"]
+    assert row["seeds"] == [0, 1]
+    assert row["top1"]["values"] == pytest.approx(zskd)
+    assert row["top1"]["mean"] == pytest.approx(np.mean(zskd))
+    assert row["top1"]["sd"] == pytest.approx(np.std(zskd, ddof=1))
+    assert row["gap"]["mean"] == pytest.approx(np.mean(zskd) - teacher)
+    assert (row["data_free"], row["num_images"], row["parameters"]) == (True, 32, 35820)
+    runs = {name: json.loads((made / name / "run.json").read_text()) for name in ("shards0", "shards1", "student0")}
+    synthesis = [runs["shards0"]["seconds"], runs["shards1"]["seconds"]]
+    assert row["seconds"]["synthesis"]["values"] == synthesis
+    assert row["seconds"]["training"]["values"][0] == runs["student0"]["seconds"]
+    with (made / "student0" / "metrics.csv").open() as file:
+        assert row["runs"][0]["last"]["soft"] == pytest.approx(float(list(csv.DictReader(file))[-1]["soft"]))
+    real = rows["real:50 -> response"]
+    assert (real["data_free"], real["num_images"], real["seconds"]["synthesis"]) == (False, 50, None)
+    assert real["top1"]["sd"] is None
+    assert (rows["supervised"]["role"], rows["supervised"]["runs"][0]["path"]) == ("baseline", "baseline")
+    assert rows["teacher"]["runs"][0]["measures"]["agreement"] == 1
+
+    lines = (made / "all" / "table.md").read_text().splitlines()
+    assert "360 test images of digits" in lines[0]
+    assert "2 seeds" in lines[0]
+    assert "measured on cpu" in lines[0]
+    assert f"top-1 {100 * teacher:.2f} %" in lines[0]
+    cells = next(line for line in lines if line.startswith("| zskd")).split(" | ")
+    assert cells[2] == f"{100 * np.mean(zskd):.2f} ± {100 * np.std(zskd, ddof=1):.2f}"
+    assert len({line.count("|") for line in lines if line.startswith("|")}) == 1
+
+    page = check_self_contained((made / "all" / "report.html").read_text())
+    assert page.addresses.count(page.addresses[0]) == 1
+    assert len(page.addresses) == 1 + 4 + 2  # the chart, curves of four rows, two galleries: shards0 only once
+    for text in ("zskd -> response", "data-free", cells[2], runs["student0"]["versions"]["torch"]):
+        assert any(text in shown for shown in page.texts), text
+
+
+def test_a_gate_closes_after_everything_was_written(here, cli):
+    code, out, err = cli("compare", "student0", "--out", "gate", "--fail-below", "0.999")
+    assert code == 5
+    assert "student0" in err
+    assert "zskd -> response" in out
+    assert (here / "gate" / "report.html").is_file()
+    code, out, err = cli("compare", "student0", "--out", "gate", "--fail-below", "0")
+    assert (code, "already complete" in err) == (0, True)
+    assert "zskd -> response" in out
+
+
+def test_measures_are_taken_once(here, compared, cli):
+    shutil.copytree("all", "once")
+    file = here / "once" / "measurements.json"
+    known = json.loads(file.read_text())
+    for measures in known.values():
+        measures["top1"] = 0.125
+    file.write_text(json.dumps(known))
+    (here / "once" / "report.html").unlink()
+    assert cli("compare", *EVERYTHING, "--out", "once")[0] == 0
+    assert {row["top1"]["mean"] for row in results_in(here / "once")["sections"][0]["rows"]} == {0.125}
+    assert (here / "once" / "report.html").is_file()
+    code, _, err = cli("compare", "student1", "teacher", "--out", "once")
+    assert (code, "holds another run" in err) == (2, True)
+
+
+def test_students_of_two_teachers_are_never_ranked_together(here, cli):
+    assert cli("train-teacher", *SMALL, "--seed", "7", "--out", "other")[0] == 0
+    arguments = ("--teacher", "other", "--transfer-set", "real:50", "--out", "others-student")
+    assert cli("distill", *SMALL, *arguments)[0] == 0
+    assert cli("compare", "student0", "others-student", "--out", "mixed")[0] == 0
+    sections = results_in(here / "mixed")["sections"]
+    found = [[row["runs"][0]["path"] for row in section["rows"]] for section in sections]
+    assert found == [["teacher", "student0"], ["other", "others-student"]]
+    assert (here / "mixed" / "table.md").read_text().count("| ROW |") == 2
+
+
+def test_a_student_finds_its_teacher_from_anywhere_or_says_what_to_do(made, tmp_path, monkeypatch, cli):
+    monkeypatch.chdir(tmp_path)
+    assert cli("compare", made / "student0")[0] == 0
+    (row,) = [r for r in results_in(tmp_path / "comparison")["sections"][0]["rows"] if r["role"] == "student"]
+    assert row["seconds"]["synthesis"] is not None
+    shutil.copytree(made / "student0", tmp_path / "lonely" / "student")
+    code, _, err = cli("compare", "lonely/student", "--out", "no")
+    assert (code, "--teacher" in err, (tmp_path / "no").exists()) == (3, True, False)
+    assert cli("compare", "lonely/student", "--teacher", made / "teacher", "--out", "yes")[0] == 0
+
+
+@pytest.mark.parametrize(
+    "arguments, code, words",
+    [
+        (["missing"], 3, "missing"),
+        (["student0", "missing"], 3, "missing"),
+        ([], 2, "no models to compare"),
+        (["shards0"], 2, "no models to compare"),
+        (["student0", "--dataset", "digitz"], 2, "did you mean 'digits'"),
+    ],
+)
+def test_what_cannot_be_compared_is_refused(here, cli, arguments, code, words):
+    got, out, err = cli("compare", *arguments, "--out", "refused")
+    assert (got, out) == (code, "")
+    assert words in err
+    assert not (here / "refused" / "results.json").exists()
+
+
+def test_hostile_names_are_only_text(tmp_path, monkeypatch, cli):
+    monkeypatch.chdir(tmp_path)
+    hostile = "<img src=x onerror=alert(1)>&"
+    for half in ("train", "test"):
+        for label in (hostile, "b|`[bold]"):
+            (tmp_path / "data" / half / label).mkdir(parents=True)
+            for number in range(2):
+                Image.new("L", (32, 32), 40 * number).save(tmp_path / "data" / half / label / f"{number}.png")
+    assert cli("train-teacher", "--dataset", "data", "--steps", "1", "--batch-size", "2")[0] == 0
+    out = "<script>$x$|[red]"
+    assert cli("distill", "--transfer-set", "noise:4", "--steps", "1", "--batch-size", "2", "--out", out)[0] == 0
+    (tmp_path / out / "run.json").unlink()  # without it, the row is called by its path
+    code, shown, err = cli("compare", out)
+    assert code == 0, err
+    assert out in shown
+    page = check_self_contained((tmp_path / "comparison" / "report.html").read_text())
+    assert hostile in page.texts
+    assert out in page.texts
+    line = next(x for x in (tmp_path / "comparison" / "table.md").read_text().splitlines() if "script" in x)
+    assert len(re.findall(r"(?<!\\)\|", line)) == len(table.COLUMNS) + 1
+
+
+def test_equal_labels_are_told_apart_by_what_differs(here, cli):
+    for temperature in ("3", "20"):
+        arguments = ("--transfer-set", "noise:8", "--temperature", temperature, "--out", f"t{temperature}")
+        assert cli("distill", *SMALL, *arguments)[0] == 0
+    assert cli("compare", "t3", "t20", "--out", "labels")[0] == 0
+    labels = {row["label"] for row in results_in(here / "labels")["sections"][0]["rows"]}
+    assert labels == {"teacher", "noise:8 -> response (temperature 20.0)", "noise:8 -> response (temperature 3.0)"}
+
+
+@pytest.mark.parametrize("values", [[0.5], [0.25, 0.75], [0.9, 0.8, 0.85, 0.1]])
+def test_spread_is_mean_and_sample_deviation(values):
+    made = spread([*values, None])
+    assert made["mean"] == pytest.approx(np.mean(values))
+    assert made["sd"] == (pytest.approx(np.std(values, ddof=1)) if len(values) > 1 else None)
+    assert spread([None]) is None
+
+
+# -- grids -------------------------------------------------------------------------------------------------------------
+
+
+def students(directory: Path) -> dict[str, str]:
+    """The hash of every model of a grid."""
+    runs = directory / "runs"
+    return {name: sha for name, sha in tree(runs, ".").items() if name.endswith("model.safetensors")}
+
+
+def test_a_grid_killed_in_the_middle_ends_as_if_it_had_not_been(tmp_path, monkeypatch, cli):
+    monkeypatch.chdir(tmp_path)
+    (tmp_path / "grid.yaml").write_text(GRID)
+    code, shown, err = cli("compare", "--recipe", "grid.yaml", "--out", "whole")
+    assert code == 0, err
+    whole = students(tmp_path / "whole")
+    assert len(whole) == 1 + 2 * 2
+    assert len(set(whole.values())) == len(whole)
+    (section,) = results_in(tmp_path / "whole")["sections"]
+    rows = {row["label"]: row for row in section["rows"]}
+    assert set(rows) == {"teacher", "zskd", "zskd-hot"}
+    assert all(row["seeds"] == [0, 1] for name, row in rows.items() if name != "teacher")
+    assert rows["zskd"]["runs"][0]["shards"] == rows["zskd-hot"]["runs"][0]["shards"] != []
+    assert rows["zskd-hot"]["settings"]["objective"]["response"]["temperature"] == 2
+    assert "zskd-hot" in shown
+
+    command = [sys.executable, "-m", "dfkd_cli", "compare", "--recipe", "grid.yaml", "--out", "killed"]
+    process = subprocess.Popen(
+        command, cwd=tmp_path, env={**os.environ, "OMP_NUM_THREADS": "1"}, stderr=subprocess.DEVNULL
+    )
+    deadline = time.monotonic() + 60
+    while not (tmp_path / "killed" / "runs" / "zskd" / "seed1" / "shards" / "run.json").exists():
+        assert process.poll() is None
+        assert time.monotonic() < deadline
+        time.sleep(0.01)
+    process.kill()
+    assert process.wait() == -signal.SIGKILL
+    finished = students(tmp_path / "killed")
+    assert 0 < len(finished) < len(whole)
+    stamps = {name: (tmp_path / "killed" / "runs" / name).stat().st_mtime_ns for name in finished}
+
+    code, _, err = cli("compare", "--recipe", "grid.yaml", "--out", "killed")
+    assert code == 0, err
+    assert students(tmp_path / "killed") == whole
+    assert stamps == {name: (tmp_path / "killed" / "runs" / name).stat().st_mtime_ns for name in finished}
+    top1 = [[row["top1"] for row in results_in(tmp_path / name)["sections"][0]["rows"]] for name in ("whole", "killed")]
+    assert top1[0] == top1[1]
+
+    code, _, err = cli("compare", "--recipe", "killed/config.yaml", "--out", "killed")
+    assert (code, "already complete" in err) == (0, True)
+    (tmp_path / "grid.yaml").write_text(GRID.replace("temperature: 2", "temperature: 3"))
+    code, _, err = cli("compare", "--recipe", "grid.yaml", "--out", "killed")
+    assert (code, "another run" in err) == (2, True)
+
+
+def test_a_row_that_fails_does_not_lose_the_others(here, cli):
+    grid = {"seeds": [0], "student": {"steps": 2, "batch_size": 4}}
+    grid["rows"] = {
+        "bad": {"distill": {"transfer_set": ["later"]}},
+        "real": {"distill": {"transfer_set": ["real:20"]}},
+    }
+    (here / "bad.yaml").write_text(json.dumps({"command": "compare", "grid": grid}))
+    command = ("compare", "--recipe", "bad.yaml", "--teacher", "teacher", "--out", "partly")
+    code, out, err = cli(*command)
+    assert (code, "failed: bad" in err) == (4, True)
+    assert "no transfer set at later" in out
+    (section,) = results_in(here / "partly")["sections"]
+    assert [row["label"] for row in section["rows"]] == ["teacher", "real"]
+    assert section["rows"][1]["num_images"] == 20
+    assert [(f["row"], f["code"]) for f in section["failed"]] == [("bad", "artifact")]
+    for name in ("table.md", "report.html"):
+        assert "no transfer set at later" in (here / "partly" / name).read_text()
+    shutil.copytree(here / "shards0", here / "later")
+    code, _, err = cli(*command)
+    assert code == 0, err
+    (section,) = results_in(here / "partly")["sections"]
+    assert {row["label"] for row in section["rows"]} == {"teacher", "real", "bad"}
+    assert section["failed"] == []
+
+
+def test_a_foreign_teacher_needs_a_dataset_before_anything_runs(here, cli):
+    (here / "foreign.yaml").write_text(
+        '{"grid": {"rows": {"noise": {"distill": {"transfer_set": "noise:8", "steps": 2}}}}}'
+    )
+    teacher = ["--weights", "teacher/model.safetensors", "--input-size", "1", "32", "32", "--num-classes", "10"]
+    command = ["compare", "--recipe", "foreign.yaml", "--teacher", "lenet5", *teacher, "--out", "foreign"]
+    code, _, err = cli(*command)
+    assert (code, "--dataset" in err, (here / "foreign").exists()) == (2, True, False)
+    assert cli(*command, "--dataset", "digits")[0] == 0
+    (section,) = results_in(here / "foreign")["sections"]
+    assert [(row["label"], row["model"]) for row in section["rows"]] == [
+        ("teacher", "lenet5"),
+        ("noise", "lenet5-half"),
+    ]
+
+
+def test_a_teacher_per_seed_is_still_one_ranking(tmp_path, monkeypatch, cli):
+    monkeypatch.chdir(tmp_path)
+    grid = {"seeds": [0, 3], "teacher": {"per_seed": True, "steps": 2, "batch_size": 4}}
+    grid |= {"student": {"steps": 2, "batch_size": 4}, "rows": {"noise": {"distill": {"transfer_set": ["noise:8"]}}}}
+    (tmp_path / "grid.yaml").write_text(json.dumps({"grid": grid}))
+    assert cli("compare", "--recipe", "grid.yaml")[0] == 0
+    (section,) = results_in(tmp_path / "comparison")["sections"]
+    teacher, noise = section["rows"]
+    assert teacher["seeds"] == noise["seeds"] == [0, 3]
+    assert noise["gap"]["values"] == pytest.approx(np.subtract(noise["top1"]["values"], teacher["top1"]["values"]))
+    assert len({run["sha256"] for run in teacher["runs"]}) == 2
+
+
+@pytest.mark.parametrize(
+    "old, new, words",
+    [
+        ("seeds: [0, 1]", "seedz: [0]", "grid.seedz: unknown key -- did you mean 'seeds'"),
+        ("seeds: [0, 1]", "seeds: [1, 1]", "grid.seeds"),
+        ("seeds: [0, 1]", "seeds: [-1]", "grid.seeds"),
+        ("steps: 3, batch_size: 8", "stepz: 3", "grid.teacher.stepz: unknown key -- did you mean 'steps'"),
+        ("iterations: 2", "iterationz: 2", "grid.rows.zskd.synthesize.iterationz: unknown key"),
+        ("{temperature: 2}", "{temperature: warm}", "grid.rows.zskd-hot.distill.temperature"),
+        ("{shards: zskd,", "{shards: zksd,", "did you mean 'zskd'"),
+        ("{shards: zskd,", "{", "nothing to distill from"),
+        ("distill: {temperature", "distil: {temperature", "did you mean 'distill'"),
+        ("zskd-hot: {", "../zskd: {", "not a name for a row"),
+        ("{num_images: 8}", "{num_images: 8, out: x}", "grid.synthesize.out"),
+        ("{num_images: 8}", "[8]", "grid.synthesize: must be a mapping"),
+        ("{num_images: 8}", "{recipe: nothing-of-the-kind}", "unknown recipe"),
+    ],
+)
+def test_a_wrong_grid_is_refused_before_anything_runs(tmp_path, monkeypatch, cli, old, new, words):
+    monkeypatch.chdir(tmp_path)
+    assert old in GRID
+    (tmp_path / "grid.yaml").write_text(GRID.replace(old, new))
+    code, out, err = cli("compare", "--recipe", "grid.yaml")
+    assert (code, out) == (2, "")
+    assert words in err
+    assert not (tmp_path / "comparison").exists()
+
+
+def test_dry_run_plans_and_writes_nothing(tmp_path, monkeypatch, cli):
+    monkeypatch.chdir(tmp_path)
+    (tmp_path / "grid.yaml").write_text(GRID)
+    code, out, _ = cli("compare", "--recipe", "grid.yaml", "--dry-run", "--json", "--device", "cpu")
+    assert code == 0
+    plan = json.loads(out)["plan"]
+    assert [step["config"]["command"] for step in plan[:3]] == ["train-teacher", "synthesize", "distill"]
+    assert len(plan) == 1 + 2 * 2 + 2
+    assert all(step["config"]["device"] == "cpu" for step in plan)
+    assert plan[2]["config"]["transfer_set"] == [plan[1]["out"]]
+    assert [path.name for path in tmp_path.iterdir()] == ["grid.yaml"]
