@@ -249,6 +249,7 @@ def fit(learner: Learner, run: RunDirectory, terminal: Terminal) -> None:
     loggers: list[Logger] = [] if learner.stateless else [MetricsFile(run.path / "metrics.csv")]
     callbacks = [_Report(terminal, run.settings.command), _Keeper(path, run)]
     trainer = trainer_for(run, loggers, max_epochs=learner.rounds, callbacks=callbacks)
+    run.record["device"] = str(trainer.strategy.root_device)
     resume = path if path.exists() and not learner.stateless else None
     try:
         trainer.fit(learner, DataLoader([0]), ckpt_path=resume, weights_only=True)

@@ -94,6 +94,7 @@ class Distill(Training, ForeignModel):
     teacher: str = option("teacher", "teacher: model directory or SPEC")
     transfer_set: tuple[str, ...] = option(("shards",), "shard directory, real, real:N, noise:N, folder of images")
     student: str = option("lenet5-half", "student model SPEC")
+    epochs: int = option(80, "passes over the images", low=1)
     # Stronger than for real images: impressions are alike, and the teacher answers each changed one anew.
     rotate: float = option(30.0, _ROTATE, low=0, high=180)
     translate: float = option(0.4, _TRANSLATE, low=0, high=1)

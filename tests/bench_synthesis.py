@@ -9,7 +9,11 @@ ratio of each pair and the median.
 
 from __future__ import annotations
 
-import argparse
+import os
+
+os.environ.setdefault("GOMP_SPINCOUNT", "20000")  # as the command line sets it, before torch loads
+
+import argparse  # noqa: E402
 import dataclasses
 import json
 import statistics

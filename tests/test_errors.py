@@ -244,9 +244,7 @@ def test_no_network(here: Path, dfkd) -> None:
     with socket.socket() as closed:
         closed.bind(("127.0.0.1", 0))
         proxy = f"http://127.0.0.1:{closed.getsockname()[1]}"
-        network = dict.fromkeys(("http_proxy", "https_proxy", "HTTP_PROXY", "HTTPS_PROXY"), proxy) | {
-            "no_proxy": ""
-        }
+        network = dict.fromkeys(("http_proxy", "https_proxy", "HTTP_PROXY", "HTTPS_PROXY"), proxy) | {"no_proxy": ""}
         places = {"DFKD_DATA": str(here / "nothing"), "XDG_CACHE_HOME": str(here / "cache")}
         result = dfkd("train-teacher", "--dataset", "cifar100", "--out", "x", cwd=here, env=network | places)
     one_line((result.returncode, result.stdout, result.stderr), 3, "cifar100", "DFKD_DATA")

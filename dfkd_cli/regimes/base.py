@@ -16,7 +16,7 @@ from dfkd_cli.data.sources import Batches, Images, Source, split
 from dfkd_cli.models.classifier import Classifier
 from dfkd_cli.objectives.base import Objective
 from dfkd_cli.rounds import Learner
-from dfkd_cli.seeds import derive
+from dfkd_cli.seeds import seed_torch
 from dfkd_cli.settings import Training
 
 ROUND = 200  # steps of one round: enough for Lightning's own cost not to show, few enough to lose little in a kill
@@ -113,7 +113,7 @@ class Regime(Learner):
         sums: dict[str, Tensor] = {}
         self.student.train()
         for step, images in enumerate(self.batches.steps(start, stop), start):
-            torch.manual_seed(derive(self.seed, step, self.global_rank))
+            seed_torch(self.device, self.seed, step, self.global_rank)
             images = images[self.global_rank :: self.trainer.world_size]  # processes share each batch
             images.pixels = self.augment(images.pixels)
             loss, terms = self.loss(images)

@@ -14,7 +14,7 @@ from dfkd_cli.artifacts.shards import ShardWriter
 from dfkd_cli.errors import RunFailed
 from dfkd_cli.models.classifier import Classifier
 from dfkd_cli.rounds import Learner, weighted_sum
-from dfkd_cli.seeds import derive
+from dfkd_cli.seeds import seed_torch
 
 
 @dataclass
@@ -73,7 +73,7 @@ class Synthesizer(Learner):
         if position >= len(self.todo):
             return {}
         shard = self.todo[position]
-        torch.manual_seed(derive(self.seed, shard))
+        seed_torch(self.device, self.seed, shard)
         first = shard * self.config.batch_size
         made = self.make(first, min(self.config.batch_size, self.num_images - first))
         self.check_finite(made.terms, shard)
