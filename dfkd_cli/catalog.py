@@ -11,6 +11,7 @@ import ast
 import dataclasses
 import functools
 import importlib
+import inspect
 import re
 from pathlib import Path
 from typing import Any
@@ -103,9 +104,7 @@ def _config_class(tree: ast.Module, node: ast.ClassDef, path: Path) -> type:
     exec(compile(ast.Module([*imports, node], []), str(path), "exec"), namespace)
     config = namespace["Config"]
     # Type hints are strings under `from __future__ import annotations`: resolve them while the namespace is at hand.
-    for field in dataclasses.fields(config):
-        if field.name in config.__dict__.get("__annotations__", {}):
-            config.__annotations__[field.name] = eval(config.__annotations__[field.name], namespace)
+    config.__annotations__ = inspect.get_annotations(config, globals=namespace, eval_str=True)
     return config
 
 

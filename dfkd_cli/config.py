@@ -33,7 +33,9 @@ def option(
     Args:
         default: The default value; without one the field is required.
         help: One line for ``--help``: meaning and unit.
-        low, above, high: Inclusive lower, exclusive lower and inclusive upper bound of every number in the value.
+        low: Inclusive lower bound of every number in the value.
+        above: Exclusive lower bound.
+        high: Inclusive upper bound.
         volatile: The value does not change the result (a device, a logger): it may differ when a run continues.
     """
     metadata = {"help": help, "low": low, "above": above, "high": high, "volatile": volatile}

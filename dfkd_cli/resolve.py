@@ -1,4 +1,4 @@
-"""From method defaults, a recipe, ``--set`` and typed flags to one checked configuration, in that order of precedence."""
+"""Method defaults, a recipe, ``--set`` and typed flags, in that order of precedence, as one checked configuration."""
 
 from __future__ import annotations
 

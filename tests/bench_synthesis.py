@@ -13,7 +13,7 @@ import os
 
 os.environ.setdefault("GOMP_SPINCOUNT", "20000")  # as the command line sets it, before torch loads
 
-import argparse  # noqa: E402
+import argparse
 import dataclasses
 import json
 import statistics

@@ -136,10 +136,8 @@ def test_foreign_teacher_from_a_wrapped_checkpoint(here: Path, cli) -> None:
 
 def test_foreign_teacher_that_says_too_little(here: Path, cli) -> None:
     torch.save({}, "user.pt")
-    one_line(
-        cli("synthesize", "--method", "zskd", "--teacher", "torchvision:resnet18", "--weights", "user.pt", "--out", "x"),
-        2, "--input-size", "--num-classes",
-    )  # fmt: skip
+    command = ["synthesize", "--method", "zskd", "--teacher", "torchvision:resnet18", "--weights", "user.pt"]
+    one_line(cli(*command, "--out", "x"), 2, "--input-size", "--num-classes")
 
 
 def test_code_in_a_strangers_artifact_is_not_run(here: Path, cli) -> None:
@@ -217,7 +215,7 @@ def test_read_only_output(here: Path, dfkd) -> None:
 
 
 def test_full_disk_keeps_what_is_finished(here: Path) -> None:
-    """A limit on file size fails the write as a full disk does; shards written before are kept and the run continues."""
+    """A limit on file size fails the write as a full disk does; what was written is kept and the run continues."""
     command = [sys.executable, "-m", "dfkd_cli", "synthesize", "--method", "zskd", "--num-images", "20",
                "--iterations", "1", "--out", "full"]  # fmt: skip
 

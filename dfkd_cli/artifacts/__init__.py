@@ -1,0 +1,1 @@
+"""What commands leave on disk: runs, shards, and the files they are made of."""

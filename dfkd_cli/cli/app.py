@@ -25,8 +25,8 @@ HELP = {
     "train-teacher": "Train a teacher on a dataset.\n\nReads a dataset, writes a model directory (teacher/).",
     "synthesize": "Make data impressions from a teacher, without data.\n\nReads a teacher, writes a shard directory "
     "(shards/). The flags of a method: dfkd synthesize --method NAME --help",
-    "distill": "Train a smaller student from a teacher and a transfer set.\n\nReads a teacher and transfer sets, writes "
-    "a model directory (student/). The flags of an objective: dfkd distill --objective NAME --help",
+    "distill": "Train a smaller student from a teacher and a transfer set.\n\nReads a teacher and transfer sets, "
+    "writes a model directory (student/). The flags of an objective: dfkd distill --objective NAME --help",
     "evaluate": "Measure models on test images, or shard directories.\n\nReads model or shard directories; writes "
     "results.json when --out is given.",
     "compare": "Put finished directories side by side, or run a grid of pipelines.\n\nReads model directories, writes "
@@ -154,7 +154,7 @@ def build(argv: list[str], terminal: Terminal) -> typer.Typer:
     app = typer.Typer(
         name="dfkd",
         help="Compress an image classifier whose training data nobody may see any more.",
-        epilog="Start: dfkd train-teacher, dfkd synthesize --method zskd, dfkd distill, dfkd evaluate, dfkd compare student/",
+        epilog="Start: dfkd train-teacher, dfkd synthesize --method zskd, dfkd distill, dfkd compare student/",
         context_settings=CONTEXT,
         add_completion=True,
         no_args_is_help=False,
