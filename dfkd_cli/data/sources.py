@@ -72,6 +72,12 @@ class Source(ABC):
     def __len__(self) -> int:
         return sum(self.sizes)
 
+    def all(self) -> Images:
+        """Every image, for sources that are known to be small."""
+        chunks = [self.chunk(index) for index in range(len(self.sizes))]
+        labels = torch.cat([chunk.labels for chunk in chunks]) if self.labelled else None
+        return Images(torch.cat([chunk.pixels for chunk in chunks]), labels)
+
     @property
     def bytes_per_image(self) -> int:
         """Memory that one image takes."""
@@ -174,9 +180,13 @@ class Subset(Source):
 
 
 def split(source: Source, share: float, seed: int) -> tuple[Source, Source | None]:
-    """Two parts of a source that have no image in common; the second holds ``share`` of it, or is None."""
+    """Two parts of a source that have no image in common.
+
+    The second has ``share`` of the images, but no more than can be held at once, or is None.
+    """
+    count = min(round(share * len(source)), MEMORY // source.bytes_per_image)
     chosen = np.zeros(len(source), dtype=bool)
-    chosen[np.random.default_rng(seed).permutation(len(source))[: round(share * len(source))]] = True
+    chosen[np.random.default_rng(seed).permutation(len(source))[:count]] = True
     return (Subset(source, ~chosen), Subset(source, chosen)) if chosen.any() else (source, None)
 
 

@@ -19,6 +19,7 @@ from dfkd_cli.rounds import Learner
 from dfkd_cli.seeds import seed_torch
 from dfkd_cli.settings import Training
 
+MEASURED_AT_ONCE = 500  # images
 ROUND = 200  # steps of one round: enough for Lightning's own cost not to show, few enough to lose little in a kill
 
 
@@ -105,6 +106,8 @@ class Regime(Learner):
         fill = self.student.mean.flatten() if self.training_config.fill == "mean" else 0.0
         self.augment = pipeline(self.training_config, fill)
         self.batches = Batches(self.train_source, self.training_config.batch_size, self.seed, self.device)
+        if self.held_out is not None:
+            self.held = self.held_out.all().to(self.device)
 
     def round(self, index: int) -> Mapping[str, Tensor]:
         """A stretch of optimiser steps. Logs the terms' means over it, and the held-out measure."""
@@ -125,11 +128,11 @@ class Regime(Learner):
                 sums[name] = sums[name] + term.detach() if name in sums else term.detach()
         means = {name: total / (stop - start) for name, total in sums.items()}
         if self.held_out is not None:
-            means[self.measure] = self._measure(self.held_out)
+            means[self.measure] = self._measure(self.held)
         return means
 
     @torch.no_grad()
-    def _measure(self, source: Source) -> Tensor:
+    def _measure(self, held: Images) -> Tensor:
         self.student.eval()
-        right = [self.right(source.chunk(i).to(self.device)).float() for i in range(len(source.sizes))]
-        return torch.cat(right).mean()
+        parts = range(0, len(held.pixels), MEASURED_AT_ONCE)
+        return torch.cat([self.right(held[i : i + MEASURED_AT_ONCE]).float() for i in parts]).mean()

@@ -81,11 +81,11 @@ def _make(settings: Settings, teacher: Classifier, sha256: str, directory: RunDi
     write_csv(directory.path / "metrics.csv", [{"round": i, **r["terms"]} for i, r in enumerate(manifest["shards"])])
     reader = ShardReader(directory.path)
     write_preview(directory.path / "preview.png", reader.read(0)["images"][:PREVIEW])
-    confidence = torch.cat([reader.read(i)["logits"].softmax(1).amax(1) for i in range(len(reader.sizes))]).mean()
+    confidence = sum(float(reader.read(i)["logits"].softmax(1).amax(1).sum()) for i in range(len(reader.sizes)))
     files = [MANIFEST, "metrics.csv", "preview.png", *(row["file"] for row in manifest["shards"])]
     metrics = {
         "count": manifest["count"],
-        "confidence": float(confidence),
+        "confidence": confidence / manifest["count"],
         "class_histogram": manifest["class_histogram"],
     }
     directory.finish([directory.path / name for name in files], metrics)
