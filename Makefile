@@ -1,41 +1,41 @@
-.PHONY: help install format lint type test kill-test bench demo clean
+.PHONY: help format lint test kill-test bench demo clean
 SHELL := bash
-PYTHON ?= python
+BIN := $(CURDIR)/.venv/bin
 
 help: ## List the targets
 	@grep -E '^[a-z-]+:.*##' $(MAKEFILE_LIST) | sed 's/:.*##/\t/'
 
-install: ## Install with everything that development needs
-	$(PYTHON) -m pip install -c constraints.txt -e '.[dev]'
+.venv/.done: pyproject.toml constraints.txt
+	python3 -m venv .venv
+	$(BIN)/pip install --quiet -c constraints.txt -e '.[dev]'
+	touch $@
 
-format: ## Format the code
-	ruff format .
-	ruff check --fix .
-
-lint: ## Check style, unused code and docstrings
-	ruff format --check .
-	ruff check .
-
-type: ## Check types
-	mypy dfkd_cli
-
-test: ## Run all tests
-	$(PYTHON) -m pytest -n auto --dist loadfile
-
-kill-test: ## Kill the pipeline at twenty random moments: twenty times the same hashes
-	DFKD_KILLS=20 $(PYTHON) -m pytest tests/test_resume.py -k killed_pipeline
-
-bench: ## Time a synthesis round against its bare loop
-	$(PYTHON) tests/bench_synthesis.py
-
-demo: ## The five commands on the bundled digits, in demo/, with the time they took
+demo: .venv/.done ## The five commands on the bundled digits, in demo/, with the time they took
 	rm -rf demo && mkdir demo
-	cd demo && time ( set -e; \
+	cd demo && export PATH="$(BIN):$$PATH" && time ( set -e; \
 	  dfkd train-teacher; \
 	  dfkd synthesize --method zskd --beta 1.0 0.1; \
 	  dfkd distill --transfer-set shards/; \
 	  dfkd evaluate; \
 	  dfkd compare student/ )
 
+test: .venv/.done lint ## All tests, style and types
+	OMP_NUM_THREADS=1 $(BIN)/python -m pytest -n auto --dist loadfile
+
+lint: .venv/.done ## Style, unused code, docstrings, types
+	$(BIN)/ruff format --check .
+	$(BIN)/ruff check .
+	$(BIN)/mypy dfkd_cli
+
+format: .venv/.done ## Format the code
+	$(BIN)/ruff format .
+	$(BIN)/ruff check --fix .
+
+kill-test: .venv/.done ## Kill the pipeline at twenty random moments: twenty times the same hashes
+	OMP_NUM_THREADS=1 DFKD_KILLS=20 $(BIN)/python -m pytest tests/test_resume.py -k killed_pipeline
+
+bench: .venv/.done ## Time a synthesis round against its bare loop
+	$(BIN)/python tests/bench_synthesis.py
+
 clean: ## Remove what the other targets made
-	rm -rf demo build dist *.egg-info .pytest_cache .ruff_cache .mypy_cache
+	rm -rf demo build dist .venv *.egg-info .pytest_cache .ruff_cache .mypy_cache

@@ -111,9 +111,14 @@ def _config_class(tree: ast.Module, node: ast.ClassDef, path: Path) -> type:
 def _literal(tree: ast.Module, name: str) -> Any:
     """A module-level constant, or None."""
     for statement in tree.body:
-        targets = statement.targets if isinstance(statement, ast.Assign) else [getattr(statement, "target", None)]
+        if isinstance(statement, ast.Assign):
+            targets, value = statement.targets, statement.value
+        elif isinstance(statement, ast.AnnAssign) and statement.value is not None:
+            targets, value = [statement.target], statement.value
+        else:
+            continue
         if any(isinstance(target, ast.Name) and target.id == name for target in targets):
-            return ast.literal_eval(statement.value)
+            return ast.literal_eval(value)
     return None
 
 

@@ -163,7 +163,7 @@ def build(cls: type, values: Mapping[str, Any], labels: Mapping[str, str] = type
     return cls(**made)
 
 
-def _check_range(field: dataclasses.Field, value: Any, label: str) -> None:
+def _check_range(field: dataclasses.Field[Any], value: Any, label: str) -> None:
     low, above, high = (field.metadata.get(k) for k in ("low", "above", "high"))
     for number in value if isinstance(value, tuple) else (value,):
         if isinstance(number, bool) or not isinstance(number, (int, float)):
@@ -182,11 +182,11 @@ def plain(config: Any) -> dict[str, Any]:
     return {k: list(v) if isinstance(v, tuple) else v for k, v in dataclasses.asdict(config).items()}
 
 
-class _UniqueKeys(yaml.SafeLoader):
+class _UniqueKeys(yaml.SafeLoader):  # type: ignore[misc]  # PyYAML has no annotations
     """YAML where the same key twice is an error instead of a silent choice."""
 
 
-def _mapping(loader: _UniqueKeys, node: yaml.MappingNode) -> dict:
+def _mapping(loader: _UniqueKeys, node: yaml.MappingNode) -> dict[str, Any]:
     seen = set()
     for key_node, _ in node.value:
         key = loader.construct_object(key_node, deep=True)

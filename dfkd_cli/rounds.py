@@ -23,20 +23,21 @@ from typing import Any
 
 import lightning.pytorch as pl
 import torch
+from lightning.fabric.utilities.exceptions import MisconfigurationException
 from lightning.pytorch.callbacks import Callback, Checkpoint
 from lightning.pytorch.loggers import Logger
 from lightning.pytorch.plugins.io import TorchCheckpointIO
 from lightning.pytorch.strategies import DDPStrategy
-from lightning.pytorch.utilities.exceptions import MisconfigurationException
-from lightning.pytorch.utilities.rank_zero import rank_zero_only
+from lightning.pytorch.utilities import rank_zero_only
 from torch import Tensor
-from torch.utils.data import DataLoader
+from torch.utils.data import DataLoader, TensorDataset
 
 from dfkd_cli.artifacts.files import write_atomic
 from dfkd_cli.artifacts.run import RunDirectory, first_process
 from dfkd_cli.errors import ArtifactError, ConfigError, RunFailed
 from dfkd_cli.ui import Progress, Terminal
 
+_PRECISION: dict[str, Any] = {"32": "32-true", "bf16": "bf16-mixed", "16": "16-mixed"}
 CHECKPOINT = Path("checkpoints", "last.ckpt")
 
 
@@ -62,8 +63,15 @@ class Learner(pl.LightningModule, ABC):
 
     def training_step(self, batch: Any, batch_idx: int) -> None:
         """One round; stops the run when a term is not finite."""
-        terms = self.round(self.current_epoch)
-        self.check_finite(terms, self.current_epoch)
+        failure = None
+        try:
+            terms = self.round(self.current_epoch)
+            self.check_finite(terms, self.current_epoch)
+        except RunFailed as error:
+            failure = error
+        # All processes stop together: one that only vanished would take the others down without a word.
+        if not self.trainer.strategy.reduce_boolean_decision(failure is None, all=True):
+            raise failure or RunFailed("another process of this run failed", "see its message")
         self.log_dict(dict(terms), on_step=True, on_epoch=False)
 
     @staticmethod
@@ -106,10 +114,10 @@ class _Keeper(Checkpoint):
         due = trainer.strategy.broadcast(start >= self.next or trainer.current_epoch + 1 == trainer.max_epochs)
         if not due:
             return
+        for logger in trainer.loggers:  # before the state: a kill in between must not lose rows
+            logger.save()
         if not module.stateless:
             trainer.save_checkpoint(self.path)
-        for logger in trainer.loggers:
-            logger.save()
         if trainer.is_global_zero:
             self.run.save()
         now = time.monotonic()
@@ -196,7 +204,7 @@ class _Independent(DDPStrategy):
     """Processes that share rounds but no gradients: modules without trainable parameters cannot be wrapped."""
 
     def configure_ddp(self) -> None:
-        if any(parameter.requires_grad for parameter in self.model.parameters()):
+        if self.model is not None and any(parameter.requires_grad for parameter in self.model.parameters()):
             super().configure_ddp()
 
 
@@ -223,7 +231,7 @@ def trainer_for(run: RunDirectory, loggers: list[Logger], **more: Any) -> pl.Tra
             devices=settings.devices,
             num_nodes=settings.num_nodes,
             strategy=_Independent() if settings.devices * settings.num_nodes > 1 else "auto",
-            precision={"32": "32-true", "bf16": "bf16-mixed", "16": "16-mixed"}[settings.precision],
+            precision=_PRECISION[settings.precision],
             plugins=[_AtomicCheckpoints()],
             logger=loggers,
             log_every_n_steps=1,
@@ -241,7 +249,8 @@ def fit(learner: Learner, run: RunDirectory, terminal: Terminal) -> None:
     """Do the rounds that are still to be done.
 
     Raises:
-        RunFailed: Non-finite loss or out of memory; the state of the last saved round is kept.
+        RunFailed: Non-finite loss; the state of the last saved round is kept.
+        ArtifactError: The checkpoint of an earlier process is damaged.
     """
     path = run.path / CHECKPOINT
     if not learner.rounds:
@@ -251,16 +260,12 @@ def fit(learner: Learner, run: RunDirectory, terminal: Terminal) -> None:
     trainer = trainer_for(run, loggers, max_epochs=learner.rounds, callbacks=callbacks)
     run.record["device"] = str(trainer.strategy.root_device)
     resume = path if path.exists() and not learner.stateless else None
-    try:
-        trainer.fit(learner, DataLoader([0]), ckpt_path=resume, weights_only=True)
-    except torch.OutOfMemoryError:
-        raise RunFailed("out of memory", "lower --batch-size; what was finished is kept") from None
-    except (EOFError, KeyError) as error:
-        if resume is not None and learner.current_epoch == 0:
-            raise ArtifactError(
-                f"{path}: not a readable checkpoint ({error})", "give --overwrite to start afresh"
-            ) from None
-        raise
+    if resume is not None:
+        try:
+            torch.load(resume, map_location="meta", weights_only=True)
+        except Exception as error:
+            raise ArtifactError(f"{path}: not a readable checkpoint", "give --overwrite to start afresh") from error
+    trainer.fit(learner, DataLoader(TensorDataset(torch.zeros(1))), ckpt_path=resume, weights_only=True)
     if not first_process():
         sys.exit()  # its share is done; the first process writes the result
 

@@ -18,7 +18,7 @@ from dfkd_cli.data import datasets
 from dfkd_cli.data.datasets import Dataset
 from dfkd_cli.data.sources import RealSource
 from dfkd_cli.models.classifier import Classifier, ModelInfo
-from dfkd_cli.models.directory import load_model, save_model
+from dfkd_cli.models.directory import identity, load_model, save_model
 from dfkd_cli.models.registry import build
 from dfkd_cli.stages import shard_measures
 from dfkd_cli.stages.measures import agreement, cost, examine, finite, top1
@@ -456,7 +456,7 @@ def test_a_table_in_a_file_has_whole_paths(here, cli):
 
 def test_false_logits_are_reported(here, cli):
     classifier, record = load_model(here / "teacher")
-    write_shards(here / "false", classifier, record["weights"]["sha256"], shift=1.0)
+    write_shards(here / "false", classifier, identity(record), shift=1.0)
     code, out, err = cli("evaluate", "false", "--json")
     assert code == 0
     assert json.loads(out)["results"][0]["logits_ok"] is False

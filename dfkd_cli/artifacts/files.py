@@ -31,11 +31,13 @@ def write_atomic(path: Path, data: bytes) -> str:
             os.fsync(file.fileno())
         os.chmod(temporary, 0o666 & ~_umask())  # mkstemp is private; artifacts are as readable as any other file
         os.replace(temporary, path)
-    except OSError as error:
+    except BaseException as error:
         if temporary is not None:
             with contextlib.suppress(OSError):
                 os.unlink(temporary)
-        raise os_error(error, path) from None
+        if isinstance(error, OSError):
+            raise os_error(error, path) from None
+        raise
     return hashlib.sha256(data).hexdigest()
 
 

@@ -22,8 +22,12 @@ LOCK = ".lock"
 
 
 def first_process() -> bool:
-    """Whether this is the process of a run that writes its records; launchers number the others."""
-    return not any(int(os.environ.get(name) or 0) for name in ("RANK", "LOCAL_RANK", "NODE_RANK", "SLURM_PROCID"))
+    """Whether this is the process of a run that writes its records.
+
+    Lightning starts the others of this machine itself and numbers them. Other launchers' numbers mean nothing here:
+    several commands, each with one device, may well run under one of them.
+    """
+    return int(os.environ.get("LOCAL_RANK") or 0) == 0 or "WORLD_SIZE" not in os.environ
 
 
 class RunDirectory:
@@ -87,10 +91,13 @@ class RunDirectory:
             self.record |= {k: previous[k] for k in ("started", "seconds") if k in previous}
         self._take_lock()
         if self.settings.run.overwrite:
-            for item in self.path.iterdir():
+            for item in sorted(self.path.iterdir(), key=lambda item: item.name == RUN):  # last: it makes the rest ours
                 if item.name != LOCK:
                     shutil.rmtree(item) if item.is_dir() and not item.is_symlink() else item.unlink()
-        write_atomic(self.path / "config.yaml", dump_yaml(self.settings.plain()).encode())
+        for left_by_a_kill in self.path.glob(".*.tmp"):
+            left_by_a_kill.unlink()
+        replayable = {key: value for key, value in self.settings.plain().items() if key != "overwrite"}
+        write_atomic(self.path / "config.yaml", dump_yaml(replayable).encode())
         self.save()
         return False
 

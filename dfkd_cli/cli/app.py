@@ -16,7 +16,7 @@ import typer
 from dfkd_cli import catalog
 from dfkd_cli.artifacts.run import first_process
 from dfkd_cli.cli import arguments, listing
-from dfkd_cli.errors import DfkdError, Interrupted
+from dfkd_cli.errors import ConfigError, DfkdError, Interrupted, RunFailed
 from dfkd_cli.resolve import TYPED, Layer, Settings, assignments, choose, recipe_layer, resolve
 from dfkd_cli.settings import CHOICES, INPUTS, Run
 from dfkd_cli.ui import NORMAL, QUIET, VERBOSE, Terminal
@@ -256,9 +256,16 @@ def run_stage(settings: Settings, terminal: Terminal, paths: list[str], dry_run:
     signal.signal(signal.SIGTERM, _stop)
     signal.signal(signal.SIGINT, _stop)
     start = time.monotonic()
+    if settings.run.num_nodes > 1:
+        raise ConfigError("--num-nodes above 1 is not supported yet", "use one machine with --devices N")
     stage = importlib.import_module(f"dfkd_cli.stages.{settings.command.replace('-', '_')}")
     more = {"paths": paths} if paths or settings.command in ("evaluate", "compare") else {}
-    answer = stage.run(settings, terminal, dry_run=dry_run, **more)
+    try:
+        answer = stage.run(settings, terminal, dry_run=dry_run, **more)
+    except (MemoryError, RuntimeError) as error:  # torch has a class of its own for accelerators only
+        if isinstance(error, MemoryError) or any(w in str(error) for w in ("out of memory", "can't allocate memory")):
+            raise RunFailed("out of memory", "lower --batch-size; what was finished is kept") from None
+        raise
     answer = {"ok": True, "command": settings.command, **answer, "seconds": round(time.monotonic() - start, 3)}
     terminal.document(answer)
 

@@ -6,7 +6,7 @@ import dataclasses
 import inspect
 import re
 import typing
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Iterable, Set
 from typing import Annotated, Any
 
 import typer
@@ -26,7 +26,7 @@ def list_flags(classes: Iterable[type]) -> set[str]:
     return {flag(name) for cls in classes for name, kind in hints(cls).items() if is_list(kind)}
 
 
-def expand(tokens: list[str], lists: set[str], pairs: set[str] = frozenset({"--set"})) -> list[str]:
+def expand(tokens: list[str], lists: Set[str], pairs: Set[str] = frozenset({"--set"})) -> list[str]:
     """``--beta 1.0 -0.1`` as ``--beta=1.0 --beta=-0.1``, which is what the parser knows.
 
     Args:
@@ -78,6 +78,7 @@ def parameters(cls: type, panel: str) -> dict[str, inspect.Parameter]:
     for field in dataclasses.fields(cls):
         kind, _ = strip_none(hints(cls)[field.name])
         decls = [flag(field.name)]
+        annotation: Any
         if kind is bool:
             decls, annotation = [f"{flag(field.name)}/--no-{field.name.replace('_', '-')}"], bool | None
         else:
@@ -121,6 +122,6 @@ def with_signature(function: Callable[..., Any], parameters: Iterable[inspect.Pa
 
     command.__name__ = getattr(function, "__name__", "command")
     command.__doc__ = function.__doc__
-    command.__signature__ = inspect.Signature(parameters)
+    command.__signature__ = inspect.Signature(parameters)  # type: ignore[attr-defined]  # inspect reads it
     command.__annotations__ = {p.name: p.annotation for p in parameters}
     return command

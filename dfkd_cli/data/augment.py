@@ -18,7 +18,7 @@ from torchvision.transforms import v2
 from dfkd_cli.settings import Augmentation
 
 
-class RandomAffine(v2.Transform):
+class RandomAffine(v2.Transform):  # type: ignore[misc]  # torchvision ships no annotations
     """Rotate, zoom and shift each image about its centre, in one bilinear resampling.
 
     The identity is exact where the sides are powers of two and within float rounding elsewhere.
@@ -59,7 +59,7 @@ class RandomAffine(v2.Transform):
         return grid_sample(images - fill, grid, padding_mode="zeros", align_corners=False) + fill
 
 
-class RandomFlip(v2.Transform):
+class RandomFlip(v2.Transform):  # type: ignore[misc]  # torchvision ships no annotations
     """Mirror each image left-right with probability ``p``."""
 
     def __init__(self, p: float = 0.5) -> None:
@@ -76,7 +76,7 @@ class RandomFlip(v2.Transform):
         return torch.where(params["flip"].view(-1, 1, 1, 1), images.flip(-1), images)
 
 
-class RandomCrop(v2.Transform):
+class RandomCrop(v2.Transform):  # type: ignore[misc]  # torchvision ships no annotations
     """Pad by ``padding`` pixels of ``fill`` on each side and cut the original size out again; pixels stay exact."""
 
     def __init__(self, padding: int, fill: Tensor | float = 0.0) -> None:

@@ -103,7 +103,7 @@ class Dataset:
         count = min(len(self), _STATISTICS_IMAGES)
         chosen = torch.arange(count) * len(self) // count
         histogram = torch.zeros(self.image_shape[0], 256, dtype=torch.float64)
-        for part in chosen.split(256):
+        for part in torch.split(chosen, 256):
             for row, channel in zip(histogram, self.images(part).transpose(0, 1), strict=True):
                 row += channel.flatten().bincount(minlength=256)
         values = torch.arange(256, dtype=torch.float64) / 255

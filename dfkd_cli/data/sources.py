@@ -16,7 +16,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from dfkd_cli.artifacts.files import digest
+from dfkd_cli.artifacts.files import digest, sha256_file
 from dfkd_cli.artifacts.shards import ShardReader
 from dfkd_cli.data import datasets
 from dfkd_cli.data.datasets import Dataset
@@ -37,6 +37,13 @@ class Images:
 
     pixels: Tensor
     labels: Tensor | None = None
+
+    @property
+    def true_labels(self) -> Tensor:
+        """The labels of images that have them."""
+        if self.labels is None:
+            raise ValueError("these images have no labels")
+        return self.labels
 
     def __getitem__(self, rows: slice | Tensor) -> Images:
         return Images(self.pixels[rows], None if self.labels is None else self.labels[rows])
@@ -75,7 +82,7 @@ class Source(ABC):
     def all(self) -> Images:
         """Every image, for sources that are known to be small."""
         chunks = [self.chunk(index) for index in range(len(self.sizes))]
-        labels = torch.cat([chunk.labels for chunk in chunks]) if self.labelled else None
+        labels = torch.cat([chunk.true_labels for chunk in chunks]) if self.labelled else None
         return Images(torch.cat([chunk.pixels for chunk in chunks]), labels)
 
     @property
@@ -102,7 +109,7 @@ class NoiseSource(Source):
         self.shape, self.dtype, self.seed = shape, torch.float32, seed
 
     def chunk(self, index: int) -> Images:
-        generator = torch.Generator().manual_seed(derive(self.seed, index))
+        generator = torch.Generator().manual_seed(derive("shard", self.seed, index))
         return Images(noise(self.sizes[index], self.shape, generator))
 
 
@@ -114,7 +121,7 @@ class RealSource(Source):
 
     def __init__(self, dataset: Dataset, indices: Tensor | None = None, chunk: int = 1000) -> None:
         self.dataset = dataset
-        self.parts = (torch.arange(len(dataset)) if indices is None else indices).split(chunk)
+        self.parts = torch.split(torch.arange(len(dataset)) if indices is None else indices, chunk)
         self.sizes = [len(part) for part in self.parts]
         self.shape, self.dtype = dataset.image_shape, torch.uint8
 
@@ -124,15 +131,16 @@ class RealSource(Source):
 
 
 class FolderSource(Source):
-    """A folder of images of any depth, without labels, brought to one shape."""
+    """A folder of images of any depth, without labels, brought to one shape. Nobody says that they are not real."""
+
+    data_free = False
 
     def __init__(self, folder: Path, shape: tuple[int, int, int], chunk: int = 1000) -> None:
         self.files = datasets.image_files(folder, shape)
-        self.parts = torch.arange(len(self.files)).split(chunk)
+        self.parts = torch.split(torch.arange(len(self.files)), chunk)
         self.sizes = [len(part) for part in self.parts]
         self.shape, self.dtype = shape, torch.uint8
-        names = [[os.path.relpath(path, folder), os.path.getsize(path)] for path in self.files.paths]
-        self.sha256 = digest(names)  # names and sizes: hashing every pixel would take longer than training on them
+        self.sha256 = digest([[os.path.relpath(path, folder), sha256_file(Path(path))] for path in self.files.paths])
 
     def chunk(self, index: int) -> Images:
         return Images(self.files[self.parts[index]])
@@ -186,7 +194,7 @@ def split(source: Source, share: float, seed: int) -> tuple[Source, Source | Non
     """
     count = min(round(share * len(source)), MEMORY // source.bytes_per_image)
     chosen = np.zeros(len(source), dtype=bool)
-    chosen[np.random.default_rng(seed).permutation(len(source))[:count]] = True
+    chosen[np.random.default_rng(derive("holdout", seed)).permutation(len(source))[:count]] = True
     return (Subset(source, ~chosen), Subset(source, chosen)) if chosen.any() else (source, None)
 
 
@@ -223,7 +231,7 @@ class Batches:
 
     def _plan(self, epoch: int) -> list[tuple[tuple[int, ...], np.ndarray]]:
         """The epoch's windows, each as its chunks and a shuffled order of its images."""
-        generator = np.random.Generator(np.random.PCG64([self.seed, epoch]))
+        generator = np.random.default_rng(derive("order", self.seed, epoch))
         sizes = self.source.sizes
         if len(self.source) <= self.capacity:
             windows = [tuple(range(len(sizes)))]
@@ -249,7 +257,7 @@ class Batches:
             start, stop = start - len(order), stop - len(order)
         if len(parts) == 1:
             return parts[0]
-        labels = torch.cat([p.labels for p in parts]) if self.source.labelled else None
+        labels = torch.cat([p.true_labels for p in parts]) if self.source.labelled else None
         return Images(torch.cat([p.pixels for p in parts]), labels)
 
     def _window(self, chunks: tuple[int, ...]) -> Images:
@@ -263,7 +271,7 @@ class Batches:
                 end = at + self.source.sizes[chunk]
                 pixels[at:end] = images.pixels
                 if labels is not None:
-                    labels[at:end] = images.labels
+                    labels[at:end] = images.true_labels
                 at = end
             self._windows[chunks] = Images(pixels, labels)
         return self._windows[chunks]

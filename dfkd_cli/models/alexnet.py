@@ -28,7 +28,7 @@ _WIDTHS = {  # filters of the five convolutions, units of the two hidden layers
     "alexnet": (48, 128, 192, 192, 128, 512, 256),
     "alexnet-half": (24, 64, 96, 96, 64, 256, 128),
 }
-_BATCH_NORM = {"eps": 1e-3, "momentum": 1e-3}
+_EPS, _MOMENTUM = 1e-3, 1e-3  # of every BatchNorm
 
 
 def build(name: str, num_classes: int, input_size: tuple[int, int, int]) -> nn.Module:
@@ -54,21 +54,22 @@ def build(name: str, num_classes: int, input_size: tuple[int, int, int]) -> nn.M
 def _stage(
     channels: int, filters: int, kernel: int, *, lrn: bool = False, pool: bool = False, bias: float = 0.0
 ) -> nn.Sequential:
-    layers = [_init(nn.Conv2d(channels, filters, kernel, padding=kernel // 2), bias), nn.ReLU()]
+    layers: list[nn.Module] = [_init(nn.Conv2d(channels, filters, kernel, padding=kernel // 2), bias), nn.ReLU()]
     if lrn:
         layers.append(nn.LocalResponseNorm(5, alpha=5e-4, beta=0.75, k=1.0))
     if pool:
         layers.append(nn.MaxPool2d(3, stride=2))
-    return nn.Sequential(*layers, nn.BatchNorm2d(filters, **_BATCH_NORM))
+    return nn.Sequential(*layers, nn.BatchNorm2d(filters, eps=_EPS, momentum=_MOMENTUM))
 
 
 def _hidden(inputs: int, units: int) -> nn.Sequential:
     return nn.Sequential(
-        _init(nn.Linear(inputs, units)), nn.ReLU(), nn.Dropout(0.5), nn.BatchNorm1d(units, **_BATCH_NORM)
+        _init(nn.Linear(inputs, units)), nn.ReLU(), nn.Dropout(0.5), nn.BatchNorm1d(units, eps=_EPS, momentum=_MOMENTUM)
     )
 
 
 def _init(layer: nn.Conv2d | nn.Linear, bias: float = 0.0) -> nn.Conv2d | nn.Linear:
     nn.init.normal_(layer.weight, std=0.01)
-    nn.init.constant_(layer.bias, bias)
+    if layer.bias is not None:
+        nn.init.constant_(layer.bias, bias)
     return layer

@@ -36,7 +36,7 @@ class BasicBlock(nn.Module):
         self.conv2 = nn.Conv2d(outputs, outputs, 3, padding=1, bias=False)
         self.bn2 = nn.BatchNorm2d(outputs)
         self.relu2 = nn.ReLU()
-        self.shortcut = nn.Identity()
+        self.shortcut: nn.Module = nn.Identity()
         if stride != 1 or inputs != outputs:
             self.shortcut = nn.Sequential(
                 nn.Conv2d(inputs, outputs, 1, stride=stride, bias=False), nn.BatchNorm2d(outputs)
@@ -49,6 +49,8 @@ class BasicBlock(nn.Module):
 
 def build(name: str, num_classes: int, input_size: tuple[int, int, int]) -> nn.Module:
     """Normalised images (B, C, H, W) to logits (B, K). ``stem`` and ``stage*`` give feature maps."""
+    blocks: tuple[int, ...]
+    widths: tuple[int, ...]
     if name in _IMAGENET_BLOCKS:
         blocks, widths = _IMAGENET_BLOCKS[name], (64, 64, 128, 256, 512)
     else:

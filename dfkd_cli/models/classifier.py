@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import math
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, TypeGuard
 
 import torch
 from torch import Tensor, nn
@@ -105,9 +105,10 @@ class Classifier(nn.Module):
         Raises:
             ArtifactError: The logits are not the unchanged output of such a layer.
         """
-        seen: list[tuple[nn.Module, Tensor, int]] = []  # holding the outputs keeps their memory from being reused
+        # Holding the outputs keeps their memory from being reused.
+        seen: list[tuple[nn.Linear | nn.Conv2d, Tensor, int]] = []
 
-        def remember(layer: nn.Module, _: Any, output: Tensor) -> None:
+        def remember(layer: nn.Linear | nn.Conv2d, _: Any, output: Tensor) -> None:
             seen.append((layer, output, output._version))
 
         layers = [m for m in self.net.modules() if isinstance(m, nn.Linear) or _is_1x1(m)]
@@ -128,7 +129,7 @@ class Classifier(nn.Module):
         )
 
 
-def _is_1x1(module: nn.Module) -> bool:
+def _is_1x1(module: nn.Module) -> TypeGuard[nn.Conv2d]:
     return isinstance(module, nn.Conv2d) and module.kernel_size == (1, 1)
 
 

@@ -9,7 +9,7 @@ from typing import Any
 import safetensors.torch
 import torch
 
-from dfkd_cli.artifacts.files import read_json, sha256_file, write_atomic, write_json
+from dfkd_cli.artifacts.files import digest, read_json, sha256_file, write_atomic, write_json
 from dfkd_cli.errors import ArtifactError, ConfigError
 from dfkd_cli.models.classifier import Classifier, ModelInfo
 from dfkd_cli.models.registry import build
@@ -20,8 +20,14 @@ RECORD = "model.json"
 WEIGHTS = "model.safetensors"
 
 
+def identity(record: dict[str, Any]) -> str:
+    """The hash that stands for a model: its weights and how they are used."""
+    used = {key: record[key] for key in ("spec", "num_classes", "input_size", "mean", "std")}
+    return digest([record["weights"]["sha256"], used])
+
+
 def save_model(directory: Path, classifier: Classifier, *, metrics: dict[str, Any], provenance: dict[str, Any]) -> str:
-    """Write a model directory. Returns the sha256 of its weights.
+    """Write a model directory. Returns its :func:`identity`.
 
     The record is written last: a directory with a readable record is complete.
     """
@@ -40,7 +46,7 @@ def save_model(directory: Path, classifier: Classifier, *, metrics: dict[str, An
         "provenance": provenance,
     }
     write_json(directory / RECORD, record)
-    return sha256
+    return identity(record)
 
 
 def load_model(directory: Path, allow_code: bool = False) -> tuple[Classifier, dict[str, Any]]:

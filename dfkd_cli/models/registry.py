@@ -14,6 +14,7 @@ import sys
 from collections.abc import Callable, Iterator
 from pathlib import Path
 from types import ModuleType
+from typing import Any
 
 from torch import Tensor, nn
 
@@ -106,9 +107,10 @@ def _timm(name: str, num_classes: int, input_size: Size) -> nn.Module:
     if not timm.is_model(name):
         raise ConfigError(f"timm:{name}: unknown model", _closest(name, timm.list_models()))
     channels, *image = input_size
-    options = {"num_classes": num_classes, "in_chans": channels}
+    options: dict[str, Any] = {"num_classes": num_classes, "in_chans": channels}
     with _as_config_error(f"timm:{name}: cannot be built"):
-        if timm.get_pretrained_cfg(name).fixed_input_size:  # e.g. ViT, whose position embedding has the image's size
+        known = timm.get_pretrained_cfg(name)
+        if known is not None and known.fixed_input_size:  # e.g. ViT, whose position embedding has the image's size
             options["img_size"] = tuple(image)
         return timm.create_model(name, pretrained=False, **options)
 
@@ -148,6 +150,7 @@ def _importable(folder: Path) -> Iterator[None]:
 
 def _import_file(path: Path) -> ModuleType:
     spec = importlib.util.spec_from_file_location(f"_dfkd_user_{path.stem}", path)
+    assert spec is not None and spec.loader is not None  # as for every path that ends in .py
     module = importlib.util.module_from_spec(spec)
     sys.modules[spec.name] = module  # dataclasses look their module up there
     spec.loader.exec_module(module)

@@ -59,7 +59,7 @@ class Regime(Learner):
         self.config, self.training_config, self.seed, self.source = config, task.training, task.seed, task.source
         # Channels last makes these steps 1.2 to 1.4 times faster on CPUs (LeNet, ResNet), and convolutions on GPUs too.
         self.student = task.student.to(memory_format=torch.channels_last)
-        self.teacher = None
+        self.teacher: Any = None  # a Classifier where the regime needs one
         if task.teacher is not None:
             self.teacher = task.teacher.freeze().to(memory_format=torch.channels_last)
         self.weights = {name: weight for name, (weight, _) in task.objectives.items()}
@@ -111,12 +111,13 @@ class Regime(Learner):
 
     def round(self, index: int) -> Mapping[str, Tensor]:
         """A stretch of optimiser steps. Logs the terms' means over it, and the held-out measure."""
-        optimizer, schedule = self.optimizers(), self.lr_schedulers()
+        optimizer: Any = self.optimizers()
+        schedule: Any = self.lr_schedulers()
         start, stop = index * ROUND, min((index + 1) * ROUND, self.steps)
         sums: dict[str, Tensor] = {}
         self.student.train()
         for step, images in enumerate(self.batches.steps(start, stop), start):
-            seed_torch(self.device, self.seed, step, self.global_rank)
+            seed_torch(self.device, "step", self.seed, step, self.global_rank)
             images = images[self.global_rank :: self.trainer.world_size]  # processes share each batch
             images.pixels = self.augment(images.pixels)
             loss, terms = self.loss(images)

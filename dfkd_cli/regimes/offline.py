@@ -39,7 +39,7 @@ class Offline(Regime):
         with torch.no_grad():
             teacher = Outputs(self.teacher(images.pixels).float())
         student = Outputs(self.student(images.pixels).float())
-        loss, logged = torch.zeros((), device=self.device), {}
+        loss, logged = torch.zeros((), device=self.device), dict[str, Tensor]()
         for name, objective in self.objectives.items():
             terms = objective(student, teacher, images.labels)
             loss = loss + self.weights[name] * weighted_sum(terms, objective.config)

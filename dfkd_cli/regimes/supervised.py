@@ -35,10 +35,10 @@ class Supervised(Regime):
     def loss(self, images: Images) -> tuple[Tensor, dict[str, Tensor]]:
         """Cross-entropy."""
         loss = F.cross_entropy(
-            self.student(images.pixels).float(), images.labels, label_smoothing=self.config.label_smoothing
+            self.student(images.pixels).float(), images.true_labels, label_smoothing=self.config.label_smoothing
         )
         return loss, {"cross_entropy": loss}
 
     def right(self, images: Images) -> Tensor:
         """Whether the student gives the label."""
-        return self.student(images.pixels).argmax(1) == images.labels
+        return self.student(images.pixels).argmax(1) == images.true_labels

@@ -11,7 +11,7 @@ from typing import Any
 from dfkd_cli.artifacts.files import digest, read_json, sha256_file
 from dfkd_cli.artifacts.run import RUN
 from dfkd_cli.artifacts.shards import MANIFEST, ShardReader
-from dfkd_cli.models.directory import RECORD, load_model
+from dfkd_cli.models.directory import RECORD, identity, load_model
 
 
 @dataclass(frozen=True)
@@ -126,7 +126,7 @@ def read_model(path: Path, allow_code: bool, row: str | None = None) -> Model:
     run = _read_run(path)
     found = (find(parent, path, MANIFEST) for parent in run.get("parents", []))
     shards = [read_shards(place) for place in found if place is not None]
-    return Model(path, record["weights"]["sha256"], classifier.num_parameters, record, run, shards, row)
+    return Model(path, identity(record), classifier.num_parameters, record, run, shards, row)
 
 
 def read_shards(path: Path) -> ShardSet:
@@ -176,7 +176,7 @@ def _read_run(path: Path) -> dict[str, Any]:
 
 def _sha256(path: Path) -> str:
     """What stands for a directory in its children's records."""
-    return read_json(path)["weights"]["sha256"] if path.name == RECORD else sha256_file(path)
+    return identity(read_json(path)) if path.name == RECORD else sha256_file(path)
 
 
 def _owner(parent: Mapping[str, Any], shards: Sequence[ShardSet]) -> ShardSet | None:

@@ -12,7 +12,7 @@ from dfkd_cli.data.seal import sealed
 from dfkd_cli.models.classifier import Classifier
 from dfkd_cli.regimes.base import Task
 from dfkd_cli.resolve import Settings
-from dfkd_cli.stages.inputs import concatenate, load_teacher, open_transfer_set
+from dfkd_cli.stages.inputs import concatenate, load_teacher, may_be_real, open_transfer_set
 from dfkd_cli.stages.measures import agreement
 from dfkd_cli.stages.training import fresh, rehearse, train
 from dfkd_cli.ui import Terminal
@@ -23,15 +23,19 @@ def run(settings: Settings, terminal: Terminal, dry_run: bool = False) -> dict[s
     if dry_run:
         return rehearse(settings, run, terminal)
     inputs = settings.inputs
-    data_free = not any(name.partition(":")[0] == "real" for name in inputs.transfer_set)
-    with sealed("the transfer set is data-free") if data_free else contextlib.nullcontext():
+    data_free = not any(may_be_real(name) for name in inputs.transfer_set)
+    with contextlib.ExitStack() as seals:
+        if data_free:
+            seals.enter_context(sealed("the transfer set is data-free"))
         teacher = load_teacher(inputs, settings.run.allow_code)
+        if data_free:
+            seals.enter_context(sealed("the transfer set is data-free", teacher.real_data(inputs.data_dir)))
         sets = [open_transfer_set(name, teacher, inputs.data_dir, settings.run.seed) for name in inputs.transfer_set]
         source = concatenate(sets)
         parents = [teacher.parent("teacher"), *(s.parent for s in sets)]
         facts = {"data_free": data_free, "num_images": len(source)}
         directory = RunDirectory(Path(settings.run.out or "student"), settings, parents, facts)
-        student = fresh(dataclasses.replace(teacher.classifier.info, spec=inputs.student), settings.run.seed)
+        student = fresh(dataclasses.replace(teacher.classifier.info, spec=inputs.student), "student", settings.run.seed)
         chosen = settings.components["objective"]
         objectives = {c.entry.name: (c.weight, c.entry.load()(c.config)) for c in chosen}
         task = Task(student, teacher.classifier, source, objectives, inputs, settings.run.seed)

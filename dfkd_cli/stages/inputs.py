@@ -15,7 +15,7 @@ from dfkd_cli.data import datasets
 from dfkd_cli.data.sources import Concat, FolderSource, NoiseSource, RealSource, ShardSource, Source
 from dfkd_cli.errors import ArtifactError, ConfigError
 from dfkd_cli.models.classifier import Classifier, ModelInfo
-from dfkd_cli.models.directory import load_model
+from dfkd_cli.models.directory import identity, load_model
 from dfkd_cli.models.registry import build
 from dfkd_cli.models.weights import load_weights
 from dfkd_cli.seeds import derive
@@ -41,6 +41,10 @@ class LoadedModel:
     def dataset(self) -> str | None:
         """The dataset it was trained on, as far as its record says."""
         return self.record.get("provenance", {}).get("dataset")
+
+    def real_data(self, data_dir: str | None = None) -> list[str]:
+        """Directories that hold real images, as far as the teacher's record and the command know."""
+        return [place for place in (data_dir, self.dataset) if place and Path(place).is_dir()]
 
     def parent(self, role: str) -> dict[str, Any]:
         """The entry in a run's list of parents."""
@@ -69,7 +73,7 @@ def load_teacher(inputs: Any, allow_code: bool) -> LoadedModel:
             hint = "train one: dfkd train-teacher" if inputs.teacher == "teacher" else "check --teacher"
             raise ArtifactError(f"no teacher at {path}", hint)
         classifier, record = load_model(path, allow_code=allow_code)
-        return LoadedModel(classifier, record["weights"]["sha256"], record, inputs.teacher)
+        return LoadedModel(classifier, identity(record), record, inputs.teacher)
     return _foreign(inputs)
 
 
@@ -99,6 +103,11 @@ class TransferSet:
     parent: dict[str, Any]
 
 
+def may_be_real(name: str) -> bool:
+    """Whether a transfer set holds real images, or images that nobody says are not: a folder."""
+    return name.partition(":")[0] == "real" or (Path(name).is_dir() and not (Path(name) / MANIFEST).exists())
+
+
 def open_transfer_set(name: str, teacher: LoadedModel, data_dir: str | None, seed: int) -> TransferSet:
     """Open ``real``, ``real:N``, ``noise:N``, a shard directory, or a folder of images.
 
@@ -120,7 +129,7 @@ def open_transfer_set(name: str, teacher: LoadedModel, data_dir: str | None, see
         dataset = datasets.load(teacher.dataset, "train", data_dir=data_dir, image_shape=info.input_size)
         if len(dataset.classes) != info.num_classes:
             raise ArtifactError(f"{teacher.dataset} has {len(dataset.classes)} classes, the teacher {info.num_classes}")
-        indices = datasets.class_balanced(dataset.labels, int(count), derive(seed)) if count else None
+        indices = datasets.class_balanced(dataset.labels, int(count), derive("few", seed)) if count else None
         return TransferSet(RealSource(dataset, indices), {"role": "transfer-set", "spec": f"{name} {teacher.dataset}"})
     path = Path(name)
     if not path.is_dir():

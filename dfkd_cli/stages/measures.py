@@ -40,12 +40,12 @@ def share(hits: Tensor) -> float:
 
 def top1(model: Classifier, source: Source) -> float:
     """Share of the labelled images whose label the model gives."""
-    return _share_given(model, source, lambda images: images.labels)
+    return _share_given(model, source, lambda images: images.true_labels)
 
 
 def agreement(student: Classifier, teacher: Classifier, source: Source) -> float:
     """Share of images on which two models give the same class."""
-    teacher.eval()
+    teacher.eval().to(student.mean.device)
     return _share_given(student, source, lambda images: teacher(images.pixels).argmax(1))
 
 

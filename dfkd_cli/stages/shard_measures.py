@@ -104,7 +104,10 @@ def bn_distances(teacher: Classifier, images: Tensor, device: torch.device, batc
         if layers:
             _logits(teacher, Images(images), device, batch_size)
     return [
-        float((moments.mean - layer.running_mean.cpu()).norm() + (moments.variance - layer.running_var.cpu()).norm())
+        float(
+            (moments.mean - layer.get_buffer("running_mean").cpu()).norm()
+            + (moments.variance - layer.get_buffer("running_var").cpu()).norm()
+        )
         for layer, moments in zip(layers, seen, strict=True)
         if moments.count
     ]

@@ -15,7 +15,7 @@ from dfkd_cli.artifacts.run import RunDirectory
 from dfkd_cli.artifacts.shards import MANIFEST, ShardReader, ShardWriter
 from dfkd_cli.config import plain
 from dfkd_cli.data.seal import sealed
-from dfkd_cli.errors import ArtifactError
+from dfkd_cli.errors import ArtifactError, ConfigError
 from dfkd_cli.models.classifier import Classifier
 from dfkd_cli.resolve import Settings
 from dfkd_cli.rounds import fit, write_csv
@@ -32,7 +32,8 @@ def run(settings: Settings, terminal: Terminal, dry_run: bool = False) -> dict[s
         return rehearse(settings, run, terminal)
     with sealed("synthesize is data-free"):
         teacher = load_teacher(settings.inputs, settings.run.allow_code)
-        check_needs(settings.method.entry, teacher.classifier)
+        check_needs(settings.method.entry, teacher.classifier, settings.inputs.student)
+    with sealed("synthesize is data-free", teacher.real_data()):
         directory = RunDirectory(
             Path(settings.run.out or "shards"), settings, [teacher.parent("teacher")], {"data_free": True}
         )
@@ -46,8 +47,16 @@ def run(settings: Settings, terminal: Terminal, dry_run: bool = False) -> dict[s
     return {"artifacts": {"shards": str(directory.path)}, "metrics": metrics}
 
 
-def check_needs(entry: catalog.Entry, teacher: Classifier) -> None:
-    """Raise :class:`ArtifactError` when the teacher lacks what the method needs, naming methods that would work."""
+def check_needs(entry: catalog.Entry, teacher: Classifier, student: str | None) -> None:
+    """Check what the method asks for.
+
+    Raises:
+        ConfigError: A student for a method that has none in its loop, or none for one that has.
+        ArtifactError: The teacher lacks what the method needs; the message names methods that would work.
+    """
+    if (student is not None) != ("student" in entry.needs):
+        wants = "needs a student" if student is None else "has no student in the loop"
+        raise ConfigError(f"--method {entry.name} {wants}", "give or leave out --student")
     if "batchnorm" in entry.needs and not teacher.batch_norms():
         others = [name for name, e in catalog.entries("synthesizers").items() if "batchnorm" not in e.needs]
         raise ArtifactError(

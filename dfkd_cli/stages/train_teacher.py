@@ -25,7 +25,7 @@ def run(settings: Settings, terminal: Terminal, dry_run: bool = False) -> dict[s
     mean, std = dataset.mean_std()
     info = ModelInfo(inputs.model, len(dataset.classes), dataset.image_shape, mean, std, dataset.classes)
     directory = RunDirectory(Path(settings.run.out or "teacher"), settings, [], {"data_free": False})
-    student = fresh(info, settings.run.seed)
+    student = fresh(info, "teacher", settings.run.seed)
     task = Task(student, None, RealSource(dataset), {}, inputs, settings.run.seed)
 
     def score(model: Classifier) -> dict[str, float]:

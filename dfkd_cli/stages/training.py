@@ -23,10 +23,10 @@ from dfkd_cli.seeds import derive
 from dfkd_cli.ui import Terminal
 
 
-def fresh(info: ModelInfo, seed: int) -> Classifier:
-    """A newly initialised classifier; its weights depend on the seed only."""
+def fresh(info: ModelInfo, role: str, seed: int) -> Classifier:
+    """A newly initialised classifier; its weights depend on its role and the seed only."""
     with torch.random.fork_rng(devices=[]):
-        torch.manual_seed(derive(seed))
+        torch.manual_seed(derive(role, seed))
         return Classifier(build(info.spec, info.num_classes, info.input_size, allow_code=True), info)
 
 
@@ -53,6 +53,9 @@ def train(
     regime = settings.method.entry
     if "labels" in regime.needs and not task.source.labelled:
         raise ConfigError(f"--method {regime.name} needs labels, which this transfer set has not", "use real or real:N")
+    for objective in settings.components.get("objective", ()):
+        if "labels" in objective.entry.needs and not task.source.labelled:
+            raise ConfigError(f"--objective {objective.entry.name} needs labels", "use real or real:N")
     if "teacher" in regime.needs and task.teacher is None:
         raise ConfigError(f"--method {regime.name} needs a teacher", "use it with dfkd distill")
     if run.claim():
@@ -62,7 +65,7 @@ def train(
         with run.guard():
             learner = regime.load()(task, settings.method.config)
             fit(learner, run, terminal)
-            metrics = dict(score(task.student.eval()))
+            metrics = dict(score(task.student.eval().to(run.record["device"])))
             save_model(run.path, task.student, metrics=metrics, provenance=dict(provenance))
             run.finish([run.path / name for name in ("model.safetensors", "model.json", "metrics.csv")], metrics)
     role = "teacher" if settings.command == "train-teacher" else "student"

@@ -73,7 +73,7 @@ class Synthesizer(Learner):
         if position >= len(self.todo):
             return {}
         shard = self.todo[position]
-        seed_torch(self.device, self.seed, shard)
+        seed_torch(self.device, "shard", self.seed, shard)
         first = shard * self.config.batch_size
         made = self.make(first, min(self.config.batch_size, self.num_images - first))
         self.check_finite(made.terms, shard)
