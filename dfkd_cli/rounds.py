@@ -33,8 +33,9 @@ from torch import Tensor
 from torch.utils.data import DataLoader, TensorDataset
 
 from dfkd_cli.artifacts.files import write_atomic
-from dfkd_cli.artifacts.run import RunDirectory, first_process
+from dfkd_cli.artifacts.run import RunDirectory
 from dfkd_cli.errors import ArtifactError, ConfigError, RunFailed
+from dfkd_cli.processes import first_process
 from dfkd_cli.ui import Progress, Terminal
 
 _PRECISION: dict[str, Any] = {"32": "32-true", "bf16": "bf16-mixed", "16": "16-mixed"}

@@ -10,8 +10,6 @@ from types import MappingProxyType
 from typing import Any, TextIO
 
 from rich.console import Console
-from rich.progress import BarColumn, MofNCompleteColumn, TimeRemainingColumn
-from rich.progress import Progress as RichProgress
 
 QUIET, NORMAL, VERBOSE = -1, 0, 1
 
@@ -86,6 +84,9 @@ class Progress:
         self.first, self.start, self.last, self.interval = done, time.monotonic(), 0.0, interval
         self.bar = None
         if terminal.live:
+            from rich.progress import BarColumn, MofNCompleteColumn, TimeRemainingColumn
+            from rich.progress import Progress as RichProgress
+
             columns = (
                 "{task.description}",
                 BarColumn(),

@@ -300,3 +300,59 @@ def test_seal_is_on_while_synthesizing_and_off_afterwards(here: Path, cli, monke
     assert "data-free" in err
     seal.check("afterwards")
     assert len(datasets.load("digits", "test")) == 360
+
+
+# -- what a record must not hide --------------------------------------------------------------------------------------
+
+
+def test_a_folder_of_images_is_not_called_data_free(here: Path, cli) -> None:
+    from torchvision.utils import save_image
+
+    Path("pictures").mkdir()
+    for i in range(4):
+        save_image(torch.rand(1, 32, 32), f"pictures/{i}.png")
+    command = ["distill", "--transfer-set", "pictures", "--steps", "1"]
+    code, _, err = cli(*command)
+    assert code == 0, err
+    assert json.loads(Path("student/run.json").read_text())["data_free"] is False
+    save_image(torch.rand(1, 32, 32), "pictures/3.png")
+    one_line(cli(*command), 2, "another transfer-set")
+
+
+def test_a_teacher_is_its_weights_and_how_they_are_used(here: Path, cli) -> None:
+    record = json.loads(Path("teacher/model.json").read_text())
+    Path("teacher/model.json").write_text(json.dumps({**record, "mean": [0.9]}))
+    one_line(cli("distill", "--steps", "1"), 3, "another teacher")
+
+
+def test_numbers_of_other_launchers_mean_nothing(here: Path, dfkd) -> None:
+    """Eight commands under one launcher are eight commands."""
+    others = {"SLURM_PROCID": "1", "RANK": "1", "NODE_RANK": "1", "LOCAL_RANK": "1"}
+    result = dfkd("ls", "--json", cwd=here, env=others)
+    assert json.loads(result.stdout)["ok"] is True
+
+
+def test_a_damaged_checkpoint_says_so(here: Path, cli) -> None:
+    command = ["distill", "--steps", "400", "--batch-size", "2"]
+    assert cli(*command)[0] == 0
+    run = json.loads(Path("student/run.json").read_text())
+    Path("student/run.json").write_text(json.dumps({**run, "status": "interrupted"}))
+    checkpoint = Path("student/checkpoints/last.ckpt")
+    checkpoint.write_bytes(checkpoint.read_bytes()[:-200])
+    code, _, err = cli(*command, "-q")
+    assert code == 3
+    assert "last.ckpt" in err
+    assert "--overwrite" in err
+
+
+def test_a_replayed_configuration_does_not_overwrite(here: Path, cli) -> None:
+    assert cli("distill", "--steps", "1", "--overwrite")[0] == 0
+    code, _, err = cli("distill", "--recipe", "student/config.yaml")
+    assert code == 0, err
+    assert "already complete" in err
+
+
+def test_student_without_a_loop(here: Path, cli) -> None:
+    one_line(
+        cli("synthesize", "--method", "zskd", "--student", "lenet5-half", "--out", "x"), 2, "no student in the loop"
+    )

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import contextlib
-import os
 import shutil
 import sys
 import time
@@ -15,19 +14,11 @@ from dfkd_cli import __version__
 from dfkd_cli.artifacts.files import os_error, read_json, sha256_file, write_atomic, write_json
 from dfkd_cli.config import dump_yaml
 from dfkd_cli.errors import ArtifactError, ConfigError, DfkdError, Interrupted
+from dfkd_cli.processes import first_process
 from dfkd_cli.resolve import Settings
 
 RUN = "run.json"
 LOCK = ".lock"
-
-
-def first_process() -> bool:
-    """Whether this is the process of a run that writes its records.
-
-    Lightning starts the others of this machine itself and numbers them. Other launchers' numbers mean nothing here:
-    several commands, each with one device, may well run under one of them.
-    """
-    return int(os.environ.get("LOCAL_RANK") or 0) == 0 or "WORLD_SIZE" not in os.environ
 
 
 class RunDirectory:

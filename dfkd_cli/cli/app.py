@@ -14,9 +14,9 @@ from typing import Annotated, Any
 import typer
 
 from dfkd_cli import catalog
-from dfkd_cli.artifacts.run import first_process
 from dfkd_cli.cli import arguments, listing
 from dfkd_cli.errors import ConfigError, DfkdError, Interrupted, RunFailed
+from dfkd_cli.processes import first_process
 from dfkd_cli.resolve import TYPED, Layer, Settings, assignments, choose, recipe_layer, resolve
 from dfkd_cli.settings import CHOICES, INPUTS, Run
 from dfkd_cli.ui import NORMAL, QUIET, VERBOSE, Terminal

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import importlib.metadata
 import platform
 import shutil
 from collections.abc import Callable
@@ -10,7 +9,6 @@ from pathlib import Path
 from typing import Annotated, Any, Literal
 
 import typer
-from rich.table import Table
 
 from dfkd_cli import __version__, catalog
 from dfkd_cli.errors import ConfigError
@@ -48,6 +46,8 @@ def register(app: typer.Typer, terminal: Terminal) -> None:
         ] = "methods",
         json: AsJson = False,
     ) -> None:
+        from rich.table import Table
+
         items = KINDS[kind]()
         table = Table(box=None, header_style="bold")
         columns = [c for c in ("name", "kind", "needs", "paper", "summary") if any(item[c] for item in items)]
@@ -95,6 +95,8 @@ def register(app: typer.Typer, terminal: Terminal) -> None:
 
 
 def _version(package: str) -> str:
+    import importlib.metadata
+
     try:
         return importlib.metadata.version(package)
     except importlib.metadata.PackageNotFoundError:
