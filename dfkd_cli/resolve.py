@@ -103,8 +103,14 @@ def resolve(command: str, layers: list[Layer]) -> Settings:
 
 def choose(command: str, layers: list[Layer]) -> dict[str, list[tuple[catalog.Entry, float]]]:
     """The methods and objectives that the layers name, the last layer's word counting."""
-    chosen = {}
+    chosen: dict[str, list[tuple[catalog.Entry, float]]] = {}
     for flag, package, default in CHOICES.get(command, ()):
+        if flag == "objective" and "teacher" not in chosen["method"][0][0].needs:
+            if any(layer.get(flag) for source, layer in layers if source == TYPED):
+                name = chosen["method"][0][0].name
+                raise ConfigError(f"--method {name} has no teacher to learn from", f"leave out --{flag}")
+            chosen[flag] = []
+            continue
         named = next((layer[flag] for _, layer in reversed(layers) if layer.get(flag)), default)
         if named is None:
             known = ", ".join(catalog.entries(package))
@@ -138,8 +144,11 @@ def _flatten(layer: Mapping[str, Any], chosen: Mapping[str, Any]) -> dict[tuple[
             continue
         if key in chosen:
             if isinstance(value, Mapping):
+                picked = {
+                    entry.name for entry, _ in chosen[key]
+                }  # another choice than the recipe's takes none of its keys
                 for name, inner in value.items():
-                    if isinstance(inner, Mapping):
+                    if isinstance(inner, Mapping) and name in picked:
                         flat |= {(key, name, k): v for k, v in inner.items() if k != "weight"}
             continue
         path = tuple(key.split("."))

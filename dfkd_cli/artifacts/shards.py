@@ -148,7 +148,8 @@ class ShardReader:
             self.num_classes: int = manifest["num_classes"]
             self.teacher: str = manifest["teacher"]["sha256"]
             files = [str(Path(row["file"])) for row in manifest["shards"]]
-            _ = [str.lower(row["sha256"]) for row in manifest["shards"]]
+            if not all(isinstance(row["sha256"], str) for row in manifest["shards"]):
+                raise TypeError
         except (KeyError, TypeError, AttributeError):
             raise ArtifactError(f"{directory}: {MANIFEST} is damaged", REMAKE) from None
         if not manifest.get("complete"):

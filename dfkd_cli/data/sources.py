@@ -63,14 +63,12 @@ class Source(ABC):
         shape: (C, H, W) of every image.
         dtype: How pixels are held.
         labelled: Whether chunks carry true labels.
-        data_free: Whether no real image is in it.
     """
 
     sizes: Sequence[int]
     shape: tuple[int, int, int]
     dtype: torch.dtype
     labelled = False
-    data_free = True
 
     @abstractmethod
     def chunk(self, index: int) -> Images:
@@ -117,7 +115,6 @@ class RealSource(Source):
     """Labelled real images, all of a dataset or a chosen part."""
 
     labelled = True
-    data_free = False
 
     def __init__(self, dataset: Dataset, indices: Tensor | None = None, chunk: int = 1000) -> None:
         self.dataset = dataset
@@ -132,8 +129,6 @@ class RealSource(Source):
 
 class FolderSource(Source):
     """A folder of images of any depth, without labels, brought to one shape. Nobody says that they are not real."""
-
-    data_free = False
 
     def __init__(self, folder: Path, shape: tuple[int, int, int], chunk: int = 1000) -> None:
         self.files = datasets.image_files(folder, shape)
@@ -155,7 +150,6 @@ class Concat(Source):
         self.shape = parts[0].shape
         self.dtype = parts[0].dtype if len({p.dtype for p in parts}) == 1 else torch.float32
         self.labelled = all(part.labelled for part in parts)
-        self.data_free = all(part.data_free for part in parts)
 
     def chunk(self, index: int) -> Images:
         part, local = self.owners[index]
@@ -180,7 +174,7 @@ class Subset(Source):
         self.rows = [(chunk, torch.from_numpy(part)) for chunk, part in enumerate(rows) if len(part)]
         self.sizes = [len(part) for _, part in self.rows]
         self.shape, self.dtype = source.shape, source.dtype
-        self.labelled, self.data_free = source.labelled, source.data_free
+        self.labelled = source.labelled
 
     def chunk(self, index: int) -> Images:
         chunk, rows = self.rows[index]

@@ -104,8 +104,7 @@ class Model:
         origins = " + ".join(_name(p, self.shards) for p in self._origins())
         method, objectives = self.run["identity"].get("method", ""), self.run["identity"].get("objective", {})
         how = {"offline": "", "supervised": "supervised"}.get(method, f"{method}: ")
-        if method != "supervised":
-            how += " + ".join(objectives)
+        how += " + ".join(objectives)
         return f"{origins} -> {how}" if origins else how
 
     def _origins(self) -> list[Mapping[str, Any]]:

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -16,27 +16,20 @@ from dfkd_cli.artifacts.shards import MANIFEST
 from dfkd_cli.data import datasets
 from dfkd_cli.data.datasets import Dataset
 from dfkd_cli.data.sources import RealSource
-from dfkd_cli.errors import ArtifactError, ConfigError, DfkdError, GateNotMet, RunFailed
+from dfkd_cli.errors import ArtifactError, ConfigError, GateNotMet, RunFailed
 from dfkd_cli.models.classifier import Classifier
 from dfkd_cli.models.directory import load_model
 from dfkd_cli.report import html, table
 from dfkd_cli.report.entries import Model, ShardSet, read_model, read_shards
-from dfkd_cli.report.grid import Grid, Step, plan
 from dfkd_cli.report.results import rows
 from dfkd_cli.report.sections import Section, arrange
 from dfkd_cli.resolve import Settings
-from dfkd_cli.stages import distill, synthesize, train_teacher
-from dfkd_cli.stages.evaluate import pick_device
-from dfkd_cli.stages.inputs import load_teacher
+from dfkd_cli.stages.grid import Grid, plan, run_grid
+from dfkd_cli.stages.inputs import load_teacher, pick_device
 from dfkd_cli.stages.measures import cost, examine, finite, share
 from dfkd_cli.ui import Progress, Terminal
 
 RESULTS, TABLE, REPORT, MEASUREMENTS = "results.json", "table.md", "report.html", "measurements.json"
-STAGES: dict[str, Callable[[Settings, Terminal], Any]] = {
-    "train-teacher": train_teacher.run,
-    "synthesize": synthesize.run,
-    "distill": distill.run,
-}
 
 
 @dataclasses.dataclass
@@ -141,41 +134,10 @@ def _parents(subjects: Subjects, grid: Grid | None) -> list[dict[str, Any]]:
     return found if grid is None else [*found, {"role": "grid", "sha256": grid.sha256}]
 
 
-# -- the pipelines of a grid -------------------------------------------------------------------------------------------
-
-
-def run_grid(grid: Grid, terminal: Terminal) -> list[dict[str, Any]]:
-    """Run what is not finished yet. Returns the runs that failed; the others are none the worse for it.
-
-    Raises:
-        DfkdError: A teacher failed.
-    """
-    quiet = Terminal(terminal.verbosity, as_json=True, silent=terminal.silent)  # stdout is for the comparison
-    failed: dict[tuple[str, int], dict[str, Any]] = {}
-    for number, step in enumerate(grid.steps, 1):
-        if (step.row, step.seed) in failed:
-            continue  # no shards to distill from
-        terminal.say(f"[{number}/{len(grid.steps)}] {_describe(step)}")
-        try:
-            STAGES[step.settings.command](step.settings, quiet)
-        except DfkdError as error:
-            if not step.row:
-                raise
-            terminal.say(f"{_describe(step)} failed: {error}")
-            facts = {"row": step.row, "seed": step.seed, "command": step.settings.command}
-            reason = {"code": error.code, "message": error.message, "hint": error.hint}
-            failed[step.row, step.seed] = facts | reason
-    return list(failed.values())
-
-
-def _describe(step: Step) -> str:
-    return f"{step.row or 'teacher'}, seed {step.seed}: {step.settings.command} -> {step.out}"
-
-
 def _rehearse(subjects: Subjects, grid: Grid | None, terminal: Terminal) -> dict[str, Any]:
     """``--dry-run``: everything was read and checked; say what would be done."""
     steps = [] if grid is None else grid.steps
-    lines = [_describe(step) for step in steps] + [f"compare {model.path}" for model in subjects.models]
+    lines = [step.describe() for step in steps] + [f"compare {model.path}" for model in subjects.models]
     terminal.answer("\n".join(lines))
     terminal.say("dry run: everything fits; nothing was written")
     planned = [{"row": s.row, "seed": s.seed, "out": str(s.out), "config": s.settings.plain()} for s in steps]

@@ -23,7 +23,7 @@ from dfkd_cli.data.sources import RealSource
 from dfkd_cli.errors import ArtifactError, ConfigError, GateNotMet
 from dfkd_cli.models.directory import RECORD
 from dfkd_cli.resolve import Settings
-from dfkd_cli.stages.inputs import LoadedModel, load_teacher, open_transfer_set
+from dfkd_cli.stages.inputs import LoadedModel, load_teacher, open_transfer_set, pick_device
 from dfkd_cli.stages.measures import cost, examine, finite, share
 from dfkd_cli.stages.shard_measures import measure_shards
 from dfkd_cli.stages.training import rehearse
@@ -199,21 +199,6 @@ def open_subjects(settings: Settings, terminal: Terminal) -> list[Subject]:
     if opener.orphans:
         terminal.say(f"{', '.join(opener.orphans)}: not compared with the teacher, it is not here -- give --teacher")
     return subjects
-
-
-def pick_device(name: str) -> torch.device:
-    """The device that ``--device`` names; ``auto`` is an accelerator where there is one. Arithmetic is float32 in full.
-
-    Raises:
-        ConfigError: It is not to be had on this machine.
-    """
-    present = {"cuda": torch.cuda.is_available(), "mps": torch.backends.mps.is_available(), "cpu": True}
-    if name == "auto":
-        name = next(device for device, there in present.items() if there)
-    if not present[name]:
-        raise ConfigError(f"--device {name}: not available on this machine", "give --device auto")
-    torch.backends.cudnn.allow_tf32 = False  # by default, CUDA's convolutions round their inputs to 10 bits
-    return torch.device(name)
 
 
 class _Opener:

@@ -1,4 +1,4 @@
-"""What commands read: teachers and transfer sets, checked before any work starts."""
+"""What commands read and run on: teachers, transfer sets and devices, checked before any work starts."""
 
 from __future__ import annotations
 
@@ -151,3 +151,18 @@ def open_transfer_set(name: str, teacher: LoadedModel, data_dir: str | None, see
 def concatenate(sets: list[TransferSet]) -> Source:
     """All transfer sets as one."""
     return sets[0].source if len(sets) == 1 else Concat([s.source for s in sets])
+
+
+def pick_device(name: str) -> torch.device:
+    """The device that ``--device`` names; ``auto`` is an accelerator where there is one. Arithmetic is float32 in full.
+
+    Raises:
+        ConfigError: It is not to be had on this machine.
+    """
+    present = {"cuda": torch.cuda.is_available(), "mps": torch.backends.mps.is_available(), "cpu": True}
+    if name == "auto":
+        name = next(device for device, there in present.items() if there)
+    if not present[name]:
+        raise ConfigError(f"--device {name}: not available on this machine", "give --device auto")
+    torch.backends.cudnn.allow_tf32 = False  # by default, CUDA's convolutions round their inputs to 10 bits
+    return torch.device(name)

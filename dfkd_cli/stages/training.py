@@ -20,6 +20,7 @@ from dfkd_cli.regimes.base import Task
 from dfkd_cli.resolve import Settings
 from dfkd_cli.rounds import fit
 from dfkd_cli.seeds import derive
+from dfkd_cli.stages.inputs import pick_device
 from dfkd_cli.ui import Terminal
 
 
@@ -74,6 +75,7 @@ def train(
 
 def rehearse(settings: Settings, stage: Callable[..., Any], terminal: Terminal) -> dict[str, Any]:
     """``--dry-run``: the command itself, shrunk to one small step on the CPU, in a directory that is thrown away."""
+    pick_device(settings.run.device)
     small = {"steps": 1, "batch_size": 2, "num_images": 2, "iterations": 1}
 
     def shrink(section: Any) -> Any:

@@ -19,15 +19,17 @@ from __future__ import annotations
 
 import dataclasses
 import re
-from collections.abc import Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping
 from pathlib import Path
 from typing import Any
 
 from dfkd_cli import config
 from dfkd_cli.artifacts.files import digest
-from dfkd_cli.errors import ConfigError, did_you_mean
+from dfkd_cli.errors import ConfigError, DfkdError, did_you_mean
 from dfkd_cli.resolve import TYPED, Layer, Settings, recipe_layer, resolve
 from dfkd_cli.settings import INPUTS, Run
+from dfkd_cli.stages import distill, synthesize, train_teacher
+from dfkd_cli.ui import Terminal
 
 _KEYS = ("seeds", "teacher", "synthesize", "student", "rows")
 _ROW_KEYS = ("synthesize", "shards", "distill")
@@ -36,6 +38,11 @@ _NAME = re.compile(r"[A-Za-z0-9][A-Za-z0-9._-]*")
 # The flags of `compare` that reach every stage which has them.
 _PASSED = ("device", "precision", "logger", "allow_code", "data_dir")
 _FOREIGN = ("weights", "input_size", "mean", "std", "num_classes")
+STAGES: dict[str, Callable[[Settings, Terminal], Any]] = {
+    "train-teacher": train_teacher.run,
+    "synthesize": synthesize.run,
+    "distill": distill.run,
+}
 
 
 @dataclasses.dataclass(frozen=True)
@@ -50,6 +57,10 @@ class Step:
     def out(self) -> Path:
         """The directory that the command writes."""
         return Path(str(self.settings.run.out))
+
+    def describe(self) -> str:
+        """One line for the user."""
+        return f"{self.row or 'teacher'}, seed {self.seed}: {self.settings.command} -> {self.out}"
 
 
 @dataclasses.dataclass(frozen=True)
@@ -203,3 +214,27 @@ class _Planner:
         unset = config.defaults(INPUTS["compare"]) | config.defaults(Run)
         names = _PASSED if self.given is None else _PASSED + _FOREIGN
         return {name: values[name] for name in names if name in known and values[name] != unset[name]}
+
+
+def run_grid(grid: Grid, terminal: Terminal) -> list[dict[str, Any]]:
+    """Run what is not finished yet. Returns the runs that failed; the others are none the worse for it.
+
+    Raises:
+        DfkdError: A teacher failed.
+    """
+    quiet = Terminal(terminal.verbosity, as_json=True, silent=terminal.silent)  # stdout is for the comparison
+    failed: dict[tuple[str, int], dict[str, Any]] = {}
+    for number, step in enumerate(grid.steps, 1):
+        if (step.row, step.seed) in failed:
+            continue  # no shards to distill from
+        terminal.say(f"[{number}/{len(grid.steps)}] {step.describe()}")
+        try:
+            STAGES[step.settings.command](step.settings, quiet)
+        except DfkdError as error:
+            if not step.row:
+                raise
+            terminal.say(f"{step.describe()} failed: {error}")
+            facts = {"row": step.row, "seed": step.seed, "command": step.settings.command}
+            reason = {"code": error.code, "message": error.message, "hint": error.hint}
+            failed[step.row, step.seed] = facts | reason
+    return list(failed.values())
