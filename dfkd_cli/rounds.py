@@ -17,7 +17,7 @@ import sys
 import time
 import warnings
 from abc import ABC, abstractmethod
-from collections.abc import Iterable, Mapping
+from collections.abc import Iterable, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -246,8 +246,8 @@ def trainer_for(run: RunDirectory, loggers: list[Logger], **more: Any) -> pl.Tra
         raise ConfigError(f"--device {settings.device} --precision {settings.precision}: {error}") from None
 
 
-def fit(learner: Learner, run: RunDirectory, terminal: Terminal) -> None:
-    """Do the rounds that are still to be done.
+def fit(learner: Learner, run: RunDirectory, terminal: Terminal, callbacks: Sequence[Callback] = ()) -> None:
+    """Do the rounds that are still to be done, with more ``callbacks`` of Lightning's.
 
     Raises:
         RunFailed: Non-finite loss; the state of the last saved round is kept.
@@ -257,8 +257,8 @@ def fit(learner: Learner, run: RunDirectory, terminal: Terminal) -> None:
     if not learner.rounds:
         return
     loggers: list[Logger] = [] if learner.stateless else [MetricsFile(run.path / "metrics.csv")]
-    callbacks = [_Report(terminal, run.settings.command), _Keeper(path, run)]
-    trainer = trainer_for(run, loggers, max_epochs=learner.rounds, callbacks=callbacks)
+    own = [_Report(terminal, run.settings.command), _Keeper(path, run)]
+    trainer = trainer_for(run, loggers, max_epochs=learner.rounds, callbacks=[*callbacks, *own])
     run.record["device"] = str(trainer.strategy.root_device)
     resume = path if path.exists() and not learner.stateless else None
     if resume is not None:

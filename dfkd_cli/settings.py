@@ -39,6 +39,7 @@ class Training(Augmentation):
     warmup: float = option(0.05, "share of the steps with rising learning rate", low=0, high=1)
     schedule: Literal["cosine", "constant"] = option("cosine", "learning rate after the warm-up")
     holdout: float = option(0.0, "share of the images that only measures", low=0, high=0.5)
+    snapshots: int = option(0, "keep the weights of so many evenly spaced rounds, for a look back", low=0)
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -93,6 +94,7 @@ class Distill(Training, ForeignModel):
 
     teacher: str = option("teacher", "teacher: model directory or SPEC")
     transfer_set: tuple[str, ...] = option(("shards",), "shard directory, real, real:N, noise:N, folder of images")
+    num_images: int | None = option(None, "take the first so many images of the transfer sets (default: all)", low=1)
     student: str = option("lenet5-half", "student model SPEC")
     epochs: int = option(80, "passes over the images", low=1)
     # Stronger than for real images: impressions are alike, and the teacher answers each changed one anew.

@@ -211,6 +211,46 @@ def test_directories_become_table_json_markdown_and_page(made, compared):
         assert any(text in shown for shown in page.texts), text
 
 
+def test_snapshots_tell_what_other_stopping_points_would_have_given(here, tmp_path, cli):
+    student, out = tmp_path / "student", tmp_path / "out"
+    learn = ("--steps", "600", "--batch-size", "8", "--holdout", "0.5", "--snapshots", "2")
+    assert cli("distill", *learn, "--transfer-set", "shards0", "--out", student)[0] == 0
+    kept = sorted((student / "snapshots").iterdir())
+    assert [path.name for path in kept] == ["round-00001.safetensors", "round-00002.safetensors"]
+    assert kept[-1].read_bytes() == (student / "model.safetensors").read_bytes()
+
+    assert cli("compare", student, "student0", "--out", out)[0] == 0
+    row, plain = (r for r in results_in(out)["sections"][0]["rows"] if r["role"] == "student")
+    if row["runs"][0]["path"] != str(student):
+        row, plain = plain, row
+    assert plain["selected"] is plain["best_test"] is None
+    with (student / "metrics.csv").open() as file:
+        agreement = [float(line["agreement"]) for line in csv.DictReader(file)]
+    by_hand = {}
+    for index, path in enumerate(kept, 1):
+        moved = shutil.copytree(student, tmp_path / path.stem)
+        shutil.copy(path, moved / "model.safetensors")
+        record = json.loads((moved / "model.json").read_text())
+        record["weights"]["sha256"] = hashlib.sha256(path.read_bytes()).hexdigest()
+        (moved / "model.json").write_text(json.dumps(record))
+        by_hand[index] = accuracy(moved)
+    assert by_hand[1] != by_hand[2], "equal values would hide a mistake"
+    chosen = max(by_hand, key=lambda index: (agreement[index], index))
+    assert row["runs"][0]["selected"] == {"round": chosen, "top1": pytest.approx(by_hand[chosen])}
+    assert row["best_test"]["values"] == [pytest.approx(max(by_hand.values()))]
+    assert row["top1"]["values"] == [pytest.approx(by_hand[2])]
+    heads = (out / "table.md").read_text(), (here / "all" / "table.md").read_text()
+    assert ["BEST TEST %" in head for head in heads] == [True, False]
+
+
+def test_a_student_may_learn_from_the_first_images_only(here, tmp_path, cli):
+    learn = ("distill", *SMALL, "--transfer-set", "shards0", "--out", tmp_path / "student")
+    code, _, err = cli(*learn, "--num-images", "33")
+    assert (code, "the transfer sets have 32 images" in err) == (2, True)
+    assert cli(*learn, "--num-images", "12")[0] == 0
+    assert json.loads((tmp_path / "student" / "run.json").read_text())["num_images"] == 12
+
+
 def test_a_gate_closes_after_everything_was_written(here, cli):
     code, out, err = cli("compare", "student0", "--out", "gate", "--fail-below", "0.999")
     assert code == 5

@@ -181,6 +181,11 @@ class Subset(Source):
         return self.source.chunk(chunk)[rows]
 
 
+def first(source: Source, count: int) -> Source:
+    """The first ``count`` images of a source."""
+    return Subset(source, np.arange(len(source)) < count)
+
+
 def split(source: Source, share: float, seed: int) -> tuple[Source, Source | None]:
     """Two parts of a source that have no image in common.
 

@@ -26,17 +26,22 @@ def identity(record: dict[str, Any]) -> str:
     return digest([record["weights"]["sha256"], used])
 
 
-def save_model(directory: Path, classifier: Classifier, *, metrics: dict[str, Any], provenance: dict[str, Any]) -> str:
-    """Write a model directory. Returns its :func:`identity`.
-
-    The record is written last: a directory with a readable record is complete.
-    """
+def save_weights(path: Path, classifier: Classifier) -> str:
+    """Write a classifier's weights as safetensors. Returns their sha256."""
     # Copies of their own: safetensors refuses tensors that share memory, such as tied weights.
     state = {
         key: value.detach().to("cpu", copy=True, memory_format=torch.contiguous_format)
         for key, value in classifier.net.state_dict().items()
     }
-    sha256 = write_atomic(directory / WEIGHTS, safetensors.torch.save(state))
+    return write_atomic(path, safetensors.torch.save(state))
+
+
+def save_model(directory: Path, classifier: Classifier, *, metrics: dict[str, Any], provenance: dict[str, Any]) -> str:
+    """Write a model directory. Returns its :func:`identity`.
+
+    The record is written last: a directory with a readable record is complete.
+    """
+    sha256 = save_weights(directory / WEIGHTS, classifier)
     record = {
         "schema": SCHEMA,
         "kind": "model",

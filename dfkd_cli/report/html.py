@@ -60,15 +60,16 @@ def page(results: Mapping[str, Any]) -> str:
 
 def _section(section: Mapping[str, Any], device: str) -> str:
     rows = section["rows"]
-    texts = [(row["role"], table.cells(row)) for row in rows]
-    texts += [("failed", failed) for failed in table.failed_cells(section)]
+    columns = table.filled(section)
+    roles = [row["role"] for row in rows] + ["failed"] * len(table.failed_cells(section))
+    texts = list(zip(roles, zip(*columns.values(), strict=True), strict=True))
     failures = "".join(f'<p class="failure">{escape(line)}</p>' for line in table.failures(section))
     return "\n".join(
         [
             f"<h2>{escape(section['dataset'])}, teacher {escape(rows[0]['model'] or '')}</h2>",
             f"<p>{escape(table.headline(section, device))}. Means over the seeds, with the sample standard deviation. "
             "The gap is in percentage points, below zero where the student is worse than its teacher.</p>",
-            _table(table.COLUMNS, texts),
+            _table(list(columns), texts),
             failures,
             "<h3>Top-1</h3>",
             _figure(

@@ -58,6 +58,7 @@ def _row(
         "top1": spread(run["measures"]["top1"] for run in runs),
         "gap": spread(run["gap"] for run in runs) if role != "teacher" else None,
         "agreement": spread(run["measures"].get("agreement") for run in runs) if role != "teacher" else None,
+        **{name: spread((run[name] or {}).get("top1") for run in runs) for name in ("selected", "best_test")},
         "seconds": {name: spread(run["seconds"][name] for run in runs) for name in ("synthesis", "training")},
         "settings": first.settings,
         "runs": runs,
@@ -68,6 +69,7 @@ def _run(model: Model, section: Section, measured: Mapping[Path, Measures]) -> d
     teacher = section.teacher_of(model)
     curves = model.curves()
     synthesis = [s.run.get("seconds") for s in model.shards]
+    kept = measured[model.path].get("snapshots", [])
     return {
         "path": str(model.path),
         "sha256": model.sha256,
@@ -79,6 +81,8 @@ def _run(model: Model, section: Section, measured: Mapping[Path, Measures]) -> d
             "synthesis": sum(synthesis) if synthesis and None not in synthesis else None,
             "training": model.run.get("seconds"),
         },
+        "selected": _selected(kept, curves.get("agreement", [])),
+        "best_test": max(kept, key=lambda snapshot: snapshot["top1"], default=None),
         "rounds": len(curves.get("round", [])),
         "last": {name: column[-1] for name, column in curves.items()},
         "shards": [s.facts() for s in model.shards],
@@ -86,6 +90,12 @@ def _run(model: Model, section: Section, measured: Mapping[Path, Measures]) -> d
         "versions": model.run.get("versions"),
         "started": model.run.get("started"),
     }
+
+
+def _selected(kept: Sequence[Mapping[str, Any]], agreement: Sequence[float]) -> Mapping[str, Any] | None:
+    """The snapshot that agrees most with the teacher on held-out images, the latest of equals: no test data is used."""
+    known = [snapshot for snapshot in kept if snapshot["round"] < len(agreement)]
+    return max(known, key=lambda snapshot: (agreement[snapshot["round"]], snapshot["round"]), default=None)
 
 
 def _seed(model: Model) -> int | None:

@@ -12,6 +12,8 @@ COLUMNS = (
     "ROW",
     "STUDENT",
     "TOP-1 %",
+    "SELECTED %",
+    "BEST TEST %",
     "GAP",
     "AGREEMENT %",
     "IMAGES",
@@ -23,18 +25,34 @@ COLUMNS = (
 )
 LEFT = ("ROW", "STUDENT", "SEEDS", "DATA")  # columns of words
 # Left out of a narrow terminal, in this order.
-_EXPENDABLE = ("PARAMS", "IMAGES", "SEEDS", "STUDENT", "AGREEMENT %", "DISTILLATION s", "SYNTHESIS s")
+_EXPENDABLE = (
+    "PARAMS",
+    "BEST TEST %",
+    "SELECTED %",
+    "IMAGES",
+    "SEEDS",
+    "STUDENT",
+    "AGREEMENT %",
+    "DISTILLATION s",
+    "SYNTHESIS s",
+)
 _SEEDS_SHOWN = 5
 
 
 def cells(row: Mapping[str, Any]) -> list[str]:
-    """A row's texts, one for each of the ``COLUMNS``. Top-1, gap and agreement are in percentage points."""
+    """A row's texts, one for each of the ``COLUMNS``. Top-1, gap and agreement are in percentage points.
+
+    Top-1 is the last epoch's. ``SELECTED`` is that of the snapshot with the best agreement on held-out images of the
+    transfer set; ``BEST TEST`` that of the best snapshot on the test images, which many papers print.
+    """
     training = row["seconds"]["training"] if row["role"] == "student" else None
     seeds = [str(seed) for seed in row["seeds"] if seed is not None]
     return [
         row["label"],
         row["model"] or "",
         _points(row["top1"]),
+        _points(row["selected"]),
+        _points(row["best_test"]),
         _points(row["gap"], sign="+"),
         _points(row["agreement"]),
         _count(row["num_images"]),
@@ -51,7 +69,8 @@ def failed_cells(section: Mapping[str, Any]) -> list[list[str]]:
     seeds: dict[str, list[str]] = {}
     for failure in section["failed"]:
         seeds.setdefault(failure["row"], []).append(str(failure["seed"]))
-    return [[row, "", "failed", *[""] * 6, " ".join(failed), ""] for row, failed in seeds.items()]
+    known = [{"ROW": row, "TOP-1 %": "failed", "SEEDS": " ".join(failed)} for row, failed in seeds.items()]
+    return [[texts.get(column, "") for column in COLUMNS] for texts in known]
 
 
 def headline(section: Mapping[str, Any], device: str) -> str:
@@ -77,7 +96,7 @@ def failures(section: Mapping[str, Any]) -> list[str]:
 
 def terminal_table(section: Mapping[str, Any], width: int | None) -> Table:
     """A section for a terminal of so many characters; None: for a file, which has room for all columns."""
-    columns = dict(zip(COLUMNS, zip(*_texts(section), strict=True), strict=True))
+    columns = filled(section)
     widths = {name: max(map(len, (name, *texts))) for name, texts in columns.items()}
     dropped: list[str] = []
     while width is not None and sum(widths.values()) + len(widths) > width and len(dropped) < len(_EXPENDABLE):
@@ -98,16 +117,20 @@ def markdown(results: Mapping[str, Any]) -> str:
     """``table.md``."""
     blocks = []
     for section in results["sections"]:
-        rule = [":--" if name in LEFT else "--:" for name in COLUMNS]
-        lines = [headline(section, results["device"]), "", _line(COLUMNS), _line(rule)]
-        lines += [_line(map(_escape, row)) for row in _texts(section)]
+        columns = filled(section)
+        rule = [":--" if name in LEFT else "--:" for name in columns]
+        lines = [headline(section, results["device"]), "", _line(columns), _line(rule)]
+        lines += [_line(map(_escape, row)) for row in zip(*columns.values(), strict=True)]
         lines += [f"\n{_escape(line)}" for line in failures(section)]
         blocks.append("\n".join(lines))
     return "\n\n".join(blocks) + "\n"
 
 
-def _texts(section: Mapping[str, Any]) -> list[list[str]]:
-    return [*map(cells, section["rows"]), *failed_cells(section)]
+def filled(section: Mapping[str, Any]) -> dict[str, tuple[str, ...]]:
+    """The columns in which any row has something, each with the texts of all rows, those that failed last."""
+    rows = [*map(cells, section["rows"]), *failed_cells(section)]
+    columns = dict(zip(COLUMNS, zip(*rows, strict=True), strict=True))
+    return {name: texts for name, texts in columns.items() if set(texts) - {"", "-"}}
 
 
 def _line(texts: Any) -> str:

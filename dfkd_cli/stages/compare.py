@@ -26,7 +26,8 @@ from dfkd_cli.report.sections import Section, arrange
 from dfkd_cli.resolve import Settings
 from dfkd_cli.stages.grid import Grid, plan, run_grid
 from dfkd_cli.stages.inputs import load_teacher, pick_device
-from dfkd_cli.stages.measures import cost, examine, finite, share
+from dfkd_cli.stages.measures import cost, examine, finite, share, top1
+from dfkd_cli.stages.snapshots import SNAPSHOTS, look_back
 from dfkd_cli.ui import Progress, Terminal
 
 RESULTS, TABLE, REPORT, MEASUREMENTS = "results.json", "table.md", "report.html", "measurements.json"
@@ -215,11 +216,20 @@ class Meter:
             if teacher_key not in self.given:
                 self.given[teacher_key] = classes if model is teacher else self._examine(teacher, test)[1]
             measures["agreement"] = share(classes == self.given[teacher_key])
+            measures["snapshots"] = self._look_back(model, test)
             self.known[key] = measures
             write_json(self.file, self.known)
         self.done += 1
         self.progress.update(self.done)
         return self.known[key]
+
+    def _look_back(self, model: Model, test: Dataset) -> list[dict[str, Any]]:
+        """Top-1 of the model at each round that it kept, ``{"round": ..., "top1": ...}``."""
+        if not (model.path / SNAPSHOTS).is_dir():
+            return []
+        classifier = self.subjects.load(model, self.allow_code).to(self.device)
+        rounds = look_back(model.path, classifier)
+        return [{"round": index, "top1": top1(classifier, RealSource(test))} for index in rounds]
 
     def _examine(self, model: Model, test: Dataset) -> tuple[dict[str, Any], Tensor]:
         classifier = self.subjects.load(model, self.allow_code)

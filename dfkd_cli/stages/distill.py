@@ -9,6 +9,8 @@ from typing import Any
 
 from dfkd_cli.artifacts.run import RunDirectory
 from dfkd_cli.data.seal import sealed
+from dfkd_cli.data.sources import first
+from dfkd_cli.errors import ConfigError
 from dfkd_cli.models.classifier import Classifier
 from dfkd_cli.regimes.base import Task
 from dfkd_cli.resolve import Settings
@@ -32,6 +34,10 @@ def run(settings: Settings, terminal: Terminal, dry_run: bool = False) -> dict[s
             seals.enter_context(sealed("the transfer set is data-free", teacher.real_data(inputs.data_dir)))
         sets = [open_transfer_set(name, teacher, inputs.data_dir, settings.run.seed) for name in inputs.transfer_set]
         source = concatenate(sets)
+        if inputs.num_images is not None:
+            if inputs.num_images > len(source):
+                raise ConfigError(f"--num-images {inputs.num_images}: the transfer sets have {len(source)} images")
+            source = first(source, inputs.num_images)
         parents = [teacher.parent("teacher"), *(s.parent for s in sets)]
         facts = {"data_free": data_free, "num_images": len(source)}
         directory = RunDirectory(Path(settings.run.out or "student"), settings, parents, facts)

@@ -21,6 +21,7 @@ from dfkd_cli.resolve import Settings
 from dfkd_cli.rounds import fit
 from dfkd_cli.seeds import derive
 from dfkd_cli.stages.inputs import pick_device
+from dfkd_cli.stages.snapshots import SNAPSHOTS, Snapshots
 from dfkd_cli.ui import Terminal
 
 
@@ -65,10 +66,12 @@ def train(
     else:
         with run.guard():
             learner = regime.load()(task, settings.method.config)
-            fit(learner, run, terminal)
+            snapshots = Snapshots(run.path / SNAPSHOTS, task.student, task.training.snapshots, learner.rounds)
+            fit(learner, run, terminal, [snapshots])
             metrics = dict(score(task.student.eval().to(run.record["device"])))
             save_model(run.path, task.student, metrics=metrics, provenance=dict(provenance))
-            run.finish([run.path / name for name in ("model.safetensors", "model.json", "metrics.csv")], metrics)
+            files = [run.path / name for name in ("model.safetensors", "model.json", "metrics.csv")]
+            run.finish(files + snapshots.files, metrics)
     role = "teacher" if settings.command == "train-teacher" else "student"
     return {"artifacts": {role: str(run.path)}, "metrics": metrics}
 
