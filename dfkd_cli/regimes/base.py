@@ -77,6 +77,9 @@ class Regime(Learner):
     def right(self, images: Images) -> Tensor:
         """Per held-out image (B,), whether the student answers as it should. The batch is not augmented."""
 
+    def after_step(self) -> None:
+        """What else happens after each step of the student. Nothing by default."""
+
     measure: ClassVar[str]  # what the mean of `right` is called
 
     def configure_optimizers(self) -> Any:
@@ -125,6 +128,7 @@ class Regime(Learner):
             self.manual_backward(loss)
             optimizer.step()
             schedule.step()
+            self.after_step()
             for name, term in terms.items():
                 sums[name] = sums[name] + term.detach() if name in sums else term.detach()
         means = {name: total / (stop - start) for name, total in sums.items()}

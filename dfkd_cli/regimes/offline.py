@@ -32,12 +32,15 @@ class Offline(Regime):
     kind = "regime"
     needs = ("teacher",)
     measure = "agreement"
-    config: Config
 
     def loss(self, images: Images) -> tuple[Tensor, dict[str, Tensor]]:
         """The objectives between student and teacher on the same pixels."""
         with torch.no_grad():
             teacher = Outputs(self.teacher(images.pixels).float())
+        return self.discrepancy(images, teacher)
+
+    def discrepancy(self, images: Images, teacher: Outputs) -> tuple[Tensor, dict[str, Tensor]]:
+        """The objectives between the student and the teacher's outputs: weighted and summed, and their terms."""
         student = Outputs(self.student(images.pixels).float())
         loss, logged = torch.zeros((), device=self.device), dict[str, Tensor]()
         for name, objective in self.objectives.items():
