@@ -20,7 +20,7 @@ from dfkd_cli.config import parse_yaml
 from dfkd_cli.errors import ConfigError, did_you_mean
 
 PACKAGE = Path(__file__).parent
-COMMANDS = ("train-teacher", "synthesize", "distill", "evaluate", "compare")
+COMMANDS = ("train-teacher", "collect-metadata", "synthesize", "distill", "evaluate", "compare")
 # Modules that a Config class may draw on: none of them imports torch.
 _TORCH_FREE = ("__future__", "dataclasses", "typing", "dfkd_cli.config", "dfkd_cli.settings")
 

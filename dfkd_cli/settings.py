@@ -10,6 +10,10 @@ from dfkd_cli.config import option
 _ROTATE = "random rotation, +- degrees"
 _TRANSLATE = "random shift, +- fraction of the side"
 _SCALE = "random zoom, +- fraction: 0.1 zooms by 0.9 to 1.1"
+_NOISE = "Gaussian noise, standard deviation in pixel units"
+_OPTIMIZER = "optimiser"
+_LR = "peak learning rate"
+_DECAY = "weight decay"
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -21,7 +25,7 @@ class Augmentation:
     scale: float = option(0.0, _SCALE, low=0, high=0.9)
     flip: bool = option(False, "mirror left-right with probability 1/2")
     crop: int = option(0, "random crop after padding by this many pixels on each side", low=0)
-    noise: float = option(0.0, "Gaussian noise, standard deviation in pixel units", low=0)
+    noise: float = option(0.0, _NOISE, low=0)
     fill: Literal["black", "mean"] = option("black", "what comes in from outside the image; mean: the model's")
 
 
@@ -32,10 +36,10 @@ class Training(Augmentation):
     epochs: int = option(100, "passes over the images", low=1)
     steps: int | None = option(None, "optimiser steps, instead of --epochs", low=1)
     batch_size: int = option(128, "images per step", low=1)
-    optimizer: Literal["adam", "adamw", "sgd"] = option("adam", "optimiser")
-    lr: float = option(2e-3, "peak learning rate", above=0)
+    optimizer: Literal["adam", "adamw", "sgd"] = option("adam", _OPTIMIZER)
+    lr: float = option(4e-3, _LR, above=0)
     momentum: float = option(0.9, "momentum of sgd (Nesterov)", low=0, high=1)
-    weight_decay: float = option(0.0, "weight decay", low=0)
+    weight_decay: float = option(0.0, _DECAY, low=0)
     warmup: float = option(0.05, "share of the steps with rising learning rate", low=0, high=1)
     schedule: Literal["cosine", "constant"] = option("cosine", "learning rate after the warm-up")
     holdout: float = option(0.0, "share of the images that only measures", low=0, high=0.5)
@@ -47,7 +51,7 @@ class ImageOptimization:
     """How a batch of images is optimised through a frozen teacher. One batch is one round is one shard."""
 
     batch_size: int = option(200, "images optimised together; also the images of one shard", low=1)
-    iterations: int = option(100, "inner steps on one batch of images", low=1)
+    iterations: int = option(50, "inner steps on one batch of images", low=1)
     lr: float = option(0.1, "Adam learning rate on the pixels", above=0)
     dtype: Literal["float16", "float32"] = option("float16", "stored pixels")
 
@@ -63,9 +67,14 @@ class TrainTeacher(Training):
     data_dir: str | None = option(None, "where datasets lie", volatile=True)
     model: str = option("lenet5", "model SPEC: dfkd ls models, torchvision:NAME, timm:NAME, FILE.py:factory")
     input_size: tuple[int, int, int] | None = option(None, "channels, height and width of the images", low=1)
-    rotate: float = option(10.0, _ROTATE, low=0, high=180)
-    translate: float = option(0.1, _TRANSLATE, low=0, high=1)
-    scale: float = option(0.1, _SCALE, low=0, high=0.9)
+    # Decayed weights and little augmentation: impressions of a teacher that was hardened by strong augmentation teach
+    # far less, however accurate it is.
+    optimizer: Literal["adam", "adamw", "sgd"] = option("sgd", _OPTIMIZER)
+    lr: float = option(0.05, _LR, above=0)
+    weight_decay: float = option(1e-3, _DECAY, low=0)
+    rotate: float = option(5.0, _ROTATE, low=0, high=180)
+    translate: float = option(0.05, _TRANSLATE, low=0, high=1)
+    scale: float = option(0.05, _SCALE, low=0, high=0.9)
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -80,12 +89,27 @@ class ForeignModel:
 
 
 @dataclass(frozen=True, kw_only=True)
+class CollectMetadata(ForeignModel):
+    """Inputs of ``collect-metadata``."""
+
+    teacher: str = option("teacher", "teacher: model directory or SPEC")
+    dataset: str | None = option(None, "dataset whose training images are read (default: the teacher's)")
+    data_dir: str | None = option(None, "where datasets lie", volatile=True)
+    num_images: int | None = option(None, "images to read, balanced over the classes (default: all)", low=1)
+    batch_size: int = option(200, "images per forward pass", low=1)
+    temperature: float = option(8.0, "what the logits are divided by", above=0)
+    covariance_units: int = option(2048, "units that the last layers with a covariance have at most, in all", low=1)
+
+
+@dataclass(frozen=True, kw_only=True)
 class Synthesize(ForeignModel):
     """Inputs of ``synthesize``."""
 
     teacher: str = option("teacher", "teacher: model directory or SPEC")
-    num_images: int = option(4000, "images to make", low=1)
+    num_images: int = option(8000, "images to make", low=1)
     student: str | None = option(None, "student SPEC, for methods with a student in the loop")
+    # Volatile: what decides the result is what the directory holds, by hash.
+    metadata: str | None = option(None, "metadata directory, for methods that use metadata", volatile=True)
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -96,11 +120,12 @@ class Distill(Training, ForeignModel):
     transfer_set: tuple[str, ...] = option(("shards",), "shard directory, real, real:N, noise:N, folder of images")
     num_images: int | None = option(None, "take the first so many images of the transfer sets (default: all)", low=1)
     student: str = option("lenet5-half", "student model SPEC")
-    epochs: int = option(80, "passes over the images", low=1)
+    epochs: int = option(30, "passes over the images", low=1)
     # Stronger than for real images: impressions are alike, and the teacher answers each changed one anew.
-    rotate: float = option(30.0, _ROTATE, low=0, high=180)
+    rotate: float = option(45.0, _ROTATE, low=0, high=180)
     translate: float = option(0.4, _TRANSLATE, low=0, high=1)
-    scale: float = option(0.3, _SCALE, low=0, high=0.9)
+    scale: float = option(0.5, _SCALE, low=0, high=0.9)
+    noise: float = option(0.2, _NOISE, low=0)
     data_dir: str | None = option(None, "where the real images lie, for real and real:N", volatile=True)
     holdout: float = option(0.02, "share of the images that only measures agreement", low=0, high=0.5)
 
@@ -152,6 +177,7 @@ class Run:
 
 INPUTS: dict[str, type] = {
     "train-teacher": TrainTeacher,
+    "collect-metadata": CollectMetadata,
     "synthesize": Synthesize,
     "distill": Distill,
     "evaluate": Evaluate,

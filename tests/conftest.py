@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import functools
 import os
 import signal
 import subprocess
@@ -11,11 +12,13 @@ from pathlib import Path
 
 import pytest
 import torch
+from stand_ins import statistics_of
 
 from dfkd_cli.artifacts.files import sha256_file
+from dfkd_cli.artifacts.metadata import write_metadata
 from dfkd_cli.cli.app import main
 from dfkd_cli.models.classifier import Classifier, ModelInfo
-from dfkd_cli.models.directory import save_model
+from dfkd_cli.models.directory import identity, load_model, save_model
 from dfkd_cli.models.registry import build
 
 torch.set_num_threads(1)  # the tensors of tests are too small to share
@@ -40,6 +43,20 @@ def make_teacher(tmp_path_factory) -> Iterator[Callable[[str], Path]]:
     yield make
     for path, hashes in made.values():
         assert {file: sha256_file(file) for file in path.iterdir()} == hashes, f"a test changed {path}"
+
+
+@pytest.fixture(scope="session")
+def make_metadata(make_teacher, tmp_path_factory) -> Callable[[str], Path]:
+    """``make_metadata(spec)``: a metadata directory of the classifier of ``make_teacher``. Made once."""
+
+    @functools.cache
+    def make(spec: str) -> Path:
+        path = tmp_path_factory.mktemp(spec) / "metadata"
+        classifier, record = load_model(make_teacher(spec))
+        write_metadata(path, statistics_of(classifier), {"teacher": {"sha256": identity(record), "spec": spec}})
+        return path
+
+    return make
 
 
 @pytest.fixture(scope="session")

@@ -143,7 +143,7 @@ def test_usage_errors_are_one_line_with_the_closest_name(typed, named, cli, tmp_
         ("distill", "no teacher at teacher -- train one: dfkd train-teacher"),
         ("synthesize --method zskd --teacher absent", "no teacher at absent"),
         ("info absent", "no such directory"),
-        ("info .", "no model or shard directory"),
+        ("info .", "no model, shard or metadata directory"),
     ],
 )
 def test_missing_artifacts(typed, message, cli, tmp_path, monkeypatch):

@@ -24,7 +24,6 @@ from torch.utils.benchmark import Timer
 
 from dfkd_cli.data import datasets
 from dfkd_cli.models.directory import load_model
-from dfkd_cli.report import table
 from dfkd_cli.report.results import spread
 
 SMALL = ("--steps", "2", "--batch-size", "8")
@@ -39,6 +38,7 @@ grid:
   rows:
     zskd: {synthesize: {method: zskd, batch_size: 4, iterations: 2}}
     zskd-hot: {shards: zskd, distill: {temperature: 2}}
+    growing: {shards: zskd, sizes: [6, 4], seeds: [1]}
 """
 
 
@@ -334,8 +334,9 @@ def test_hostile_names_are_only_text(tmp_path, monkeypatch, cli):
     page = check_self_contained((tmp_path / "comparison" / "report.html").read_text())
     assert hostile in page.texts
     assert out in page.texts
-    line = next(x for x in (tmp_path / "comparison" / "table.md").read_text().splitlines() if "script" in x)
-    assert len(re.findall(r"(?<!\\)\|", line)) == len(table.COLUMNS) + 1
+    lines = (tmp_path / "comparison" / "table.md").read_text().splitlines()
+    head, line = (next(x for x in lines if word in x) for word in ("| ROW |", "script"))
+    assert len(re.findall(r"(?<!\\)\|", line)) == head.count("|")
 
 
 def test_equal_labels_are_told_apart_by_what_differs(here, cli):
@@ -370,12 +371,18 @@ def test_a_grid_killed_in_the_middle_ends_as_if_it_had_not_been(tmp_path, monkey
     code, shown, err = cli("compare", "--recipe", "grid.yaml", "--out", "whole")
     assert code == 0, err
     whole = students(tmp_path / "whole")
-    assert len(whole) == 1 + 2 * 2
+    assert len(whole) == 1 + 2 * 2 + 2
     assert len(set(whole.values())) == len(whole)
     (section,) = results_in(tmp_path / "whole")["sections"]
     rows = {row["label"]: row for row in section["rows"]}
-    assert set(rows) == {"teacher", "zskd", "zskd-hot"}
-    assert all(row["seeds"] == [0, 1] for name, row in rows.items() if name != "teacher")
+    assert set(rows) == {"teacher", "zskd", "zskd-hot", "growing@4", "growing@6"}
+    assert [rows[name]["seeds"] for name in ("zskd", "zskd-hot", "growing@4", "growing@6")] == [[0, 1]] * 2 + [[1]] * 2
+    assert [rows[f"growing@{count}"]["num_images"] for count in (4, 6)] == [4, 6]
+    lines = (tmp_path / "whole" / "table.md").read_text().splitlines()
+    curve = [f"{100 * rows[f'growing@{count}']['top1']['mean']:.2f}" for count in (4, 6)]
+    assert lines[-3:] == ["| IMAGES | 4 | 6 |", "| :-- | --: | --: |", f"| growing | {' | '.join(curve)} |"]
+    assert not any("growing@" in line for line in lines)
+    check_self_contained((tmp_path / "whole" / "report.html").read_text())
     assert rows["zskd"]["runs"][0]["shards"] == rows["zskd-hot"]["runs"][0]["shards"] != []
     assert rows["zskd-hot"]["settings"]["objective"]["response"]["temperature"] == 2
     assert "zskd-hot" in shown
@@ -498,7 +505,7 @@ def test_dry_run_plans_and_writes_nothing(tmp_path, monkeypatch, cli):
     assert code == 0
     plan = json.loads(out)["plan"]
     assert [step["config"]["command"] for step in plan[:3]] == ["train-teacher", "synthesize", "distill"]
-    assert len(plan) == 1 + 2 * 2 + 2
+    assert len(plan) == 1 + 2 * 2 + 2 + 2
     assert all(step["config"]["device"] == "cpu" for step in plan)
     assert plan[2]["config"]["transfer_set"] == [plan[1]["out"]]
     assert [path.name for path in tmp_path.iterdir()] == ["grid.yaml"]

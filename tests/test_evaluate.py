@@ -371,7 +371,7 @@ def test_nothing_named_is_the_student_beside_the_teacher(pipeline, dfkd):
     teacher, student = answer["results"]
     for result in (teacher, student):
         assert set(result) == {
-            "path", "kind", "spec", "dataset", "count", "top1", "top5", "nll", "ece", "per_class", "agreement",
+            "path", "kind", "spec", "uses", "dataset", "count", "top1", "top5", "nll", "ece", "per_class", "agreement",
             "parameters", "macs", "latency_ms", "device",
         }  # fmt: skip
         assert tuple(result["per_class"]) == DIGITS
@@ -427,7 +427,7 @@ def test_shards_and_models_mix(here, cli):
     assert code == 0, err
     shards, student = json.loads(out)["results"]
     assert set(shards) == {
-        "path", "kind", "method", "count", "confidence", "class_balance", "class_histogram", "target_match",
+        "path", "kind", "method", "uses", "count", "confidence", "class_balance", "class_histogram", "target_match",
         "target_divergence", "diversity", "value_range", "bn_distance", "bn_distance_layers", "logits_ok",
     }  # fmt: skip
     assert (shards["path"], shards["kind"], shards["method"], shards["count"]) == ("shards", "shards", "zskd", 13)
@@ -438,10 +438,9 @@ def test_shards_and_models_mix(here, cli):
     assert student["agreement"] == (top1_of(here / "student")[1] == top1_of(here / "resnet")[1]).mean()
     code, out, _ = cli("evaluate", "shards", "student/", "--teacher", "resnet")
     assert code == 0
-    assert " ".join(out.splitlines()[0].split()) == "MODEL TOP-1 TOP-5 NLL ECE AGREEMENT PARAMS MACS LATENCY"
-    assert (
-        " ".join(out.splitlines()[2].split()) == "SHARDS IMAGES CONFIDENCE BALANCE TARGET MATCH DIVERSITY BN DISTANCE"
-    )
+    assert " ".join(out.splitlines()[0].split()) == "MODEL TOP-1 TOP-5 NLL ECE AGREEMENT PARAMS MACS LATENCY USES"
+    heads = "SHARDS IMAGES CONFIDENCE BALANCE TARGET MATCH DIVERSITY BN DISTANCE USES"
+    assert " ".join(out.splitlines()[2].split()) == heads
     assert f"{student['top1']:.2%}" in out.splitlines()[1]
     assert f"{shards['bn_distance']:.3f}" in out.splitlines()[3]
 

@@ -217,7 +217,6 @@ def test_concat_brings_different_storage_to_one_space():
     noise, real = NoiseSource(4, (1, 32, 32), seed=0), RealSource(datasets.load("digits", "test"), torch.arange(3))
     both = Concat([real, noise])
     assert both.dtype == torch.float32
-    assert not both.data_free
     torch.testing.assert_close(both.chunk(0).pixels, real.chunk(0).pixels / 255)
     assert torch.equal(both.chunk(1).pixels, noise.chunk(0).pixels)
 
@@ -237,8 +236,6 @@ def test_noise_source_is_what_the_noise_method_makes(tmp_path, teacher, dtype):
     writer.write_manifest()
     stored, streamed = ShardSource(ShardReader(tmp_path)), NoiseSource(count, (1, 32, 32), seed)
     assert stored.sizes == streamed.sizes == [1000, 200]
-    assert stored.data_free
-    assert streamed.data_free
     for index in range(2):
         assert torch.equal(stored.chunk(index).pixels, streamed.chunk(index).pixels.to(stored.dtype))
 
@@ -249,7 +246,6 @@ def test_real_source_gives_the_chosen_images_with_their_labels():
     source = RealSource(dataset, chosen, chunk=20)
     assert source.sizes == [20, 20, 10]
     assert source.labelled
-    assert not source.data_free
     chunks = [source.chunk(i) for i in range(3)]
     assert torch.equal(torch.cat([c.pixels for c in chunks]), dataset.images(chosen))
     assert torch.equal(torch.cat([c.labels for c in chunks]), dataset.labels[chosen])

@@ -13,6 +13,7 @@ import oracles
 import pytest
 import safetensors.torch
 import torch
+from stand_ins import statistics_of
 from torch import Tensor, nn
 
 from dfkd_cli import catalog
@@ -55,7 +56,8 @@ def synthesizer(
         "seed": seed,
     }
     writer = ShardWriter(directory, head, -(-num_images // config.batch_size))
-    return entry.load()(teacher, config, num_images, seed, writer)
+    given = {"metadata": statistics_of(teacher)} if "metadata" in entry.needs else {}
+    return entry.load()(teacher, config, num_images, seed, writer, **given)
 
 
 def tiny(name: str) -> dict[str, int]:
@@ -204,6 +206,23 @@ def test_inner_loop_is_adam_on_the_pixels(tmp_path, values):
     np.testing.assert_allclose(made.targets, targets)
 
 
+def test_colour_images_follow_their_own_gradient(tmp_path):
+    """Convolutions give gradients channels last, images are not: the optimiser must not mix the pixels up."""
+    with torch.random.fork_rng():
+        torch.manual_seed(0)
+        net = nn.Sequential(nn.Conv2d(3, 4, 3), nn.Tanh(), nn.Flatten(), nn.Linear(144, 4))
+    teacher = Classifier(net, ModelInfo("colour", 4, (3, 8, 8), (0.5,) * 3, (0.2,) * 3))
+    method = synthesizer("class-impressions", tmp_path, teacher, iterations=1)
+    torch.manual_seed(3)
+    made = method.make(0, 2).pixels
+    torch.manual_seed(3)
+    start = method.start(2).requires_grad_()
+    (gradient,) = torch.autograd.grad(nn.functional.cross_entropy(teacher(start), method.targets(0, 2)), start)
+    clear = gradient.abs() > 1e-6
+    assert clear.float().mean() > 0.9
+    assert torch.equal((made - start)[clear].sign(), -gradient[clear].sign())
+
+
 def test_more_iterations_come_nearer_to_the_targets(tmp_path):
     few = synthesizer("class-impressions", tmp_path / "few", iterations=1, num_images=8, batch_size=8)
     many = synthesizer("class-impressions", tmp_path / "many", iterations=50, num_images=8, batch_size=8)
@@ -313,10 +332,14 @@ def test_what_is_read_without_torch_is_what_runs(entry):
 
 
 @pytest.mark.parametrize("entry", METHODS.values(), ids=METHODS)
-def test_a_tiny_run_gives_whole_shards_whose_terms_are_configuration_keys(entry, tmp_path, cli, make_teacher):
-    teacher = make_teacher("resnet8" if "batchnorm" in entry.needs else "lenet5")
+def test_a_tiny_run_gives_whole_shards_whose_terms_are_configuration_keys(
+    entry, tmp_path, cli, make_teacher, make_metadata
+):
+    spec = "resnet8" if "batchnorm" in entry.needs else "lenet5"
+    teacher = make_teacher(spec)
     flags = [f"--{key.replace('_', '-')}={value}" for key, value in tiny(entry.name).items()]
     flags += ["--student", "lenet5-half"] if "student" in entry.needs else []
+    flags += ["--metadata", make_metadata(spec)] if "metadata" in entry.needs else []
     args = ["synthesize", "--method", entry.name, "--teacher", teacher, "--out", tmp_path / "s", "--num-images", 3]
     code, out, err = cli(*args, *flags, "--json")
     assert code == 0, err

@@ -205,11 +205,11 @@ def describe(path: Path) -> dict[str, Any]:
         ArtifactError: The path holds no artifact.
     """
     if not path.is_dir():
-        raise ArtifactError(f"{path}: no such directory", "give a model or shard directory")
+        raise ArtifactError(f"{path}: no such directory", "give a directory that dfkd wrote")
     facts: dict[str, Any] = {"path": str(path)}
-    for name in ("model.json", "manifest.json", RUN):
+    for name in ("model.json", "manifest.json", "metadata.json", RUN):
         if (path / name).is_file():
             facts[name] = {k: v for k, v in read_json(path / name).items() if k not in ("shards", "identity")}
     if len(facts) == 1:
-        raise ArtifactError(f"{path}: no model or shard directory", "give a directory that dfkd wrote")
+        raise ArtifactError(f"{path}: no model, shard or metadata directory", "give a directory that dfkd wrote")
     return facts

@@ -23,6 +23,8 @@ from dfkd_cli.ui import NORMAL, QUIET, VERBOSE, Terminal
 
 HELP = {
     "train-teacher": "Train a teacher on a dataset.\n\nReads a dataset, writes a model directory (teacher/).",
+    "collect-metadata": "Record activation statistics of a teacher while its training images are at hand.\n\nReads a "
+    "teacher and its dataset, writes a metadata directory (metadata/) for methods that use metadata.",
     "synthesize": "Make data impressions from a teacher, without data.\n\nReads a teacher, writes a shard directory "
     "(shards/). The flags of a method: dfkd synthesize --method NAME --help",
     "distill": "Train a smaller student from a teacher and a transfer set.\n\nReads a teacher and transfer sets, "
@@ -34,6 +36,7 @@ HELP = {
 }
 EXAMPLES = {
     "train-teacher": ["dfkd train-teacher", "dfkd train-teacher --dataset mnist --model lenet5 --out teacher/"],
+    "collect-metadata": ["dfkd collect-metadata", "dfkd collect-metadata --teacher teacher/ --data-dir data/"],
     "synthesize": ["dfkd synthesize --method zskd --beta 1.0 0.1", "dfkd synthesize --method noise --num-images 1000"],
     "distill": ["dfkd distill --transfer-set shards/", "dfkd distill --transfer-set real:200 --student lenet5-half"],
     "evaluate": ["dfkd evaluate", "dfkd evaluate student/ --min-top1 0.97", "dfkd evaluate shards/ --json"],
@@ -41,6 +44,7 @@ EXAMPLES = {
 }
 NEXT = {
     "train-teacher": "dfkd synthesize --method zskd",
+    "collect-metadata": "dfkd synthesize --method lopes --metadata metadata/",
     "synthesize": "dfkd distill --transfer-set shards/",
     "distill": "dfkd evaluate",
     "evaluate": "dfkd compare student/",

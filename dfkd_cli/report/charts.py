@@ -21,7 +21,8 @@ def top1(rows: Sequence[Mapping[str, Any]]) -> bytes:
     axes = figure.subplots()
     axes.axvline(100 * rows[0]["top1"]["mean"], color=_COLOURS["teacher"], linestyle="--", linewidth=1)
     for place, row in enumerate(rows):
-        colour = _COLOURS["teacher" if row["role"] == "teacher" else "free" if row["data_free"] else "real"]
+        kind = "free" if row["data_free"] and not row["uses"] else "real"
+        colour = _COLOURS["teacher" if row["role"] == "teacher" else kind]
         values = [100 * value for value in row["top1"]["values"]]
         sd = row["top1"]["sd"] and 100 * row["top1"]["sd"]
         axes.plot(values, [place] * len(values), "o", color=colour, markersize=5, alpha=0.45, markeredgewidth=0)
@@ -30,6 +31,27 @@ def top1(rows: Sequence[Mapping[str, Any]]) -> bytes:
     axes.set_ylim(len(rows) - 0.5, -0.5)
     axes.margins(x=0.06)
     axes.set_xlabel("top-1 on the test images, %")
+    return _png(figure, [axes])
+
+
+def sizes(curves: Mapping[str, Sequence[Mapping[str, Any]]], teacher: float) -> bytes:
+    """Top-1 over the number of images, a line for each curve with one standard deviation, and the teacher's.
+
+    Args:
+        curves: The rows of each curve, by its name.
+        teacher: The teacher's top-1, a share.
+    """
+    figure = Figure(figsize=(7.5, 3.6), layout="constrained")
+    axes = figure.subplots()
+    axes.axhline(100 * teacher, color=_COLOURS["teacher"], linestyle="--", linewidth=1)
+    for name, rows in curves.items():
+        means = [100 * row["top1"]["mean"] for row in rows]
+        sds = [100 * (row["top1"]["sd"] or 0) for row in rows]
+        axes.errorbar([row["num_images"] for row in rows], means, yerr=sds, marker="o", capsize=3, label=_short(name))
+    axes.set_xscale("log")
+    axes.set_xlabel("images in the transfer set")
+    axes.set_ylabel("top-1 on the test images, %", fontsize=8)
+    axes.legend(frameon=False, fontsize=8)
     return _png(figure, [axes])
 
 

@@ -41,6 +41,7 @@ class ShardSet:
             "path": str(self.path),
             "sha256": self.sha256,
             "method": self.manifest["method"],
+            "uses": self.manifest.get("uses", []),
             "seed": self.manifest.get("seed"),
             "count": self.manifest["count"],
             "confidence": self.run.get("metrics", {}).get("confidence"),
@@ -62,6 +63,7 @@ class Model:
         run: ``run.json``, or an empty mapping where it is missing.
         shards: The shard sets it learned from, as far as they were found.
         row: The name of its row in a grid.
+        series: The name of the curve over set sizes that it is a point of.
     """
 
     path: Path
@@ -71,6 +73,7 @@ class Model:
     run: Mapping[str, Any] = field(default_factory=dict)
     shards: Sequence[ShardSet] = ()
     row: str | None = None
+    series: str | None = None
 
     @property
     def provenance(self) -> Mapping[str, Any]:
@@ -115,7 +118,7 @@ class Model:
         return read_curves(self.path / "metrics.csv")
 
 
-def read_model(path: Path, allow_code: bool, row: str | None = None) -> Model:
+def read_model(path: Path, allow_code: bool, row: str | None = None, series: str | None = None) -> Model:
     """Read a model directory, and find the shard sets it names.
 
     Raises:
@@ -125,7 +128,7 @@ def read_model(path: Path, allow_code: bool, row: str | None = None) -> Model:
     run = _read_run(path)
     found = (find(parent, path, MANIFEST) for parent in run.get("parents", []))
     shards = [read_shards(place) for place in found if place is not None]
-    return Model(path, identity(record), classifier.num_parameters, record, run, shards, row)
+    return Model(path, identity(record), classifier.num_parameters, record, run, shards, row, series)
 
 
 def read_shards(path: Path) -> ShardSet:

@@ -10,6 +10,7 @@ from typing import Any
 
 from dfkd_cli.report import charts, table
 from dfkd_cli.report.entries import read_curves
+from dfkd_cli.report.results import curves
 
 _CLASSES_OPEN = 20  # a longer table of classes is folded
 
@@ -59,7 +60,7 @@ def page(results: Mapping[str, Any]) -> str:
 
 
 def _section(section: Mapping[str, Any], device: str) -> str:
-    rows = section["rows"]
+    rows = table.plain_rows(section)
     columns = table.filled(section)
     roles = [row["role"] for row in rows] + ["failed"] * len(table.failed_cells(section))
     texts = list(zip(roles, zip(*columns.values(), strict=True), strict=True))
@@ -75,9 +76,10 @@ def _section(section: Mapping[str, Any], device: str) -> str:
             _figure(
                 charts.top1(rows),
                 "Every dot is one seed, a diamond the mean, a whisker one standard deviation. "
-                "The dashed line is the teacher. Blue is data-free, brown had real data.",
+                "The dashed line is the teacher. Blue is data-free, brown had or used real data.",
                 "top-1 of every row",
             ),
+            _sizes(section),
             "<h3>Top-1 per class, %</h3>",
             _classes(section),
             "<h3>Training</h3>",
@@ -87,8 +89,18 @@ def _section(section: Mapping[str, Any], device: str) -> str:
     )
 
 
+def _sizes(section: Mapping[str, Any]) -> str:
+    pivot = table.by_size(section)
+    if not pivot:
+        return ""
+    drawn = charts.sizes(curves(section["rows"]), section["rows"][0]["top1"]["mean"])
+    shown = _table(pivot[0], [("", row) for row in pivot[1:]], left=("IMAGES",))
+    picture = _figure(drawn, "The dashed line is the teacher.", "top-1 over the number of images")
+    return f"<h3>Top-1 by images in the transfer set, %</h3>{shown}{picture}"
+
+
 def _classes(section: Mapping[str, Any]) -> str:
-    rows = section["rows"]
+    rows = table.plain_rows(section)
     texts = []
     for name in section["classes"]:
         shares = [[run["measures"]["per_class"][name] for run in row["runs"]] for row in rows]
@@ -122,7 +134,8 @@ def _galleries(shards: Iterable[Mapping[str, Any]]) -> str:
             continue
         confidence = "" if facts["confidence"] is None else f", mean teacher confidence {facts['confidence']:.3f}"
         seed = "" if facts["seed"] is None else f", seed {facts['seed']}"
-        caption = f"<b>{escape(facts['method'])}</b>{seed}: {facts['count']:,} images{confidence}<br>"
+        used = f", uses {', '.join(facts['uses'])}" if facts["uses"] else ""
+        caption = f"<b>{escape(facts['method'])}</b>{escape(used)}{seed}: {facts['count']:,} images{confidence}<br>"
         caption += f"<code>{escape(facts['path'])}</code>"
         cards.append(_figure(preview.read_bytes(), caption, f"images of {facts['path']}", "pixels"))
     if not cards:

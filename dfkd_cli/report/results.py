@@ -41,6 +41,14 @@ def rows(section: Section, measured: Mapping[Path, Measures]) -> list[dict[str, 
     return made + sorted(students, key=lambda row: -row["top1"]["mean"])
 
 
+def curves(rows: Iterable[Mapping[str, Any]]) -> dict[str, list[Mapping[str, Any]]]:
+    """The rows that are points of curves over the number of images: by curve, smallest set first."""
+    found: dict[str, list[Mapping[str, Any]]] = {}
+    for row in sorted((row for row in rows if row["series"]), key=lambda row: (row["series"], row["num_images"])):
+        found.setdefault(row["series"], []).append(row)
+    return found
+
+
 def _row(
     role: str, label: str, models: Sequence[Model], section: Section, measured: Mapping[Path, Measures]
 ) -> dict[str, Any]:
@@ -52,6 +60,8 @@ def _row(
         "role": role,
         "model": first.record.get("spec"),
         "data_free": bool(first.provenance.get("data_free")),
+        "uses": list(first.provenance.get("uses", ())),
+        "series": first.series,
         "num_images": first.provenance.get("num_images"),
         "parameters": first.parameters,
         "seeds": [run["seed"] for run in runs],

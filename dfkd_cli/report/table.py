@@ -8,6 +8,8 @@ from typing import Any, Literal
 from rich.table import Table
 from rich.text import Text
 
+from dfkd_cli.report.results import curves
+
 COLUMNS = (
     "ROW",
     "STUDENT",
@@ -60,8 +62,15 @@ def cells(row: Mapping[str, Any]) -> list[str]:
         seconds(training),
         _count(row["parameters"]),
         " ".join(seeds) if len(seeds) <= _SEEDS_SHOWN else f"{len(seeds)} seeds",
-        "data-free" if row["data_free"] else "real data",
+        data(row),
     ]
+
+
+def data(made: Mapping[str, Any]) -> str:
+    """Whether real images were needed: to learn from, or for something the images were made with."""
+    if not made["data_free"]:
+        return "real data"
+    return f"uses {', '.join(made['uses'])}" if made["uses"] else "data-free"
 
 
 def failed_cells(section: Mapping[str, Any]) -> list[list[str]]:
@@ -113,6 +122,19 @@ def terminal_table(section: Mapping[str, Any], width: int | None) -> Table:
     return table
 
 
+def terminal_by_size(section: Mapping[str, Any]) -> Table | None:
+    """:func:`by_size` for a terminal."""
+    pivot = by_size(section)
+    if not pivot:
+        return None
+    table = Table(box=None, header_style="bold", pad_edge=False, title="top-1 % by images in the transfer set")
+    for number, head in enumerate(pivot[0]):
+        table.add_column(head, justify="right" if number else "left", overflow="fold")
+    for row in pivot[1:]:
+        table.add_row(*map(Text, row))
+    return table
+
+
 def markdown(results: Mapping[str, Any]) -> str:
     """``table.md``."""
     blocks = []
@@ -121,14 +143,34 @@ def markdown(results: Mapping[str, Any]) -> str:
         rule = [":--" if name in LEFT else "--:" for name in columns]
         lines = [headline(section, results["device"]), "", _line(columns), _line(rule)]
         lines += [_line(map(_escape, row)) for row in zip(*columns.values(), strict=True)]
+        if pivot := by_size(section):
+            rule = [":--"] + ["--:"] * (len(pivot[0]) - 1)
+            lines += ["", "Top-1 by images in the transfer set:", "", _line(pivot[0]), _line(rule)]
+            lines += [_line(map(_escape, row)) for row in pivot[1:]]
         lines += [f"\n{_escape(line)}" for line in failures(section)]
         blocks.append("\n".join(lines))
     return "\n\n".join(blocks) + "\n"
 
 
+def plain_rows(section: Mapping[str, Any]) -> list[Mapping[str, Any]]:
+    """The rows that are not points of a curve."""
+    return [row for row in section["rows"] if not row["series"]]
+
+
+def by_size(section: Mapping[str, Any]) -> list[list[str]]:
+    """Top-1 in per cent over the number of images: the head, then a row for each curve. Empty without curves."""
+    found = curves(section["rows"])
+    sizes = sorted({row["num_images"] for rows in found.values() for row in rows})
+    texts = []
+    for name, rows in found.items():
+        known = {row["num_images"]: _points(row["top1"]) for row in rows}
+        texts.append([name, *(known.get(size, "-") for size in sizes)])
+    return [["IMAGES", *map(_count, sizes)], *texts] if texts else []
+
+
 def filled(section: Mapping[str, Any]) -> dict[str, tuple[str, ...]]:
     """The columns in which any row has something, each with the texts of all rows, those that failed last."""
-    rows = [*map(cells, section["rows"]), *failed_cells(section)]
+    rows = [*map(cells, plain_rows(section)), *failed_cells(section)]
     columns = dict(zip(COLUMNS, zip(*rows, strict=True), strict=True))
     return {name: texts for name, texts in columns.items() if set(texts) - {"", "-"}}
 

@@ -30,6 +30,7 @@ from dfkd_cli.stages.measures import cost, examine, finite, share, top1
 from dfkd_cli.stages.snapshots import SNAPSHOTS, look_back
 from dfkd_cli.ui import Progress, Terminal
 
+MODELS = ("train-teacher", "distill")  # the commands that make models
 RESULTS, TABLE, REPORT, MEASUREMENTS = "results.json", "table.md", "report.html", "measurements.json"
 
 
@@ -120,8 +121,8 @@ def _open(settings: Settings, grid: Grid | None) -> Subjects:
 def _made(grid: Grid, failed: Sequence[Mapping[str, Any]], allow_code: bool) -> list[Model]:
     """The models of a grid, but for the runs that failed."""
     lost = {(f["row"], f["seed"]) for f in failed}
-    steps = [s for s in grid.steps if s.settings.command != "synthesize" and (s.row, s.seed) not in lost]
-    return [read_model(step.out, allow_code, step.row or None) for step in steps]
+    steps = [s for s in grid.steps if s.settings.command in MODELS and (s.row, s.seed) not in lost]
+    return [read_model(step.out, allow_code, step.row or None, step.series) for step in steps]
 
 
 def _arrange(subjects: Subjects, settings: Settings, per_seed: bool = False) -> list[Section]:
@@ -249,6 +250,8 @@ def _show(results: Mapping[str, Any], terminal: Terminal) -> None:
         terminal.answer(table.headline(section, results["device"]))
         width = terminal.out.width if terminal.out.is_terminal else None
         terminal.answer(table.terminal_table(section, width))
+        if (sizes := table.terminal_by_size(section)) is not None:
+            terminal.answer(sizes)
         for line in table.failures(section):
             terminal.answer(line)
 

@@ -39,7 +39,8 @@ def run(settings: Settings, terminal: Terminal, dry_run: bool = False) -> dict[s
                 raise ConfigError(f"--num-images {inputs.num_images}: the transfer sets have {len(source)} images")
             source = first(source, inputs.num_images)
         parents = [teacher.parent("teacher"), *(s.parent for s in sets)]
-        facts = {"data_free": data_free, "num_images": len(source)}
+        uses = sorted({use for s in sets for use in s.uses})
+        facts = {"data_free": data_free, "uses": uses, "num_images": len(source)}
         directory = RunDirectory(Path(settings.run.out or "student"), settings, parents, facts)
         student = fresh(dataclasses.replace(teacher.classifier.info, spec=inputs.student), "student", settings.run.seed)
         chosen = settings.components["objective"]
@@ -53,6 +54,7 @@ def run(settings: Settings, terminal: Terminal, dry_run: bool = False) -> dict[s
             "command": "distill",
             "dataset": teacher.dataset,
             "data_free": data_free,
+            "uses": uses,
             "seed": settings.run.seed,
             "teacher": teacher.sha256,
             "transfer_set": [{k: v for k, v in s.parent.items() if k in ("spec", "sha256")} for s in sets],

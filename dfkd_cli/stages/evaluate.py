@@ -106,6 +106,7 @@ class ModelSubject:
             "path": self.path,
             "kind": "model",
             "spec": model.info.spec,
+            "uses": self.exam.model.record.get("provenance", {}).get("uses", []),
             "dataset": self.exam.dataset.name,
             "count": len(self.exam.dataset),
             **measures,
@@ -135,7 +136,13 @@ class ShardSubject:
     def measure(self) -> dict[str, Any]:
         """One entry of the results."""
         teacher = None if self.teacher is None else self.teacher.classifier
-        facts = {"path": self.path, "kind": "shards", "method": self.reader.manifest.get("method")}
+        manifest = self.reader.manifest
+        facts = {
+            "path": self.path,
+            "kind": "shards",
+            "method": manifest.get("method"),
+            "uses": manifest.get("uses", []),
+        }
         return facts | measure_shards(self.reader, teacher, self.device, self.batch_size)
 
 
@@ -282,6 +289,11 @@ class _Opener:
 
 Column = tuple[str, str, Callable[[Any], str]]  # heading, key of a result, how its value is shown
 
+
+def _words(values: Sequence[str]) -> str:
+    return " ".join(values) or "-"
+
+
 COLUMNS: dict[str, list[Column]] = {
     "model": [
         ("MODEL", "path", str),
@@ -293,6 +305,7 @@ COLUMNS: dict[str, list[Column]] = {
         ("PARAMS", "parameters", "{:,}".format),
         ("MACS", "macs", "{:,}".format),
         ("LATENCY", "latency_ms", "{:.2f} ms".format),
+        ("USES", "uses", _words),
     ],
     "shards": [
         ("SHARDS", "path", str),
@@ -302,6 +315,7 @@ COLUMNS: dict[str, list[Column]] = {
         ("TARGET MATCH", "target_match", "{:.2%}".format),
         ("DIVERSITY", "diversity", "{:.3f}".format),
         ("BN DISTANCE", "bn_distance", "{:.3f}".format),
+        ("USES", "uses", _words),
     ],
 }
 

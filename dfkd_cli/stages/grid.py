@@ -4,12 +4,16 @@
       seeds: [0, 1, 2]                      every row is run with each of them
       teacher: {recipe: digits}             train-teacher settings, or the path of a teacher; `per_seed: true` for one
                                             teacher per seed
+      metadata: {dataset: digits}           collect-metadata settings, or the path of a metadata directory; made only
+                                            where a row's method uses metadata, for every teacher
       synthesize: {num_images: 4000}        what every row's synthesize has in common
       student: {recipe: digits}             what every row's distill has in common
       rows:
         zskd: {synthesize: {method: zskd}}                                    shards, then a student from them
         zskd-at: {shards: zskd, distill: {objective: [response, at]}}         another student from the same shards
         real: {distill: {transfer_set: [real]}}                               no shards at all
+        growing: {shards: zskd, sizes: [100, 1000, 4000], seeds: [0]}         a curve: a student from the first 100
+                                                                              images, from the first 1000, ...
 
 A mapping of settings may name a ``recipe`` of its command. What the grid itself says wins over every recipe, and a row
 over what all have in common.
@@ -28,18 +32,19 @@ from dfkd_cli.artifacts.files import digest
 from dfkd_cli.errors import ConfigError, DfkdError, did_you_mean
 from dfkd_cli.resolve import TYPED, Layer, Settings, recipe_layer, resolve
 from dfkd_cli.settings import INPUTS, Run
-from dfkd_cli.stages import distill, synthesize, train_teacher
+from dfkd_cli.stages import collect_metadata, distill, synthesize, train_teacher
 from dfkd_cli.ui import Terminal
 
-_KEYS = ("seeds", "teacher", "synthesize", "student", "rows")
-_ROW_KEYS = ("synthesize", "shards", "distill")
-_OWN = ("teacher", "out", "overwrite", "seed")  # what the grid itself decides for every command
+_KEYS = ("seeds", "teacher", "metadata", "synthesize", "student", "rows")
+_ROW_KEYS = ("synthesize", "shards", "distill", "sizes", "seeds")
+_OWN = ("teacher", "metadata", "out", "overwrite", "seed")  # what the grid itself decides for every command
 _NAME = re.compile(r"[A-Za-z0-9][A-Za-z0-9._-]*")
 # The flags of `compare` that reach every stage which has them.
 _PASSED = ("device", "precision", "logger", "allow_code", "data_dir")
 _FOREIGN = ("weights", "input_size", "mean", "std", "num_classes")
 STAGES: dict[str, Callable[[Settings, Terminal], Any]] = {
     "train-teacher": train_teacher.run,
+    "collect-metadata": collect_metadata.run,
     "synthesize": synthesize.run,
     "distill": distill.run,
 }
@@ -47,11 +52,19 @@ STAGES: dict[str, Callable[[Settings, Terminal], Any]] = {
 
 @dataclasses.dataclass(frozen=True)
 class Step:
-    """One command of the grid. ``row`` is empty for a teacher."""
+    """One command of the grid.
+
+    Attributes:
+        row: Empty for a teacher and its metadata.
+        seed: The seed.
+        settings: The command.
+        series: The curve that the row is a point of, or None.
+    """
 
     row: str
     seed: int
     settings: Settings
+    series: str | None = None
 
     @property
     def out(self) -> Path:
@@ -68,7 +81,7 @@ class Grid:
     """The commands of a grid, in an order in which they can be run.
 
     Attributes:
-        steps: Teachers, then row by row.
+        steps: Teachers, their metadata, then row by row.
         teacher: The path or SPEC of the teacher that was there before, or None.
         per_seed: Whether every seed has a teacher of its own.
         sha256: Stands for every setting that decides the result; where the directories lie is none of them.
@@ -145,6 +158,10 @@ class _Planner:
         self.per_seed = config.convert(teacher.pop("per_seed", False), bool, "grid.teacher.per_seed")
         own = _OWN if self.per_seed else tuple(key for key in _OWN if key != "seed")
         self.teacher = _layers("train-teacher", ("grid.teacher", teacher), own=own)
+        metadata = grid.get("metadata", {})
+        self.given_metadata = metadata if isinstance(metadata, str) else None
+        metadata = {} if self.given_metadata is not None else metadata
+        self.metadata = _layers("collect-metadata", ("grid.metadata", metadata), own=own)
         self.synthesize = ("grid.synthesize", grid.get("synthesize"))
         self.student = ("grid.student", grid.get("student"))
         rows = _mapping(grid.get("rows"), "grid.rows")
@@ -152,18 +169,23 @@ class _Planner:
             raise ConfigError("grid.rows: needs at least one row", "e.g. rows: {zskd: {synthesize: {method: zskd}}}")
         self.rows = {str(name): _mapping(row, f"grid.rows.{name}", _ROW_KEYS) for name, row in rows.items()}
         for name in self.rows:
-            if not _NAME.fullmatch(name) or name == "teacher":
-                raise ConfigError(f"grid.rows.{name}: not a name for a row", "letters, digits, . _ -; not `teacher`")
+            if not _NAME.fullmatch(name) or name in ("teacher", "metadata"):
+                hint = "letters, digits, . _ -; not `teacher`, not `metadata`"
+                raise ConfigError(f"grid.rows.{name}: not a name for a row", hint)
 
     def steps(self) -> Iterator[Step]:
         """The commands; rows that use another row's shards come last."""
-        if self.given is None:
-            for seed in self.seeds if self.per_seed else self.seeds[:1]:
-                more = {"seed": seed} if self.per_seed else {}
+        names = sorted(self.rows, key=lambda name: "shards" in self.rows[name])
+        rows = [step for name in names for seed in self._seeds(name) for step in self._row(name, seed)]
+        uses_metadata = any(step.settings.command == "synthesize" and step.settings.inputs.metadata for step in rows)
+        for seed in self.seeds if self.per_seed else self.seeds[:1]:
+            more = {"seed": seed} if self.per_seed else {}
+            if self.given is None:
                 yield self._step("", seed, "train-teacher", self.teacher, {"out": self._teacher(seed), **more})
-        for name in sorted(self.rows, key=lambda name: "shards" in self.rows[name]):
-            for seed in self.seeds:
-                yield from self._row(name, seed)
+            if uses_metadata and self.given_metadata is None:
+                values = {"teacher": self._teacher(seed), "out": self._metadata(seed), **more}
+                yield self._step("", seed, "collect-metadata", self.metadata, values)
+        yield from rows
 
     def _row(self, name: str, seed: int) -> Iterator[Step]:
         row, where = self.rows[name], f"grid.rows.{name}"
@@ -174,7 +196,10 @@ class _Planner:
         elif "synthesize" in row:
             shards = self._place(name, seed, "shards")
             layers = _layers("synthesize", self.synthesize, (f"{where}.synthesize", row["synthesize"]))
-            yield self._step(name, seed, "synthesize", layers, {**common, "out": shards})
+            step = self._step(name, seed, "synthesize", layers, {**common, "out": shards})
+            used = "metadata" in step.settings.method.entry.needs
+            settings = step.settings.replace(metadata=self._metadata(seed) if used else None)
+            yield dataclasses.replace(step, settings=settings)
         layers = _layers("distill", self.student, (f"{where}.distill", row.get("distill")))
         if shards is not None:
             # What the row itself names joins its shards; a transfer set from further away is a default.
@@ -182,8 +207,21 @@ class _Planner:
             common["transfer_set"] = [shards, *([named] if isinstance(named, str) else named)]
         elif not any("transfer_set" in layer for _, layer in layers):
             raise ConfigError(f"{where}: nothing to distill from", "give synthesize, shards, or distill.transfer_set")
-        common["out"] = self._place(name, seed, "student")
-        yield self._step(name, seed, "distill", layers, common)
+        if "sizes" not in row:
+            yield self._step(name, seed, "distill", layers, {**common, "out": self._place(name, seed, "student")})
+        else:
+            for size in sorted(set(config.convert(row["sizes"], tuple[int, ...], f"{where}.sizes"))):
+                values = {**common, "num_images": size, "out": self._place(f"{name}@{size}", seed, "student")}
+                point = self._step(f"{name}@{size}", seed, "distill", layers, values)
+                yield dataclasses.replace(point, series=name)
+
+    def _seeds(self, name: str) -> tuple[int, ...]:
+        """The seeds of a row."""
+        where = f"grid.rows.{name}.seeds"
+        seeds = config.convert(self.rows[name].get("seeds", list(self.seeds)), tuple[int, ...], where)
+        if not seeds or not set(seeds) <= set(self.seeds):
+            raise ConfigError(f"{where}: {list(seeds)} must be some of grid.seeds {list(self.seeds)}")
+        return tuple(seed for seed in self.seeds if seed in seeds)
 
     def _owner(self, name: str) -> str:
         """The row whose shards the row uses."""
@@ -202,6 +240,11 @@ class _Planner:
         if self.given is not None:
             return self.given
         return str(self.root / "teacher" / f"seed{seed}" if self.per_seed else self.root / "teacher")
+
+    def _metadata(self, seed: int) -> str:
+        if self.given_metadata is not None:
+            return self.given_metadata
+        return str(self.root / "metadata" / f"seed{seed}" if self.per_seed else self.root / "metadata")
 
     def _step(self, row: str, seed: int, command: str, layers: list[Layer], values: Mapping[str, Any]) -> Step:
         values = {**values, "overwrite": False}

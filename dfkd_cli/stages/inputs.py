@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
+from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -97,10 +98,31 @@ def _foreign(inputs: Any) -> LoadedModel:
 
 @dataclass
 class TransferSet:
-    """One transfer set that was opened: its images and its entry in the run's list of parents."""
+    """One transfer set that was opened.
+
+    Attributes:
+        source: Its images.
+        parent: Its entry in the run's list of parents.
+        uses: What they were made with that was itself made from real images, such as ``metadata``.
+    """
 
     source: Source
     parent: dict[str, Any]
+    uses: Sequence[str] = ()
+
+
+def real_images(teacher: LoadedModel, name: str, data_dir: str | None, count: int | None, seed: int) -> RealSource:
+    """The training images of a dataset as the teacher takes them: all, or ``count`` balanced over the classes.
+
+    Raises:
+        ConfigError: The dataset has not so many images.
+        ArtifactError: It does not fit the teacher.
+    """
+    info = teacher.classifier.info
+    images = datasets.load(name, "train", data_dir=data_dir, image_shape=info.input_size)
+    if len(images.classes) != info.num_classes:
+        raise ArtifactError(f"{name} has {len(images.classes)} classes, the teacher {info.num_classes}")
+    return RealSource(images, datasets.class_balanced(images.labels, count, derive("few", seed)) if count else None)
 
 
 def may_be_real(name: str) -> bool:
@@ -126,11 +148,8 @@ def open_transfer_set(name: str, teacher: LoadedModel, data_dir: str | None, see
             return TransferSet(NoiseSource(int(count), info.input_size, seed), {"role": "transfer-set", "spec": name})
         if teacher.dataset is None:
             raise ConfigError(f"transfer set {name}: the teacher's record names no dataset", "use shards or a folder")
-        dataset = datasets.load(teacher.dataset, "train", data_dir=data_dir, image_shape=info.input_size)
-        if len(dataset.classes) != info.num_classes:
-            raise ArtifactError(f"{teacher.dataset} has {len(dataset.classes)} classes, the teacher {info.num_classes}")
-        indices = datasets.class_balanced(dataset.labels, int(count), derive("few", seed)) if count else None
-        return TransferSet(RealSource(dataset, indices), {"role": "transfer-set", "spec": f"{name} {teacher.dataset}"})
+        real = real_images(teacher, teacher.dataset, data_dir, int(count) if count else None, seed)
+        return TransferSet(real, {"role": "transfer-set", "spec": f"{name} {teacher.dataset}"})
     path = Path(name)
     if not path.is_dir():
         hint = "make it: dfkd synthesize --method zskd" if name.rstrip("/") == "shards" else "check --transfer-set"
@@ -143,7 +162,8 @@ def open_transfer_set(name: str, teacher: LoadedModel, data_dir: str | None, see
             raise ArtifactError(f"{name} was made from another teacher", "give the --teacher it was made from")
         if reader.shape != info.input_size:
             raise ArtifactError(f"{name} has images of {reader.shape}, the teacher takes {info.input_size}")
-        return TransferSet(ShardSource(reader), {"role": "transfer-set", "path": name, "sha256": reader.sha256})
+        parent = {"role": "transfer-set", "path": name, "sha256": reader.sha256}
+        return TransferSet(ShardSource(reader), parent, reader.manifest.get("uses", ()))
     folder = FolderSource(path, info.input_size)
     return TransferSet(folder, {"role": "transfer-set", "path": name, "sha256": folder.sha256})
 

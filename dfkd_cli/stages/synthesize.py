@@ -11,6 +11,7 @@ from torchvision.utils import make_grid
 
 from dfkd_cli import catalog
 from dfkd_cli.artifacts.files import write_atomic
+from dfkd_cli.artifacts.metadata import read_metadata
 from dfkd_cli.artifacts.run import RunDirectory
 from dfkd_cli.artifacts.shards import MANIFEST, ShardReader, ShardWriter
 from dfkd_cli.config import plain
@@ -19,11 +20,21 @@ from dfkd_cli.errors import ArtifactError, ConfigError
 from dfkd_cli.models.classifier import Classifier
 from dfkd_cli.resolve import Settings
 from dfkd_cli.rounds import fit, write_csv
-from dfkd_cli.stages.inputs import load_teacher
+from dfkd_cli.stages.inputs import LoadedModel, load_teacher
 from dfkd_cli.stages.training import rehearse
 from dfkd_cli.ui import Terminal
 
 PREVIEW = 64  # images in preview.png
+MADE_FROM_DATA = ("metadata",)  # of what methods need
+# Inputs that some methods need and the others refuse: what is said about it, and what to do.
+OPTIONAL = {
+    "student": ("needs a student", "has no student in the loop", "give or leave out --student"),
+    "metadata": (
+        "needs metadata",
+        "uses no metadata",
+        "give or leave out --metadata DIR; `dfkd collect-metadata` makes it",
+    ),
+}
 
 
 def run(settings: Settings, terminal: Terminal, dry_run: bool = False) -> dict[str, Any]:
@@ -32,31 +43,53 @@ def run(settings: Settings, terminal: Terminal, dry_run: bool = False) -> dict[s
         return rehearse(settings, run, terminal)
     with sealed("synthesize is data-free"):
         teacher = load_teacher(settings.inputs, settings.run.allow_code)
-        check_needs(settings.method.entry, teacher.classifier, settings.inputs.student)
+        check_needs(settings.method.entry, teacher.classifier, settings.inputs)
+        given, parents = open_inputs(settings.inputs, teacher)
     with sealed("synthesize is data-free", teacher.real_data()):
         directory = RunDirectory(
-            Path(settings.run.out or "shards"), settings, [teacher.parent("teacher")], {"data_free": True}
+            Path(settings.run.out or "shards"),
+            settings,
+            [teacher.parent("teacher"), *parents],
+            {"data_free": True, "uses": uses(settings.method.entry)},
         )
         if directory.claim():
             terminal.say(f"{directory.path} is already complete")
         else:
             with directory.guard():
-                _make(settings, teacher.classifier, teacher.sha256, directory, terminal)
+                _make(settings, teacher, given, directory, terminal)
     metrics = directory.record["metrics"]
     terminal.answer(f"{directory.path}: {metrics['count']} images, mean teacher confidence {metrics['confidence']:.3f}")
     return {"artifacts": {"shards": str(directory.path)}, "metrics": metrics}
 
 
-def check_needs(entry: catalog.Entry, teacher: Classifier, student: str | None) -> None:
+def uses(entry: catalog.Entry) -> list[str]:
+    """What the method takes that was made from real images: with it, images are not made from the teacher alone."""
+    return [need for need in entry.needs if need in MADE_FROM_DATA]
+
+
+def open_inputs(inputs: Any, teacher: LoadedModel) -> tuple[dict[str, Any], list[dict[str, Any]]]:
+    """Open what is given beside the teacher: arguments of the method, and parents of the run.
+
+    Raises:
+        ArtifactError: Missing, damaged, or of another teacher.
+    """
+    if inputs.metadata is None:
+        return {}, []
+    metadata, sha256 = read_metadata(Path(inputs.metadata), teacher.sha256)
+    return {"metadata": metadata}, [{"role": "metadata", "path": inputs.metadata, "sha256": sha256}]
+
+
+def check_needs(entry: catalog.Entry, teacher: Classifier, inputs: Any) -> None:
     """Check what the method asks for.
 
     Raises:
-        ConfigError: A student for a method that has none in its loop, or none for one that has.
+        ConfigError: An input that the method has no use for, or none where it needs one.
         ArtifactError: The teacher lacks what the method needs; the message names methods that would work.
     """
-    if (student is not None) != ("student" in entry.needs):
-        wants = "needs a student" if student is None else "has no student in the loop"
-        raise ConfigError(f"--method {entry.name} {wants}", "give or leave out --student")
+    for name, (lacks, refuses, hint) in OPTIONAL.items():
+        given = getattr(inputs, name) is not None
+        if given != (name in entry.needs):
+            raise ConfigError(f"--method {entry.name} {refuses if given else lacks}", hint)
     if "batchnorm" in entry.needs and not teacher.batch_norms():
         others = [name for name, e in catalog.entries("synthesizers").items() if "batchnorm" not in e.needs]
         raise ArtifactError(
@@ -65,8 +98,10 @@ def check_needs(entry: catalog.Entry, teacher: Classifier, student: str | None) 
         )
 
 
-def _make(settings: Settings, teacher: Classifier, sha256: str, directory: RunDirectory, terminal: Terminal) -> None:
-    config, info = settings.method.config, teacher.info
+def _make(
+    settings: Settings, teacher: LoadedModel, given: dict[str, Any], directory: RunDirectory, terminal: Terminal
+) -> None:
+    config, info = settings.method.config, teacher.classifier.info
     head = {
         "method": settings.method.entry.name,
         "config": plain(config),
@@ -77,14 +112,15 @@ def _make(settings: Settings, teacher: Classifier, sha256: str, directory: RunDi
         "dtype": config.dtype,
         "num_classes": info.num_classes,
         "classes": info.classes and list(info.classes),
-        "teacher": {"sha256": sha256, "spec": info.spec},
+        "teacher": {"sha256": teacher.sha256, "spec": info.spec},
         "data_free": True,
+        "uses": uses(settings.method.entry),
     }
     count = settings.inputs.num_images
     writer = ShardWriter(directory.path, head, -(-count // config.batch_size))
     processes = settings.run.devices * settings.run.num_nodes
     method = settings.method.entry.load()
-    fit(method(teacher, config, count, settings.run.seed, writer, processes), directory, terminal)
+    fit(method(teacher.classifier, config, count, settings.run.seed, writer, processes, **given), directory, terminal)
     writer.collect()
     manifest = writer.write_manifest()
     write_csv(directory.path / "metrics.csv", [{"round": i, **r["terms"]} for i, r in enumerate(manifest["shards"])])

@@ -126,7 +126,8 @@ class ImageOptimizer(Synthesizer):
         for _ in range(self.config.iterations):
             terms = self.terms(images, self.teacher(images).float(), targets)
             # The teacher's parameters need no gradient: backward goes to the images only.
-            (images.grad,) = torch.autograd.grad(weighted_sum(terms, self.config), images)
+            (gradient,) = torch.autograd.grad(weighted_sum(terms, self.config), images)
+            images.grad = gradient.contiguous()  # it may be channels last, where fused Adam would take wrong pixels
             optimizer.step()
             with torch.no_grad():
                 self.project(images)

@@ -1,0 +1,56 @@
+"""What happens inside a network: which layers there are to watch, and their outputs while it runs."""
+
+from __future__ import annotations
+
+import contextlib
+from collections.abc import Iterator, Mapping
+from typing import Any
+
+from torch import Tensor, nn
+from torch.nn.modules.batchnorm import _BatchNorm
+
+from dfkd_cli.models.classifier import Classifier, probe
+
+
+@contextlib.contextmanager
+def outputs_of(layers: Mapping[str, nn.Module]) -> Iterator[dict[str, Tensor]]:
+    """The latest output (B, ...) of each layer by its name, whenever the network runs inside the ``with`` block."""
+    seen: dict[str, Tensor] = {}
+
+    def watch(name: str, layer: nn.Module) -> Any:
+        # A copy: what follows may change the output in place.
+        return layer.register_forward_hook(lambda _, __, output: seen.update({name: output.clone()}))
+
+    with contextlib.ExitStack() as hooks:
+        for name, layer in layers.items():
+            hooks.enter_context(watch(name, layer))
+        yield seen
+
+
+def pre_activations(classifier: Classifier) -> dict[str, nn.Module]:
+    """The layers whose outputs go into the activation functions, by their name in ``net``, in the order they run.
+
+    These are the convolutions and linear layers; where BatchNorm follows one directly, the BatchNorm stands for it. The
+    last is the layer that gives the logits.
+
+    Raises:
+        ArtifactError: The logits are not the unchanged output of a linear layer or a 1x1 convolution.
+    """
+    net, head = classifier.net, classifier.head()
+    ran: dict[nn.Module, Tensor] = {}
+
+    def remember(layer: nn.Module, inputs: Any, output: Tensor) -> None:
+        if isinstance(layer, _BatchNorm):
+            normalised = next((other for other, seen in ran.items() if seen is inputs[0]), None)
+            if normalised is None:
+                return
+            del ran[normalised]
+        ran[layer] = output
+
+    with contextlib.ExitStack() as hooks:
+        for module in net.modules():
+            if isinstance(module, (nn.Linear, nn.Conv2d, _BatchNorm)):
+                hooks.enter_context(module.register_forward_hook(remember))
+        probe(net, classifier.info.input_size)
+    names = {module: name for name, module in net.named_modules()}
+    return {names[layer]: layer for layer in [*(layer for layer in ran if layer is not head), head]}

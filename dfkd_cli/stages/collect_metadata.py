@@ -1,0 +1,157 @@
+"""``dfkd collect-metadata``: a teacher and its training images to a metadata directory."""
+
+from __future__ import annotations
+
+import itertools
+import math
+from collections.abc import Callable, Mapping, Sequence
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from dfkd_cli.artifacts.metadata import LayerStatistics, Metadata, write_metadata
+from dfkd_cli.artifacts.run import RunDirectory
+from dfkd_cli.data.sources import Source
+from dfkd_cli.errors import ConfigError, RunFailed
+from dfkd_cli.models.activations import outputs_of, pre_activations
+from dfkd_cli.models.classifier import Classifier, probe
+from dfkd_cli.resolve import Settings
+from dfkd_cli.stages.inputs import load_teacher, pick_device, real_images
+from dfkd_cli.stages.measures import batches
+from dfkd_cli.stages.shard_measures import Moments
+from dfkd_cli.stages.training import rehearse
+from dfkd_cli.ui import Progress, Terminal
+
+
+def run(settings: Settings, terminal: Terminal, dry_run: bool = False) -> dict[str, Any]:
+    """Collect the statistics in one pass over the images."""
+    if dry_run:
+        return rehearse(settings, run, terminal)
+    inputs = settings.inputs
+    teacher = load_teacher(inputs, settings.run.allow_code)
+    dataset = inputs.dataset or teacher.dataset
+    if dataset is None:
+        raise ConfigError(f"{inputs.teacher}: the teacher's record names no dataset", "give --dataset NAME or DIR")
+    images = real_images(teacher, dataset, inputs.data_dir, inputs.num_images, settings.run.seed)
+    parents = [teacher.parent("teacher"), {"role": "dataset", "spec": dataset}]
+    directory = RunDirectory(Path(settings.run.out or "metadata"), settings, parents, {"data_free": False})
+    if directory.claim():
+        terminal.say(f"{directory.path} is already complete")
+    else:
+        with directory.guard():
+            device = pick_device(settings.run.device)
+            progress = Progress(terminal, settings.command, "images", len(images))
+            try:
+                metadata = collect(
+                    teacher.classifier, images, device, inputs.batch_size, inputs.temperature,
+                    inputs.covariance_units, progress.update,
+                )  # fmt: skip
+            finally:
+                progress.close()
+            info = teacher.classifier.info
+            origin = {"teacher": {"sha256": teacher.sha256, "spec": info.spec}, "dataset": dataset}
+            files = write_metadata(directory.path, metadata, origin)
+            directory.record["device"] = str(device)
+            directory.finish(files, {"count": sum(metadata.counts), "layers": len(metadata.layers)})
+    metrics = directory.record["metrics"]
+    terminal.answer(f"{directory.path}: {metrics['layers']} layers on {metrics['count']} images of {dataset}")
+    return {"artifacts": {"metadata": str(directory.path)}, "metrics": metrics}
+
+
+@torch.no_grad()
+def collect(
+    classifier: Classifier,
+    source: Source,
+    device: torch.device,
+    batch_size: int,
+    temperature: float,
+    covariance_units: int,
+    advance: Callable[[int], None] = lambda _: None,
+) -> Metadata:
+    """Activation statistics by class, accumulated in float64: memory does not grow with the number of images.
+
+    Args:
+        classifier: The teacher.
+        source: Labelled images.
+        device: Where it runs.
+        batch_size: Images of a forward pass.
+        temperature: What the logits are divided by.
+        covariance_units: See :func:`last_layers`, which have a covariance.
+        advance: Called with the number of images seen, after each batch.
+
+    Raises:
+        RunFailed: The teacher gives values that are not finite.
+    """
+    classifier = classifier.eval().to(device)
+    layers, classes = pre_activations(classifier), range(classifier.info.num_classes)
+    with outputs_of(layers) as outputs:
+        probe(classifier.net, classifier.info.input_size)
+        shapes = {name: tuple(outputs[name].shape[1:]) for name in layers}
+        units = {name: math.prod(shape) for name, shape in shapes.items()}
+        head, joint = list(layers)[-1], last_layers(units, covariance_units)
+        moments = {name: [Moments() for _ in classes] for name in layers if name not in joint}
+        together = [Covariance(sum(units[name] for name in joint)) for _ in classes]
+        for images in batches(source, batch_size, device):
+            classifier(images.pixels)
+            rows = {name: outputs[name].flatten(1).cpu().double() for name in layers}
+            rows[head] /= temperature
+            stacked, labels = torch.cat([rows[name] for name in joint], 1), images.true_labels.cpu()
+            for label in sorted(set(labels.tolist())):
+                mine = labels == label
+                together[label].add(stacked[mine])
+                for name, of_class in moments.items():
+                    of_class[label].add(rows[name][mine])
+            advance(sum(seen.count for seen in together))
+    statistics = {name: _by_class(of_class, units[name]) for name, of_class in moments.items()}
+    sizes = [units[name] for name in joint]
+    parts = (torch.split(both, sizes, dim=1) for both in _by_class(together, sum(sizes)))
+    statistics |= dict(zip(joint, zip(*parts, strict=True), strict=True))
+    metadata = Metadata(
+        {
+            name: LayerStatistics(shape, statistics[name][0].float(), statistics[name][1].sqrt().float(), name in joint)
+            for name, shape in shapes.items()
+        },
+        torch.stack([seen.covariance.float() for seen in together]),
+        [seen.count for seen in together],
+        temperature,
+    )
+    if not all(tensor.isfinite().all() for pair in statistics.values() for tensor in pair):
+        raise RunFailed("the teacher gives values that are not finite", "check its weights")
+    return metadata
+
+
+def last_layers(units: Mapping[str, int], limit: int) -> list[str]:
+    """As many of the last layers as have at most ``limit`` units together; the last one whatever it has."""
+    totals = itertools.accumulate(reversed(list(units.values())))
+    count = sum(total <= limit for total in totals)
+    return list(units)[-max(count, 1) :]
+
+
+class Covariance(Moments):
+    """Mean and population covariance of rows (B, D), float64, that come in batches, as if they came at once."""
+
+    def __init__(self, units: int) -> None:
+        super().__init__()
+        self._scatter = torch.zeros(units, units, dtype=torch.float64)
+
+    @property
+    def covariance(self) -> Tensor:
+        """(D, D) float64; zeros before the first row."""
+        return self._scatter / max(self.count, 1)
+
+    def add(self, batch: Tensor) -> None:
+        """Take in a batch: the update of :class:`Moments` for every two units."""
+        mean, new = batch.mean(0), len(batch)
+        centred, shift = batch - mean, mean - self.mean
+        self._scatter.addmm_(centred.T, centred)
+        self._scatter.addr_(shift, shift, alpha=self.count * new / (self.count + new))
+        super().add(batch)
+
+
+def _by_class(seen: Sequence[Moments], units: int) -> tuple[Tensor, Tensor]:
+    """Means and variances (K, D) float64, zeros for a class without images."""
+    nothing = torch.zeros(units, dtype=torch.float64)
+    means = torch.stack([moments.mean if moments.count else nothing for moments in seen])
+    return means, torch.stack([moments.variance if moments.count else nothing for moments in seen])

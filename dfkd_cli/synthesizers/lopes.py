@@ -1,0 +1,228 @@
+"""Data-Free Knowledge Distillation for Deep Neural Networks: images from recorded statistics of activations.
+
+Lopes, Fenu, Starner. NIPS workshop 2017. arXiv:1710.07535.
+
+    a_l ~ N(mu_lk, Sigma_lk)      for an image of class k, in every layer l; the statistics are in the metadata
+    x   = argmin_x  1/D_l mean (ReLU(a_l) - ReLU(h_l(x)))^2          h_l: what goes into the activation, D_l units
+
+``top`` takes the logits alone, divided by the metadata's temperature (and without the factor 1/D_l), ``all`` the sum
+over all recorded layers. ``all-dropout`` is ``all`` with one fixed binary mask for each dropout layer of the teacher,
+drawn anew for every batch and not rescaled. The metadata comes from ``dfkd collect-metadata``, which needs the training
+images: what is made with it uses no image, but says that it uses metadata. The recorded ``targets`` are the classes.
+
+The spectral variants are our reading of the paper's description; the released code leaves them out (its classes of
+that name compute ``all``, its statistics of the graph cannot run). The units of the layers are the nodes of a graph,
+their covariance in class k weighs its edges, and the activations are a signal on it: an image shall have the
+coefficients of a sample on the ``spectrum`` share of the graph's eigenvectors V_k that have the largest eigenvalues,
+
+    x = argmin_x  mean (V_k^T (ReLU(a) - ReLU(h(x))))^2
+
+``spectral-all`` takes one graph of the layers that have a covariance, ``spectral-pairs`` one of every two adjacent ones
+of them, and their mean. Layers are sampled together here.
+
+Other differences from the released code:
+
+- It multiplies the noise by Sigma itself, whose covariance is Sigma^2. ``sampling: gaussian`` (the default) takes the
+  symmetric square root: the covariances are singular, so that they have no Cholesky factor. ``code`` does as the code.
+- Layers without a covariance are sampled unit by unit. In the code this is conv1 of LeNet-5; here it is every layer in
+  front of the last ``--covariance-units`` units, which for LeNet-5 is conv1 too.
+- Starting images are N(0.15, 0.1) there for MNIST and N(0.44, 0.29) for CelebA. Here mean and deviation are the
+  teacher's own, by channel.
+- A batch has images of all classes in turn instead of one class. Images do not depend on each other.
+- ``total_variation`` is no part of the paper and is off.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import itertools
+import math
+from collections.abc import Iterator, Mapping, Sequence
+from dataclasses import dataclass
+from typing import Any, Literal
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+from dfkd_cli.artifacts.metadata import Metadata
+from dfkd_cli.config import option
+from dfkd_cli.errors import ArtifactError
+from dfkd_cli.models.activations import outputs_of
+from dfkd_cli.settings import ImageOptimization
+from dfkd_cli.synthesizers.base import ImageOptimizer, Impressions
+from dfkd_cli.synthesizers.terms import total_variation
+
+
+@dataclass(frozen=True, kw_only=True)
+class Config(ImageOptimization):
+    """Images from activation statistics."""
+
+    batch_size: int = option(64, "images optimised together; also the images of one shard", low=1)
+    iterations: int = option(1000, "inner steps on one batch of images", low=1)
+    lr: float = option(0.07, "Adam learning rate on the pixels", above=0)
+    variant: Literal["top", "all", "all-dropout", "spectral-all", "spectral-pairs"] = option("all", "what is matched")
+    sampling: Literal["gaussian", "code"] = option("gaussian", "noise times the root of the covariance, or times it")
+    spectrum: float = option(0.1, "share of the eigenvectors that spectral variants keep", above=0, high=1)
+    reconstruction: float = option(1.0, "weight of the distance to the sampled activations", low=0)
+    total_variation: float = option(0.0, "weight of a smoothness prior, squared neighbour differences", low=0)
+
+
+class Lopes(ImageOptimizer):
+    """Images whose activations are samples of the metadata's statistics."""
+
+    kind = "images"
+    needs = ("metadata",)
+    config: Config
+
+    def __init__(self, *arguments: Any, metadata: Metadata, **more: Any) -> None:
+        super().__init__(*arguments, **more)
+        self.metadata, self.head = metadata, list(metadata.layers)[-1]
+        self.parts = self._parts()
+        watched = {name for part in self.parts for name in part} - {self.head}  # its output is the logits
+        self.layers = {name: self.teacher.net.get_submodule(name) for name in metadata.layers if name in watched}
+        # A class without statistics cannot be sampled.
+        self.classes = torch.tensor([label for label, count in enumerate(metadata.counts) if count])
+        self.dropouts = []
+        if self.config.variant == "all-dropout":
+            self.dropouts = [layer for layer in self.teacher.net.modules() if isinstance(layer, nn.Dropout)]
+            if not self.dropouts:
+                raise ArtifactError(f"{self.teacher.info.spec} has no dropout layer", "choose another --variant")
+        self._made: dict[tuple[str, tuple[str, ...], int], Tensor] = {}
+
+    @property
+    def spectral(self) -> bool:
+        """Whether the layers of a part are compared by their common spectrum."""
+        return self.config.variant.startswith("spectral")
+
+    def _parts(self) -> list[tuple[str, ...]]:
+        """The layers that are compared together."""
+        if self.config.variant == "top":
+            return [(self.head,)]
+        if not self.spectral:
+            return [(name,) for name in self.metadata.layers]
+        joint = self.metadata.joint
+        if len(joint) < 2:
+            raise ArtifactError(
+                f"--variant {self.config.variant} needs metadata with the covariance of at least two layers",
+                "collect it with more --covariance-units",
+            )
+        return [joint] if self.config.variant == "spectral-all" else list(itertools.pairwise(joint))
+
+    def labels(self, first: int, count: int) -> Tensor:
+        """The classes (count,) of images ``first`` to ``first + count``: they take turns."""
+        return self.classes[torch.arange(first, first + count) % len(self.classes)]
+
+    def targets(self, first: int, count: int) -> Tensor:
+        """The classes, one-hot."""
+        return F.one_hot(self.labels(first, count), self.teacher.info.num_classes).float()
+
+    def start(self, count: int) -> Tensor:
+        """Gaussian noise with the teacher's own mean and deviation."""
+        noise = torch.randn(count, *self.teacher.info.input_size)
+        return self.teacher.mean.cpu() + self.teacher.std.cpu() * noise
+
+    def make(self, first: int, count: int) -> Impressions:
+        """Sample the activations to aim at, then run the inner iterations while hooks watch the layers."""
+        labels = self.labels(first, count)
+        self.aims = {name: aim.to(self.device) for name, aim in self.sample(labels).items()}
+        self.bases = self._bases(labels) if self.spectral else []
+        with outputs_of(self.layers) as self.outputs, fixed_dropout(self.dropouts):
+            return super().make(first, count)
+
+    def sample(self, labels: Tensor) -> dict[str, Tensor]:
+        """One draw of activations (B, D) of every layer that is watched, for classes (B,)."""
+        drawn: dict[str, Tensor] = {}
+        for names in [self.metadata.joint] if self.spectral else self.parts:
+            layers = [self.metadata.layers[name] for name in names]
+            mean = torch.cat([layer.mean for layer in layers], 1)[labels]
+            noise = torch.randn(mean.shape)
+            if layers[0].joint:
+                for label in set(labels.tolist()):
+                    noise[labels == label] @= self._factor(names, label)
+            else:
+                noise *= layers[0].std[labels]
+            parts = torch.split(mean + noise, [layer.mean.shape[1] for layer in layers], dim=1)
+            drawn |= dict(zip(names, parts, strict=True))
+        return drawn
+
+    def _factor(self, names: tuple[str, ...], label: int) -> Tensor:
+        """What noise is multiplied by (U, U)."""
+        key = ("factor", names, label)
+        if key not in self._made:
+            covariance = self.metadata.block(names)[label]
+            self._made[key] = covariance if self.config.sampling == "code" else square_root(covariance)
+        return self._made[key]
+
+    def _bases(self, labels: Tensor) -> list[tuple[tuple[str, ...], Tensor, Tensor]]:
+        """For every part and class: the layers, the rows of the batch (n,), and the eigenvectors (U, Q)."""
+        bases = []
+        for names in self.parts:
+            for label in sorted(set(labels.tolist())):
+                key = ("basis", names, label)
+                if key not in self._made:
+                    self._made[key] = leading_eigenvectors(self.metadata.block(names)[label], self.config.spectrum)
+                rows = (labels == label).nonzero().squeeze(1)
+                bases.append((names, rows.to(self.device), self._made[key].to(self.device)))
+        return bases
+
+    def terms(self, images: Tensor, logits: Tensor, targets: Tensor) -> dict[str, Tensor]:
+        """The distance to the sampled activations, and the smoothness prior where it is on."""
+        given = {name: output.flatten(1).float() for name, output in self.outputs.items()}
+        given[self.head] = logits.flatten(1) / self.metadata.temperature
+        gaps = {name: aim.relu() - given[name].relu() for name, aim in self.aims.items()}
+        if self.config.variant == "top":
+            distance = gaps[self.head].square().mean()
+        elif self.spectral:
+            chosen = [(torch.cat([gaps[n][rows] for n in names], 1), basis) for names, rows, basis in self.bases]
+            distance = spectral_distance(chosen, len(images), len(self.parts))
+        else:
+            distance = layerwise_distance(gaps)
+        terms = {"reconstruction": distance}
+        if self.config.total_variation:
+            terms["total_variation"] = total_variation(images)
+        return terms
+
+
+def square_root(covariance: Tensor) -> Tensor:
+    """The symmetric square root (U, U) of a covariance, which may be singular."""
+    values, vectors = torch.linalg.eigh(covariance.double())
+    return ((vectors * values.clamp_min(0).sqrt()) @ vectors.T).float()
+
+
+def leading_eigenvectors(covariance: Tensor, share: float) -> Tensor:
+    """The eigenvectors (U, Q) with the largest eigenvalues, ``Q = ceil(share * U)``."""
+    vectors = torch.linalg.eigh(covariance.double())[1]
+    return vectors[:, -math.ceil(share * len(vectors)) :].float()
+
+
+def layerwise_distance(gaps: Mapping[str, Tensor]) -> Tensor:
+    """Mean square of each layer's gaps (B, D) divided once more by D, summed over the layers."""
+    return torch.stack([gap.square().mean() / gap.shape[1] for gap in gaps.values()]).sum()
+
+
+def spectral_distance(gaps: Sequence[tuple[Tensor, Tensor]], images: int, parts: int) -> Tensor:
+    """Mean square of the coefficients of gaps.
+
+    Args:
+        gaps: Gaps (n, U) of some images, and the basis (U, Q) they are seen in.
+        images: Of the batch; each is in the gaps once for every part.
+        parts: Parts that are compared; the result is the mean over them.
+    """
+    return torch.stack([(gap @ basis).square().sum() / basis.shape[1] for gap, basis in gaps]).sum() / (images * parts)
+
+
+@contextlib.contextmanager
+def fixed_dropout(layers: Sequence[nn.Dropout]) -> Iterator[None]:
+    """Multiply what each of the layers gives by one binary mask, drawn when it first runs. Nothing is rescaled."""
+    masks: dict[nn.Module, Tensor] = {}
+
+    def drop(layer: nn.Dropout, _: Any, output: Tensor) -> Tensor:
+        if layer not in masks:  # on the CPU, so that masks do not depend on the device
+            masks[layer] = torch.bernoulli(torch.full(output.shape, 1 - layer.p)).to(output)
+        return output * masks[layer]
+
+    with contextlib.ExitStack() as hooks:
+        for layer in layers:
+            hooks.enter_context(layer.register_forward_hook(drop))
+        yield
