@@ -14,7 +14,7 @@ demo: .venv/.done ## The five commands on the bundled digits, in demo/, with the
 	rm -rf demo && mkdir demo
 	cd demo && export PATH="$(BIN):$$PATH" && time ( set -e; \
 	  dfkd train-teacher; \
-	  dfkd synthesize --method zskd --beta 1.0 0.1; \
+	  dfkd synthesize --recipe zskd-digits; \
 	  dfkd distill --transfer-set shards/; \
 	  dfkd evaluate; \
 	  dfkd compare student/ )
