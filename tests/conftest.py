@@ -7,11 +7,13 @@ import os
 import signal
 import subprocess
 import sys
+import time
 from collections.abc import Callable, Iterator, Mapping
 from pathlib import Path
 
 import pytest
 import torch
+from pipeline import PIPELINE, finish, hashes
 from stand_ins import statistics_of
 
 from dfkd_cli.artifacts.files import sha256_file
@@ -41,8 +43,8 @@ def make_teacher(tmp_path_factory) -> Iterator[Callable[[str], Path]]:
         return made[spec][0]
 
     yield make
-    for path, hashes in made.values():
-        assert {file: sha256_file(file) for file in path.iterdir()} == hashes, f"a test changed {path}"
+    for path, intact in made.values():
+        assert {file: sha256_file(file) for file in path.iterdir()} == intact, f"a test changed {path}"
 
 
 @pytest.fixture(scope="session")
@@ -96,3 +98,15 @@ def cli(capsys) -> Iterator[Callable[..., tuple[int, str, str]]]:
     yield run
     for number, handler in handlers.items():
         signal.signal(number, handler)
+
+
+@pytest.fixture(scope="session")
+def reference(tmp_path_factory: pytest.TempPathFactory) -> tuple[dict[str, str], list[float], Path]:
+    """The hashes and durations of an uninterrupted pipeline."""
+    directory = tmp_path_factory.mktemp("reference")
+    seconds = []
+    for arguments in PIPELINE:
+        begin = time.monotonic()
+        finish(arguments, directory)
+        seconds.append(time.monotonic() - begin)
+    return hashes(directory), seconds, directory

@@ -10,8 +10,8 @@ import numpy as np
 import oracles
 import pytest
 import torch
+from pipeline import finish, start
 from test_regimes import CLASSES, REGIMES, STILL, Given, inputs, linear, network, pixels, regime, response, train
-from test_resume import finish, start
 from torch import nn
 
 from dfkd_cli.artifacts.files import sha256_file

@@ -1,127 +1,16 @@
-"""Killed at any moment, the same command finishes the work with the same bytes. Real processes, real signals."""
+"""What is finished is kept: signals, the same command again, damage, several processes. Real processes."""
 
 from __future__ import annotations
 
 import hashlib
 import json
-import os
-import random
 import signal
 import subprocess
-import sys
 import time
 from pathlib import Path
 
 import pytest
-
-KILLS = int(os.environ.get("DFKD_KILLS", "4"))  # `make kill-test` asks for more
-# Small enough for a test, long enough for a kill to hit every phase: start, rounds, checkpoints, the final writes.
-PIPELINE = [
-    ["train-teacher", "--steps", "1000", "--batch-size", "16"],
-    [
-        "synthesize",
-        "--method",
-        "zskd",
-        "--beta",
-        "1.0",
-        "0.1",
-        "--num-images",
-        "160",
-        "--batch-size",
-        "8",
-        "--iterations",
-        "40",
-    ],
-    ["distill", "--transfer-set", "shards/", "--steps", "1000", "--batch-size", "16"],
-]
-RESULTS = ["teacher/model.safetensors", "teacher/model.json", "teacher/metrics.csv", "shards/manifest.json",
-           "shards/metrics.csv", "shards/preview.png", "student/model.safetensors", "student/model.json",
-           "student/metrics.csv"]  # fmt: skip
-
-
-def start(arguments: list[str], cwd: Path) -> subprocess.Popen[str]:
-    """A command in a process of its own."""
-    environment = {**os.environ, "OMP_NUM_THREADS": "1"}
-    return subprocess.Popen(
-        [sys.executable, "-m", "dfkd_cli", *arguments],
-        cwd=cwd,
-        env=environment,
-        stdout=subprocess.PIPE,
-        stderr=subprocess.PIPE,
-        text=True,
-    )
-
-
-def finish(arguments: list[str], cwd: Path) -> None:
-    """Run a command to its end."""
-    process = start(arguments, cwd)
-    out, err = process.communicate()
-    assert process.returncode == 0, out + err
-
-
-def hashes(directory: Path) -> dict[str, str]:
-    """The hash of every result."""
-    return {name: hashlib.sha256((directory / name).read_bytes()).hexdigest() for name in RESULTS}
-
-
-@pytest.fixture(scope="module")
-def reference(tmp_path_factory: pytest.TempPathFactory) -> tuple[dict[str, str], list[float], Path]:
-    """The hashes and durations of an uninterrupted pipeline."""
-    directory = tmp_path_factory.mktemp("reference")
-    seconds = []
-    for arguments in PIPELINE:
-        begin = time.monotonic()
-        finish(arguments, directory)
-        seconds.append(time.monotonic() - begin)
-    return hashes(directory), seconds, directory
-
-
-def test_killed_pipeline_equals_uninterrupted(reference: tuple, tmp_path: Path) -> None:
-    """kill -9 at random moments over the three stages, then the same commands again."""
-    expected, seconds, _ = reference
-    moments = random.Random(0)
-    hits = 0
-    for kill in range(KILLS):
-        directory = tmp_path / f"kill{kill}"
-        directory.mkdir()
-        at = moments.uniform(0, sum(seconds))
-        for arguments, duration in zip(PIPELINE, seconds, strict=True):
-            if 0 <= at < duration:
-                process = start(arguments, directory)
-                try:
-                    process.communicate(timeout=at)
-                except subprocess.TimeoutExpired:
-                    process.kill()
-                    process.communicate()
-                    hits += 1
-            at -= duration
-            finish(arguments, directory)
-        assert hashes(directory) == expected, f"kill {kill}"
-    assert hits, "no kill hit a running command"
-
-
-def test_killed_again_and_again(reference: tuple, tmp_path: Path) -> None:
-    """A student whose training is killed as soon as it has saved something new, until it is finished."""
-    expected, _, source = reference
-    for name in ("teacher", "shards"):
-        (tmp_path / name).symlink_to(source / name)
-    checkpoint = tmp_path / "student" / "checkpoints" / "last.ckpt"
-    kills = 0
-    while True:
-        before = checkpoint.stat().st_mtime_ns if checkpoint.exists() else 0
-        process = start(PIPELINE[2], tmp_path)
-        while process.poll() is None and (not checkpoint.exists() or checkpoint.stat().st_mtime_ns == before):
-            time.sleep(0.005)
-        if process.poll() is not None:
-            break
-        process.kill()
-        process.communicate()
-        kills += 1
-    assert kills >= 2
-    finish(PIPELINE[2], tmp_path)
-    assert {k: v for k, v in hashes(tmp_path).items() if k.startswith("student")} == {
-        k: v for k, v in expected.items() if k.startswith("student")
-    }
+from pipeline import PIPELINE, finish, start
 
 
 @pytest.mark.parametrize(("signum", "code"), [(signal.SIGINT, 130), (signal.SIGTERM, 143)])
