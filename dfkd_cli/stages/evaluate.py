@@ -290,10 +290,6 @@ class _Opener:
 Column = tuple[str, str, Callable[[Any], str]]  # heading, key of a result, how its value is shown
 
 
-def _words(values: Sequence[str]) -> str:
-    return " ".join(values) or "-"
-
-
 COLUMNS: dict[str, list[Column]] = {
     "model": [
         ("MODEL", "path", str),
@@ -305,7 +301,7 @@ COLUMNS: dict[str, list[Column]] = {
         ("PARAMS", "parameters", "{:,}".format),
         ("MACS", "macs", "{:,}".format),
         ("LATENCY", "latency_ms", "{:.2f} ms".format),
-        ("USES", "uses", _words),
+        ("USES", "uses", " ".join),
     ],
     "shards": [
         ("SHARDS", "path", str),
@@ -315,16 +311,18 @@ COLUMNS: dict[str, list[Column]] = {
         ("TARGET MATCH", "target_match", "{:.2%}".format),
         ("DIVERSITY", "diversity", "{:.3f}".format),
         ("BN DISTANCE", "bn_distance", "{:.3f}".format),
-        ("USES", "uses", _words),
+        ("USES", "uses", " ".join),
     ],
 }
 
 
 def _table(results: list[dict[str, Any]], columns: list[Column]) -> Table:
+    """What was measured; a column in which no result has anything is left out."""
     table = Table(box=None, header_style="bold")
+    columns = [column for column in columns if any(result[column[1]] not in (None, []) for result in results)]
     for heading, key, _ in columns:
         path = key == "path"
         table.add_column(heading, justify="left" if path else "right", no_wrap=not path, overflow="fold")
     for result in results:
-        table.add_row(*(Text("-" if result[key] is None else show(result[key])) for _, key, show in columns))
+        table.add_row(*(Text("-" if result[key] in (None, []) else show(result[key])) for _, key, show in columns))
     return table
