@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import contextlib
 from collections.abc import Iterator, Mapping
+from dataclasses import dataclass
 from typing import Any
 
 from torch import Tensor, nn
@@ -12,19 +13,50 @@ from torch.nn.modules.batchnorm import _BatchNorm
 from dfkd_cli.models.classifier import Classifier, probe
 
 
+@dataclass(frozen=True)
+class Tap:
+    """A place in a network: what comes out of a layer, or with ``before`` what goes into it."""
+
+    layer: nn.Module
+    before: bool = False
+
+
 @contextlib.contextmanager
-def outputs_of(layers: Mapping[str, nn.Module]) -> Iterator[dict[str, Tensor]]:
-    """The latest output (B, ...) of each layer by its name, whenever the network runs inside the ``with`` block."""
+def values_at(taps: Mapping[str, Tap]) -> Iterator[dict[str, Tensor]]:
+    """The latest value (B, ...) at each tap by its name, whenever the network runs inside the ``with`` block."""
     seen: dict[str, Tensor] = {}
 
-    def watch(name: str, layer: nn.Module) -> Any:
-        # A copy: what follows may change the output in place.
-        return layer.register_forward_hook(lambda _, __, output: seen.update({name: output.clone()}))
+    def watch(name: str, tap: Tap) -> Any:
+        # Copies: what follows may change the value in place.
+        if tap.before:
+            return tap.layer.register_forward_pre_hook(lambda _, inputs: seen.update({name: inputs[0].clone()}))
+        return tap.layer.register_forward_hook(lambda _, __, output: seen.update({name: output.clone()}))
 
     with contextlib.ExitStack() as hooks:
-        for name, layer in layers.items():
-            hooks.enter_context(watch(name, layer))
+        for name, tap in taps.items():
+            hooks.enter_context(watch(name, tap))
         yield seen
+
+
+def outputs_of(layers: Mapping[str, nn.Module]) -> contextlib.AbstractContextManager[dict[str, Tensor]]:
+    """The latest output (B, ...) of each layer by its name, whenever the network runs inside the ``with`` block."""
+    return values_at({name: Tap(layer) for name, layer in layers.items()})
+
+
+@contextlib.contextmanager
+def batch_statistics(classifier: Classifier) -> Iterator[None]:
+    """BatchNorm layers use each batch's statistics inside the ``with`` block, and learn nothing from it.
+
+    Everything else stays as it is: dropout and frozen parameters among them.
+    """
+    layers = [(layer, layer.training) for layer in classifier.batch_norms()]
+    for layer, _ in layers:
+        layer.training, layer.track_running_stats = True, False
+    try:
+        yield
+    finally:
+        for layer, training in layers:
+            layer.training, layer.track_running_stats = training, True
 
 
 def pre_activations(classifier: Classifier) -> dict[str, nn.Module]:

@@ -1,0 +1,144 @@
+"""Named places in a network where its features are read. Any network: its code needs no change.
+
+- ``stage1`` ... ``stageN``: the feature maps. A network whose modules have these names means these. In any other a
+  stage is everything at one resolution: the last map (B, C, H, W) of each resolution above one pixel at which a
+  convolution gives its output, in the order of the resolutions. ImageNet networks start with a strided stem, which is
+  thus their ``stage1``. ``last`` is the last stage, ``stages`` are all of them.
+- ``penultimate``: what goes into the linear layer that gives the logits. ``logits``: what comes out.
+- The path of any module of ``net``, such as ``layer3.1.conv2``: its output.
+- ``NAME.pre``: the value at one of these before its activation. Where it is not activated yet, as at the stages of
+  pre-activation networks, it is what next goes into an activation, after the BatchNorm in between.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import itertools
+from collections.abc import Iterable
+from dataclasses import dataclass
+from typing import Any
+
+from torch import Tensor, nn
+from torch.nn.modules.batchnorm import _BatchNorm
+
+from dfkd_cli.errors import ConfigError
+from dfkd_cli.models.activations import Tap
+from dfkd_cli.models.classifier import Classifier, probe
+
+BEFORE = ".pre"
+LAST, STAGES, PENULTIMATE, LOGITS = "last", "stages", "penultimate", "logits"
+
+
+@dataclass
+class _Call:
+    """One run of a layer. The tensors are kept: their identity tells who reads what, and freed memory is reused."""
+
+    path: str
+    layer: nn.Module
+    input: Any
+    output: Tensor
+
+    @property
+    def activates(self) -> bool:
+        return type(self.layer).__module__ == nn.ReLU.__module__
+
+
+class Taps:
+    """The places of one network by name, found by sending one image through it.
+
+    Args:
+        classifier: The network.
+    """
+
+    def __init__(self, classifier: Classifier) -> None:
+        self.classifier = classifier
+        self._calls: list[_Call] = []
+        paths = {layer: path for path, layer in classifier.net.named_modules()}
+
+        def remember(layer: nn.Module, inputs: tuple[Any, ...], output: Any) -> None:
+            if isinstance(output, Tensor) and inputs:
+                self._calls.append(_Call(paths[layer], layer, inputs[0], output))
+
+        with contextlib.ExitStack() as hooks:
+            for layer in paths:
+                hooks.enter_context(layer.register_forward_hook(remember))
+            probe(classifier.net, classifier.info.input_size)
+        self._latest = {call.path: call for call in self._calls}
+        self.stages = {f"stage{i}": path for i, path in enumerate(self._stages(), start=1)}
+
+    def _stages(self) -> list[str]:
+        """The paths of the stages, from the first to the last."""
+        names = itertools.takewhile(self._latest.__contains__, (f"stage{i}" for i in itertools.count(1)))
+        if named := list(names):
+            return named
+        maps: dict[tuple[int, ...], str] = {}
+        convolved = set()
+        for call in self._calls:
+            if call.output.ndim == 4:
+                size = tuple(call.output.shape[2:])
+                maps[size] = call.path
+                if isinstance(call.layer, nn.Conv2d):
+                    convolved.add(size)
+        return [path for size, path in maps.items() if size in convolved and size != (1, 1)]
+
+    def names(self, wanted: Iterable[str]) -> list[str]:
+        """The names of single places that the wanted names stand for: ``stages`` are several."""
+        found: list[str] = []
+        for name in wanted:
+            base, before = (name.removesuffix(BEFORE), BEFORE) if name.endswith(BEFORE) else (name, "")
+            stages = list(self.stages) if base == STAGES else list(self.stages)[-1:] if base == LAST else []
+            found += [stage + before for stage in stages] or [name]
+        return found
+
+    def find(self, name: str) -> Tap:
+        """The place of that name.
+
+        Raises:
+            ConfigError: There is none; the message names those that there are.
+            ArtifactError: ``penultimate`` of a network without a linear layer at its end.
+        """
+        if name == PENULTIMATE:
+            return Tap(self.classifier.head(), before=True)
+        if name.endswith(BEFORE):
+            return self._before_activation(name)
+        return Tap(self._call(name).layer)
+
+    def shape(self, name: str) -> tuple[int, ...]:
+        """The shape of one image's features at the place of that name: (C, H, W) or (D,)."""
+        tap = self.find(name)
+        call = next(call for call in reversed(self._calls) if call.layer is tap.layer)
+        return tuple((call.input if tap.before else call.output).shape[1:])
+
+    def _call(self, name: str) -> _Call:
+        path = "" if name == LOGITS else self.stages.get(name, name)
+        if path not in self._latest or (path == "" and name != LOGITS):
+            known = ", ".join([*self.stages, PENULTIMATE, LOGITS])
+            raise ConfigError(
+                f"{self.classifier.info.spec} has no features {name!r}",
+                f"choose from: {known}, one of them with {BEFORE}, or the path of a module",
+            )
+        return self._latest[path]
+
+    def _before_activation(self, name: str) -> Tap:
+        value = self._call(name.removesuffix(BEFORE)).output
+        activations = [call for call in self._calls if call.activates]
+        found = next((call for call in reversed(activations) if call.output is value), None)
+        if found is None:
+            norms = (c.output for c in self._calls if isinstance(c.layer, _BatchNorm) and c.input is value)
+            value = next(norms, value)
+            found = next((call for call in activations if call.input is value), None)
+        if found is None or self._latest[found.path] is not found:
+            raise ConfigError(
+                f"{self.classifier.info.spec} has no features {name!r}: no activation module of its own is found there",
+                "give the path of the module whose output goes into the activation",
+            )
+        return Tap(found.layer, before=True)
+
+
+def find_taps(classifier: Classifier, names: Iterable[str]) -> dict[str, Tap]:
+    """Places of a network by name. The network is only looked at when there are names."""
+    names = list(dict.fromkeys(names))
+    if not names:
+        return {}
+    taps = Taps(classifier)
+    return {name: taps.find(name) for name in names}

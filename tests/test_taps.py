@@ -1,0 +1,210 @@
+"""Taps: which place a name stands for, in networks of any kind, what is read there, and that nothing is left behind."""
+
+from __future__ import annotations
+
+import copy
+
+import pytest
+import torch
+import torch.nn.functional as F
+from torch import nn
+
+from dfkd_cli.errors import ArtifactError, ConfigError
+from dfkd_cli.models.activations import Tap, batch_statistics, values_at
+from dfkd_cli.models.classifier import Classifier, ModelInfo
+from dfkd_cli.models.registry import build
+from dfkd_cli.models.taps import Taps, find_taps
+from dfkd_cli.objectives.base import ask
+
+
+def classifier(spec: str, side: int = 32, channels: int = 3) -> Classifier:
+    size = (channels, side, side)
+    with torch.random.fork_rng():
+        torch.manual_seed(0)
+        return of(build(spec, 10, size), size, spec)
+
+
+def of(net: nn.Module, size: tuple[int, int, int], spec: str = "test") -> Classifier:
+    classes = 10 if spec != "test" else 2
+    return Classifier(net, ModelInfo(spec, classes, size, (0.0,) * size[0], (1.0,) * size[0])).eval()
+
+
+def hooked(made: Classifier) -> int:
+    return sum(len(m._forward_hooks) + len(m._forward_pre_hooks) for m in made.modules())
+
+
+# -- names -------------------------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize(
+    ("spec", "side", "stages"),
+    [
+        ("torchvision:resnet18", 64, {"relu": (64, 32), "layer1": (64, 16), "layer2": (128, 8), "layer3": (256, 4),
+                                      "layer4": (512, 2)}),
+        ("torchvision:vgg11", 32, {"features.1": (64, 32), "features.4": (128, 16), "features.9": (256, 8),
+                                   "features.14": (512, 4), "features.19": (512, 2)}),
+        ("timm:resnet18", 64, {"act1": (64, 32), "layer1": (64, 16), "layer2": (128, 8), "layer3": (256, 4),
+                               "layer4": (512, 2)}),
+        ("lenet5", 32, {"stage1": (6, 14), "stage2": (16, 5)}),
+        ("resnet20", 32, {"stage1": (16, 32), "stage2": (32, 16), "stage3": (64, 8)}),
+        ("wrn-16-1", 32, {"stage1": (16, 32), "stage2": (32, 16), "stage3": (64, 8)}),
+        ("vgg8", 32, {"stage1": (64, 32), "stage2": (128, 16), "stage3": (256, 8), "stage4": (512, 4),
+                      "stage5": (512, 4)}),
+    ],
+)  # fmt: skip
+def test_stages_of_networks_that_name_them_and_of_those_that_do_not(spec, side, stages):
+    if spec.startswith("timm"):
+        pytest.importorskip("timm")
+    made = classifier(spec, side)
+    taps = Taps(made)
+    assert taps.stages == {f"stage{i}": path for i, path in enumerate(stages, start=1)}
+    for name, (path, (channels, pixels)) in zip(taps.stages, stages.items(), strict=True):
+        assert taps.find(name) == Tap(made.net.get_submodule(path))
+        assert taps.shape(name) == (channels, pixels, pixels)
+    assert taps.names(["stages", "last.pre", "logits"]) == [*taps.stages, f"stage{len(stages)}.pre", "logits"]
+    assert taps.shape("penultimate") == (made.head().in_features,)
+    assert taps.shape("logits") == (10,)
+    assert hooked(made) == 0
+
+
+@pytest.mark.parametrize("spec", ["torchvision:resnet18", "torchvision:vgg11", "lenet5", "resnet20", "wrn-16-1"])
+def test_features_are_what_the_layers_give_and_lead_to_the_logits(spec):
+    made, pixels = classifier(spec), torch.rand(3, 3, 32, 32)
+    names = [*Taps(made).stages, "penultimate", "logits"]
+    outputs = ask(made, pixels, find_taps(made, names))
+    assert list(outputs.features) == names
+    torch.testing.assert_close(made.head()(outputs.features["penultimate"]), outputs.logits)
+    assert torch.equal(outputs.features["logits"], made(pixels))
+    assert hooked(made) == 0
+
+
+def test_a_module_path_is_a_name():
+    made = classifier("torchvision:resnet18")
+    assert find_taps(made, ["layer3.1.conv2"]) == {"layer3.1.conv2": Tap(made.net.layer3[1].conv2)}
+
+
+@pytest.mark.parametrize("name", ["stage3", "layer1", "", "stage3.pre", "stages.pre"])
+def test_an_unknown_name_is_refused_with_those_that_there_are(name):
+    with pytest.raises(ConfigError) as caught:
+        Taps(classifier("lenet5")).find(name)
+    assert "lenet5 has no features" in caught.value.message
+    assert "stage1, stage2, penultimate, logits" in caught.value.hint
+    assert "\n" not in str(caught.value)
+
+
+def test_no_linear_layer_no_penultimate():
+    made = of(nn.Sequential(nn.Conv2d(1, 2, 3), nn.AdaptiveMaxPool2d(1), nn.Flatten()), (1, 8, 8))
+    with pytest.raises(ArtifactError, match="no linear layer"):
+        Taps(made).find("penultimate")
+    assert Taps(made).shape("stage1") == (2, 6, 6)
+
+
+def test_looking_changes_nothing():
+    made = classifier("resnet8").train()
+    before = copy.deepcopy(made.state_dict())
+    state = torch.get_rng_state()
+    Taps(made)
+    assert made.training and made.net.training
+    assert torch.equal(state, torch.get_rng_state())
+    assert all(torch.equal(value, before[key]) for key, value in made.state_dict().items())
+
+
+# -- before the activation ---------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("spec", ["torchvision:resnet18", "torchvision:vgg11", "resnet20"])
+def test_before_the_activation_of_a_stage(spec):
+    """Also where the activation works in place, and where its module runs twice in a block."""
+    made = classifier(spec)
+    stages = list(Taps(made).stages)
+    outputs = ask(made, torch.rand(2, 3, 32, 32), find_taps(made, [*stages, *(f"{s}.pre" for s in stages)]))
+    for stage in stages:
+        before = outputs.features[f"{stage}.pre"]
+        assert (before < 0).any()
+        torch.testing.assert_close(F.relu(before), outputs.features[stage])
+
+
+def test_before_the_next_activation_where_stages_are_not_activated():
+    made = classifier("wrn-16-1")
+    names = ["stage1", "stage1.pre", "stage3", "stage3.pre"]
+    features = ask(made, torch.rand(2, 3, 32, 32), find_taps(made, names)).features
+    torch.testing.assert_close(features["stage1.pre"], made.net.stage2[0].bn1(features["stage1"]))
+    torch.testing.assert_close(features["stage3.pre"], made.net.norm[0](features["stage3"]))
+
+
+def test_an_activation_that_is_used_again_later_is_no_tap():
+    class Reuses(nn.Module):
+        def __init__(self):
+            super().__init__()
+            self.stage1, self.stage2 = nn.Conv2d(1, 4, 3, 2), nn.Conv2d(4, 4, 3, 2)
+            self.relu, self.head = nn.ReLU(inplace=True), nn.Linear(4, 2)
+
+        def forward(self, x):
+            x = self.relu(self.stage2(self.relu(self.stage1(x))))
+            return self.head(x.mean((2, 3)))
+
+    taps = Taps(of(Reuses(), (1, 9, 9)))
+    with pytest.raises(ConfigError, match="no activation module of its own"):
+        taps.find("stage1.pre")
+    assert taps.shape("stage2.pre") == (4, 1, 1)
+
+
+def test_values_are_those_before_a_change_in_place():
+    net = nn.Sequential(nn.Conv2d(1, 4, 3), nn.ReLU(inplace=True), nn.Flatten(), nn.Linear(36, 2))
+    made, pixels = of(net, (1, 5, 5)), torch.randn(3, 1, 5, 5)
+    outputs = ask(made, pixels, find_taps(made, ["0", "stage1.pre", "stage1"]))
+    expected = net[0](pixels)
+    assert (expected < 0).any()
+    torch.testing.assert_close(outputs.features["0"], expected)
+    torch.testing.assert_close(outputs.features["stage1.pre"], expected)
+    torch.testing.assert_close(outputs.features["stage1"], expected.relu())
+
+
+def test_gradients_go_through_taps():
+    made = of(nn.Sequential(nn.Conv2d(1, 4, 3), nn.ReLU(inplace=True), nn.Flatten(), nn.Linear(36, 2)), (1, 5, 5))
+    outputs = ask(made, torch.randn(3, 1, 5, 5), find_taps(made, ["stage1.pre"]))
+    outputs.features["stage1.pre"].sum().backward()
+    assert made.net[0].weight.grad.abs().sum() > 0
+    assert made.net[3].weight.grad is None
+
+
+# -- hooks -------------------------------------------------------------------------------------------------------------
+
+
+def test_hooks_are_gone_however_the_block_ends():
+    made = classifier("lenet5", channels=1)
+    taps = find_taps(made, ["stage1", "penultimate"])
+    with pytest.raises(ZeroDivisionError), values_at(taps):
+        assert hooked(made) == 2
+        raise ZeroDivisionError
+    assert hooked(made) == 0
+    with pytest.raises(RuntimeError):
+        ask(made, torch.rand(1, 7, 32, 32), taps)  # the network itself fails
+    assert hooked(made) == 0
+
+
+def test_without_names_nothing_is_hooked_and_nothing_is_run():
+    made, ran = classifier("lenet5", channels=1), []
+    made.net.register_forward_hook(lambda *_: ran.append(hooked(made)))
+    assert find_taps(made, []) == {}
+    assert ran == []
+    assert ask(made, torch.rand(1, 1, 32, 32), {}).features == {}
+    assert ran == [1]  # this test's own
+
+
+# -- the teacher's mode ------------------------------------------------------------------------------------------------
+
+
+def test_batch_statistics_are_used_and_not_learned():
+    made, pixels = classifier("resnet8").freeze(), 3 * torch.rand(16, 3, 32, 32)
+    before = copy.deepcopy(made.state_dict())
+    learning = copy.deepcopy(made)
+    expected = learning.net.train()(pixels)
+    calm = made(pixels)
+    with pytest.raises(ZeroDivisionError), batch_statistics(made):
+        torch.testing.assert_close(made(pixels), expected)
+        raise ZeroDivisionError
+    assert not torch.allclose(expected, calm, atol=1e-3)
+    assert torch.equal(made(pixels), calm)
+    assert all(torch.equal(value, before[key]) for key, value in made.state_dict().items())
+    assert not any(module.training for module in made.modules())
