@@ -2,7 +2,7 @@
 
 A method is one file in ``synthesizers/``, ``objectives/`` or ``regimes/``. Its name is the file's name in kebab-case,
 its paper and summary come from the module docstring, its flags from its ``Config`` class, its ``kind`` and ``needs``
-from the class that does the work. There is no list to edit elsewhere.
+(and the ``default_weight`` of an objective) from the class that does the work. There is no list to edit elsewhere.
 """
 
 from __future__ import annotations
@@ -38,6 +38,7 @@ class Entry:
     doc: str
     class_name: str
     config: type
+    weight: float  # of an objective that is chosen without one: its paper's
 
     def load(self) -> type:
         """Import the file and return the class that does the work."""
@@ -81,6 +82,7 @@ def _read(path: Path, package: str) -> Entry | None:
         doc=doc,
         class_name=worker,
         config=_config_class(tree, classes["Config"], path),
+        weight=traits.get("default_weight", 1.0),
     )
 
 

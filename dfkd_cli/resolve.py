@@ -115,25 +115,26 @@ def choose(command: str, layers: list[Layer]) -> dict[str, list[tuple[catalog.En
         if named is None:
             known = ", ".join(catalog.entries(package))
             raise ConfigError(f"{command} needs a --{flag}", f"choose from: {known}")
-        weights = _weights(named, flag)
+        picked = {name: (catalog.find(package, name, flag), weight) for name, weight in _named(named, flag)}
+        weights = {name: entry.weight if weight is None else weight for name, (entry, weight) in picked.items()}
         for source, layer in layers:  # `--set objective.NAME.weight=2`
             for name in weights:
                 label = f"{flag}.{name}.weight"
                 weights[name] = config.convert(layer.get(label, weights[name]), float, source + label)
-        chosen[flag] = [(catalog.find(package, name, flag), weight) for name, weight in weights.items()]
+        chosen[flag] = [(picked[name][0], weight) for name, weight in weights.items()]
     return chosen
 
 
-def _weights(named: Any, flag: str) -> dict[str, float]:
-    """``zskd``, ``["response=0.9", "at"]`` or ``{response: {weight: 0.9}}`` as names with weights."""
+def _named(named: Any, flag: str) -> list[tuple[str, float | None]]:
+    """``zskd``, ``["response=0.9", "at"]`` or ``{response: {weight: 0.9}}`` as names with the weights that they say."""
     if isinstance(named, Mapping):
-        pairs = [(n, v.get("weight", 1.0) if isinstance(v, Mapping) else v) for n, v in named.items()]
+        pairs = [(n, v.get("weight") if isinstance(v, Mapping) else v) for n, v in named.items()]
     else:
         items = named if isinstance(named, (list, tuple)) else [named]
-        pairs = [(n, w or "1") for n, _, w in (str(item).partition("=") for item in items)]
+        pairs = [(n, w or None) for n, _, w in (str(item).partition("=") for item in items)]
     if flag == "method" and len(pairs) != 1:
         raise ConfigError(f"{flag}: needs one name, got {named!r}")
-    return {str(name): config.convert(weight, float, f"{flag} {name}") for name, weight in pairs}
+    return [(str(n), None if w is None else config.convert(w, float, f"{flag} {n}")) for n, w in pairs]
 
 
 def _flatten(layer: Mapping[str, Any], chosen: Mapping[str, Any]) -> dict[tuple[str, ...], Any]:

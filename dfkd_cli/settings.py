@@ -14,6 +14,8 @@ _NOISE = "Gaussian noise, standard deviation in pixel units"
 _OPTIMIZER = "optimiser"
 _LR = "peak learning rate"
 _DECAY = "weight decay"
+TEMPERATURE = "softmax temperature"
+TAPS = "features: stage1 ..., stages, last, penultimate, logits, a module's path"
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -54,6 +56,24 @@ class ImageOptimization:
     iterations: int = option(50, "inner steps on one batch of images", low=1)
     lr: float = option(0.1, "Adam learning rate on the pixels", above=0)
     dtype: Literal["float16", "float32"] = option("float16", "stored pixels")
+
+
+@dataclass(frozen=True, kw_only=True)
+class Answers:
+    """What losses between the logits share."""
+
+    temperature: float = option(4.0, TEMPERATURE, above=0)
+    standardise: bool = option(False, "z-scores of each image's logits instead of the logits (arXiv:2403.01427)")
+    hard: float = option(0.0, "weight of the true labels; the teacher's own where the set has none", low=0)
+    label_smoothing: float = option(0.0, "share of the hard label spread over all classes", low=0, high=1)
+
+
+@dataclass(frozen=True, kw_only=True)
+class Compared:
+    """What losses between features share."""
+
+    taps: tuple[str, ...] = option(("stages",), TAPS)
+    teacher_taps: tuple[str, ...] | None = option(None, "the teacher's, in the same order (default: the same names)")
 
 
 # -- the inputs of each command ----------------------------------------------------------------------------------------

@@ -3,10 +3,17 @@
 from __future__ import annotations
 
 from abc import abstractmethod
-from dataclasses import dataclass
-from typing import Any, ClassVar
+from collections.abc import Mapping
+from dataclasses import dataclass, field
+from typing import Any, ClassVar, Literal
 
+import torch
 from torch import Tensor, nn
+
+from dfkd_cli.errors import ConfigError
+from dfkd_cli.models.activations import Tap, values_at
+from dfkd_cli.models.classifier import Classifier
+from dfkd_cli.models.taps import Taps
 
 
 @dataclass
@@ -15,9 +22,18 @@ class Outputs:
 
     Attributes:
         logits: (B, K) float32.
+        features: What it has inside, (B, ...) float32, by the names of the taps that objectives ask for.
     """
 
     logits: Tensor
+    features: Mapping[str, Tensor] = field(default_factory=dict)
+
+
+def ask(classifier: Classifier, pixels: Tensor, taps: Mapping[str, Tap]) -> Outputs:
+    """A network's outputs for pixels (B, C, H, W), with its features at the taps. Without taps nothing is hooked."""
+    with values_at(taps) as features:
+        logits = classifier(pixels).float()
+    return Outputs(logits, {name: value.float() for name, value in features.items()})
 
 
 class Objective(nn.Module):
@@ -25,15 +41,74 @@ class Objective(nn.Module):
 
     A subclass says in ``needs`` what it asks for (``"labels"``), and has a ``Config`` in its file with a weight for
     every term, under the term's name. Trainable parts of its own belong to the module and are trained with the student.
+
+    Attributes:
+        default_weight: The weight of the whole objective where the user gives none: its paper's.
+        teacher_mode: ``train`` where the teacher's BatchNorm has to use the statistics of the batch.
+        pairs: The taps that are compared, each as the student's name and the teacher's.
+        epoch: Finished passes over the images; the regime keeps it.
     """
 
     kind: ClassVar[str]
     needs: ClassVar[tuple[str, ...]] = ()
+    default_weight: ClassVar[float] = 1.0
+    teacher_mode: ClassVar[Literal["eval", "train"]] = "eval"
+    pairs: tuple[tuple[str, str], ...] = ()
+    epoch: int = 0
 
     def __init__(self, config: Any) -> None:
         super().__init__()
         self.config = config
 
+    def connect(self, student: Classifier, teacher: Classifier) -> None:
+        """Choose taps and make what depends on the two networks. Called once, before training; nothing by default.
+
+        Raises:
+            DfkdError: The objective does not work between these networks.
+        """
+
+    @property
+    def strength(self) -> float:
+        """What the weights are multiplied by in this epoch."""
+        return 1.0
+
     @abstractmethod
     def forward(self, student: Outputs, teacher: Outputs, labels: Tensor | None) -> dict[str, Tensor]:
         """The loss terms. The teacher's outputs carry no gradient; ``labels`` (B,) are true ones, or None."""
+
+
+class FeatureObjective(Objective):
+    """An objective on pairs of features: its terms are those of each pair, summed.
+
+    Its ``Config`` extends :class:`dfkd_cli.settings.Compared`.
+    """
+
+    kind: ClassVar[str]
+
+    def connect(self, student: Classifier, teacher: Classifier) -> None:
+        """Pair the taps of both networks, and prepare for the shapes of each pair."""
+        students, teachers = Taps(student), Taps(teacher)
+        wanted = self.config.taps, self.config.teacher_taps or self.config.taps
+        names = students.names(wanted[0]), teachers.names(wanted[1])
+        if len(names[0]) != len(names[1]):
+            raise ConfigError(
+                f"cannot pair {', '.join(names[0])} of the student with {', '.join(names[1])} of the teacher",
+                "give as many --taps of the student as --teacher-taps",
+            )
+        self.pairs = tuple(zip(*names, strict=True))
+        for one, other in self.pairs:
+            self.prepare(students.shape(one), teachers.shape(other))
+
+    def prepare(self, student: tuple[int, ...], teacher: tuple[int, ...]) -> None:
+        """Make what depends on the shapes of the next pair, each (C, H, W) or (D,). Nothing by default."""
+
+    def forward(self, student: Outputs, teacher: Outputs, labels: Tensor | None) -> dict[str, Tensor]:
+        terms = [
+            self.compare(index, student.features[one], teacher.features[other])
+            for index, (one, other) in enumerate(self.pairs)
+        ]
+        return {name: torch.stack([pair[name] for pair in terms]).sum() for name in terms[0]}
+
+    @abstractmethod
+    def compare(self, index: int, student: Tensor, teacher: Tensor) -> dict[str, Tensor]:
+        """The terms of pair ``index``, whose features are (B, ...)."""

@@ -63,7 +63,8 @@ class Regime(Learner):
         if task.teacher is not None:
             self.teacher = task.teacher.freeze().to(memory_format=torch.channels_last)
         self.weights = {name: weight for name, (weight, _) in task.objectives.items()}
-        self.objectives = nn.ModuleDict({name: objective for name, (_, objective) in task.objectives.items()})
+        self.losses = {name: objective for name, (_, objective) in task.objectives.items()}
+        self.objectives = nn.ModuleDict(self.losses)  # what is trained with the student and saved with its state
         self.train_source, self.held_out = split(task.source, task.training.holdout, task.seed)
         per_epoch = max(len(self.train_source) // task.training.batch_size, 1)
         self.steps = task.training.steps or task.training.epochs * per_epoch
@@ -123,6 +124,8 @@ class Regime(Learner):
             seed_torch(self.device, "step", self.seed, step, self.global_rank)
             images = images[self.global_rank :: self.trainer.world_size]  # processes share each batch
             images.pixels = self.augment(images.pixels)
+            for objective in self.losses.values():
+                objective.epoch = step // self.batches.steps_per_epoch
             loss, terms = self.loss(images)
             optimizer.zero_grad()
             self.manual_backward(loss)

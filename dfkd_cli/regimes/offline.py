@@ -2,22 +2,28 @@
 
 Hinton, Vinyals, Dean. Distilling the Knowledge in a Neural Network. 2015. arXiv:1503.02531.
 
-    L = sum_objectives weight * sum_terms term_weight * term(student(a(x)), teacher(a(x)))
+    L = sum_objectives weight * strength(epoch) * sum_terms term_weight * term(student(a(x)), teacher(a(x)))
 
 ``a`` is the random augmentation. The teacher answers the augmented image, as in the ZSKD paper: an impression that is
-turned or shifted is asked about anew, not given the answer of the upright one.
+turned or shifted is asked about anew, not given the answer of the upright one. ``strength`` is 1 but for objectives
+that grow or fade over the epochs.
 """
 
 from __future__ import annotations
 
+from collections.abc import Mapping
+from contextlib import AbstractContextManager, nullcontext
 from dataclasses import dataclass
+from typing import Any
 
 import torch
 from torch import Tensor
 
 from dfkd_cli.data.sources import Images
-from dfkd_cli.objectives.base import Outputs
-from dfkd_cli.regimes.base import Regime
+from dfkd_cli.models.activations import batch_statistics
+from dfkd_cli.models.taps import find_taps
+from dfkd_cli.objectives.base import Outputs, ask
+from dfkd_cli.regimes.base import Regime, Task
 from dfkd_cli.rounds import weighted_sum
 
 
@@ -33,20 +39,46 @@ class Offline(Regime):
     needs = ("teacher",)
     measure = "agreement"
 
+    def __init__(self, task: Task, config: Any) -> None:
+        super().__init__(task, config)
+        pairs = [pair for objective in self.losses.values() for pair in objective.pairs]
+        self.student_taps = find_taps(self.student, (name for name, _ in pairs))
+        self.teacher_taps = find_taps(self.teacher, (name for _, name in pairs))
+
     def loss(self, images: Images) -> tuple[Tensor, dict[str, Tensor]]:
         """The objectives between student and teacher on the same pixels."""
         with torch.no_grad():
-            teacher = Outputs(self.teacher(images.pixels).float())
+            teacher = self.ask_teacher(images.pixels)
         return self.discrepancy(images, teacher)
 
-    def discrepancy(self, images: Images, teacher: Outputs) -> tuple[Tensor, dict[str, Tensor]]:
+    def ask_teacher(self, pixels: Tensor) -> dict[str, Outputs]:
+        """The teacher's outputs in each of the modes that objectives want, ``eval`` first."""
+        modes: dict[str, AbstractContextManager[None]] = {
+            "eval": nullcontext(),
+            "train": batch_statistics(self.teacher),
+        }
+        outputs: dict[str, Outputs] = {}
+        for mode in sorted({objective.teacher_mode for objective in self.losses.values()}):
+            with modes[mode]:
+                outputs[mode] = ask(self.teacher, pixels, self.teacher_taps)
+        return outputs
+
+    def terms(self, images: Images, teacher: Mapping[str, Outputs]) -> dict[str, dict[str, Tensor]]:
+        """The unweighted terms of each objective between the student and the teacher's outputs."""
+        student = ask(self.student, images.pixels, self.student_taps)
+        with torch.autocast(self.device.type, enabled=False):  # losses are computed in float32
+            return {
+                name: objective(student, teacher[objective.teacher_mode], images.labels)
+                for name, objective in self.losses.items()
+            }
+
+    def discrepancy(self, images: Images, teacher: Mapping[str, Outputs]) -> tuple[Tensor, dict[str, Tensor]]:
         """The objectives between the student and the teacher's outputs: weighted and summed, and their terms."""
-        student = Outputs(self.student(images.pixels).float())
         loss, logged = torch.zeros((), device=self.device), dict[str, Tensor]()
-        for name, objective in self.objectives.items():
-            terms = objective(student, teacher, images.labels)
-            loss = loss + self.weights[name] * weighted_sum(terms, objective.config)
-            prefix = f"{name}." if len(self.objectives) > 1 else ""
+        for name, terms in self.terms(images, teacher).items():
+            objective = self.losses[name]
+            loss = loss + self.weights[name] * objective.strength * weighted_sum(terms, objective.config)
+            prefix = f"{name}." if len(self.losses) > 1 else ""
             logged |= {prefix + term: value for term, value in terms.items()}
         return loss, logged
 

@@ -29,7 +29,6 @@ from torch import Tensor
 
 from dfkd_cli.config import option
 from dfkd_cli.data.sources import Images, Source, Subset
-from dfkd_cli.objectives.base import Outputs
 from dfkd_cli.regimes.base import Task
 from dfkd_cli.regimes.offline import Offline
 from dfkd_cli.seeds import derive
@@ -84,8 +83,9 @@ class PseudoExamples(Offline):
 
     def pseudo_loss(self) -> tuple[Tensor, dict[str, Tensor]]:
         """The objectives on the pseudo images, with gradients towards them through both networks if they ask for it."""
-        teacher = Outputs(self.teacher(self.pseudo).float())
-        return self.discrepancy(Images(self.pseudo, teacher.logits.argmax(1)), teacher)
+        teacher = self.ask_teacher(self.pseudo)
+        labels = next(iter(teacher.values())).logits.argmax(1)
+        return self.discrepancy(Images(self.pseudo, labels), teacher)
 
     def after_step(self) -> None:
         """Move the pseudo images uphill. Every process moves all of them, so that all processes have the same."""

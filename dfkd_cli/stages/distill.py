@@ -4,16 +4,21 @@ from __future__ import annotations
 
 import contextlib
 import dataclasses
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
+
+import torch
 
 from dfkd_cli.artifacts.run import RunDirectory
 from dfkd_cli.data.seal import sealed
 from dfkd_cli.data.sources import first
 from dfkd_cli.errors import ConfigError
 from dfkd_cli.models.classifier import Classifier
+from dfkd_cli.objectives.base import Objective
 from dfkd_cli.regimes.base import Task
-from dfkd_cli.resolve import Settings
+from dfkd_cli.resolve import Component, Settings
+from dfkd_cli.seeds import derive
 from dfkd_cli.stages.inputs import concatenate, load_teacher, may_be_real, open_transfer_set
 from dfkd_cli.stages.measures import agreement
 from dfkd_cli.stages.training import fresh, rehearse, train
@@ -43,8 +48,7 @@ def run(settings: Settings, terminal: Terminal, dry_run: bool = False) -> dict[s
         facts = {"data_free": data_free, "uses": uses, "num_images": len(source)}
         directory = RunDirectory(Path(settings.run.out or "student"), settings, parents, facts)
         student = fresh(dataclasses.replace(teacher.classifier.info, spec=inputs.student), "student", settings.run.seed)
-        chosen = settings.components["objective"]
-        objectives = {c.entry.name: (c.weight, c.entry.load()(c.config)) for c in chosen}
+        objectives = connect(settings.components["objective"], student, teacher.classifier, settings.run.seed)
         task = Task(student, teacher.classifier, source, objectives, inputs, settings.run.seed)
 
         def score(model: Classifier) -> dict[str, float]:
@@ -64,3 +68,18 @@ def run(settings: Settings, terminal: Terminal, dry_run: bool = False) -> dict[s
     shown = f"{answer['metrics']['agreement_on_transfer_set']:.2%} agreement with the teacher on the transfer set"
     terminal.answer(f"{answer['artifacts']['student']}: {shown}")
     return answer
+
+
+def connect(
+    chosen: Sequence[Component], student: Classifier, teacher: Classifier, seed: int
+) -> dict[str, tuple[float, Objective]]:
+    """The chosen objectives by name, with their weights, ready for these networks."""
+    objectives = {}
+    for component in chosen:
+        name = component.entry.name
+        objective = component.entry.load()(component.config)
+        with torch.random.fork_rng(devices=[]):
+            torch.manual_seed(derive(f"objective {name}", seed))
+            objective.connect(student, teacher)
+        objectives[name] = component.weight, objective
+    return objectives

@@ -1,0 +1,49 @@
+"""What losses between logits (B, K) share: z-scores, the divergence of softened answers, hard labels."""
+
+from __future__ import annotations
+
+import torch.nn.functional as F
+from torch import Tensor
+
+from dfkd_cli.objectives.base import Objective, Outputs
+from dfkd_cli.settings import Answers
+
+STANDARDISE_EPS = 1e-7
+
+
+def standardise(logits: Tensor) -> Tensor:
+    """Logits less their mean over the classes, in units of their unbiased standard deviation.
+
+    Sun, Ren, Li, Wang, Cao. Logit Standardization in Knowledge Distillation. CVPR 2024. arXiv:2403.01427. The student
+    then learns the shape of an answer and not its scale, which gradients towards the student go through too.
+    """
+    return (logits - logits.mean(1, keepdim=True)) / (logits.std(1, keepdim=True) + STANDARDISE_EPS)
+
+
+def divergence(student: Tensor, teacher: Tensor) -> Tensor:
+    """``sum_k p_k log(p_k / q_k)``, mean over images; p, q: the softmax of the teacher's and the student's logits."""
+    return F.kl_div(F.log_softmax(student, 1), F.log_softmax(teacher, 1), reduction="batchmean", log_target=True)
+
+
+def hard_labels(teacher: Outputs, labels: Tensor | None) -> Tensor:
+    """The true labels (B,), or the teacher's classes where there are none."""
+    return teacher.logits.argmax(1) if labels is None else labels
+
+
+class AnswerObjective(Objective):
+    """An objective between logits. Its ``Config`` extends :class:`dfkd_cli.settings.Answers`."""
+
+    config: Answers
+
+    def answers(self, student: Outputs, teacher: Outputs) -> tuple[Tensor, Tensor]:
+        """The logits (B, K) to compare, the student's and the teacher's."""
+        if self.config.standardise:
+            return standardise(student.logits), standardise(teacher.logits)
+        return student.logits, teacher.logits
+
+    def hard(self, student: Outputs, teacher: Outputs, labels: Tensor | None) -> dict[str, Tensor]:
+        """The term ``hard``, cross-entropy of the plain logits with the labels, where it has a weight."""
+        if not self.config.hard:
+            return {}
+        targets, smoothing = hard_labels(teacher, labels), self.config.label_smoothing
+        return {"hard": F.cross_entropy(student.logits, targets, label_smoothing=smoothing)}
