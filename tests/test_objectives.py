@@ -9,6 +9,7 @@ import json
 import re
 
 import numpy as np
+import objective_oracles as losses
 import oracles
 import pytest
 import torch
@@ -17,6 +18,7 @@ from torch import Tensor
 from dfkd_cli import catalog
 from dfkd_cli.config import build, hints
 from dfkd_cli.objectives.base import Objective, Outputs
+from dfkd_cli.objectives.dist import correlation
 from dfkd_cli.objectives.response import Response, soft_loss
 
 OBJECTIVES = catalog.entries("objectives")
@@ -121,6 +123,97 @@ def test_hard_term_without_labels_takes_the_teachers_class():
     terms = response(torch.tensor(student), torch.tensor(teacher), hard=0.1)
     expected = oracles.cross_entropy(np.eye(10)[teacher.argmax(1)], oracles.softmax(student))
     np.testing.assert_allclose(terms["hard"].item(), expected, rtol=1e-10)
+
+
+# -- z-scores, decoupled and correlated answers ------------------------------------------------------------------------
+
+
+def objective(name: str, **values) -> Objective:
+    return OBJECTIVES[name].load()(build(OBJECTIVES[name].config, values))
+
+
+def terms_of(name: str, student: np.ndarray, teacher: np.ndarray, labels=None, **values) -> dict[str, float]:
+    outputs = Outputs(torch.tensor(student)), Outputs(torch.tensor(teacher))
+    terms = objective(name, **values)(*outputs, None if labels is None else torch.tensor(labels))
+    return {term: value.item() for term, value in terms.items()}
+
+
+@pytest.mark.parametrize("shape", [(1, 3), (1, 10), (7, 5), (4, 100)])
+@pytest.mark.parametrize("tau", [1.0, 4.0])
+def test_dkd_is_the_papers(shape, tau):
+    student, teacher = pair(*shape)
+    labels = RNG.integers(shape[1], size=shape[0])
+    found = terms_of("dkd", student, teacher, labels, temperature=tau)
+    assert found == pytest.approx(losses.dkd(student, teacher, labels, tau), rel=1e-8)
+
+
+def test_dkd_takes_hintons_loss_apart():
+    student, teacher = pair(1)
+    found = terms_of("dkd", student, teacher, [3], temperature=4.0)
+    other = 1 - oracles.softmax(teacher / 4)[0, 3]
+    whole = oracles.response(student, teacher, "kl", 4.0)
+    assert found["target"] + other * found["non_target"] == pytest.approx(whole, rel=1e-9)
+
+
+def test_dkd_without_labels_takes_the_teachers_classes():
+    student, teacher = pair()
+    assert terms_of("dkd", student, teacher) == terms_of("dkd", student, teacher, teacher.argmax(1))
+    assert terms_of("dkd", student, teacher) != terms_of("dkd", student, teacher, teacher.argmin(1))
+
+
+def test_dkd_of_a_sure_teacher_is_finite():
+    student = torch.tensor([[-200.0, 200.0, 0.0]], requires_grad=True)
+    terms = objective("dkd")(Outputs(student), Outputs(torch.tensor([[300.0, -300.0, 0.0]])), None)
+    sum(terms.values()).backward()
+    assert all(term.isfinite() for term in terms.values())
+    assert student.grad.isfinite().all()
+
+
+def test_dkd_rises_over_epochs():
+    rising = objective("dkd", ramp=4)
+    strengths = []
+    for rising.epoch in range(6):
+        strengths.append(rising.strength)
+    assert strengths == [0.25, 0.5, 0.75, 1, 1, 1]
+
+
+@pytest.mark.parametrize("shape", [(2, 2), (7, 5), (4, 100)])
+@pytest.mark.parametrize("tau", [1.0, 4.0])
+def test_dist_is_the_papers(shape, tau):
+    student, teacher = pair(*shape)
+    assert terms_of("dist", student, teacher, temperature=tau) == pytest.approx(
+        losses.dist(student, teacher, tau), rel=1e-6, abs=1e-9
+    )
+
+
+def test_dist_of_one_image_has_nothing_to_correlate_over_images():
+    student, teacher = pair(1)
+    assert terms_of("dist", student, teacher, temperature=2.0)["intra"] == 4.0
+
+
+def test_correlation_is_blind_to_scale_and_shift():
+    a, b = torch.randn(3, 6), torch.randn(3, 6)
+    torch.testing.assert_close(correlation(a, b), correlation(5 * a - 1, 0.2 * b + 3))
+    torch.testing.assert_close(correlation(a, -a), torch.tensor(-1.0))
+
+
+@pytest.mark.parametrize("name", ["response", "dkd", "dist"])
+def test_standardised_answers_are_compared_as_z_scores(name):
+    student, teacher = pair()
+    scores = losses.standardised(student), losses.standardised(teacher)
+    found = terms_of(name, student, teacher, standardise=True, temperature=2.0)
+    assert found == pytest.approx(terms_of(name, *scores, temperature=2.0), rel=1e-9)
+    assert found == pytest.approx(
+        terms_of(name, 3 * student + 1, 0.1 * teacher - 5, standardise=True, temperature=2.0), rel=1e-5
+    )
+
+
+def test_hard_labels_are_learned_from_plain_logits():
+    student, teacher = pair()
+    labels = np.array([3, 1, 4, 1])
+    for name in ("response", "dkd", "dist"):
+        found = terms_of(name, student, teacher, labels, standardise=True, hard=1.0, label_smoothing=0.2)
+        assert found["hard"] == pytest.approx(oracles.smoothed_cross_entropy(student, labels, 0.2), rel=1e-9)
 
 
 # -- what every objective promises -------------------------------------------------------------------------------------

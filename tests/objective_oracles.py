@@ -1,0 +1,149 @@
+"""Distillation losses in NumPy float64, written from the papers one image, pair or triple at a time.
+
+``s`` and ``t`` are of the student and of the teacher: logits (B, K) or features (B, ...).
+"""
+
+from __future__ import annotations
+
+import numpy as np
+from oracles import Array, softmax
+
+
+def kl(p: Array, q: Array) -> float:
+    """Divergence of one distribution from another."""
+    return float(sum(a * np.log(a / b) for a, b in zip(p, q, strict=True)))
+
+
+def standardised(z: Array) -> Array:
+    """Sun et al., CVPR 2024: z-scores with the unbiased deviation."""
+    return np.stack(
+        [(row - row.mean()) / (1e-7 + np.sqrt(((row - row.mean()) ** 2).sum() / (len(row) - 1))) for row in z]
+    )
+
+
+def dkd(s: Array, t: Array, labels: Array, tau: float) -> dict[str, float]:
+    """Zhao et al., CVPR 2022, equations 4 to 6."""
+    target, rest = 0.0, 0.0
+    for p, q, y in zip(softmax(t / tau), softmax(s / tau), labels, strict=True):
+        target += kl(np.array([p[y], 1 - p[y]]), np.array([q[y], 1 - q[y]]))
+        rest += kl(np.delete(p, y) / (1 - p[y]), np.delete(q, y) / (1 - q[y]))
+    return {"target": tau**2 * target / len(s), "non_target": tau**2 * rest / len(s)}
+
+
+def pearson(u: Array, v: Array) -> float:
+    u, v = u - u.mean(), v - v.mean()
+    return float(u @ v / (np.sqrt(u @ u) * np.sqrt(v @ v) + 1e-8))
+
+
+def dist(s: Array, t: Array, tau: float) -> dict[str, float]:
+    """Huang et al., NeurIPS 2022, equations 8 and 9."""
+    q, p = softmax(s / tau), softmax(t / tau)
+    inter = np.mean([1 - pearson(a, b) for a, b in zip(q, p, strict=True)])
+    intra = np.mean([1 - pearson(a, b) for a, b in zip(q.T, p.T, strict=True)])
+    return {"inter": tau**2 * inter, "intra": tau**2 * intra}
+
+
+def pooled(maps: Array, height: int, width: int) -> Array:
+    """Average pooling to a size: cell i covers floor(i H / h) to ceil((i + 1) H / h)."""
+    count, channels, rows, columns = maps.shape
+    out = np.empty((count, channels, height, width))
+    for i, j in np.ndindex(height, width):
+        part = maps[
+            :,
+            :,
+            i * rows // height : -(-(i + 1) * rows // height),
+            j * columns // width : -(-(j + 1) * columns // width),
+        ]
+        out[:, :, i, j] = part.mean((2, 3))
+    return out
+
+
+def smaller(s: Array, t: Array) -> tuple[Array, Array]:
+    size = min(s.shape[2], t.shape[2]), min(s.shape[3], t.shape[3])
+    return pooled(s, *size), pooled(t, *size)
+
+
+def attention_map(image: Array) -> Array:
+    """Zagoruyko and Komodakis, ICLR 2017: energy over the channels, of norm one."""
+    energy = (image**2).mean(0).ravel()
+    return energy / np.sqrt(energy @ energy)
+
+
+def at(s: Array, t: Array, variant: str) -> float:
+    s, t = smaller(s, t)
+    differences = [attention_map(a) - attention_map(b) for a, b in zip(s, t, strict=True)]
+    if variant == "paper":
+        return float(np.mean([np.sqrt(d @ d) / 2 for d in differences]))
+    return float(np.mean([d @ d / len(d) for d in differences]))
+
+
+def sp(s: Array, t: Array) -> float:
+    """Tung and Mori, ICCV 2019, equations 1 to 4."""
+    count = len(s)
+
+    def rows(features: Array) -> list[Array]:
+        gram = [[a.ravel() @ b.ravel() for b in features] for a in features]
+        return [np.array(row) / np.sqrt(np.dot(row, row)) for row in gram]
+
+    return float(sum(((a - b) ** 2).sum() for a, b in zip(rows(s), rows(t), strict=True)) / count**2)
+
+
+def huber(x: float) -> float:
+    return x * x / 2 if abs(x) <= 1 else abs(x) - 0.5
+
+
+def rkd(s: Array, t: Array) -> dict[str, float]:
+    """Park et al., CVPR 2019, equations 4 to 8; means over all pairs and triples."""
+    count = len(s)
+
+    def lengths(e: Array) -> Array:
+        d = np.array([[np.sqrt(((a - b) ** 2).sum()) for b in e] for a in e])
+        return d / (d.sum() / (count * (count - 1)))
+
+    def cosine(e: Array, i: int, j: int, k: int) -> float:
+        a, b = (e[j] - e[i]).ravel(), (e[k] - e[i]).ravel()
+        norms = np.sqrt((a @ a) * (b @ b))
+        return a @ b / norms if norms else 0.0
+
+    pairs = [huber(a - b) for a, b in zip(lengths(s).ravel(), lengths(t).ravel(), strict=True)]
+    triples = [huber(cosine(s, *ijk) - cosine(t, *ijk)) for ijk in np.ndindex(count, count, count)]
+    return {"distance": float(np.mean(pairs)), "angle": float(np.mean(triples))}
+
+
+def pkt(s: Array, t: Array) -> float:
+    """Passalis and Tefas, ECCV 2018, equations 4 to 7, with the mean over all entries."""
+
+    def probabilities(features: Array) -> Array:
+        out = np.empty((len(features), len(features)))
+        for i, a in enumerate(features):
+            for j, b in enumerate(features):
+                x, y = a.ravel(), b.ravel()
+                out[i, j] = (x @ y / np.sqrt((x @ x) * (y @ y)) + 1) / 2
+        return np.stack([row / row.sum() for row in out])
+
+    p, q = probabilities(t), probabilities(s)
+    return float(np.mean([a * np.log(a / b) for a, b in zip(p.ravel(), q.ravel(), strict=True)]))
+
+
+def batch_normalised(maps: Array) -> Array:
+    """Each channel less its mean over images and positions, by its biased deviation."""
+    mean, variance = maps.mean((0, 2, 3), keepdims=True), maps.var((0, 2, 3), keepdims=True)
+    return (maps - mean) / np.sqrt(variance + 1e-5)
+
+
+def convolved(maps: Array, weight: Array, bias: Array, stride: int, padding: int) -> Array:
+    """A convolution, position by position."""
+    maps = np.pad(maps, ((0, 0), (0, 0), (padding, padding), (padding, padding)))
+    high, wide = weight.shape[2:]
+    rows, columns = (maps.shape[2] - high) // stride + 1, (maps.shape[3] - wide) // stride + 1
+    out = np.empty((len(maps), len(weight), rows, columns))
+    for i, j in np.ndindex(rows, columns):
+        window = maps[:, :, i * stride : i * stride + high, j * stride : j * stride + wide]
+        out[:, :, i, j] = np.einsum("bchw,ochw->bo", window, weight) + bias
+    return out
+
+
+def hint(guess: Array, t: Array, variant: str) -> float:
+    """Romero et al., ICLR 2015, equation 3, or its mean over all entries."""
+    squares = [((a - b) ** 2).sum() / 2 for a, b in zip(guess, t, strict=True)]
+    return float(np.mean(squares) if variant == "paper" else np.mean(squares) * 2 / t[0].size)
