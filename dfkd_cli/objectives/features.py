@@ -1,0 +1,34 @@
+"""What losses between features share: maps of one size."""
+
+from __future__ import annotations
+
+import torch.nn.functional as F
+from torch import Tensor
+
+from dfkd_cli.errors import ConfigError
+
+
+def require_maps(objective: str, *shapes: tuple[int, ...]) -> None:
+    """Refuse features of one image that are no maps (C, H, W).
+
+    Raises:
+        ConfigError: They are not.
+    """
+    for shape in shapes:
+        if len(shape) != 3:
+            raise ConfigError(f"{objective} compares feature maps, not features of shape {shape}", "give other --taps")
+
+
+def same_size(student: Tensor, teacher: Tensor) -> tuple[Tensor, Tensor]:
+    """Two batches of maps (B, C, H, W), of which each side is pooled to that of the smaller one by averaging."""
+    height, width = (min(sides) for sides in zip(student.shape[2:], teacher.shape[2:], strict=True))
+    pooled = [
+        maps if maps.shape[2:] == (height, width) else F.adaptive_avg_pool2d(maps, (height, width))
+        for maps in (student, teacher)
+    ]
+    return pooled[0], pooled[1]
+
+
+def as_maps(features: Tensor) -> Tensor:
+    """Features (B, C, H, W) or (B, D) as maps; vectors become maps of one pixel."""
+    return features[:, :, None, None] if features.ndim == 2 else features

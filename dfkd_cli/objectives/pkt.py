@@ -1,0 +1,52 @@
+"""Probabilistic Knowledge Transfer: the student has the teacher's neighbours.
+
+Passalis, Tefas. Learning Deep Representations with Probabilistic Knowledge Transfer. ECCV 2018. arXiv:1803.10837.
+
+    K_ij = (cos(f_i, f_j) + 1) / 2;  p_ij = K_ij / sum_j K_ij
+    neighbours = mean_ij p^t_ij log(p^t_ij / p^s_ij)
+
+The released code's forward divergence, mean over all B^2 entries, and 1e-7 in the logarithm and beside the norms; the
+weight is RepDistiller's. Kernels of features after a ReLU lie in [1/2, 1], which makes p nearly uniform: hence the
+weight. Only the images of one process are compared.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor
+
+from dfkd_cli.config import option
+from dfkd_cli.objectives.base import FeatureObjective
+from dfkd_cli.settings import TAPS, Compared
+
+EPS = 1e-7
+
+
+@dataclass(frozen=True, kw_only=True)
+class Config(Compared):
+    """Neighbours."""
+
+    taps: tuple[str, ...] = option(("penultimate",), TAPS)
+    neighbours: float = option(1.0, "weight of the neighbours, beside that of the objective", low=0)
+
+
+class PKT(FeatureObjective):
+    """Divergence of the probabilities that images are neighbours."""
+
+    kind = "information"
+    default_weight = 30000.0
+    config: Config
+
+    def compare(self, index: int, student: Tensor, teacher: Tensor) -> dict[str, Tensor]:
+        q, p = neighbours(student), neighbours(teacher)
+        return {"neighbours": (p * ((p + EPS) / (q + EPS)).log()).mean()}
+
+
+def neighbours(features: Tensor) -> Tensor:
+    """Features (B, ...) to probabilities (B, B), each row of sum one."""
+    rows = features.flatten(1)
+    rows = rows / (torch.linalg.vector_norm(rows, dim=1, keepdim=True) + EPS)
+    kernel = (rows @ rows.T + 1) / 2
+    return kernel / kernel.sum(1, keepdim=True)
