@@ -4,7 +4,8 @@ from __future__ import annotations
 
 import contextlib
 import dataclasses
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
@@ -19,17 +20,80 @@ from dfkd_cli.objectives.base import Objective
 from dfkd_cli.regimes.base import Task
 from dfkd_cli.resolve import Component, Settings
 from dfkd_cli.seeds import derive
-from dfkd_cli.stages.inputs import concatenate, load_teacher, may_be_real, open_transfer_set
+from dfkd_cli.stages.calibrate import calibrate
+from dfkd_cli.stages.inputs import (
+    LoadedModel,
+    TransferSet,
+    concatenate,
+    load_teacher,
+    may_be_real,
+    open_transfer_set,
+)
 from dfkd_cli.stages.measures import agreement
 from dfkd_cli.stages.training import fresh, rehearse, train
 from dfkd_cli.ui import Terminal
 
 
+@dataclass
+class Job:
+    """What a distillation works on.
+
+    Attributes:
+        task: The networks, the images, the losses.
+        teacher: The teacher with where it comes from.
+        sets: The transfer sets.
+        data_free: None of them can be real images.
+    """
+
+    task: Task
+    teacher: LoadedModel
+    sets: list[TransferSet]
+    data_free: bool
+
+    @property
+    def uses(self) -> list[str]:
+        """What was made from real images and used for the transfer sets."""
+        return sorted({use for s in self.sets for use in s.uses})
+
+
 def run(settings: Settings, terminal: Terminal, dry_run: bool = False) -> dict[str, Any]:
     """Train a student. Unless a transfer set is real, no dataset can be opened meanwhile."""
     if dry_run:
-        return rehearse(settings, run, terminal)
-    inputs = settings.inputs
+        with opened(settings) as job:
+            pulls = calibrate(job.task) if job.task.objectives else []
+        answer = rehearse(settings, run, terminal)
+        for pull in pulls:
+            terminal.answer(str(pull))
+        return answer | {"terms": [dataclasses.asdict(pull) for pull in pulls]}
+    with opened(settings) as job:
+        task, teacher = job.task, job.teacher
+        parents = [teacher.parent("teacher"), *(s.parent for s in job.sets)]
+        facts = {"data_free": job.data_free, "uses": job.uses, "num_images": len(task.source)}
+        directory = RunDirectory(Path(settings.run.out or "student"), settings, parents, facts)
+
+        def score(model: Classifier) -> dict[str, float]:
+            return {"agreement_on_transfer_set": agreement(model, teacher.classifier, task.source)}
+
+        provenance = {
+            "command": "distill",
+            "dataset": teacher.dataset,
+            "data_free": job.data_free,
+            "uses": job.uses,
+            "seed": settings.run.seed,
+            "teacher": teacher.sha256,
+            "transfer_set": [{k: v for k, v in s.parent.items() if k in ("spec", "sha256")} for s in job.sets],
+            "num_images": len(task.source),
+        }
+        answer = train(task, directory, terminal, provenance, score)
+    shown = f"{answer['metrics']['agreement_on_transfer_set']:.2%} agreement with the teacher on the transfer set"
+    terminal.answer(f"{answer['artifacts']['student']}: {shown}")
+    return answer
+
+
+@contextlib.contextmanager
+def opened(settings: Settings) -> Iterator[Job]:
+    """Open the inputs. Unless a transfer set is real, no dataset can be opened inside the ``with`` block."""
+    inputs, seed = settings.inputs, settings.run.seed
     data_free = not any(may_be_real(name) for name in inputs.transfer_set)
     with contextlib.ExitStack() as seals:
         if data_free:
@@ -37,37 +101,15 @@ def run(settings: Settings, terminal: Terminal, dry_run: bool = False) -> dict[s
         teacher = load_teacher(inputs, settings.run.allow_code)
         if data_free:
             seals.enter_context(sealed("the transfer set is data-free", teacher.real_data(inputs.data_dir)))
-        sets = [open_transfer_set(name, teacher, inputs.data_dir, settings.run.seed) for name in inputs.transfer_set]
+        sets = [open_transfer_set(name, teacher, inputs.data_dir, seed) for name in inputs.transfer_set]
         source = concatenate(sets)
         if inputs.num_images is not None:
             if inputs.num_images > len(source):
                 raise ConfigError(f"--num-images {inputs.num_images}: the transfer sets have {len(source)} images")
             source = first(source, inputs.num_images)
-        parents = [teacher.parent("teacher"), *(s.parent for s in sets)]
-        uses = sorted({use for s in sets for use in s.uses})
-        facts = {"data_free": data_free, "uses": uses, "num_images": len(source)}
-        directory = RunDirectory(Path(settings.run.out or "student"), settings, parents, facts)
-        student = fresh(dataclasses.replace(teacher.classifier.info, spec=inputs.student), "student", settings.run.seed)
-        objectives = connect(settings.components["objective"], student, teacher.classifier, settings.run.seed)
-        task = Task(student, teacher.classifier, source, objectives, inputs, settings.run.seed)
-
-        def score(model: Classifier) -> dict[str, float]:
-            return {"agreement_on_transfer_set": agreement(model, teacher.classifier, source)}
-
-        provenance = {
-            "command": "distill",
-            "dataset": teacher.dataset,
-            "data_free": data_free,
-            "uses": uses,
-            "seed": settings.run.seed,
-            "teacher": teacher.sha256,
-            "transfer_set": [{k: v for k, v in s.parent.items() if k in ("spec", "sha256")} for s in sets],
-            "num_images": len(source),
-        }
-        answer = train(task, directory, terminal, provenance, score)
-    shown = f"{answer['metrics']['agreement_on_transfer_set']:.2%} agreement with the teacher on the transfer set"
-    terminal.answer(f"{answer['artifacts']['student']}: {shown}")
-    return answer
+        student = fresh(dataclasses.replace(teacher.classifier.info, spec=inputs.student), "student", seed)
+        objectives = connect(settings.components["objective"], student, teacher.classifier, seed)
+        yield Job(Task(student, teacher.classifier, source, objectives, inputs, seed), teacher, sets, data_free)
 
 
 def connect(

@@ -1,0 +1,451 @@
+"""Objectives between features against their papers' formulas, and what objectives promise between two networks."""
+
+from __future__ import annotations
+
+import copy
+import csv
+import json
+import time
+from collections.abc import Mapping
+
+import numpy as np
+import objective_oracles as losses
+import pytest
+import torch
+from safetensors import safe_open
+from test_regimes import STILL, Given, train
+from test_resume import finish, start
+from torch import Tensor, nn
+
+from dfkd_cli import catalog
+from dfkd_cli.artifacts.files import sha256_file
+from dfkd_cli.config import build
+from dfkd_cli.data.sources import Images
+from dfkd_cli.errors import ConfigError
+from dfkd_cli.models.classifier import Classifier, ModelInfo
+from dfkd_cli.models.layers import chain, global_pool
+from dfkd_cli.objectives.base import FeatureObjective, Objective, Outputs
+from dfkd_cli.objectives.fitnets import regressor
+from dfkd_cli.regimes.base import Task
+from dfkd_cli.regimes.offline import Config, Offline
+from dfkd_cli.resolve import Component
+from dfkd_cli.settings import Distill
+from dfkd_cli.stages.calibrate import calibrate
+from dfkd_cli.stages.distill import connect
+
+OBJECTIVES = catalog.entries("objectives")
+ALL = pytest.mark.parametrize("name", OBJECTIVES)
+RNG = np.random.default_rng(0)
+SIZE, CLASSES = (2, 8, 8), 5
+# Of one pair of features: batch 1, fewer and more channels, larger and smaller maps, none of them square.
+MAPS = [((1, 3, 4, 4), (1, 5, 4, 4)), ((4, 3, 8, 6), (4, 5, 4, 3)), ((3, 6, 2, 2), (3, 2, 6, 5)), ((5, 2, 1, 1),) * 2]
+VECTORS = [((2, 3), (2, 7)), ((6, 9), (6, 4))]
+# Shapes of one image's features in a narrow and a wide network.
+NARROW = {"stage1": (2, 8, 8), "stage2": (3, 4, 4), "penultimate": (3,), "logits": (CLASSES,)}
+WIDE = {"stage1": (2, 8, 8), "stage2": (4, 4, 4), "penultimate": (4,), "logits": (CLASSES,)}
+
+
+def network(seed: int, first: int, second: int) -> Classifier:
+    """Two stages of these widths."""
+    with torch.random.fork_rng():
+        torch.manual_seed(seed)
+        net = chain(
+            stage1=nn.Sequential(nn.Conv2d(SIZE[0], first, 3, padding=1), nn.BatchNorm2d(first), nn.ReLU(inplace=True)),
+            stage2=nn.Sequential(nn.Conv2d(first, second, 3, 2, 1), nn.BatchNorm2d(second), nn.ReLU(inplace=True)),
+            pool=global_pool(),
+            head=nn.Linear(second, CLASSES),
+        )
+        for layer in (net.stage1[1], net.stage2[1]):  # nothing about a trained teacher is standard
+            nn.init.uniform_(layer.weight, 0.5, 1.5)
+            nn.init.uniform_(layer.bias, -0.3, 0.3)
+    return Classifier(net, ModelInfo("test", CLASSES, SIZE, (0.4,) * 2, (0.3,) * 2))
+
+
+def connected(name: str, student: Classifier, teacher: Classifier, seed: int = 0, **values) -> Objective:
+    entry = OBJECTIVES[name]
+    return connect([Component(entry, build(entry.config, values))], student, teacher, seed)[name][1]
+
+
+def offline(names: Mapping[str, float | None], student: Classifier, teacher: Classifier, count: int = 6, **training):
+    """A regime with these objectives, and labelled images for it."""
+    generator = torch.Generator().manual_seed(3)
+    images = Images(torch.rand(count, *SIZE, generator=generator), torch.arange(count) % CLASSES)
+    chosen = [Component(e, e.config(), e.weight if w is None else w) for n, w in names.items() for e in [OBJECTIVES[n]]]
+    settings = build(Distill, STILL | {"holdout": 0, "batch_size": count, "warmup": 0} | training)
+    objectives = connect(chosen, student, teacher, 0)
+    return Offline(
+        Task(student, teacher, Given(images.pixels, images.labels), objectives, settings, 0), Config()
+    ), images
+
+
+def features(shapes, scale: float = 1.0) -> tuple[np.ndarray, np.ndarray]:
+    """Of the student and of the teacher, partly zero as after a ReLU."""
+    student, teacher = (np.maximum(RNG.normal(0.3, scale, size=shape), 0) + 0.01 for shape in shapes)
+    return student, teacher
+
+
+def terms_of(name: str, student: np.ndarray, teacher: np.ndarray, **values) -> dict[str, float]:
+    """The terms of one pair of features."""
+    objective: FeatureObjective = OBJECTIVES[name].load()(build(OBJECTIVES[name].config, values)).double()
+    objective.prepare(student.shape[1:], teacher.shape[1:])
+    terms = objective.double().compare(0, torch.tensor(student), torch.tensor(teacher))
+    return {term: value.item() for term, value in terms.items()}
+
+
+# -- the papers' formulas ----------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("shapes", MAPS)
+@pytest.mark.parametrize("variant", ["code", "paper"])
+def test_attention_transfer(shapes, variant):
+    student, teacher = features(shapes)
+    expected = losses.at(student, teacher, variant)
+    assert terms_of("at", student, teacher, variant=variant) == {"attention": pytest.approx(expected, rel=1e-9)}
+
+
+@pytest.mark.parametrize("shapes", MAPS + VECTORS)
+def test_similarity_preserving(shapes):
+    student, teacher = features(shapes)
+    assert terms_of("sp", student, teacher) == {"similarity": pytest.approx(losses.sp(student, teacher), rel=1e-9)}
+
+
+@pytest.mark.parametrize("shapes", MAPS[1:] + VECTORS)
+@pytest.mark.parametrize("scale", [0.1, 10.0])
+def test_rkd(shapes, scale):
+    student, teacher = features(shapes, scale)
+    assert terms_of("rkd", student, teacher) == pytest.approx(losses.rkd(student, teacher), rel=1e-6, abs=1e-12)
+
+
+def test_rkd_without_angles_has_none():
+    student, teacher = features(VECTORS[1])
+    assert terms_of("rkd", student, teacher, angle=0).keys() == {"distance"}
+
+
+@pytest.mark.parametrize("shapes", MAPS + VECTORS)
+def test_pkt(shapes):
+    student, teacher = features(shapes)
+    found = terms_of("pkt", student, teacher)["neighbours"]
+    assert found == pytest.approx(losses.pkt(student, teacher), rel=1e-4, abs=1e-12)
+
+
+@pytest.mark.parametrize(
+    ("student", "teacher", "stride", "padding"),
+    [((3, 6, 4), (5, 6, 4), 1, 0), ((3, 8, 8), (5, 4, 4), 2, 1), ((2, 7, 5), (4, 3, 4), 1, 0),
+     ((2, 4, 4), (3, 7, 9), 1, 0)],
+)  # fmt: skip
+@pytest.mark.parametrize("variant", ["code", "paper"])
+@pytest.mark.parametrize("relu", [True, False])
+def test_fitnets(student, teacher, stride, padding, variant, relu):
+    maps, target = features([(4, *student), (4, *teacher)])
+    objective = OBJECTIVES["fitnets"].load()(build(OBJECTIVES["fitnets"].config, {"variant": variant, "relu": relu}))
+    objective.prepare(student, teacher)
+    layer = objective.double().regressors[0][0]
+    weight, bias = layer.weight.detach().numpy(), layer.bias.detach().numpy()
+    guess = losses.batch_normalised(losses.convolved(maps, weight, bias, stride, padding))
+    expected = losses.hint(*losses.smaller(np.maximum(guess, 0) if relu else guess, target), variant)
+    found = objective.compare(0, torch.tensor(maps), torch.tensor(target))["hint"].item()
+    assert found == pytest.approx(expected, rel=1e-9)
+
+
+@pytest.mark.parametrize(
+    ("student", "teacher", "maps"),
+    [((3, 4, 4), (5, 8, 8), (5, 8, 8)), ((3, 9, 8), (5, 4, 4), (5, 4, 4)), ((7,), (5,), (5, 1, 1)),
+     ((3, 4, 4), (6,), (6, 1, 1))],
+)  # fmt: skip
+def test_regressors_give_the_teachers_shape(student, teacher, maps):
+    x = torch.randn(2, *student, *(1,) * (3 - len(student)))
+    assert regressor(student, teacher, relu=True)(x).shape == (2, *maps)
+
+
+@pytest.mark.parametrize("name", ["at", "sp", "rkd", "pkt"])
+def test_features_of_another_scale_are_the_same(name):
+    student, teacher = features(MAPS[1])
+    found = terms_of(name, student, teacher)
+    assert min(found.values()) > 1e-6
+    assert found == pytest.approx(terms_of(name, 3 * student, 0.2 * teacher), rel=1e-5)
+    assert terms_of(name, student, 5 * student) == pytest.approx(dict.fromkeys(found, 0), abs=1e-7)
+
+
+@pytest.mark.parametrize("name", ["sp", "rkd", "pkt"])
+def test_relations_do_not_change_when_features_are_turned(name):
+    student, teacher = features(VECTORS[1])
+    turn = np.linalg.qr(RNG.normal(size=(9, 9)))[0]
+    found = terms_of(name, student, teacher)
+    assert found == pytest.approx(terms_of(name, student @ turn, teacher), rel=1e-6)
+    moved = terms_of(name, student + 1, teacher)
+    assert (found == pytest.approx(moved, rel=1e-6)) == (name == "rkd")
+
+
+def test_attention_sees_positions_and_no_channels():
+    student, teacher = features(MAPS[1])
+    found = terms_of("at", student, teacher)
+    assert found == pytest.approx(terms_of("at", -student[:, ::-1], teacher), rel=1e-9)
+    assert found != pytest.approx(terms_of("at", student[..., ::-1].copy(), teacher), rel=1e-3)
+
+
+# -- what every objective promises -------------------------------------------------------------------------------------
+
+
+def gradients(learner: Offline) -> Tensor:
+    return torch.cat([p.grad.flatten() for p in learner.student.parameters() if p.grad is not None])
+
+
+@ALL
+def test_the_student_learns_and_the_teacher_does_not(name):
+    learner, images = offline({name: None}, network(1, 3, 4), network(2, 4, 6))
+    teacher = copy.deepcopy(learner.teacher.state_dict())
+    loss, terms = learner.loss(images)
+    loss.backward()
+    assert loss.item() > 0
+    assert all(term.ndim == 0 and term.dtype == torch.float32 for term in terms.values())
+    assert gradients(learner).isfinite().all() and gradients(learner).any()
+    assert all(p.grad is None for p in learner.teacher.parameters())
+    assert all(p.grad is not None and p.grad.isfinite().all() for p in learner.objectives.parameters())
+    assert all(torch.equal(value, teacher[key]) for key, value in learner.teacher.state_dict().items())
+
+
+@ALL
+def test_gradients_are_those_of_the_loss(name):
+    student, teacher = network(1, 2, 3), network(2, 2, 4)
+    objective = connected(name, student, teacher).double()
+    generator = torch.Generator().manual_seed(1)
+
+    def draw(sizes, names):
+        return [torch.rand(3, *sizes[n.removesuffix(".pre")], dtype=torch.float64, generator=generator) for n in names]
+
+    names, teachers = ([pair[side] for pair in objective.pairs] for side in (0, 1))
+    logits, *values = draw(WIDE, ["logits", *teachers])
+    fixed = Outputs(logits, dict(zip(teachers, values, strict=True)))
+
+    def loss(logits, *values):
+        return tuple(objective(Outputs(logits, dict(zip(names, values, strict=True))), fixed, None).values())
+
+    assert torch.autograd.gradcheck(loss, [value.requires_grad_() for value in draw(NARROW, ["logits", *names])])
+
+
+@ALL
+def test_losses_under_autocast_are_those_without(name):
+    learner, images = offline({name: None}, network(1, 3, 4), network(2, 4, 6), count=8)
+    exact, _ = learner.loss(images)
+    with torch.autocast("cpu", torch.bfloat16):
+        loss, terms = learner.loss(images)
+    loss.backward()
+    assert all(term.dtype == torch.float32 for term in terms.values())
+    torch.testing.assert_close(loss, exact, rtol=0.1, atol=0)
+    assert gradients(learner).isfinite().all()
+
+
+@ALL
+@pytest.mark.parametrize("count", [1, 4])
+def test_a_perfect_student_and_a_single_image_are_no_trouble(name, count):
+    learner, images = offline({name: None}, network(1, 3, 4), network(1, 3, 4), count)
+    learner.student.eval()
+    loss, terms = learner.loss(images)
+    loss.backward()
+    assert all(term.isfinite() for term in terms.values())
+    assert gradients(learner).isfinite().all()
+
+
+@ALL
+def test_dead_and_equal_features_are_no_trouble(name):
+    objective = connected(name, network(1, 2, 3), network(2, 2, 4))
+    pairs = [(pair, [name.removesuffix(".pre") for name in pair]) for pair in objective.pairs]
+    students = {pair[0]: torch.zeros(4, *NARROW[own], requires_grad=True) for pair, (own, _) in pairs}
+    teachers = {pair[1]: torch.rand(4, *WIDE[own]) for pair, (_, own) in pairs}
+    logits = torch.zeros(4, CLASSES, requires_grad=True)
+    terms = objective(Outputs(logits, students), Outputs(torch.randn(4, CLASSES), teachers), None)
+    sum(terms.values()).backward()
+    assert all(term.isfinite() for term in terms.values())
+    assert logits.grad is None or logits.grad.isfinite().all()
+    assert all(value.grad.abs().max() < 1e4 for value in students.values())
+
+
+@ALL
+def test_trained_parts_are_state(name):
+    student, teacher = network(1, 3, 4), network(2, 4, 6)
+    first, same, other = (connected(name, student, teacher, seed) for seed in (0, 0, 1))
+    state = first.state_dict()
+    assert all(torch.equal(value, same.state_dict()[key]) for key, value in state.items())
+    trained = [key for key, _ in first.named_parameters() if state[key].ndim > 1]
+    assert not any(torch.equal(state[key], other.state_dict()[key]) for key in trained)
+    other.load_state_dict(state)
+    assert all(torch.equal(value, other.state_dict()[key]) for key, value in state.items())
+
+
+@ALL
+def test_some_recipe_uses_it(name):
+    uses = [path for path in catalog.recipes().values() if name in (catalog.read_recipe(path).get("objective") or {})]
+    assert uses
+    for path in uses:
+        assert catalog.read_recipe(path)["about"]["summary"]
+
+
+# -- between networks --------------------------------------------------------------------------------------------------
+
+
+def test_objectives_add_up_and_share_taps():
+    names = {"response": 0.5, "at": 10.0, "fitnets": 2.0}
+    learner, images = offline(names, network(1, 3, 4), network(2, 4, 6))
+    loss, terms = learner.loss(images)
+    assert terms.keys() == {"response.soft", "at.attention", "fitnets.hint"}
+    weights = dict(zip(terms, names.values(), strict=True))
+    assert loss.item() == pytest.approx(sum(weights[n] * t.item() for n, t in terms.items()), rel=1e-5)
+    assert list(learner.student_taps) == ["stage1", "stage2"]
+
+
+def test_answers_hook_nothing():
+    learner, _ = offline({"response": 1.0, "dkd": 1.0, "dist": 1.0}, network(1, 3, 4), network(2, 4, 6))
+    assert learner.student_taps == learner.teacher_taps == {}
+
+
+def test_strength_multiplies_the_weight():
+    learner, images = offline({"dkd": None}, network(1, 3, 4), network(2, 4, 6))
+    losses_of = []
+    for learner.losses["dkd"].epoch in (0, 19):
+        losses_of.append(learner.loss(images)[0].item())
+    assert losses_of[1] == pytest.approx(20 * losses_of[0], rel=1e-5)
+
+
+def test_epochs_are_counted_for_objectives(tmp_path):
+    learner, _ = offline({"dkd": None}, network(1, 3, 4), network(2, 4, 6), batch_size=3, steps=5)
+    train(learner, tmp_path / "run")
+    assert learner.losses["dkd"].epoch == 2
+
+
+def test_regressors_train_with_the_student(tmp_path):
+    learner, _ = offline({"fitnets": None}, network(1, 3, 4), network(2, 4, 6), steps=3)
+    before = copy.deepcopy(learner.objectives.state_dict())
+    train(learner, tmp_path / "run")
+    weights = "fitnets.regressors.0.0.weight"
+    assert not torch.equal(before[weights], learner.objectives.state_dict()[weights])
+
+
+def test_pairs_are_as_many_and_of_the_kind_that_is_compared():
+    student, teacher = network(1, 3, 4), network(2, 4, 6)
+    assert connected("at", student, teacher).pairs == (("stage1", "stage1"), ("stage2", "stage2"))
+    crossed = connected("fitnets", student, teacher, taps=["stage1", "head"], teacher_taps=["last", "logits"])
+    assert crossed.pairs == (("stage1", "stage2"), ("head", "logits"))
+    with pytest.raises(ConfigError, match="cannot pair stage1, stage2 of the student with stage2 of the teacher"):
+        connected("at", student, teacher, taps="stages", teacher_taps="last")
+    with pytest.raises(ConfigError, match="at compares feature maps"):
+        connected("at", student, teacher, taps="penultimate")
+
+
+def test_two_classes_cannot_be_decoupled():
+    two = Classifier(nn.Sequential(nn.Flatten(), nn.Linear(128, 2)), ModelInfo("t", 2, SIZE, (0.0,) * 2, (1.0,) * 2))
+    with pytest.raises(ConfigError, match="dkd needs three classes"):
+        connected("dkd", two, two)
+
+
+# -- calibration -------------------------------------------------------------------------------------------------------
+
+
+def task(names: Mapping[str, float | None], **training) -> tuple[Task, Offline, Images]:
+    learner, images = offline(names, network(1, 3, 4), network(2, 4, 6), **training)
+    objectives = {name: (learner.weights[name], learner.losses[name]) for name in names}
+    return (
+        Task(learner.student, learner.teacher, learner.source, objectives, learner.training_config, 0),
+        learner,
+        images,
+    )
+
+
+def test_pull_of_a_term_is_the_gradient_that_it_gives_the_student():
+    found, learner, images = task({"response": 0.5, "at": 30.0})
+    pulls = {f"{pull.objective}.{pull.term}": pull for pull in calibrate(found)}
+    assert pulls.keys() == {"response.soft", "at.attention"}
+    learner.student.train()
+    for name, term in learner.loss(images)[1].items():
+        learner.zero_grad()
+        term.backward(retain_graph=True)
+        assert pulls[name].value == pytest.approx(term.item(), rel=1e-3)
+        assert pulls[name].gradient == pytest.approx(pulls[name].weight * gradients(learner).norm().item(), rel=1e-3)
+
+
+def test_a_suggested_weight_pulls_as_hard_as_the_answers():
+    answer, far = calibrate(task({"response": 1.0, "at": 1e-3})[0])
+    assert answer.suggested is None
+    assert f"--set objective.at.attention={far.suggested:.2g}" in str(far)
+    assert far.gradient * far.suggested == pytest.approx(answer.gradient, rel=1e-5)  # the term's own weight is 1
+    _, near = calibrate(task({"response": 1.0, "at": 1e-3 * far.suggested * 5})[0])
+    assert near.suggested is None
+    _, strong = calibrate(task({"response": 1.0, "at": 1e-3 * far.suggested * 20})[0])
+    assert strong.suggested == pytest.approx(1 / 20, rel=1e-4)
+
+
+def test_without_answers_there_is_nothing_to_compare_with():
+    assert [pull.suggested for pull in calibrate(task({"at": 1e-9, "sp": 1e9})[0])] == [None, None]
+
+
+def test_a_term_that_teaches_nothing_is_an_error():
+    with pytest.raises(ConfigError, match="rkd: the value of distance is 0 on the first batch"):
+        calibrate(task({"rkd": None}, count=2)[0])
+
+
+# -- the command line --------------------------------------------------------------------------------------------------
+
+
+def distill(teacher, *args) -> list[str]:
+    return [str(a) for a in ("distill", "--teacher", teacher, "--transfer-set", "noise:64", "--device", "cpu", *args)]
+
+
+def test_objectives_combine(cli, teacher, tmp_path):
+    out = tmp_path / "s"
+    args = ["--objective", "response=1", "at=1000", "fitnets", "--steps", 2, "--batch-size", 8, "--out", out]
+    code, _, err = cli(*distill(teacher, *args))
+    assert code == 0, err
+    with (out / "metrics.csv").open() as file:
+        (row,) = csv.DictReader(file)
+    assert {"response.soft", "at.attention", "fitnets.hint"} < row.keys()
+    config = catalog.parse_yaml((out / "config.yaml").read_text(), "config")
+    assert {name: values["weight"] for name, values in config["objective"].items()} == {
+        "response": 1.0, "at": 1000.0, "fitnets": 100.0,
+    }  # fmt: skip
+    with safe_open(out / "model.safetensors", framework="pt") as file:
+        assert {key.split(".")[0] for key in file.keys()} == {"stage1", "stage2", "fc1", "fc2", "head"}  # noqa: SIM118
+
+
+@pytest.mark.parametrize("taps", [["stage7"], ["stage1", "nonsense"], ["stage1.pre"]])
+def test_taps_that_are_not_there_are_refused_before_anything_is_written(cli, teacher, tmp_path, taps):
+    code, out, err = cli(*distill(teacher, "--objective", "at", "--taps", *taps, "--out", tmp_path / "s"))
+    assert (code, out) == (2, "")
+    assert f"has no features {taps[-1]!r}" in err
+    assert not (tmp_path / "s").exists()
+
+
+def test_dry_run_names_every_term_and_what_is_far_off(cli, teacher, tmp_path):
+    args = ["--objective", "response", "at=0.001", "--batch-size", 16, "--out", tmp_path / "s", "--dry-run"]
+    code, out, err = cli(*distill(teacher, *args, "--json"))
+    assert code == 0, err
+    answer, attention = json.loads(out)["terms"]
+    assert (answer["objective"], answer["term"], answer["suggested"]) == ("response", "soft", None)
+    assert attention["suggested"] > 10
+    assert not (tmp_path / "s").exists()
+    code, out, _ = cli(*distill(teacher, *args))
+    assert code == 0
+    assert "try --set objective.at.attention=" in out
+
+
+def test_dry_run_stops_at_a_term_that_teaches_nothing(cli, teacher, tmp_path):
+    args = ["--objective", "rkd", "--batch-size", 2, "--out", tmp_path / "s", "--dry-run"]
+    code, _, err = cli(*distill(teacher, *args))
+    assert code == 2
+    assert "distance is 0 on the first batch" in err
+
+
+def test_a_killed_run_continues_with_its_regressors(tmp_path, teacher):
+    """kill -9 after a saved round, the same command again: the bytes of a run that nothing interrupted."""
+    command = [*distill(teacher, "--objective", "response", "fitnets", "--steps", 600, "--batch-size", 8), "--out"]
+    finish([*command, "whole"], tmp_path)
+    checkpoint = tmp_path / "killed" / "checkpoints" / "last.ckpt"
+    process = start([*command, "killed"], tmp_path)
+    while process.poll() is None and not checkpoint.exists():
+        time.sleep(0.005)
+    assert process.poll() is None, process.communicate()
+    process.kill()
+    process.communicate()
+    saved = torch.load(checkpoint, weights_only=True)["state_dict"]
+    assert "objectives.fitnets.regressors.0.0.weight" in saved
+    finish([*command, "killed"], tmp_path)
+    for name in ("model.safetensors", "metrics.csv"):
+        assert sha256_file(tmp_path / "killed" / name) == sha256_file(tmp_path / "whole" / name), name
