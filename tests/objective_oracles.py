@@ -5,6 +5,8 @@
 
 from __future__ import annotations
 
+import math
+
 import numpy as np
 from oracles import Array, softmax
 
@@ -147,3 +149,20 @@ def hint(guess: Array, t: Array, variant: str) -> float:
     """Romero et al., ICLR 2015, equation 3, or its mean over all entries."""
     squares = [((a - b) ** 2).sum() / 2 for a, b in zip(guess, t, strict=True)]
     return float(np.mean(squares) if variant == "paper" else np.mean(squares) * 2 / t[0].size)
+
+
+def margin(mean: float, deviation: float) -> float:
+    """Heo et al., ICCV 2019: the mean of the negative part of a Gaussian, or three deviations where it is rare."""
+    density = math.exp(-((mean / deviation) ** 2) / 2) / math.sqrt(2 * math.pi)
+    negative = math.erfc(mean / deviation / math.sqrt(2)) / 2
+    return mean - deviation * density / negative if negative > 0.001 else -3 * deviation
+
+
+def ofd(s: Array, t: Array, margins: Array) -> float:
+    """Heo et al., ICCV 2019, equations 1 to 3: of one stage, summed over an image."""
+    total = 0.0
+    for b, c, i, j in np.ndindex(s.shape):
+        target = max(t[b, c, i, j], margins[c])
+        if not s[b, c, i, j] <= target <= 0:
+            total += (s[b, c, i, j] - target) ** 2
+    return total / len(s)

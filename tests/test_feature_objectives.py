@@ -26,6 +26,7 @@ from dfkd_cli.models.classifier import Classifier, ModelInfo
 from dfkd_cli.models.layers import chain, global_pool
 from dfkd_cli.objectives.base import FeatureObjective, Objective, Outputs
 from dfkd_cli.objectives.fitnets import regressor
+from dfkd_cli.objectives.ofd import margin, partial_distance
 from dfkd_cli.regimes.base import Task
 from dfkd_cli.regimes.offline import Config, Offline
 from dfkd_cli.resolve import Component
@@ -155,6 +156,57 @@ def test_fitnets(student, teacher, stride, padding, variant, relu):
 def test_regressors_give_the_teachers_shape(student, teacher, maps):
     x = torch.randn(2, *student, *(1,) * (3 - len(student)))
     assert regressor(student, teacher, relu=True)(x).shape == (2, *maps)
+
+
+@pytest.mark.parametrize("seed", [1, 2])
+def test_ofd(seed):
+    student, teacher = network(seed, 3, 4), network(seed + 2, 5, 6)
+    norms = [teacher.net.stage1[1], teacher.net.stage2[1]]
+    for norm in norms:  # as in a trained teacher: some channels hardly ever negative, some always
+        nn.init.uniform_(norm.bias, -1, 4)
+    objective = connected("ofd", student, teacher).double()
+    expected, students, teachers = 0.0, {}, {}
+    for index, shape in enumerate([(8, 8), (4, 4)]):
+        name, layer = f"stage{index + 1}.pre", objective.connectors[index][0]
+        maps, target = RNG.normal(size=(3, layer.in_channels, *shape)), RNG.normal(size=(3, layer.out_channels, *shape))
+        weight = layer.weight.detach().numpy()
+        guess = losses.batch_normalised(losses.convolved(maps, weight, np.zeros(len(weight)), 1, 0))
+        gaussians = zip(norms[index].bias.tolist(), norms[index].weight.abs().tolist(), strict=True)
+        margins = np.array([losses.margin(*gaussian) for gaussian in gaussians])
+        expected += losses.ofd(guess, target, margins) / 2 ** (1 - index)
+        students[name], teachers[name] = torch.tensor(maps), torch.tensor(target)
+    logits = torch.zeros(3, CLASSES)
+    found = objective(Outputs(logits, students), Outputs(logits, teachers), None)["distance"].item()
+    assert found == pytest.approx(expected, rel=1e-6)
+
+
+@pytest.mark.parametrize(
+    ("mean", "deviation", "expected"), [(0, 1, -0.798), (-0.1, 0.2, -0.202), (0.1, 0.2, -0.128), (0.7, 0.2, -0.6)]
+)
+def test_margins_of_known_gaussians(mean, deviation, expected):
+    norm = nn.BatchNorm2d(1)
+    nn.init.constant_(norm.bias, mean)
+    nn.init.constant_(norm.weight, -deviation)
+    assert margin(norm).item() == pytest.approx(expected, abs=6e-4)
+    assert losses.margin(mean, deviation) == pytest.approx(expected, abs=6e-4)
+
+
+def test_what_the_activation_cuts_off_costs_nothing():
+    student = torch.tensor([[[[-2.0, -0.5, -2.0, 1.0]]]], requires_grad=True)
+    loss = partial_distance(student, torch.tensor([[[[-1.0, -1.0, 1.0, -1.0]]]]))
+    loss.backward()
+    assert loss.item() == 0.25 + 9 + 4
+    assert student.grad.flatten().tolist() == [0, 1, -6, 4]
+
+
+def test_the_teachers_statistics_are_the_batchs_where_an_objective_wants_them():
+    learner, images = offline({"ofd": None, "response": None}, network(1, 3, 4), network(2, 4, 6))
+    with torch.no_grad():
+        outputs = learner.ask_teacher(images.pixels)
+        expected = copy.deepcopy(learner.teacher.net).train()(learner.teacher.normalise(images.pixels))
+    torch.testing.assert_close(outputs["train"].logits, expected)
+    torch.testing.assert_close(outputs["eval"].logits, learner.teacher(images.pixels))
+    assert not torch.allclose(outputs["train"].logits, outputs["eval"].logits, atol=1e-2)
 
 
 @pytest.mark.parametrize("name", ["at", "sp", "rkd", "pkt"])

@@ -132,6 +132,26 @@ def test_before_the_next_activation_where_stages_are_not_activated():
     torch.testing.assert_close(features["stage3.pre"], made.net.norm[0](features["stage3"]))
 
 
+@pytest.mark.parametrize(
+    ("spec", "norms"),
+    [
+        ("resnet8", {"stage1.pre": "stage1.0.bn2", "stage2.pre": "stage2.0.bn2", "stage3.pre": "stage3.0.bn2"}),
+        ("torchvision:resnet18", {"stage1.pre": "bn1", "stage2.pre": "layer1.1.bn2", "stage3.pre": "layer2.1.bn2"}),
+        ("wrn-16-1", {"stage1.pre": "stage2.0.bn1", "stage2.pre": "stage3.0.bn1", "stage3.pre": "norm.0"}),
+        ("vgg8", {"stage1.pre": "stage1.1", "stage5.pre": "stage5.1"}),
+    ],
+)
+def test_batch_norm_before_an_activation(spec, norms):
+    made = classifier(spec)
+    taps = Taps(made)
+    assert {name: taps.batch_norm(name) for name in norms} == {n: made.net.get_submodule(p) for n, p in norms.items()}
+
+
+def test_no_batch_norm_before_an_activation():
+    with pytest.raises(ArtifactError, match=r"no BatchNorm with a scale before 'stage2.pre'"):
+        Taps(classifier("torchvision:vgg11")).batch_norm("stage2.pre")
+
+
 def test_an_activation_that_is_used_again_later_is_no_tap():
     class Reuses(nn.Module):
         def __init__(self):

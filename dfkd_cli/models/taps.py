@@ -21,7 +21,7 @@ from typing import Any
 from torch import Tensor, nn
 from torch.nn.modules.batchnorm import _BatchNorm
 
-from dfkd_cli.errors import ConfigError
+from dfkd_cli.errors import ArtifactError, ConfigError
 from dfkd_cli.models.activations import Tap
 from dfkd_cli.models.classifier import Classifier, probe
 
@@ -118,6 +118,31 @@ class Taps:
                 f"choose from: {known}, one of them with {BEFORE}, or the path of a module",
             )
         return self._latest[path]
+
+    def batch_norm(self, name: str) -> _BatchNorm:
+        """The BatchNorm that gives the value of that name, a place before an activation.
+
+        Where the value is a sum, as at the end of a residual block, it is the first since the activation before.
+
+        Raises:
+            ArtifactError: There is none.
+        """
+        tap = self.find(name)
+        at = next(i for i in reversed(range(len(self._calls))) if self._calls[i].layer is tap.layer)
+        found: _BatchNorm | None = None
+        for call in reversed(self._calls[:at]):
+            if call.activates:
+                break
+            if isinstance(call.layer, _BatchNorm) and call.layer.affine:
+                found = call.layer
+                if call.output is self._calls[at].input:
+                    break
+        if found is None:
+            raise ArtifactError(
+                f"{self.classifier.info.spec} has no BatchNorm with a scale before {name!r}",
+                "use it with a teacher that has BatchNorm, and with taps before activations",
+            )
+        return found
 
     def _before_activation(self, name: str) -> Tap:
         value = self._call(name.removesuffix(BEFORE)).output
