@@ -151,6 +151,38 @@ def hint(guess: Array, t: Array, variant: str) -> float:
     return float(np.mean(squares) if variant == "paper" else np.mean(squares) * 2 / t[0].size)
 
 
+def nearest(maps: Array, height: int, width: int) -> Array:
+    rows = [i * maps.shape[2] // height for i in range(height)]
+    columns = [j * maps.shape[3] // width for j in range(width)]
+    return maps[:, :, rows][..., columns]
+
+
+def hierarchical(s: Array, t: Array) -> float:
+    """Chen et al., CVPR 2021: mean squares of the maps and of their means in 4x4, 2x2 and 1x1 cells."""
+    values, weights = [((s - t) ** 2).mean()], [1.0]
+    for cells in (4, 2, 1):
+        if cells < s.shape[2]:
+            values.append(((pooled(s, cells, cells) - pooled(t, cells, cells)) ** 2).mean())
+            weights.append(weights[-1] / 2)
+    return float(np.average(values, weights=weights))
+
+
+def reviewkd(maps: list[Array], targets: list[Array], weights: list[dict[str, Array]]) -> float:
+    """Chen et al., CVPR 2021, equation 6, from the deepest level up; ``weights`` of each level's convolutions."""
+    total, deeper = 0.0, None
+    for own, target, w in reversed(list(zip(maps, targets, weights, strict=True))):
+        fused = batch_normalised(convolved(own, w["narrow.0.weight"], np.zeros(1), 1, 0))
+        if deeper is not None:
+            deeper = nearest(deeper, *own.shape[2:])
+            scores = convolved(np.concatenate([fused, deeper], axis=1), w["blend.0.weight"], w["blend.0.bias"], 1, 0)
+            shares = 1 / (1 + np.exp(-scores))
+            fused = fused * shares[:, :1] + deeper * shares[:, 1:]
+        deeper = nearest(fused, *target.shape[2:])
+        guess = batch_normalised(convolved(deeper, w["widen.0.weight"], np.zeros(1), 1, 1))
+        total += hierarchical(guess, target)
+    return total
+
+
 def margin(mean: float, deviation: float) -> float:
     """Heo et al., ICCV 2019: the mean of the negative part of a Gaussian, or three deviations where it is rare."""
     density = math.exp(-((mean / deviation) ** 2) / 2) / math.sqrt(2 * math.pi)

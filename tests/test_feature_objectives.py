@@ -24,9 +24,10 @@ from dfkd_cli.data.sources import Images
 from dfkd_cli.errors import ConfigError
 from dfkd_cli.models.classifier import Classifier, ModelInfo
 from dfkd_cli.models.layers import chain, global_pool
-from dfkd_cli.objectives.base import FeatureObjective, Objective, Outputs
+from dfkd_cli.objectives.base import Objective, Outputs, PairwiseObjective
 from dfkd_cli.objectives.fitnets import regressor
 from dfkd_cli.objectives.ofd import margin, partial_distance
+from dfkd_cli.objectives.reviewkd import hierarchical
 from dfkd_cli.regimes.base import Task
 from dfkd_cli.regimes.offline import Config, Offline
 from dfkd_cli.resolve import Component
@@ -87,7 +88,7 @@ def features(shapes, scale: float = 1.0) -> tuple[np.ndarray, np.ndarray]:
 
 def terms_of(name: str, student: np.ndarray, teacher: np.ndarray, **values) -> dict[str, float]:
     """The terms of one pair of features."""
-    objective: FeatureObjective = OBJECTIVES[name].load()(build(OBJECTIVES[name].config, values)).double()
+    objective: PairwiseObjective = OBJECTIVES[name].load()(build(OBJECTIVES[name].config, values)).double()
     objective.prepare(student.shape[1:], teacher.shape[1:])
     terms = objective.double().compare(0, torch.tensor(student), torch.tensor(teacher))
     return {term: value.item() for term, value in terms.items()}
@@ -162,9 +163,9 @@ def test_regressors_give_the_teachers_shape(student, teacher, maps):
 def test_ofd(seed):
     student, teacher = network(seed, 3, 4), network(seed + 2, 5, 6)
     norms = [teacher.net.stage1[1], teacher.net.stage2[1]]
-    for norm in norms:  # as in a trained teacher: some channels hardly ever negative, some always
-        nn.init.uniform_(norm.bias, -1, 4)
-    objective = connected("ofd", student, teacher).double()
+    for norm in norms:  # some channels are hardly ever negative, some most of the time
+        nn.init.uniform_(norm.bias, -1, 4, generator=torch.Generator().manual_seed(seed))
+    objective = connected("ofd", student, teacher.double()).double()
     expected, students, teachers = 0.0, {}, {}
     for index, shape in enumerate([(8, 8), (4, 4)]):
         name, layer = f"stage{index + 1}.pre", objective.connectors[index][0]
@@ -178,6 +179,30 @@ def test_ofd(seed):
     logits = torch.zeros(3, CLASSES)
     found = objective(Outputs(logits, students), Outputs(logits, teachers), None)["distance"].item()
     assert found == pytest.approx(expected, rel=1e-6)
+
+
+def test_reviewkd():
+    objective = connected("reviewkd", network(1, 3, 4), network(2, 5, 6)).double()
+    shapes = {"stage1": (8, 8), "stage2": (4, 4), "penultimate": (1, 1)}
+    maps = [RNG.normal(size=(4, channels, *shapes[name])) for name, channels in zip(shapes, (3, 4, 4), strict=True)]
+    targets = [RNG.normal(size=(4, channels, *shapes[name])) for name, channels in zip(shapes, (5, 6, 6), strict=True)]
+    weights = [{key: value.numpy() for key, value in f.state_dict().items()} for f in objective.fusions]
+    expected = losses.reviewkd(maps, targets, weights)
+    (names, teacher_names), logits = zip(*objective.pairs, strict=True), torch.zeros(4, CLASSES)
+
+    def outputs(keys, values):
+        values = [torch.tensor(value).squeeze((2, 3)) for value in values]
+        return Outputs(logits, dict(zip(keys, values, strict=True)))
+
+    found = objective(outputs(names, maps), outputs(teacher_names, targets), None)["levels"].item()
+    assert found == pytest.approx(expected, rel=1e-6)
+
+
+@pytest.mark.parametrize("side", [1, 2, 3, 8])
+def test_hierarchical_distance_weighs_each_level(side):
+    student, teacher = RNG.normal(size=(2, 3, 5, side, side))
+    expected = losses.hierarchical(student, teacher)
+    assert hierarchical(torch.tensor(student), torch.tensor(teacher)).item() == pytest.approx(expected, rel=1e-9)
 
 
 @pytest.mark.parametrize(
@@ -291,7 +316,7 @@ def test_losses_under_autocast_are_those_without(name):
 @pytest.mark.parametrize("count", [1, 4])
 def test_a_perfect_student_and_a_single_image_are_no_trouble(name, count):
     learner, images = offline({name: None}, network(1, 3, 4), network(1, 3, 4), count)
-    learner.student.eval()
+    learner.eval()
     loss, terms = learner.loss(images)
     loss.backward()
     assert all(term.isfinite() for term in terms.values())

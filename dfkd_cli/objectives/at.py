@@ -21,7 +21,7 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from dfkd_cli.config import option
-from dfkd_cli.objectives.base import FeatureObjective
+from dfkd_cli.objectives.base import PairwiseObjective
 from dfkd_cli.objectives.features import require_maps, same_size
 from dfkd_cli.settings import Compared
 
@@ -34,7 +34,7 @@ class Config(Compared):
     attention: float = option(1.0, "weight of the attention maps, beside that of the objective", low=0)
 
 
-class AttentionTransfer(FeatureObjective):
+class AttentionTransfer(PairwiseObjective):
     """Distance of normalised maps of the energy in each position."""
 
     kind = "feature"

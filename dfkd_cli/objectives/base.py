@@ -78,10 +78,7 @@ class Objective(nn.Module):
 
 
 class FeatureObjective(Objective):
-    """An objective on pairs of features: its terms are those of each pair, summed.
-
-    Its ``Config`` extends :class:`dfkd_cli.settings.Compared`.
-    """
+    """An objective on pairs of features. Its ``Config`` extends :class:`dfkd_cli.settings.Compared`."""
 
     kind: ClassVar[str]
 
@@ -102,11 +99,18 @@ class FeatureObjective(Objective):
     def prepare(self, student: tuple[int, ...], teacher: tuple[int, ...]) -> None:
         """Make what depends on the shapes of the next pair, each (C, H, W) or (D,). Nothing by default."""
 
+    def features(self, student: Outputs, teacher: Outputs) -> list[tuple[Tensor, Tensor]]:
+        """The features of each pair, the student's and the teacher's."""
+        return [(student.features[one], teacher.features[other]) for one, other in self.pairs]
+
+
+class PairwiseObjective(FeatureObjective):
+    """An objective on pairs of features that do not depend on each other: its terms are those of each pair, summed."""
+
+    kind: ClassVar[str]
+
     def forward(self, student: Outputs, teacher: Outputs, labels: Tensor | None) -> dict[str, Tensor]:
-        terms = [
-            self.compare(index, student.features[one], teacher.features[other])
-            for index, (one, other) in enumerate(self.pairs)
-        ]
+        terms = [self.compare(index, *pair) for index, pair in enumerate(self.features(student, teacher))]
         return {name: torch.stack([pair[name] for pair in terms]).sum() for name in terms[0]}
 
     @abstractmethod

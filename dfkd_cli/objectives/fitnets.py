@@ -22,7 +22,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from dfkd_cli.config import option
-from dfkd_cli.objectives.base import FeatureObjective
+from dfkd_cli.objectives.base import PairwiseObjective
 from dfkd_cli.objectives.features import as_maps, same_size
 from dfkd_cli.settings import TAPS, Compared
 
@@ -37,7 +37,7 @@ class Config(Compared):
     hint: float = option(1.0, "weight of the hints, beside that of the objective", low=0)
 
 
-class FitNets(FeatureObjective):
+class FitNets(PairwiseObjective):
     """Squared error of a regressor for each hint."""
 
     kind = "feature"

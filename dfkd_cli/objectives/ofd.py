@@ -25,7 +25,7 @@ from torch.nn.modules.batchnorm import _BatchNorm
 from dfkd_cli.config import option
 from dfkd_cli.models.classifier import Classifier
 from dfkd_cli.models.taps import Taps
-from dfkd_cli.objectives.base import FeatureObjective
+from dfkd_cli.objectives.base import PairwiseObjective
 from dfkd_cli.objectives.features import require_maps, same_size
 from dfkd_cli.settings import TAPS, Compared
 
@@ -40,7 +40,7 @@ class Config(Compared):
     distance: float = option(1.0, "weight of the partial distance, beside that of the objective", low=0)
 
 
-class OFD(FeatureObjective):
+class OFD(PairwiseObjective):
     """Partial squared distance to margined features."""
 
     kind = "feature"
@@ -83,6 +83,6 @@ def margin(norm: _BatchNorm) -> Tensor:
 
 
 def partial_distance(student: Tensor, target: Tensor) -> Tensor:
-    """Squared distance of maps (B, C, H, W) but where the student is below a target below 0; a sum, mean over images."""
+    """Squared distance of maps (B, C, H, W), but where the student is below a target below 0. Mean over images."""
     counts = (student > target) | (target > 0)
     return ((student - target).square() * counts).sum() / len(student)

@@ -18,7 +18,7 @@ import torch
 from torch import Tensor
 
 from dfkd_cli.config import option
-from dfkd_cli.objectives.base import FeatureObjective
+from dfkd_cli.objectives.base import PairwiseObjective
 from dfkd_cli.settings import TAPS, Compared
 
 EPS = 1e-7
@@ -32,7 +32,7 @@ class Config(Compared):
     neighbours: float = option(1.0, "weight of the neighbours, beside that of the objective", low=0)
 
 
-class PKT(FeatureObjective):
+class PKT(PairwiseObjective):
     """Divergence of the probabilities that images are neighbours."""
 
     kind = "information"

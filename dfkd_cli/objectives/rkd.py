@@ -22,7 +22,7 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from dfkd_cli.config import option
-from dfkd_cli.objectives.base import FeatureObjective
+from dfkd_cli.objectives.base import PairwiseObjective
 from dfkd_cli.settings import TAPS, Compared
 
 EPS = 1e-6  # no pair is closer: the released code's 1e-12 for squares
@@ -37,7 +37,7 @@ class Config(Compared):
     angle: float = option(50.0, "weight of the angles between three images", low=0)
 
 
-class RKD(FeatureObjective):
+class RKD(PairwiseObjective):
     """Huber loss between the networks' relative distances, and between their angles."""
 
     kind = "relation"

@@ -17,7 +17,7 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from dfkd_cli.config import option
-from dfkd_cli.objectives.base import FeatureObjective
+from dfkd_cli.objectives.base import PairwiseObjective
 from dfkd_cli.settings import TAPS, Compared
 
 
@@ -29,7 +29,7 @@ class Config(Compared):
     similarity: float = option(1.0, "weight of the similarities, beside that of the objective", low=0)
 
 
-class SimilarityPreserving(FeatureObjective):
+class SimilarityPreserving(PairwiseObjective):
     """Squared distance of the matrices of inner products between images."""
 
     kind = "relation"
