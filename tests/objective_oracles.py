@@ -127,6 +127,25 @@ def pkt(s: Array, t: Array) -> float:
     return float(np.mean([a * np.log(a / b) for a, b in zip(p.ravel(), q.ravel(), strict=True)]))
 
 
+def information_flow(s: Array, t: Array) -> float:
+    """Passalis et al., CVPR 2020: Jeffreys divergence of the neighbours' probabilities, for two kernels."""
+
+    def cosine(x: Array, y: Array) -> float:
+        return (x @ y / np.sqrt((x @ x) * (y @ y)) + 1) / 2
+
+    def student_t(x: Array, y: Array) -> float:
+        return 1 / (1 + np.sqrt((x - y) @ (x - y) + 1e-6))
+
+    total = 0.0
+    for kernel in (cosine, student_t):
+        q, p = (
+            np.stack([row / row.sum() for row in np.array([[kernel(a.ravel(), b.ravel()) for b in f] for a in f])])
+            for f in (s, t)
+        )
+        total += kl(p.ravel(), q.ravel()) + kl(q.ravel(), p.ravel())
+    return total / len(s) ** 2
+
+
 def batch_normalised(maps: Array) -> Array:
     """Each channel less its mean over images and positions, by its biased deviation."""
     mean, variance = maps.mean((0, 2, 3), keepdims=True), maps.var((0, 2, 3), keepdims=True)

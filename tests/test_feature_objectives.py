@@ -130,6 +130,24 @@ def test_pkt(shapes):
     assert found == pytest.approx(losses.pkt(student, teacher), rel=1e-4, abs=1e-12)
 
 
+@pytest.mark.parametrize("shapes", MAPS[1:] + VECTORS)
+def test_information_flow(shapes):
+    student, teacher = features(shapes)
+    objective = connected("information-flow", network(1, 3, 4), network(2, 4, 6))
+    found = objective.compare(2, torch.tensor(student), torch.tensor(teacher))["flow"].item()
+    assert found == pytest.approx(losses.information_flow(student, teacher), rel=1e-3)
+
+
+def test_critical_periods_fade_where_features_are_formed():
+    objective = connected("information-flow", network(1, 3, 4), network(2, 4, 6))
+    assert [own for own, _ in objective.pairs] == ["stage1", "stage2", "penultimate"]
+    values = [torch.tensor(value) for value in features(VECTORS[1])]
+    last = objective.compare(2, *values)["flow"].item()
+    for objective.epoch in (0, 1, 13):
+        for index, expected in ((0, 100 * 0.7**objective.epoch), (1, 100 * 0.7**objective.epoch), (2, 1)):
+            assert objective.compare(index, *values)["flow"].item() == pytest.approx(expected * last, rel=1e-6)
+
+
 @pytest.mark.parametrize(
     ("student", "teacher", "stride", "padding"),
     [((3, 6, 4), (5, 6, 4), 1, 0), ((3, 8, 8), (5, 4, 4), 2, 1), ((2, 7, 5), (4, 3, 4), 1, 0),

@@ -1,11 +1,14 @@
-"""What losses between features share: maps of one size."""
+"""What losses between features share: maps of one size, similarities of images as probabilities."""
 
 from __future__ import annotations
 
+import torch
 import torch.nn.functional as F
 from torch import Tensor
 
 from dfkd_cli.errors import ConfigError
+
+NORM_EPS = 1e-7
 
 
 def require_maps(objective: str, *shapes: tuple[int, ...]) -> None:
@@ -32,3 +35,14 @@ def same_size(student: Tensor, teacher: Tensor) -> tuple[Tensor, Tensor]:
 def as_maps(features: Tensor) -> Tensor:
     """Features (B, C, H, W) or (B, D) as maps; vectors become maps of one pixel."""
     return features[:, :, None, None] if features.ndim == 2 else features
+
+
+def cosine_kernel(rows: Tensor) -> Tensor:
+    """Features (B, D) to ``(cos(f_i, f_j) + 1) / 2`` (B, B)."""
+    rows = rows / (torch.linalg.vector_norm(rows, dim=1, keepdim=True) + NORM_EPS)
+    return (rows @ rows.T + 1) / 2
+
+
+def shares(kernel: Tensor) -> Tensor:
+    """Similarities (B, B) as probabilities, each row of sum one."""
+    return kernel / kernel.sum(1, keepdim=True)

@@ -14,11 +14,11 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 
-import torch
 from torch import Tensor
 
 from dfkd_cli.config import option
 from dfkd_cli.objectives.base import PairwiseObjective
+from dfkd_cli.objectives.features import cosine_kernel, shares
 from dfkd_cli.settings import TAPS, Compared
 
 EPS = 1e-7
@@ -40,13 +40,5 @@ class PKT(PairwiseObjective):
     config: Config
 
     def compare(self, index: int, student: Tensor, teacher: Tensor) -> dict[str, Tensor]:
-        q, p = neighbours(student), neighbours(teacher)
+        q, p = (shares(cosine_kernel(features.flatten(1))) for features in (student, teacher))
         return {"neighbours": (p * ((p + EPS) / (q + EPS)).log()).mean()}
-
-
-def neighbours(features: Tensor) -> Tensor:
-    """Features (B, ...) to probabilities (B, B), each row of sum one."""
-    rows = features.flatten(1)
-    rows = rows / (torch.linalg.vector_norm(rows, dim=1, keepdim=True) + EPS)
-    kernel = (rows @ rows.T + 1) / 2
-    return kernel / kernel.sum(1, keepdim=True)

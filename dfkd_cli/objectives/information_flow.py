@@ -1,0 +1,67 @@
+"""Heterogeneous Knowledge Distillation using Information Flow Modeling: images have the teacher's neighbours all along.
+
+Passalis, Tzelepi, Tefas. CVPR 2020. arXiv:2005.00727.
+
+    p_ij = K_ij / sum_j K_ij,  for K = (cos(f_i, f_j) + 1) / 2 and for K = 1 / (1 + ||f_i - f_j||)
+    D_l  = sum_K mean_ij (p^t_ij - p^s_ij) (log p^t_ij - log p^s_ij)             Jeffreys divergence, at place l
+    flow = sum_l a_l D_l,  a_l = 1 at the last place, critical * decay^k before      k: finished epochs
+
+Layers before the last are formed in a critical period at the start and left alone afterwards. The sum is over all
+entries, the diagonal among them, and 1e-6 keeps roots and logarithms finite, as in the released code. It trains without
+labels and is judged by retrieval; as a classifier's loss it goes with ``response``.
+
+The paper's auxiliary teacher, as deep as the student, is a student of ``--objective pkt``: give its directory as
+``--teacher``. The released code makes a new optimiser in every epoch, which is not done here.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor
+
+from dfkd_cli.config import option
+from dfkd_cli.objectives.base import PairwiseObjective
+from dfkd_cli.objectives.features import cosine_kernel, shares
+from dfkd_cli.settings import TAPS, Compared
+
+EPS = 1e-6
+
+
+@dataclass(frozen=True, kw_only=True)
+class Config(Compared):
+    """Neighbours at every stage."""
+
+    taps: tuple[str, ...] = option(("stages", "penultimate"), TAPS)
+    critical: float = option(100.0, "weight of all places but the last in the first epoch", low=0)
+    decay: float = option(0.7, "what that weight is multiplied by in each epoch", above=0, high=1)
+    flow: float = option(1.0, "weight of all places, beside that of the objective", low=0)
+
+
+class InformationFlow(PairwiseObjective):
+    """Jeffreys divergence of the neighbours' probabilities at several places, with critical periods."""
+
+    kind = "information"
+    config: Config
+
+    def compare(self, index: int, student: Tensor, teacher: Tensor) -> dict[str, Tensor]:
+        last = index + 1 == len(self.pairs)
+        weight = 1.0 if last else self.config.critical * self.config.decay**self.epoch
+        own, target = student.flatten(1), teacher.flatten(1)
+        divergences = [
+            jeffreys(shares(kernel(own) + EPS), shares(kernel(target) + EPS)) for kernel in (cosine_kernel, t_kernel)
+        ]
+        return {"flow": weight * torch.stack(divergences).sum()}
+
+
+def t_kernel(rows: Tensor) -> Tensor:
+    """Features (B, D) to ``1 / (1 + ||f_i - f_j||)`` (B, B)."""
+    squares = rows.square().sum(1)
+    distances = (squares[:, None] + squares - 2 * rows @ rows.T).clamp_min(0)
+    return 1 / (1 + (distances + EPS).sqrt())
+
+
+def jeffreys(q: Tensor, p: Tensor) -> Tensor:
+    """Divergence of one from the other and back, of probabilities (B, B), mean over all entries."""
+    return ((p - q) * (p.log() - q.log())).mean()
