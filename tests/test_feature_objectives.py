@@ -500,6 +500,14 @@ def test_objectives_combine(cli, teacher, tmp_path):
         assert {key.split(".")[0] for key in file.keys()} == {"stage1", "stage2", "fc1", "fc2", "head"}  # noqa: SIM118
 
 
+def test_two_processes_train_a_student_whose_head_learns_nothing(teacher, tmp_path):
+    args = ["--objective", "at", "fitnets", "--steps", 3, "--batch-size", 8, "--out", "s", "--devices", 2]
+    finish(distill(teacher, *args), tmp_path)
+    with (tmp_path / "s" / "metrics.csv").open() as file:
+        (row,) = csv.DictReader(file)
+    assert float(row["at.attention"]) > 0
+
+
 @pytest.mark.parametrize("taps", [["stage7"], ["stage1", "nonsense"], ["stage1.pre"]])
 def test_taps_that_are_not_there_are_refused_before_anything_is_written(cli, teacher, tmp_path, taps):
     code, out, err = cli(*distill(teacher, "--objective", "at", "--taps", *taps, "--out", tmp_path / "s"))

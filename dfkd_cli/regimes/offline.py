@@ -63,19 +63,26 @@ class Offline(Regime):
                 outputs[mode] = ask(self.teacher, pixels, self.teacher_taps)
         return outputs
 
-    def terms(self, images: Images, teacher: Mapping[str, Outputs]) -> dict[str, dict[str, Tensor]]:
-        """The unweighted terms of each objective between the student and the teacher's outputs."""
-        student = ask(self.student, images.pixels, self.student_taps)
+    def ask_student(self, pixels: Tensor) -> Outputs:
+        """The student's outputs."""
+        return ask(self.student, pixels, self.student_taps)
+
+    def terms(
+        self, student: Outputs, teacher: Mapping[str, Outputs], labels: Tensor | None
+    ) -> dict[str, dict[str, Tensor]]:
+        """The unweighted terms of each objective between the student's and the teacher's outputs."""
         with torch.autocast(self.device.type, enabled=False):  # losses are computed in float32
             return {
-                name: objective(student, teacher[objective.teacher_mode], images.labels)
+                name: objective(student, teacher[objective.teacher_mode], labels)
                 for name, objective in self.losses.items()
             }
 
     def discrepancy(self, images: Images, teacher: Mapping[str, Outputs]) -> tuple[Tensor, dict[str, Tensor]]:
         """The objectives between the student and the teacher's outputs: weighted and summed, and their terms."""
-        loss, logged = torch.zeros((), device=self.device), dict[str, Tensor]()
-        for name, terms in self.terms(images, teacher).items():
+        student = self.ask_student(images.pixels)
+        # Processes wait for the gradient of every parameter, those after the last tap included.
+        loss, logged = 0 * student.logits.sum(), dict[str, Tensor]()
+        for name, terms in self.terms(student, teacher, images.labels).items():
             objective = self.losses[name]
             loss = loss + self.weights[name] * objective.strength * weighted_sum(terms, objective.config)
             prefix = f"{name}." if len(self.losses) > 1 else ""

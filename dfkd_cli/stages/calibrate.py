@@ -54,9 +54,10 @@ def calibrate(task: Task) -> list[Pull]:
     learner.student.train()
     with torch.no_grad():
         teacher = learner.ask_teacher(images.pixels)
+    student = learner.ask_student(images.pixels)
     parameters = [p for p in learner.student.parameters() if p.requires_grad]
     pulls = []
-    for name, terms in learner.terms(images, teacher).items():
+    for name, terms in learner.terms(student, teacher, images.labels).items():
         for term, value in terms.items():
             own = getattr(learner.losses[name].config, term)
             weight = learner.weights[name] * own
