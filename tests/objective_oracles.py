@@ -202,6 +202,25 @@ def reviewkd(maps: list[Array], targets: list[Array], weights: list[dict[str, Ar
     return total
 
 
+def max_pooled(maps: Array, height: int, width: int) -> Array:
+    high, wide = maps.shape[2] // height, maps.shape[3] // width
+    return maps.reshape(*maps.shape[:2], height, high, width, wide).max((3, 5))
+
+
+def fsp(s: list[Array], t: list[Array], variant: str) -> float:
+    """Yim et al., CVPR 2017, equations 1 and 3, from places of one size or a multiple of it."""
+    total = 0.0
+    for k in range(len(s) - 1):
+        matrices = []
+        for first, second in ((s[k], s[k + 1]), (t[k], t[k + 1])):
+            size = second.shape[2:]
+            first = max_pooled(first, *size) if variant == "paper" else pooled(first, *size)
+            matrices.append(np.einsum("bist,bjst->bij", first, second) / (size[0] * size[1]))
+        squares = (matrices[0] - matrices[1]) ** 2
+        total += squares.sum() / len(squares) if variant == "paper" else squares.mean()
+    return float(total)
+
+
 def margin(mean: float, deviation: float) -> float:
     """Heo et al., ICCV 2019: the mean of the negative part of a Gaussian, or three deviations where it is rare."""
     density = math.exp(-((mean / deviation) ** 2) / 2) / math.sqrt(2 * math.pi)

@@ -24,6 +24,7 @@ from dfkd_cli.data.sources import Images
 from dfkd_cli.errors import ConfigError
 from dfkd_cli.models.classifier import Classifier, ModelInfo
 from dfkd_cli.models.layers import chain, global_pool
+from dfkd_cli.models.taps import Taps
 from dfkd_cli.objectives.base import Objective, Outputs, PairwiseObjective
 from dfkd_cli.objectives.fitnets import regressor
 from dfkd_cli.objectives.ofd import margin, partial_distance
@@ -42,9 +43,6 @@ SIZE, CLASSES = (2, 8, 8), 5
 # Of one pair of features: batch 1, fewer and more channels, larger and smaller maps, none of them square.
 MAPS = [((1, 3, 4, 4), (1, 5, 4, 4)), ((4, 3, 8, 6), (4, 5, 4, 3)), ((3, 6, 2, 2), (3, 2, 6, 5)), ((5, 2, 1, 1),) * 2]
 VECTORS = [((2, 3), (2, 7)), ((6, 9), (6, 4))]
-# Shapes of one image's features in a narrow and a wide network.
-NARROW = {"stage1": (2, 8, 8), "stage2": (3, 4, 4), "penultimate": (3,), "logits": (CLASSES,)}
-WIDE = {"stage1": (2, 8, 8), "stage2": (4, 4, 4), "penultimate": (4,), "logits": (CLASSES,)}
 
 
 def network(seed: int, first: int, second: int) -> Classifier:
@@ -128,6 +126,37 @@ def test_pkt(shapes):
     student, teacher = features(shapes)
     found = terms_of("pkt", student, teacher)["neighbours"]
     assert found == pytest.approx(losses.pkt(student, teacher), rel=1e-4, abs=1e-12)
+
+
+@pytest.mark.parametrize("variant", ["code", "paper"])
+@pytest.mark.parametrize("count", [1, 3])
+def test_fsp(variant, count):
+    shapes = {"stage1": (4, 8, 8), "stage1.0": (4, 8, 8), "stage2": (6, 4, 4)}
+    objective = connected("fsp", network(1, 4, 6), network(2, 4, 6), variant=variant, taps=list(shapes))
+    student, teacher = ([RNG.normal(size=(count, *shape)) for shape in shapes.values()] for _ in range(2))
+    outputs = (
+        Outputs(torch.zeros(count, CLASSES), dict(zip(shapes, map(torch.tensor, values), strict=True)))
+        for values in (student, teacher)
+    )
+    assert objective(*outputs, None)["flow"].item() == pytest.approx(losses.fsp(student, teacher, variant), rel=1e-9)
+
+
+def test_fsp_is_learned_alone_and_then_not_at_all():
+    learner, images = offline({"fsp": 7.0, "response": 0.5}, network(1, 3, 4), network(2, 3, 4))
+    found = []
+    for epoch in (0, 29, 30, 31):
+        for objective in learner.losses.values():
+            objective.epoch = epoch
+        loss, terms = learner.loss(images)
+        found.append(loss.item())
+    assert found == pytest.approx([7 * terms["fsp.flow"].item()] * 2 + [0.5 * terms["response.soft"].item()] * 2)
+
+
+def test_fsp_refuses_what_has_no_flow_or_other_channels():
+    with pytest.raises(ConfigError, match="same channels in both networks, not 3 and 4"):
+        connected("fsp", network(1, 3, 4), network(2, 4, 4))
+    with pytest.raises(ConfigError, match="there is one only"):
+        connected("fsp", network(1, 3, 4), network(2, 3, 4), taps="last")
 
 
 @pytest.mark.parametrize("shapes", MAPS[1:] + VECTORS)
@@ -281,13 +310,23 @@ def test_attention_sees_positions_and_no_channels():
 # -- what every objective promises -------------------------------------------------------------------------------------
 
 
+def networks(name: str) -> tuple[Classifier, Classifier]:
+    """A student and a wider teacher, or one of the same width where the objective takes no other."""
+    student, teacher = network(1, 2, 3), network(2, 3, 4)
+    try:
+        connected(name, student, teacher)
+    except ConfigError:
+        teacher = network(2, 2, 3)
+    return student, teacher
+
+
 def gradients(learner: Offline) -> Tensor:
     return torch.cat([p.grad.flatten() for p in learner.student.parameters() if p.grad is not None])
 
 
 @ALL
 def test_the_student_learns_and_the_teacher_does_not(name):
-    learner, images = offline({name: None}, network(1, 3, 4), network(2, 4, 6))
+    learner, images = offline({name: None}, *networks(name))
     teacher = copy.deepcopy(learner.teacher.state_dict())
     loss, terms = learner.loss(images)
     loss.backward()
@@ -301,26 +340,26 @@ def test_the_student_learns_and_the_teacher_does_not(name):
 
 @ALL
 def test_gradients_are_those_of_the_loss(name):
-    student, teacher = network(1, 2, 3), network(2, 2, 4)
+    student, teacher = networks(name)
     objective = connected(name, student, teacher).double()
     generator = torch.Generator().manual_seed(1)
 
-    def draw(sizes, names):
-        return [torch.rand(3, *sizes[n.removesuffix(".pre")], dtype=torch.float64, generator=generator) for n in names]
+    def draw(places, names):
+        return [torch.rand(3, *places.shape(name), dtype=torch.float64, generator=generator) for name in names]
 
     names, teachers = ([pair[side] for pair in objective.pairs] for side in (0, 1))
-    logits, *values = draw(WIDE, ["logits", *teachers])
+    logits, *values = draw(Taps(teacher), ["logits", *teachers])
     fixed = Outputs(logits, dict(zip(teachers, values, strict=True)))
 
     def loss(logits, *values):
         return tuple(objective(Outputs(logits, dict(zip(names, values, strict=True))), fixed, None).values())
 
-    assert torch.autograd.gradcheck(loss, [value.requires_grad_() for value in draw(NARROW, ["logits", *names])])
+    assert torch.autograd.gradcheck(loss, [value.requires_grad_() for value in draw(Taps(student), ["logits", *names])])
 
 
 @ALL
 def test_losses_under_autocast_are_those_without(name):
-    learner, images = offline({name: None}, network(1, 3, 4), network(2, 4, 6), count=8)
+    learner, images = offline({name: None}, *networks(name), count=8)
     exact, _ = learner.loss(images)
     with torch.autocast("cpu", torch.bfloat16):
         loss, terms = learner.loss(images)
@@ -343,10 +382,10 @@ def test_a_perfect_student_and_a_single_image_are_no_trouble(name, count):
 
 @ALL
 def test_dead_and_equal_features_are_no_trouble(name):
-    objective = connected(name, network(1, 2, 3), network(2, 2, 4))
-    pairs = [(pair, [name.removesuffix(".pre") for name in pair]) for pair in objective.pairs]
-    students = {pair[0]: torch.zeros(4, *NARROW[own], requires_grad=True) for pair, (own, _) in pairs}
-    teachers = {pair[1]: torch.rand(4, *WIDE[own]) for pair, (_, own) in pairs}
+    student, teacher = networks(name)
+    objective, places = connected(name, student, teacher), (Taps(student), Taps(teacher))
+    students = {name: torch.zeros(4, *places[0].shape(name), requires_grad=True) for name, _ in objective.pairs}
+    teachers = {name: torch.rand(4, *places[1].shape(name)) for _, name in objective.pairs}
     logits = torch.zeros(4, CLASSES, requires_grad=True)
     terms = objective(Outputs(logits, students), Outputs(torch.randn(4, CLASSES), teachers), None)
     sum(terms.values()).backward()
@@ -357,7 +396,7 @@ def test_dead_and_equal_features_are_no_trouble(name):
 
 @ALL
 def test_trained_parts_are_state(name):
-    student, teacher = network(1, 3, 4), network(2, 4, 6)
+    student, teacher = networks(name)
     first, same, other = (connected(name, student, teacher, seed) for seed in (0, 0, 1))
     state = first.state_dict()
     assert all(torch.equal(value, same.state_dict()[key]) for key, value in state.items())

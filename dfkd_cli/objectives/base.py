@@ -72,6 +72,11 @@ class Objective(nn.Module):
         """What the weights are multiplied by in this epoch."""
         return 1.0
 
+    @property
+    def alone(self) -> bool:
+        """Whether this epoch is a phase in which objectives that are not alone do not count."""
+        return False
+
     @abstractmethod
     def forward(self, student: Outputs, teacher: Outputs, labels: Tensor | None) -> dict[str, Tensor]:
         """The loss terms. The teacher's outputs carry no gradient; ``labels`` (B,) are true ones, or None."""

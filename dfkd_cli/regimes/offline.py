@@ -6,7 +6,7 @@ Hinton, Vinyals, Dean. Distilling the Knowledge in a Neural Network. 2015. arXiv
 
 ``a`` is the random augmentation. The teacher answers the augmented image, as in the ZSKD paper: an impression that is
 turned or shifted is asked about anew, not given the answer of the upright one. ``strength`` is 1 but for objectives
-that grow or fade over the epochs.
+that grow or fade over the epochs. While one of them is to be learned alone, the others do not count.
 """
 
 from __future__ import annotations
@@ -82,9 +82,11 @@ class Offline(Regime):
         student = self.ask_student(images.pixels)
         # Processes wait for the gradient of every parameter, those after the last tap included.
         loss, logged = 0 * student.logits.sum(), dict[str, Tensor]()
+        alone = any(objective.alone for objective in self.losses.values())
         for name, terms in self.terms(student, teacher, images.labels).items():
             objective = self.losses[name]
-            loss = loss + self.weights[name] * objective.strength * weighted_sum(terms, objective.config)
+            if objective.alone == alone:
+                loss = loss + self.weights[name] * objective.strength * weighted_sum(terms, objective.config)
             prefix = f"{name}." if len(self.losses) > 1 else ""
             logged |= {prefix + term: value for term, value in terms.items()}
         return loss, logged
