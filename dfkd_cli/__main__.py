@@ -8,9 +8,9 @@ import sys
 
 def main() -> None:
     """Run the command line; the process's exit code is its result."""
-    # Waiting threads of GNU OpenMP spin for long by default, which costs ten times the run time on a machine that does
-    # anything else too. Threads that sleep are within a tenth as fast on an idle one. Read when torch loads: set here.
-    os.environ.setdefault("GOMP_SPINCOUNT", "0")
+    # Waiting threads of GNU OpenMP spin for long by default. On a machine that does anything else too that costs ten
+    # times the run time; not to spin at all costs a third of the speed of two threads. Read when torch loads: set here.
+    os.environ.setdefault("GOMP_SPINCOUNT", "20000")
     from dfkd_cli.cli.app import main as run
 
     sys.exit(run())

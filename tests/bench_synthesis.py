@@ -11,7 +11,7 @@ from __future__ import annotations
 
 import os
 
-os.environ.setdefault("GOMP_SPINCOUNT", "0")  # as the command line sets it, before torch loads
+os.environ.setdefault("GOMP_SPINCOUNT", "20000")  # as the command line sets it, before torch loads
 
 import argparse
 import dataclasses
