@@ -6,6 +6,7 @@ import hashlib
 import os
 import subprocess
 import sys
+import time
 from pathlib import Path
 
 # Small enough for a test, long enough for a kill to hit every phase: start, rounds, checkpoints, the final writes.
@@ -50,6 +51,16 @@ def finish(arguments: list[str], cwd: Path) -> None:
     process = start(arguments, cwd)
     out, err = process.communicate()
     assert process.returncode == 0, out + err
+
+
+def kill_after_saving(arguments: list[str], cwd: Path, checkpoint: Path) -> None:
+    """Start a command and kill -9 it once it has saved its state, before it has ended."""
+    process = start(arguments, cwd)
+    while process.poll() is None and not checkpoint.exists():
+        time.sleep(0.005)
+    assert process.poll() is None, process.communicate()
+    process.kill()
+    process.communicate()
 
 
 def hashes(directory: Path) -> dict[str, str]:

@@ -5,16 +5,15 @@ from __future__ import annotations
 import copy
 import csv
 import json
-import time
 from collections.abc import Mapping
 
 import numpy as np
 import objective_oracles as losses
 import pytest
 import torch
+from pipeline import finish, kill_after_saving
 from safetensors import safe_open
 from test_regimes import STILL, Given, train
-from test_resume import finish, start
 from torch import Tensor, nn
 
 from dfkd_cli import catalog
@@ -580,12 +579,7 @@ def test_a_killed_run_continues_with_its_regressors(tmp_path, teacher):
     command = [*distill(teacher, "--objective", "response", "fitnets", "--steps", 600, "--batch-size", 8), "--out"]
     finish([*command, "whole"], tmp_path)
     checkpoint = tmp_path / "killed" / "checkpoints" / "last.ckpt"
-    process = start([*command, "killed"], tmp_path)
-    while process.poll() is None and not checkpoint.exists():
-        time.sleep(0.005)
-    assert process.poll() is None, process.communicate()
-    process.kill()
-    process.communicate()
+    kill_after_saving([*command, "killed"], tmp_path, checkpoint)
     saved = torch.load(checkpoint, weights_only=True)["state_dict"]
     assert "objectives.fitnets.regressors.0.0.weight" in saved
     finish([*command, "killed"], tmp_path)

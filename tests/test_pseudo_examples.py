@@ -3,14 +3,13 @@
 from __future__ import annotations
 
 import copy
-import time
 from pathlib import Path
 
 import numpy as np
 import oracles
 import pytest
 import torch
-from pipeline import finish, start
+from pipeline import finish, kill_after_saving
 from test_regimes import CLASSES, REGIMES, STILL, Given, inputs, linear, network, pixels, regime, response, train
 from torch import nn
 
@@ -229,12 +228,7 @@ def test_a_killed_run_continues_with_its_pixels_and_their_ascent(tmp_path: Path,
     command = [*command.split(), "--steps", "400", "--ascent-lr", "0.003", "--device", "cpu", "--out"]
     finish([*command, "whole"], tmp_path)
     checkpoint = tmp_path / "killed" / "checkpoints" / "last.ckpt"
-    process = start([*command, "killed"], tmp_path)
-    while process.poll() is None and not checkpoint.exists():
-        time.sleep(0.005)
-    assert process.poll() is None, process.communicate()
-    process.kill()
-    process.communicate()
+    kill_after_saving([*command, "killed"], tmp_path, checkpoint)
     saved = torch.load(checkpoint, weights_only=True)
     assert saved["state_dict"]["pseudo"].shape == (10, 1, 32, 32)
     assert not (tmp_path / "killed" / "model.json").exists()
