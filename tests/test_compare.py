@@ -470,6 +470,125 @@ def test_a_teacher_per_seed_is_still_one_ranking(tmp_path, monkeypatch, cli):
     assert len({run["sha256"] for run in teacher["runs"]}) == 2
 
 
+TEACHERS = """
+grid:
+  seeds: [0, 1]
+  teachers:
+    large: {steps: 20, batch_size: 16, per_seed: true}
+    small: {model: lenet5-half, steps: 10, batch_size: 16, student: {student: lenet5-half-dafl, steps: 2}}
+  synthesize: {num_images: 8}
+  student: {steps: 3, batch_size: 4}
+  rows:
+    zskd: {synthesize: {method: zskd, batch_size: 4, iterations: 2}}
+    again: {teachers: [small], shards: zskd, seeds: [1]}
+    bad: {teachers: [large], distill: {transfer_set: [nowhere]}, seeds: [0]}
+"""
+
+
+def test_rows_are_run_with_every_teacher_and_ranked_by_teacher(tmp_path, monkeypatch, cli):
+    monkeypatch.chdir(tmp_path)
+    (tmp_path / "grid.yaml").write_text(TEACHERS)
+    code, shown, err = cli("compare", "--recipe", "grid.yaml", "--out", "out")
+    assert (code, "failed: large/bad" in err) == (4, True)
+    runs = tmp_path / "out" / "runs"
+    made = {str(path.parent.relative_to(runs)) for path in runs.rglob("model.json")}
+    rows = {f"{name}/zskd/seed{seed}" for name in ("large", "small") for seed in (0, 1)} | {"small/again/seed1"}
+    teachers = {"large/teacher/seed0", "large/teacher/seed1", "small/teacher"}
+    assert made == teachers | {f"{row}/student" for row in rows}
+
+    results = results_in(tmp_path / "out")
+    large, small = results["sections"]
+    assert (large["teacher"], small["teacher"]) == ("large", "small")
+    assert {row["label"] for row in large["rows"]} == {"teacher", "zskd"}
+    assert {row["label"] for row in small["rows"]} == {"teacher", "zskd", "again"}
+    assert [[failure["row"] for failure in section["failed"]] for section in (large, small)] == [["bad"], []]
+    zskd = [next(row for row in section["rows"] if row["label"] == "zskd") for section in (large, small)]
+    assert [row["model"] for row in zskd] == ["lenet5-half", "lenet5-half-dafl"]
+    assert [row["settings"]["steps"] for row in zskd] == [3, 2]
+    top1 = {name: accuracy(runs / name) for name in sorted(teachers)}
+    assert len(set(top1.values())) == 3, "equal teachers would hide a mistake"
+    gaps = [run["gap"] for row in zskd for run in row["runs"]]
+    students = [accuracy(tmp_path / run["path"]) for row in zskd for run in row["runs"]]
+    assert gaps == pytest.approx(np.subtract(students, [*top1.values(), top1["small/teacher"]]).tolist())
+    for text in (shown, *((tmp_path / "out" / name).read_text() for name in ("table.md", "report.html"))):
+        assert "teacher large (lenet5): top-1" in text
+        assert "teacher small (lenet5-half): top-1" in text
+
+
+def test_every_teacher_has_metadata_and_settings_of_its_own(here, cli):
+    grid = {
+        "teachers": {
+            "made": {"steps": 5, "synthesize": {"num_images": 6}},
+            "given": {"path": "teacher", "metadata": {"num_images": 40}, "student": {"student": "lenet5"}},
+            "told": {"path": "teacher", "metadata": "some-metadata"},
+        },
+        "metadata": {"num_images": 30, "batch_size": 7},
+        "synthesize": {"num_images": 8},
+        "rows": {"lopes": {"synthesize": {"method": "lopes"}}, "noise": {"distill": {"transfer_set": ["noise:4"]}}},
+    }
+    grid["rows"]["noise"]["teachers"] = ["given"]
+    (here / "metadata.yaml").write_text(json.dumps({"grid": grid}))
+    code, out, _ = cli("compare", "--recipe", "metadata.yaml", "--dry-run", "--json")
+    assert code == 0
+    plan = [(step["teacher"], step["row"], step["config"]) for step in json.loads(out)["plan"]]
+    commands = [(teacher, row, config["command"]) for teacher, row, config in plan]
+    pair = [("lopes", "synthesize"), ("lopes", "distill")]
+    assert commands == [
+        *(("made", *step) for step in [("", "train-teacher"), ("", "collect-metadata"), *pair]),
+        *(("given", *step) for step in [("", "collect-metadata"), *pair, ("noise", "distill")]),
+        *(("told", *step) for step in pair),
+    ]
+    read = {(teacher, config["command"]): config for teacher, _, config in plan}
+    collected = [read[name, "collect-metadata"] for name in ("made", "given")]
+    assert [(c["teacher"], c["num_images"], c["batch_size"]) for c in collected] == [
+        ("comparison/runs/made/teacher", 30, 7),
+        ("teacher", 40, 7),
+    ]
+    synthesized = [read[name, "synthesize"] for name in ("made", "given", "told")]
+    assert [s["metadata"] for s in synthesized] == [*(c["out"] for c in collected), "some-metadata"]
+    assert [s["num_images"] for s in synthesized] == [6, 8, 8]
+    students = [read[name, "distill"]["student"] for name in ("made", "given", "told")]
+    assert students == ["lenet5-half", "lenet5", "lenet5-half"]
+
+
+@pytest.mark.parametrize(
+    "old, new, words",
+    [
+        ("  teachers:", "  teacher: other\n  teachers:", "both teacher and teachers"),
+        ("teachers: [large]", "teachers: [larg]", "did you mean 'large'"),
+        ("teachers: [large]", "teachers: []", "grid.rows.bad.teachers"),
+        ("    zskd: {", "    zskd: {teachers: [large], ", "no row 'zskd' with synthesize and teacher small"),
+        ("    large:", "    ../large:", "not a name for a row or a teacher"),
+        ("{model: lenet5-half, ", "{path: other, ", "grid.teachers.small.steps: the teacher is already there"),
+        ("{student: lenet5-half-dafl", "{studnt: x", "grid.teachers.small.student.studnt: unknown key"),
+        ("  synthesize: {num", "  metadata: somewhere\n  synthesize: {num", "give it as grid.teachers.large.metadata"),
+    ],
+)
+def test_wrong_teachers_are_refused_before_anything_runs(tmp_path, monkeypatch, cli, old, new, words):
+    monkeypatch.chdir(tmp_path)
+    assert old in TEACHERS
+    (tmp_path / "grid.yaml").write_text(TEACHERS.replace(old, new))
+    code, out, err = cli("compare", "--recipe", "grid.yaml")
+    assert (code, out) == (2, "")
+    assert words in err
+    assert not (tmp_path / "comparison").exists()
+
+
+def test_a_teacher_that_is_not_used_is_refused(here, cli):
+    grid = {"teachers": {"a": "teacher", "b": "teacher"}}
+    grid["rows"] = {"noise": {"teachers": ["a"], "distill": {"transfer_set": ["noise:4"]}}}
+    (here / "unused.yaml").write_text(json.dumps({"grid": grid}))
+    code, _, err = cli("compare", "--recipe", "unused.yaml", "--dry-run")
+    assert (code, "grid.teachers.b: no row is run with it" in err) == (2, True)
+
+
+def test_a_typed_teacher_is_not_one_of_several(here, cli):
+    (here / "several.yaml").write_text(TEACHERS)
+    code, _, err = cli("compare", "--recipe", "several.yaml", "--teacher", "teacher", "--out", "several")
+    assert (code, "--teacher teacher: the grid has teachers of its own: large, small" in err) == (2, True)
+    assert not (here / "several").exists()
+
+
 @pytest.mark.parametrize(
     "old, new, words",
     [
@@ -486,6 +605,7 @@ def test_a_teacher_per_seed_is_still_one_ranking(tmp_path, monkeypatch, cli):
         ("{num_images: 8}", "{num_images: 8, out: x}", "grid.synthesize.out"),
         ("{num_images: 8}", "[8]", "grid.synthesize: must be a mapping"),
         ("{num_images: 8}", "{recipe: nothing-of-the-kind}", "unknown recipe"),
+        ("{shards: zskd,", "{teachers: [lenet5], shards: zskd,", "the grid has one"),
     ],
 )
 def test_a_wrong_grid_is_refused_before_anything_runs(tmp_path, monkeypatch, cli, old, new, words):

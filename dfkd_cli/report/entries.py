@@ -64,6 +64,7 @@ class Model:
         shards: The shard sets it learned from, as far as they were found.
         row: The name of its row in a grid.
         series: The name of the curve over set sizes that it is a point of.
+        group: The name of its teacher in a grid, empty for the only one; None outside of grids.
     """
 
     path: Path
@@ -74,6 +75,7 @@ class Model:
     shards: Sequence[ShardSet] = ()
     row: str | None = None
     series: str | None = None
+    group: str | None = None
 
     @property
     def provenance(self) -> Mapping[str, Any]:
@@ -118,7 +120,7 @@ class Model:
         return read_curves(self.path / "metrics.csv")
 
 
-def read_model(path: Path, allow_code: bool, row: str | None = None, series: str | None = None) -> Model:
+def read_model(path: Path, allow_code: bool) -> Model:
     """Read a model directory, and find the shard sets it names.
 
     Raises:
@@ -128,7 +130,7 @@ def read_model(path: Path, allow_code: bool, row: str | None = None, series: str
     run = _read_run(path)
     found = (find(parent, path, MANIFEST) for parent in run.get("parents", []))
     shards = [read_shards(place) for place in found if place is not None]
-    return Model(path, identity(record), classifier.num_parameters, record, run, shards, row, series)
+    return Model(path, identity(record), classifier.num_parameters, record, run, shards)
 
 
 def read_shards(path: Path) -> ShardSet:

@@ -67,7 +67,7 @@ def _section(section: Mapping[str, Any], device: str) -> str:
     failures = "".join(f'<p class="failure">{escape(line)}</p>' for line in table.failures(section))
     return "\n".join(
         [
-            f"<h2>{escape(section['dataset'])}, teacher {escape(rows[0]['model'] or '')}</h2>",
+            f"<h2>{escape(section['dataset'])}, teacher {escape(section['teacher'] or rows[0]['model'] or '')}</h2>",
             f"<p>{escape(table.headline(section, device))}. Means over the seeds, with the sample standard deviation. "
             "The gap is in percentage points, below zero where the student is worse than its teacher.</p>",
             _table(list(columns), texts),

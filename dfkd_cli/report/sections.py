@@ -16,12 +16,14 @@ class Section:
 
     Attributes:
         dataset: The test images.
+        name: What a grid with several teachers calls this one; empty elsewhere.
         teachers: By hash; several only where every row is repeated with a teacher per seed.
         members: Students, and baselines that had no teacher.
     """
 
     dataset: str
-    teachers: dict[str, Model]
+    name: str = ""
+    teachers: dict[str, Model] = field(default_factory=dict)
     members: list[Model] = field(default_factory=list)
 
     @property
@@ -36,14 +38,13 @@ class Section:
         return self.teachers[model.teacher or next(iter(self.teachers))]
 
 
-def arrange(models: Sequence[Model], dataset: str | None, allow_code: bool, per_seed: bool = False) -> list[Section]:
+def arrange(models: Sequence[Model], dataset: str | None, allow_code: bool) -> list[Section]:
     """The sections of a comparison, in the order of the models.
 
     Args:
         models: Everything to compare. A teacher that is not among them is looked for where its students say.
         dataset: What to test on; by default what each teacher was tested on.
         allow_code: Whether a model directory may name code.
-        per_seed: Whether all models with a row belong together although each seed has a teacher of its own.
 
     Raises:
         ArtifactError: A student's teacher is not to be found.
@@ -61,19 +62,25 @@ def arrange(models: Sequence[Model], dataset: str | None, allow_code: bool, per_
                     f"{model.path}: its teacher (sha256 {model.teacher[:12]}...) is not to be found",
                     "give it too: dfkd compare TEACHER STUDENT, or with --teacher",
                 )
-            key = "grid" if per_seed and model.row else teacher.sha256
-            section = sections.setdefault(key, Section(_dataset_of(teacher, dataset), {}))
-            section.teachers[teacher.sha256] = teacher
-            section.members.append(model)
+            _section(sections, model, teacher, dataset).members.append(model)
     taught = [*sections.values()]
     for model in models:
         if model.teacher is None and not any(model.sha256 in section.teachers for section in sections.values()):
-            fitting = [section for section in taught if _fits(model, section, dataset)]
+            fitting = [section for section in taught if model.group is None and _fits(model, section, dataset)]
             if len(fitting) == 1:
                 fitting[0].members.append(model)
             else:
-                sections[model.sha256] = Section(_dataset_of(model, dataset), {model.sha256: model})
+                _section(sections, model, model, dataset)
     return [*sections.values()]
+
+
+def _section(sections: dict[str, Section], model: Model, teacher: Model, dataset: str | None) -> Section:
+    """The section of a model and its teacher, which is made where there is none: a grid's own, else by the teacher."""
+    known = (key for key, section in sections.items() if teacher.sha256 in section.teachers)
+    key = next(known, teacher.sha256) if model.group is None else model.group
+    section = sections.setdefault(key, Section(_dataset_of(teacher, dataset), model.group or ""))
+    section.teachers[teacher.sha256] = teacher
+    return section
 
 
 def _teacher_of(student: Model, models: Sequence[Model], allow_code: bool) -> Model | None:

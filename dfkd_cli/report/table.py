@@ -85,12 +85,13 @@ def failed_cells(section: Mapping[str, Any]) -> list[list[str]]:
 def headline(section: Mapping[str, Any], device: str) -> str:
     """One line: test images, teacher, repeats, device."""
     teacher = section["rows"][0]
+    name = f"{section['teacher']} ({teacher['model']})" if section["teacher"] else teacher["model"]
     seeds = {seed for row in section["rows"][1:] for seed in row["seeds"]}
     repeats = f"{len(seeds)} seed{'s' * (len(seeds) != 1)}" if seeds else "no students"
     top1 = _points(teacher["top1"])
     return (
         f"{section['test_images']:,} test images of {section['dataset']}; "
-        f"teacher {teacher['model']}: top-1 {top1} %; {repeats}; measured on {device}"
+        f"teacher {name}: top-1 {top1} %; {repeats}; measured on {device}"
     )
 
 

@@ -24,7 +24,7 @@ from dfkd_cli.report.entries import Model, ShardSet, read_model, read_shards
 from dfkd_cli.report.results import rows
 from dfkd_cli.report.sections import Section, arrange
 from dfkd_cli.resolve import Settings
-from dfkd_cli.stages.grid import Grid, plan, run_grid
+from dfkd_cli.stages.grid import Grid, plan, qualified, run_grid
 from dfkd_cli.stages.inputs import load_teacher, pick_device
 from dfkd_cli.stages.measures import cost, examine, finite, share, top1
 from dfkd_cli.stages.snapshots import SNAPSHOTS, look_back
@@ -72,14 +72,14 @@ def run(settings: Settings, terminal: Terminal, dry_run: bool = False, paths: Se
             failed = [] if grid is None else run_grid(grid, terminal)
             if grid is not None:
                 subjects.models[:0] = _made(grid, failed, settings.run.allow_code)
-            sections = _arrange(subjects, settings, per_seed=grid is not None and grid.per_seed)
+            sections = _arrange(subjects, settings)
             results = _results(subjects, sections, failed, directory, terminal)
             write_atomic(out / TABLE, table.markdown(results).encode())
             write_atomic(out / REPORT, html.page(results).encode())
             write_json(out / RESULTS, results)
             _show(results, terminal)
             if failed:  # unfinished, so that the same command tries again
-                names = ", ".join(dict.fromkeys(f["row"] for f in failed))
+                names = ", ".join(dict.fromkeys(qualified(f["teacher"], f["row"]) for f in failed))
                 raise RunFailed(f"failed: {names}", f"see {out / TABLE}; the same command tries again")
             directory.finish([out / RESULTS, out / TABLE, out / REPORT], _best(results))
     artifacts = {"comparison": str(out), "results": str(out / RESULTS), "report": str(out / REPORT)}
@@ -105,28 +105,38 @@ def _open(settings: Settings, grid: Grid | None) -> Subjects:
             subjects.shards.append(read_shards(path))
         else:
             subjects.models.append(read_model(path, allow_code))
-    name = inputs.teacher if grid is None else grid.teacher
-    if name is not None and Path(name).is_dir():
-        subjects.models.append(read_model(Path(name), allow_code))
-    elif name is not None:
-        teacher = load_teacher(dataclasses.replace(inputs, teacher=name), allow_code)
-        record = dataclasses.asdict(teacher.classifier.info) | {"provenance": {}}
-        subjects.models.append(Model(Path(name), teacher.sha256, teacher.classifier.num_parameters, record))
-        subjects.foreign[teacher.sha256] = teacher.classifier
+    if grid is not None:
+        for group, name in grid.given.items():
+            subjects.models.append(dataclasses.replace(_teacher(name, settings, subjects), group=group))
+    elif inputs.teacher is not None:
+        subjects.models.append(_teacher(inputs.teacher, settings, subjects))
     if grid is None and not subjects.models:
         raise ConfigError("no models to compare", "give directories (dfkd compare student/) or a grid (--recipe NAME)")
     return subjects
 
 
+def _teacher(name: str, settings: Settings, subjects: Subjects) -> Model:
+    """A teacher that was there before: a model directory, or a SPEC with ``--weights``."""
+    if Path(name).is_dir():
+        return read_model(Path(name), settings.run.allow_code)
+    teacher = load_teacher(dataclasses.replace(settings.inputs, teacher=name), settings.run.allow_code)
+    subjects.foreign[teacher.sha256] = teacher.classifier
+    record = dataclasses.asdict(teacher.classifier.info) | {"provenance": {}}
+    return Model(Path(name), teacher.sha256, teacher.classifier.num_parameters, record)
+
+
 def _made(grid: Grid, failed: Sequence[Mapping[str, Any]], allow_code: bool) -> list[Model]:
     """The models of a grid, but for the runs that failed."""
-    lost = {(f["row"], f["seed"]) for f in failed}
-    steps = [s for s in grid.steps if s.settings.command in MODELS and (s.row, s.seed) not in lost]
-    return [read_model(step.out, allow_code, step.row or None, step.series) for step in steps]
+    lost = {(f["teacher"], f["row"], f["seed"]) for f in failed}
+    steps = [s for s in grid.steps if s.settings.command in MODELS and (s.teacher, s.row, s.seed) not in lost]
+    return [
+        dataclasses.replace(read_model(s.out, allow_code), row=s.row or None, series=s.series, group=s.teacher)
+        for s in steps
+    ]
 
 
-def _arrange(subjects: Subjects, settings: Settings, per_seed: bool = False) -> list[Section]:
-    return arrange(subjects.models, settings.inputs.dataset, settings.run.allow_code, per_seed)
+def _arrange(subjects: Subjects, settings: Settings) -> list[Section]:
+    return arrange(subjects.models, settings.inputs.dataset, settings.run.allow_code)
 
 
 def _parents(subjects: Subjects, grid: Grid | None) -> list[dict[str, Any]]:
@@ -142,7 +152,10 @@ def _rehearse(subjects: Subjects, grid: Grid | None, terminal: Terminal) -> dict
     lines = [step.describe() for step in steps] + [f"compare {model.path}" for model in subjects.models]
     terminal.answer("\n".join(lines))
     terminal.say("dry run: everything fits; nothing was written")
-    planned = [{"row": s.row, "seed": s.seed, "out": str(s.out), "config": s.settings.plain()} for s in steps]
+    planned = [
+        {"teacher": s.teacher, "row": s.row, "seed": s.seed, "out": str(s.out), "config": s.settings.plain()}
+        for s in steps
+    ]
     return {"dry_run": True, "plan": planned, "models": [str(model.path) for model in subjects.models]}
 
 
@@ -156,17 +169,21 @@ def _results(
     directory: RunDirectory,
     terminal: Terminal,
 ) -> dict[str, Any]:
-    """``results.json``. A grid is the first section."""
+    """``results.json``. A grid is the first section, or the first ones where it has several teachers."""
     settings = directory.settings
     device = pick_device(settings.run.device)
     progress = Progress(terminal, "compare", "models", sum(len(section.models) for section in sections))
     meter = Meter(directory.path / MEASUREMENTS, subjects, device, settings.run.allow_code, progress)
     blocks: list[dict[str, Any]] = []
+    lost: dict[str, list[Mapping[str, Any]]] = {}
+    for failure in failed:
+        lost.setdefault(failure["teacher"], []).append(failure)
     for section in sections:
         test = _test_images(section, settings.inputs.data_dir)
         measured = {model.path: meter.measure(model, section.teacher_of(model), test) for model in section.models}
-        facts = {"dataset": section.dataset, "test_images": len(test), "classes": list(test.classes)}
-        blocks.append({**facts, "rows": rows(section, measured), "failed": [] if blocks else list(failed)})
+        facts = {"teacher": section.name, "dataset": section.dataset, "test_images": len(test)}
+        made = {"rows": rows(section, measured), "failed": lost.pop(section.name, [])}
+        blocks.append({**facts, "classes": list(test.classes), **made})
     progress.close()
     galleries = {s.sha256: s.facts() for s in [*(s for m in subjects.models for s in m.shards), *subjects.shards]}
     return {
@@ -256,8 +273,10 @@ def _show(results: Mapping[str, Any], terminal: Terminal) -> None:
             terminal.answer(line)
 
 
-def _students(results: Mapping[str, Any]) -> list[Mapping[str, Any]]:
-    return [row for section in results["sections"] for row in section["rows"] if row["role"] == "student"]
+def _students(results: Mapping[str, Any]) -> list[tuple[str, Mapping[str, Any]]]:
+    """The rows of students, each with the name of its teacher."""
+    sections = results["sections"]
+    return [(section["teacher"], row) for section in sections for row in section["rows"] if row["role"] == "student"]
 
 
 def _best(results: Mapping[str, Any]) -> dict[str, Any]:
@@ -265,15 +284,15 @@ def _best(results: Mapping[str, Any]) -> dict[str, Any]:
     students = _students(results)
     if not students:
         return {}
-    row = max(students, key=lambda row: row["gap"]["mean"])
-    return {"best": row["label"], "top1": row["top1"]["mean"], "gap": row["gap"]["mean"]}
+    teacher, row = max(students, key=lambda student: student[1]["gap"]["mean"])
+    return {"best": qualified(teacher, row["label"]), "top1": row["top1"]["mean"], "gap": row["gap"]["mean"]}
 
 
 def _check_gate(answer: Mapping[str, Any], least: float | None) -> None:
     """Raise :class:`GateNotMet` when a single student is below."""
     below = [
         f"{run['path']} {run['measures']['top1']:.2%}"
-        for row in _students(answer)
+        for _, row in _students(answer)
         for run in row["runs"]
         if least is not None and run["measures"]["top1"] < least
     ]

@@ -17,6 +17,19 @@
 
 A mapping of settings may name a ``recipe`` of its command. What the grid itself says wins over every recipe, and a row
 over what all have in common.
+
+Several teachers stand side by side in ``teachers`` instead of ``teacher``. Every row is then run with each of them, or
+with those that it names; each has a directory, a ranking and metadata of its own. What only one teacher's rows have in
+common stands under that teacher, and wins over what all rows have in common:
+
+    grid:
+      teachers:
+        lenet5: {recipe: mnist}
+        resnet: {path: resnet/, student: {student: resnet8}}                  also metadata and synthesize
+      student: {recipe: mnist}
+      rows:
+        zskd: {synthesize: {recipe: zskd-mnist}}
+        soft-target: {teachers: [lenet5], synthesize: {method: soft-target}}
 """
 
 from __future__ import annotations
@@ -35,8 +48,9 @@ from dfkd_cli.settings import INPUTS, Run
 from dfkd_cli.stages import collect_metadata, distill, synthesize, train_teacher
 from dfkd_cli.ui import Terminal
 
-_KEYS = ("seeds", "teacher", "metadata", "synthesize", "student", "rows")
-_ROW_KEYS = ("synthesize", "shards", "distill", "sizes", "seeds")
+_COMMON = ("metadata", "synthesize", "student")  # what rows have in common: all of them, or those of one teacher
+_KEYS = ("seeds", "teacher", "teachers", *_COMMON, "rows")
+_ROW_KEYS = ("teachers", "synthesize", "shards", "distill", "sizes", "seeds")
 _OWN = ("teacher", "metadata", "out", "overwrite", "seed")  # what the grid itself decides for every command
 _NAME = re.compile(r"[A-Za-z0-9][A-Za-z0-9._-]*")
 # The flags of `compare` that reach every stage which has them.
@@ -58,12 +72,14 @@ class Step:
         row: Empty for a teacher and its metadata.
         seed: The seed.
         settings: The command.
+        teacher: The name of its teacher among several; empty for the only one.
         series: The curve that the row is a point of, or None.
     """
 
     row: str
     seed: int
     settings: Settings
+    teacher: str = ""
     series: str | None = None
 
     @property
@@ -71,9 +87,14 @@ class Step:
         """The directory that the command writes."""
         return Path(str(self.settings.run.out))
 
+    @property
+    def name(self) -> str:
+        """The row, or ``teacher``; after its teacher where there are several: ``resnet/zskd``."""
+        return qualified(self.teacher, self.row or "teacher")
+
     def describe(self) -> str:
         """One line for the user."""
-        return f"{self.row or 'teacher'}, seed {self.seed}: {self.settings.command} -> {self.out}"
+        return f"{self.name}, seed {self.seed}: {self.settings.command} -> {self.out}"
 
 
 @dataclasses.dataclass(frozen=True)
@@ -81,15 +102,13 @@ class Grid:
     """The commands of a grid, in an order in which they can be run.
 
     Attributes:
-        steps: Teachers, their metadata, then row by row.
-        teacher: The path or SPEC of the teacher that was there before, or None.
-        per_seed: Whether every seed has a teacher of its own.
+        steps: Teacher by teacher: itself, its metadata, then row by row.
+        given: The path or SPEC of each teacher that was there before, by its name, which is empty for the only one.
         sha256: Stands for every setting that decides the result; where the directories lie is none of them.
     """
 
     steps: tuple[Step, ...]
-    teacher: str | None
-    per_seed: bool
+    given: Mapping[str, str]
     sha256: str
 
 
@@ -98,18 +117,59 @@ def plan(settings: Settings, out: Path) -> Grid:
 
     Args:
         settings: Of ``compare``; a ``--teacher`` takes the place of the recipe's.
-        out: The directory of the comparison; everything is written under ``out / "runs"``.
+        out: The directory of the comparison; everything is written under ``out / "runs"``, with several teachers under
+            ``out / "runs" / TEACHER``.
 
     Raises:
         ConfigError: Unknown key, bad value, or a row from nothing.
     """
     if settings.run.devices * settings.run.num_nodes > 1:
         raise ConfigError("a grid runs on one device", "leave out --devices and --num-nodes, or run its commands alone")
-    planner, anywhere = _Planner(settings, out / "runs"), _Planner(settings, Path())
-    identity = [{**step.settings.plain(volatile=False), "row": step.row} for step in anywhere.steps()]
+    grid = _mapping(settings.grid, "grid", _KEYS)
+    teachers = _teachers(grid, settings.inputs.teacher)
+
+    def planners(root: Path) -> list[_Planner]:
+        return [_Planner(settings, grid, root, name, teachers) for name in teachers]
+
+    given = {planner.name: planner.given for planner in planners(out) if planner.given is not None}
+    identity = [
+        {**step.settings.plain(volatile=False), "row": step.row}
+        for planner in planners(Path())
+        for step in planner.steps()
+    ]
     for values in identity:
         values.pop("teacher", None)  # a path: the teacher's hash counts
-    return Grid(tuple(planner.steps()), planner.given, planner.per_seed, digest(identity))
+    steps = tuple(step for planner in planners(out / "runs") for step in planner.steps())
+    return Grid(steps, given, digest(identity))
+
+
+def _teachers(grid: Mapping[str, Any], typed: str | None) -> dict[str, Any]:
+    """What the grid says of each teacher, by its name; the only one of ``teacher`` has an empty name."""
+    if "teachers" not in grid:
+        return {"": typed or grid.get("teacher", {})}
+    teachers = {str(name): value for name, value in _mapping(grid["teachers"], "grid.teachers").items()}
+    if "teacher" in grid:
+        raise ConfigError("grid: has both teacher and teachers", "choose one")
+    if typed is not None:
+        hint = "leave it out, or change grid.teachers"
+        raise ConfigError(f"--teacher {typed}: the grid has teachers of its own: {', '.join(teachers)}", hint)
+    if not teachers:
+        raise ConfigError("grid.teachers: needs at least one teacher", "e.g. teachers: {lenet5: {recipe: mnist}}")
+    for name in teachers:
+        _check_name(name, f"grid.teachers.{name}")
+    return teachers
+
+
+def _check_name(name: str, where: str) -> None:
+    """Refuse what cannot be the name of a directory beside those of teacher and metadata."""
+    if not _NAME.fullmatch(name) or name in ("teacher", "metadata"):
+        hint = "letters, digits, . _ -; not `teacher`, not `metadata`"
+        raise ConfigError(f"{where}: not a name for a row or a teacher", hint)
+
+
+def qualified(teacher: str, row: str) -> str:
+    """The name of a row, after its teacher where there are several: ``resnet/zskd``."""
+    return f"{teacher}/{row}" if teacher else row
 
 
 def _mapping(value: Any, where: str, known: tuple[str, ...] | None = None) -> Mapping[str, Any]:
@@ -144,34 +204,61 @@ def _layers(command: str, *sections: tuple[str, Any], own: tuple[str, ...] = _OW
 
 
 class _Planner:
-    """The recipe's grid, checked, and its commands under one directory."""
+    """The recipe's grid with one of its teachers, checked, and its commands under one directory.
 
-    def __init__(self, settings: Settings, root: Path) -> None:
-        grid = _mapping(settings.grid, "grid", _KEYS)
-        self.settings, self.root = settings, root
+    Args:
+        settings: Of ``compare``.
+        grid: The recipe's grid.
+        root: Where the grid's directories go.
+        name: The teacher's name, empty for the only one.
+        teachers: What the grid says of each.
+    """
+
+    def __init__(
+        self, settings: Settings, grid: Mapping[str, Any], root: Path, name: str, teachers: Mapping[str, Any]
+    ) -> None:
+        self.settings, self.name, self.root = settings, name, root / name
         self.seeds = config.convert(grid.get("seeds", [0]), tuple[int, ...], "grid.seeds")
         if len(set(self.seeds)) < len(self.seeds) or min(self.seeds) < 0:
             raise ConfigError(f"grid.seeds: {list(self.seeds)} must be different whole numbers of at least 0")
-        teacher = settings.inputs.teacher or grid.get("teacher", {})
-        self.given = teacher if isinstance(teacher, str) else None
-        teacher = {} if self.given is not None else dict(_mapping(teacher, "grid.teacher"))
-        self.per_seed = config.convert(teacher.pop("per_seed", False), bool, "grid.teacher.per_seed")
-        own = _OWN if self.per_seed else tuple(key for key in _OWN if key != "seed")
-        self.teacher = _layers("train-teacher", ("grid.teacher", teacher), own=own)
-        metadata = grid.get("metadata", {})
-        self.given_metadata = metadata if isinstance(metadata, str) else None
-        metadata = {} if self.given_metadata is not None else metadata
-        self.metadata = _layers("collect-metadata", ("grid.metadata", metadata), own=own)
-        self.synthesize = ("grid.synthesize", grid.get("synthesize"))
-        self.student = ("grid.student", grid.get("student"))
+        where, given = f"grid.teachers.{name}" if name else "grid.teacher", teachers[name]
+        teacher = {"path": given} if isinstance(given, str) else dict(_mapping(given, where))
+        own = {key: teacher.pop(key) for key in _COMMON if name and key in teacher}
+        common = {key: [(f"grid.{key}", grid.get(key)), (f"{where}.{key}", own.get(key))] for key in _COMMON}
+        self.synthesize, self.student = common["synthesize"], common["student"]
+        self.given = config.convert(teacher.pop("path", None), str | None, f"{where}.path")
+        if self.given is not None and teacher:
+            raise ConfigError(f"{where}.{next(iter(teacher))}: the teacher is already there", "leave out this or path")
+        self.per_seed = config.convert(teacher.pop("per_seed", False), bool, f"{where}.per_seed")
+        decided = _OWN if self.per_seed else tuple(key for key in _OWN if key != "seed")
+        self.teacher = _layers("train-teacher", (where, teacher), own=decided)
+        if name and isinstance(grid.get("metadata"), str):
+            raise ConfigError("grid.metadata: a directory belongs to one teacher", f"give it as {where}.metadata")
+        paths = [value for _, value in common["metadata"] if isinstance(value, str)]
+        self.given_metadata = paths[-1] if paths else None
+        metadata = [section for section in common["metadata"] if not isinstance(section[1], str)]
+        self.metadata = _layers("collect-metadata", *metadata, own=decided)
+        self.rows = self._rows(grid, teachers)
+
+    def _rows(self, grid: Mapping[str, Any], teachers: Mapping[str, Any]) -> dict[str, Mapping[str, Any]]:
+        """The rows of this teacher, by name."""
         rows = _mapping(grid.get("rows"), "grid.rows")
         if not rows:
             raise ConfigError("grid.rows: needs at least one row", "e.g. rows: {zskd: {synthesize: {method: zskd}}}")
-        self.rows = {str(name): _mapping(row, f"grid.rows.{name}", _ROW_KEYS) for name, row in rows.items()}
-        for name in self.rows:
-            if not _NAME.fullmatch(name) or name in ("teacher", "metadata"):
-                hint = "letters, digits, . _ -; not `teacher`, not `metadata`"
-                raise ConfigError(f"grid.rows.{name}: not a name for a row", hint)
+        mine = {}
+        for name, value in rows.items():
+            where = f"grid.rows.{name}"
+            row = _mapping(value, where, _ROW_KEYS)
+            _check_name(str(name), where)
+            chosen = config.convert(row.get("teachers", list(teachers)), tuple[str, ...], f"{where}.teachers")
+            for unknown in set(chosen) - set(teachers):
+                hint = did_you_mean(unknown, teachers) if self.name else "the grid has one: leave it out"
+                raise ConfigError(f"{where}.teachers: no teacher {unknown!r}", hint)
+            if self.name in chosen:
+                mine[str(name)] = row
+        if not mine:
+            raise ConfigError(f"grid.teachers.{self.name}: no row is run with it", "leave it out, or name it in a row")
+        return mine
 
     def steps(self) -> Iterator[Step]:
         """The commands; rows that use another row's shards come last."""
@@ -195,12 +282,12 @@ class _Planner:
             shards = self._place(self._owner(name), seed, "shards")
         elif "synthesize" in row:
             shards = self._place(name, seed, "shards")
-            layers = _layers("synthesize", self.synthesize, (f"{where}.synthesize", row["synthesize"]))
+            layers = _layers("synthesize", *self.synthesize, (f"{where}.synthesize", row["synthesize"]))
             step = self._step(name, seed, "synthesize", layers, {**common, "out": shards})
             used = "metadata" in step.settings.method.entry.needs
             settings = step.settings.replace(metadata=self._metadata(seed) if used else None)
             yield dataclasses.replace(step, settings=settings)
-        layers = _layers("distill", self.student, (f"{where}.distill", row.get("distill")))
+        layers = _layers("distill", *self.student, (f"{where}.distill", row.get("distill")))
         if shards is not None:
             # What the row itself names joins its shards; a transfer set from further away is a default.
             named = layers[-1][1].get("transfer_set", [])
@@ -230,7 +317,8 @@ class _Planner:
         owner, owners = str(self.rows[name]["shards"]), [n for n, row in self.rows.items() if "synthesize" in row]
         if owner not in owners:
             hint = did_you_mean(owner, owners) if owners else "no row has synthesize"
-            raise ConfigError(f"grid.rows.{name}.shards: no row {owner!r} with synthesize", hint)
+            which = f" and teacher {self.name}" if self.name else ""
+            raise ConfigError(f"grid.rows.{name}.shards: no row {owner!r} with synthesize{which}", hint)
         return owner
 
     def _place(self, row: str, seed: int, what: str) -> str:
@@ -247,8 +335,8 @@ class _Planner:
         return str(self.root / "metadata" / f"seed{seed}" if self.per_seed else self.root / "metadata")
 
     def _step(self, row: str, seed: int, command: str, layers: list[Layer], values: Mapping[str, Any]) -> Step:
-        values = {**values, "overwrite": False}
-        return Step(row, seed, resolve(command, [*layers, (TYPED, self._passed(command)), ("", values)]))
+        layers = [*layers, (TYPED, self._passed(command)), ("", {**values, "overwrite": False})]
+        return Step(row, seed, resolve(command, layers), self.name)
 
     def _passed(self, command: str) -> dict[str, Any]:
         """The flags given to ``compare`` that the command has too."""
@@ -268,7 +356,7 @@ def run_grid(grid: Grid, terminal: Terminal) -> list[dict[str, Any]]:
     quiet = Terminal(terminal.verbosity, as_json=True, silent=terminal.silent)  # stdout is for the comparison
     failed: dict[tuple[str, int], dict[str, Any]] = {}
     for number, step in enumerate(grid.steps, 1):
-        if (step.row, step.seed) in failed:
+        if (step.name, step.seed) in failed:
             continue  # no shards to distill from
         terminal.say(f"[{number}/{len(grid.steps)}] {step.describe()}")
         try:
@@ -277,7 +365,7 @@ def run_grid(grid: Grid, terminal: Terminal) -> list[dict[str, Any]]:
             if not step.row:
                 raise
             terminal.say(f"{step.describe()} failed: {error}")
-            facts = {"row": step.row, "seed": step.seed, "command": step.settings.command}
+            facts = {"teacher": step.teacher, "row": step.row, "seed": step.seed, "command": step.settings.command}
             reason = {"code": error.code, "message": error.message, "hint": error.hint}
-            failed[step.row, step.seed] = facts | reason
+            failed[step.name, step.seed] = facts | reason
     return list(failed.values())
