@@ -183,15 +183,21 @@ def test_directories_become_table_json_markdown_and_page(made, compared):
     assert row["top1"]["sd"] == pytest.approx(np.std(zskd, ddof=1))
     assert row["gap"]["mean"] == pytest.approx(np.mean(zskd) - teacher)
     assert (row["data_free"], row["num_images"], row["parameters"]) == (True, 32, 35820)
-    runs = {name: json.loads((made / name / "run.json").read_text()) for name in ("shards0", "shards1", "student0")}
+    names = ("shards0", "shards1", "student0", "student1")
+    runs = {name: json.loads((made / name / "run.json").read_text()) for name in names}
     synthesis = [runs["shards0"]["seconds"], runs["shards1"]["seconds"]]
     assert row["seconds"]["synthesis"]["values"] == synthesis
     assert row["seconds"]["training"]["values"][0] == runs["student0"]["seconds"]
+    assert row["seconds"]["total"]["values"] == pytest.approx(
+        [runs[f"shards{seed}"]["seconds"] + runs[f"student{seed}"]["seconds"] for seed in (0, 1)]
+    )
+    assert [row["runs"][0]["device"], row["runs"][0]["shards"][0]["device"]] == ["cpu", "cpu"]
     with (made / "student0" / "metrics.csv").open() as file:
         assert row["runs"][0]["last"]["soft"] == pytest.approx(float(list(csv.DictReader(file))[-1]["soft"]))
     real = rows["real:50 -> response"]
     assert (real["data_free"], real["num_images"], real["seconds"]["synthesis"]) == (False, 50, None)
     assert real["top1"]["sd"] is None
+    assert real["seconds"]["total"]["values"] == real["seconds"]["training"]["values"]
     assert (rows["supervised"]["role"], rows["supervised"]["runs"][0]["path"]) == ("baseline", "baseline")
     assert rows["teacher"]["runs"][0]["measures"]["agreement"] == 1
 
@@ -297,6 +303,9 @@ def test_a_student_finds_its_teacher_from_anywhere_or_says_what_to_do(made, tmp_
     code, _, err = cli("compare", "lonely/student", "--out", "no")
     assert (code, "--teacher" in err, (tmp_path / "no").exists()) == (3, True, False)
     assert cli("compare", "lonely/student", "--teacher", made / "teacher", "--out", "yes")[0] == 0
+    (row,) = [r for r in results_in(tmp_path / "yes")["sections"][0]["rows"] if r["role"] == "student"]
+    assert row["seconds"]["training"] is not None
+    assert row["seconds"]["total"] is None, "nobody knows how long its shards took"
 
 
 @pytest.mark.parametrize(

@@ -46,6 +46,7 @@ class ShardSet:
             "count": self.manifest["count"],
             "confidence": self.run.get("metrics", {}).get("confidence"),
             "seconds": self.run.get("seconds"),
+            "device": self.run.get("device"),
             "argv": self.run.get("argv"),
             "versions": self.run.get("versions"),
         }
@@ -112,6 +113,18 @@ class Model:
         how += " + ".join(objectives)
         return f"{origins} -> {how}" if origins else how
 
+    @property
+    def seconds(self) -> dict[str, float | None]:
+        """What the work took: on the shards it learned from, on itself, in all. None where there is none, or unknown.
+
+        A teacher and its metadata are there for every student and count for none.
+        """
+        synthesis = [shards.run.get("seconds") for shards in self.shards]
+        training = self.run.get("seconds")
+        others = [p for p in self._origins() if "spec" not in p and _owner(p, self.shards) is None]
+        parts = [*synthesis, training, *(None for _ in others)]
+        return {"synthesis": _sum(synthesis), "training": training, "total": _sum(parts)}
+
     def _origins(self) -> list[Mapping[str, Any]]:
         return [p for p in self.run.get("parents", []) if p["role"] == "transfer-set"]
 
@@ -172,6 +185,11 @@ def read_curves(path: Path) -> dict[str, list[float]]:
 def settings_of(run: Mapping[str, Any]) -> dict[str, Any]:
     """The settings in a ``run.json``, without seed and parents."""
     return {k: v for k, v in run.get("identity", {}).items() if k not in ("seed", "parents")}
+
+
+def _sum(seconds: Sequence[float | None]) -> float | None:
+    known = [value for value in seconds if value is not None]
+    return sum(known) if known and len(known) == len(seconds) else None
 
 
 def _read_run(path: Path) -> dict[str, Any]:

@@ -69,7 +69,7 @@ def _row(
         "gap": spread(run["gap"] for run in runs) if role != "teacher" else None,
         "agreement": spread(run["measures"].get("agreement") for run in runs) if role != "teacher" else None,
         **{name: spread((run[name] or {}).get("top1") for run in runs) for name in ("selected", "best_test")},
-        "seconds": {name: spread(run["seconds"][name] for run in runs) for name in ("synthesis", "training")},
+        "seconds": {name: spread(run["seconds"][name] for run in runs) for name in runs[0]["seconds"]},
         "settings": first.settings,
         "runs": runs,
     }
@@ -78,7 +78,6 @@ def _row(
 def _run(model: Model, section: Section, measured: Mapping[Path, Measures]) -> dict[str, Any]:
     teacher = section.teacher_of(model)
     curves = model.curves()
-    synthesis = [s.run.get("seconds") for s in model.shards]
     kept = measured[model.path].get("snapshots", [])
     return {
         "path": str(model.path),
@@ -87,10 +86,8 @@ def _run(model: Model, section: Section, measured: Mapping[Path, Measures]) -> d
         "teacher": None if model is teacher else teacher.sha256,
         "measures": dict(measured[model.path]),
         "gap": measured[model.path]["top1"] - measured[teacher.path]["top1"],  # below zero: worse than the teacher
-        "seconds": {
-            "synthesis": sum(synthesis) if synthesis and None not in synthesis else None,
-            "training": model.run.get("seconds"),
-        },
+        "seconds": model.seconds,
+        "device": model.run.get("device"),
         "selected": _selected(kept, curves.get("agreement", [])),
         "best_test": max(kept, key=lambda snapshot: snapshot["top1"], default=None),
         "rounds": len(curves.get("round", [])),

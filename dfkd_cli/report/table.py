@@ -21,6 +21,7 @@ COLUMNS = (
     "IMAGES",
     "SYNTHESIS s",
     "DISTILLATION s",
+    "TOTAL s",
     "PARAMS",
     "SEEDS",
     "DATA",
@@ -37,6 +38,7 @@ _EXPENDABLE = (
     "AGREEMENT %",
     "DISTILLATION s",
     "SYNTHESIS s",
+    "TOTAL s",
 )
 _SEEDS_SHOWN = 5
 
@@ -47,7 +49,7 @@ def cells(row: Mapping[str, Any]) -> list[str]:
     Top-1 is the last epoch's. ``SELECTED`` is that of the snapshot with the best agreement on held-out images of the
     transfer set; ``BEST TEST`` that of the best snapshot on the test images, which many papers print.
     """
-    training = row["seconds"]["training"] if row["role"] == "student" else None
+    training, total = (row["seconds"][name] if row["role"] == "student" else None for name in ("training", "total"))
     seeds = [str(seed) for seed in row["seeds"] if seed is not None]
     return [
         row["label"],
@@ -60,6 +62,7 @@ def cells(row: Mapping[str, Any]) -> list[str]:
         _count(row["num_images"]),
         seconds(row["seconds"]["synthesis"]),
         seconds(training),
+        seconds(total),
         _count(row["parameters"]),
         " ".join(seeds) if len(seeds) <= _SEEDS_SHOWN else f"{len(seeds)} seeds",
         data(row),
