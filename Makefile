@@ -1,4 +1,4 @@
-.PHONY: help format lint test kill-test bench demo clean
+.PHONY: help format lint test kill-test bench demo readme clean
 SHELL := bash
 BIN := $(CURDIR)/.venv/bin
 
@@ -36,6 +36,9 @@ kill-test: .venv/.done ## Kill the pipeline at twenty random moments: twenty tim
 
 bench: .venv/.done ## Time a synthesis round against its bare loop
 	$(BIN)/python tests/bench_synthesis.py
+
+readme: .venv/.done ## Write the tables of README.md anew from results/
+	$(BIN)/python -m dfkd_cli.report.readme README.md
 
 clean: ## Remove what the other targets made
 	rm -rf demo build dist .venv *.egg-info .pytest_cache .ruff_cache .mypy_cache

@@ -32,6 +32,7 @@ class Settings:
     inputs: Any
     components: dict[str, tuple[Component, ...]]
     grid: Mapping[str, Any] | None = None  # the pipelines of a compare recipe
+    about: Mapping[str, Any] | None = None  # and its head: published numbers stand there
 
     @property
     def method(self) -> Component:
@@ -53,6 +54,8 @@ class Settings:
         for section in (self.inputs, self.run):
             dropped = {f.name for f in dataclasses.fields(section) if f.metadata.get("volatile") and not volatile}
             values |= {k: v for k, v in config.plain(section).items() if k not in dropped}
+        if self.about is not None and volatile:
+            values["about"] = dict(self.about)
         if self.grid is not None:
             values["grid"] = dict(self.grid)
         return values
@@ -77,8 +80,10 @@ def resolve(command: str, layers: list[Layer]) -> Settings:
     values: dict[tuple[str, ...], dict[str, Any]] = {key: {} for key in types}
     labels: dict[tuple[str, ...], dict[str, str]] = {key: {} for key in types}
     fields = {key: config.hints(cls) for key, cls in types.items()}
-    grid = None
+    grid = about = None
     for source, layer in layers:
+        if command == "compare":
+            about = layer.get("about", about)
         flat = _flatten(layer, chosen)
         for path, value in sorted(flat.items(), key=lambda item: len(item[0])):  # short forms first: specifics win
             if path == ("grid",) and command == "compare":
@@ -98,7 +103,7 @@ def resolve(command: str, layers: list[Layer]) -> Settings:
         flag: tuple(Component(entry, built[flag, entry.name], weight) for entry, weight in picked)
         for flag, picked in chosen.items()
     }
-    return Settings(command, built["run",], built["inputs",], components, grid)
+    return Settings(command, built["run",], built["inputs",], components, grid, about)
 
 
 def choose(command: str, layers: list[Layer]) -> dict[str, list[tuple[catalog.Entry, float]]]:

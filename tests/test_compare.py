@@ -13,6 +13,7 @@ import signal
 import subprocess
 import sys
 import time
+from datetime import timedelta
 from html.parser import HTMLParser
 from pathlib import Path
 
@@ -22,8 +23,10 @@ import torch
 from PIL import Image
 from torch.utils.benchmark import Timer
 
+from dfkd_cli import catalog
 from dfkd_cli.data import datasets
 from dfkd_cli.models.directory import load_model
+from dfkd_cli.report.readme import fill
 from dfkd_cli.report.results import spread
 
 SMALL = ("--steps", "2", "--batch-size", "8")
@@ -477,6 +480,85 @@ def test_a_teacher_per_seed_is_still_one_ranking(tmp_path, monkeypatch, cli):
     assert teacher["seeds"] == noise["seeds"] == [0, 3]
     assert noise["gap"]["values"] == pytest.approx(np.subtract(noise["top1"]["values"], teacher["top1"]["values"]))
     assert len({run["sha256"] for run in teacher["runs"]}) == 2
+
+
+def test_published_numbers_and_wall_time_reach_every_table(here, cli):
+    grid = {"seeds": [0, 1], "student": {"steps": 2, "batch_size": 4}}
+    grid["rows"] = {name: {"distill": {"transfer_set": [f"{name}:8"]}} for name in ("real", "noise")}
+    grid["rows"]["noise"]["sizes"] = [4]
+    about = {"published": {"teacher": 99.3, "real": 87.65, "noise@4": 12.5}}
+    (here / "published.yaml").write_text(json.dumps({"about": about, "grid": grid}))
+    command = ("compare", "--recipe", "published.yaml", "--teacher", "teacher", "--out", "published")
+    assert cli(*command)[0] == 0
+    results = results_in(here / "published")
+    rows = {row["label"]: row for row in results["sections"][0]["rows"]}
+    # The given teacher is not the paper's.
+    assert {label: row["published"] for label, row in rows.items()} == {
+        "teacher": None,
+        "real": pytest.approx(0.8765),
+        "noise@4": pytest.approx(0.125),
+    }
+    run = json.loads((here / "published" / "run.json").read_text())
+    students = [run["seconds"]["total"] for row in rows.values() for run in row["runs"] if row["role"] == "student"]
+    assert sum(students) < results["seconds"] <= run["seconds"]
+    took = f"measured on cpu in {timedelta(seconds=round(results['seconds']))}"
+    for name in ("table.md", "report.html"):
+        text = (here / "published" / name).read_text()
+        assert all(word in text for word in ("PUBLISHED %", "87.65", took)), name
+    (here / "published.yaml").write_text(json.dumps({"about": {"published": {"real": 87.6}}, "grid": grid}))
+    code, _, err = cli(*command)
+    assert (code, "already complete" in err) == (0, True), "what a paper reports decides nothing"
+
+    (here / "kept").mkdir()
+    shutil.copy(here / "published" / "results.json", here / "kept" / "tiny.json")
+    page = here / "page.md"
+    page.write_text("before\n<!-- kept/tiny.json -->\n98.77 by hand\n<!-- end of results -->\nafter\n")
+    made = subprocess.run([sys.executable, "-m", "dfkd_cli.report.readme", page], cwd=here.parent, check=False)
+    assert made.returncode == 0
+    text = page.read_text()
+    assert re.fullmatch(r"before\n<!-- kept/tiny.json -->\n.*\n<!-- end of results -->\nafter\n", text, re.DOTALL)
+    assert "98.77" not in text
+    assert took in text
+    mean, sd = (
+        100 * function(rows["real"]["top1"]["values"]) for function in (np.mean, functools.partial(np.std, ddof=1))
+    )
+    (line,) = (line for line in text.splitlines() if line.startswith("| real "))
+    assert line.split(" | ")[1:4] == ["lenet5-half", f"{mean:.2f} ± {sd:.2f}", "87.65"]
+    assert fill(text, here) == text
+    assert fill(text.replace("87.65", "87.66"), here) == text
+
+
+def test_tables_of_the_readme_are_made_from_the_kept_results():
+    root = Path(__file__).parent.parent
+    text = (root / "README.md").read_text(encoding="utf-8")
+    assert fill(text, root) == text, "run `make readme`"
+    kept = {f"results/{path.name}" for path in (root / "results").glob("*.json")}
+    assert set(re.findall(r"^<!-- (.*\.json) -->$", text, re.MULTILINE)) == kept
+
+
+@pytest.mark.parametrize(
+    "published, words",
+    [
+        ({"zksd": {"large": 98}}, "about.published.zksd: unknown key -- did you mean 'zskd'"),
+        ({"zskd": {"larg": 98}}, "about.published.zskd.larg: unknown key -- did you mean 'large'"),
+        ({"zskd": 98}, "about.published.zskd: must be a mapping"),
+        ({"zskd": {"large": 9877}}, "about.published.zskd.large: 9877.0 is out of range"),
+        ({"zskd": {"large": "most"}}, "about.published.zskd.large: 'most' is not a number"),
+    ],
+)
+def test_wrong_published_numbers_are_refused(tmp_path, monkeypatch, cli, published, words):
+    monkeypatch.chdir(tmp_path)
+    (tmp_path / "grid.yaml").write_text(f"about: {json.dumps({'published': published})}\n{TEACHERS}")
+    code, _, err = cli("compare", "--recipe", "grid.yaml", "--dry-run")
+    assert (code, words in err) == (2, True), err
+
+
+def test_every_grid_of_the_recipes_can_be_planned(cli):
+    recipes = [name for name in catalog.recipes() if name.startswith("compare/")]
+    assert recipes
+    for name in recipes:
+        code, _, err = cli("compare", "--recipe", name, "--dry-run")
+        assert code == 0, err
 
 
 TEACHERS = """

@@ -66,6 +66,7 @@ class Model:
         row: The name of its row in a grid.
         series: The name of the curve over set sizes that it is a point of.
         group: The name of its teacher in a grid, empty for the only one; None outside of grids.
+        published: What a paper reports as its top-1, a share.
     """
 
     path: Path
@@ -77,6 +78,7 @@ class Model:
     row: str | None = None
     series: str | None = None
     group: str | None = None
+    published: float | None = None
 
     @property
     def provenance(self) -> Mapping[str, Any]:

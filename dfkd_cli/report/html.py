@@ -48,7 +48,7 @@ def page(results: Mapping[str, Any]) -> str:
         "<h1>dfkd comparison</h1>",
         f'<p class="soft">{len(rows)} rows from {runs} models, {escape(_date(results["started"]))}, '
         f"dfkd {escape(results['versions']['dfkd'])}</p>",
-        *(_section(section, results["device"]) for section in results["sections"]),
+        *(_section(section, results) for section in results["sections"]),
         _galleries(results["shards"]),
         _provenance(rows, results),
     ]
@@ -59,7 +59,7 @@ def page(results: Mapping[str, Any]) -> str:
     return f'<!doctype html>\n<html lang="en"><head>{head}</head>\n<body>\n' + "\n".join(body) + "\n</body></html>\n"
 
 
-def _section(section: Mapping[str, Any], device: str) -> str:
+def _section(section: Mapping[str, Any], results: Mapping[str, Any]) -> str:
     rows = table.plain_rows(section)
     columns = table.filled(section)
     roles = [row["role"] for row in rows] + ["failed"] * len(table.failed_cells(section))
@@ -68,7 +68,7 @@ def _section(section: Mapping[str, Any], device: str) -> str:
     return "\n".join(
         [
             f"<h2>{escape(section['dataset'])}, teacher {escape(section['teacher'] or rows[0]['model'] or '')}</h2>",
-            f"<p>{escape(table.headline(section, device))}. Means over the seeds, with the sample standard deviation. "
+            f"<p>{escape(table.headline(section, results))}. Means over the seeds, with the sample standard deviation. "
             "The gap is in percentage points, below zero where the student is worse than its teacher.</p>",
             _table(list(columns), texts),
             failures,

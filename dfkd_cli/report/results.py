@@ -66,6 +66,7 @@ def _row(
         "parameters": first.parameters,
         "seeds": [run["seed"] for run in runs],
         "top1": spread(run["measures"]["top1"] for run in runs),
+        "published": first.published,
         "gap": spread(run["gap"] for run in runs) if role != "teacher" else None,
         "agreement": spread(run["measures"].get("agreement") for run in runs) if role != "teacher" else None,
         **{name: spread((run[name] or {}).get("top1") for run in runs) for name in ("selected", "best_test")},

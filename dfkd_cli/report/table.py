@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Container, Mapping
+from datetime import timedelta
 from typing import Any, Literal
 
 from rich.table import Table
@@ -14,6 +15,7 @@ COLUMNS = (
     "ROW",
     "STUDENT",
     "TOP-1 %",
+    "PUBLISHED %",
     "SELECTED %",
     "BEST TEST %",
     "GAP",
@@ -55,6 +57,7 @@ def cells(row: Mapping[str, Any]) -> list[str]:
         row["label"],
         row["model"] or "",
         _points(row["top1"]),
+        "-" if row["published"] is None else f"{100 * row['published']:.2f}",
         _points(row["selected"]),
         _points(row["best_test"]),
         _points(row["gap"], sign="+"),
@@ -85,16 +88,17 @@ def failed_cells(section: Mapping[str, Any]) -> list[list[str]]:
     return [[texts.get(column, "") for column in COLUMNS] for texts in known]
 
 
-def headline(section: Mapping[str, Any], device: str) -> str:
-    """One line: test images, teacher, repeats, device."""
+def headline(section: Mapping[str, Any], results: Mapping[str, Any]) -> str:
+    """One line: test images, teacher, repeats, device, and the time that the whole comparison took."""
     teacher = section["rows"][0]
     name = f"{section['teacher']} ({teacher['model']})" if section["teacher"] else teacher["model"]
     seeds = {seed for row in section["rows"][1:] for seed in row["seeds"]}
     repeats = f"{len(seeds)} seed{'s' * (len(seeds) != 1)}" if seeds else "no students"
     top1 = _points(teacher["top1"])
+    took = timedelta(seconds=round(results["seconds"]))
     return (
         f"{section['test_images']:,} test images of {section['dataset']}; "
-        f"teacher {name}: top-1 {top1} %; {repeats}; measured on {device}"
+        f"teacher {name}: top-1 {top1} %; {repeats}; measured on {results['device']} in {took}"
     )
 
 
@@ -139,14 +143,19 @@ def terminal_by_size(section: Mapping[str, Any]) -> Table | None:
     return table
 
 
-def markdown(results: Mapping[str, Any]) -> str:
-    """``table.md``."""
+def markdown(results: Mapping[str, Any], columns: Container[str] = COLUMNS) -> str:
+    """``table.md``, or a part of it.
+
+    Args:
+        results: What is in ``results.json``.
+        columns: The columns that are wanted.
+    """
     blocks = []
     for section in results["sections"]:
-        columns = filled(section)
-        rule = [":--" if name in LEFT else "--:" for name in columns]
-        lines = [headline(section, results["device"]), "", _line(columns), _line(rule)]
-        lines += [_line(map(_escape, row)) for row in zip(*columns.values(), strict=True)]
+        chosen = {name: texts for name, texts in filled(section).items() if name in columns}
+        rule = [":--" if name in LEFT else "--:" for name in chosen]
+        lines = [headline(section, results), "", _line(chosen), _line(rule)]
+        lines += [_line(map(_escape, row)) for row in zip(*chosen.values(), strict=True)]
         if pivot := by_size(section):
             rule = [":--"] + ["--:"] * (len(pivot[0]) - 1)
             lines += ["", "Top-1 by images in the transfer set:", "", _line(pivot[0]), _line(rule)]

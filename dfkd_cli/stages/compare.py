@@ -69,7 +69,7 @@ def run(settings: Settings, terminal: Terminal, dry_run: bool = False, paths: Se
         _show(results, terminal)
     else:
         with directory.guard():
-            failed = [] if grid is None else run_grid(grid, terminal)
+            failed = [] if grid is None else run_grid(grid, terminal, directory.save)
             if grid is not None:
                 subjects.models[:0] = _made(grid, failed, settings.run.allow_code)
             sections = _arrange(subjects, settings)
@@ -130,7 +130,9 @@ def _made(grid: Grid, failed: Sequence[Mapping[str, Any]], allow_code: bool) -> 
     lost = {(f["teacher"], f["row"], f["seed"]) for f in failed}
     steps = [s for s in grid.steps if s.settings.command in MODELS and (s.teacher, s.row, s.seed) not in lost]
     return [
-        dataclasses.replace(read_model(s.out, allow_code), row=s.row or None, series=s.series, group=s.teacher)
+        dataclasses.replace(
+            read_model(s.out, allow_code), row=s.row or None, series=s.series, group=s.teacher, published=s.published
+        )
         for s in steps
     ]
 
@@ -185,6 +187,7 @@ def _results(
         made = {"rows": rows(section, measured), "failed": lost.pop(section.name, [])}
         blocks.append({**facts, "classes": list(test.classes), **made})
     progress.close()
+    directory.save()
     galleries = {s.sha256: s.facts() for s in [*(s for m in subjects.models for s in m.shards), *subjects.shards]}
     return {
         "schema": 1,
@@ -192,6 +195,7 @@ def _results(
         "device": torch.cuda.get_device_name(device) if device.type == "cuda" else device.type,
         "versions": directory.record["versions"],
         "started": directory.record["started"],
+        "seconds": directory.record["seconds"],
         "sections": blocks,
         "shards": list(galleries.values()),
     }
@@ -264,7 +268,7 @@ class Meter:
 
 def _show(results: Mapping[str, Any], terminal: Terminal) -> None:
     for section in results["sections"]:
-        terminal.answer(table.headline(section, results["device"]))
+        terminal.answer(table.headline(section, results))
         width = terminal.out.width if terminal.out.is_terminal else None
         terminal.answer(table.terminal_table(section, width))
         if (sizes := table.terminal_by_size(section)) is not None:
