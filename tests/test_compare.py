@@ -561,6 +561,98 @@ def test_every_grid_of_the_recipes_can_be_planned(cli):
         assert code == 0, err
 
 
+LOOP = '''"""A student in the loop."""
+from dataclasses import dataclass
+from dfkd_cli.settings import ImageOptimization
+
+@dataclass(frozen=True, kw_only=True)
+class Config(ImageOptimization):
+    pass
+
+class Loop:
+    kind = "generator"
+    needs = ("student",)
+'''
+LOOPS = """
+grid:
+  student: {student: alexnet}
+  rows:
+    loop: {synthesize: {method: loop}, cotrained: true}
+    after: {shards: loop, distill: {student: alexnet-half}}
+    both: {synthesize: {method: loop}, distill: {student: alexnet-half}}
+    other: {synthesize: {method: loop, student: lenet5}}
+    alone: {synthesize: {method: zskd}}
+"""
+
+
+@pytest.fixture
+def loop(tmp_path, monkeypatch) -> None:
+    """A method file with a student in the loop, for planning."""
+    (tmp_path / "loop.py").write_text(LOOP)
+    known = catalog.entries("synthesizers")
+    monkeypatch.setitem(known, "loop", catalog._read(tmp_path / "loop.py", "synthesizers"))
+    (tmp_path / "loop.yaml").write_text(LOOPS)
+    monkeypatch.chdir(tmp_path)
+
+
+@pytest.mark.usefixtures("loop")
+def test_a_row_may_end_in_the_student_of_its_synthesis(cli):
+    code, out, err = cli("compare", "--recipe", "loop.yaml", "--dry-run", "--json")
+    assert code == 0, err
+    plan = json.loads(out)["plan"]
+    made = {(step["row"], step["config"]["command"]): step["config"]["student"] for step in plan[1:]}
+    assert made == {
+        ("loop", "synthesize"): "alexnet",
+        ("after", "distill"): "alexnet-half",
+        ("both", "synthesize"): "alexnet-half",
+        ("both", "distill"): "alexnet-half",
+        ("other", "synthesize"): "lenet5",
+        ("other", "distill"): "alexnet",
+        ("alone", "synthesize"): None,
+        ("alone", "distill"): "alexnet",
+    }
+    models = [step["model"] for step in plan if step["row"] in ("loop", "after")]
+    assert models == [f"comparison/runs/{path}/student" for path in ("loop/seed0/shards", "after/seed0")]
+
+
+@pytest.mark.usefixtures("loop")
+@pytest.mark.parametrize(
+    "old, new, words",
+    [
+        ("{method: loop}, cotrained", "{method: zskd}, cotrained", "loop.cotrained: the method trains no student"),
+        (
+            "cotrained: true",
+            "cotrained: true, sizes: [2]",
+            "both cotrained and sizes -- another row with `shards: loop`",
+        ),
+        ("cotrained: true", "cotrained: true, distill: {lr: 1}", "both cotrained and distill"),
+        ("{shards: loop,", "{shards: loop, cotrained: true,", "after.cotrained: a student is trained along with"),
+    ],
+)
+def test_a_wrong_student_in_the_loop_is_refused(tmp_path, cli, old, new, words):
+    assert old in LOOPS
+    (tmp_path / "loop.yaml").write_text(LOOPS.replace(old, new, 1))
+    code, _, err = cli("compare", "--recipe", "loop.yaml", "--dry-run")
+    assert (code, words in err) == (2, True), err
+
+
+def test_a_student_that_its_shards_brought_along_took_their_time(here, tmp_path, cli):
+    shards = shutil.copytree("shards0", tmp_path / "shards")
+    student = shards / "student"
+    student.mkdir()
+    for name in ("model.json", "model.safetensors"):
+        shutil.copy(here / "student0" / name, student / name)
+    assert cli("compare", student, "--out", tmp_path / "out")[0] == 0
+    (row,) = [r for r in results_in(tmp_path / "out")["sections"][0]["rows"] if r["role"] == "student"]
+    took = json.loads((shards / "run.json").read_text())["seconds"]
+    assert {name: known and known["values"] for name, known in row["seconds"].items()} == {
+        "synthesis": [took],
+        "training": None,
+        "total": [took],
+    }
+    assert [facts["path"] for facts in row["runs"][0]["shards"]] == [str(shards)]
+
+
 TEACHERS = """
 grid:
   seeds: [0, 1]

@@ -62,7 +62,7 @@ class Model:
         parameters: Number of them.
         record: ``model.json``.
         run: ``run.json``, or an empty mapping where it is missing.
-        shards: The shard sets it learned from, as far as they were found.
+        shards: The shard sets it learned from, or was trained along with, as far as they were found.
         row: The name of its row in a grid.
         series: The name of the curve over set sizes that it is a point of.
         group: The name of its teacher in a grid, empty for the only one; None outside of grids.
@@ -122,10 +122,10 @@ class Model:
         A teacher and its metadata are there for every student and count for none.
         """
         synthesis = [shards.run.get("seconds") for shards in self.shards]
-        training = self.run.get("seconds")
+        training = [self.run.get("seconds")] if self.run else []  # along with its shards it has no run of its own
         others = [p for p in self._origins() if "spec" not in p and _owner(p, self.shards) is None]
-        parts = [*synthesis, training, *(None for _ in others)]
-        return {"synthesis": _sum(synthesis), "training": training, "total": _sum(parts)}
+        parts = [*synthesis, *training, *(None for _ in others)]
+        return {"synthesis": _sum(synthesis), "training": _sum(training), "total": _sum(parts)}
 
     def _origins(self) -> list[Mapping[str, Any]]:
         return [p for p in self.run.get("parents", []) if p["role"] == "transfer-set"]
@@ -143,7 +143,9 @@ def read_model(path: Path, allow_code: bool) -> Model:
     """
     classifier, record = load_model(path, allow_code)
     run = _read_run(path)
-    found = (find(parent, path, MANIFEST) for parent in run.get("parents", []))
+    found = [find(parent, path, MANIFEST) for parent in run.get("parents", [])]
+    if not run and (path.parent / MANIFEST).is_file():  # the student in the loop of a synthesizer
+        found = [path.parent]
     shards = [read_shards(place) for place in found if place is not None]
     return Model(path, identity(record), classifier.num_parameters, record, run, shards)
 

@@ -30,7 +30,6 @@ from dfkd_cli.stages.measures import cost, examine, finite, share, top1
 from dfkd_cli.stages.snapshots import SNAPSHOTS, look_back
 from dfkd_cli.ui import Progress, Terminal
 
-MODELS = ("train-teacher", "distill")  # the commands that make models
 RESULTS, TABLE, REPORT, MEASUREMENTS = "results.json", "table.md", "report.html", "measurements.json"
 
 
@@ -128,13 +127,13 @@ def _teacher(name: str, settings: Settings, subjects: Subjects) -> Model:
 def _made(grid: Grid, failed: Sequence[Mapping[str, Any]], allow_code: bool) -> list[Model]:
     """The models of a grid, but for the runs that failed."""
     lost = {(f["teacher"], f["row"], f["seed"]) for f in failed}
-    steps = [s for s in grid.steps if s.settings.command in MODELS and (s.teacher, s.row, s.seed) not in lost]
-    return [
-        dataclasses.replace(
-            read_model(s.out, allow_code), row=s.row or None, series=s.series, group=s.teacher, published=s.published
-        )
-        for s in steps
-    ]
+    models = []
+    for step in grid.steps:
+        if step.model is not None and (step.teacher, step.row, step.seed) not in lost:
+            place: dict[str, Any] = {"row": step.row or None, "series": step.series, "group": step.teacher}
+            model = read_model(step.model, allow_code)
+            models.append(dataclasses.replace(model, **place, published=step.published))
+    return models
 
 
 def _arrange(subjects: Subjects, settings: Settings) -> list[Section]:
@@ -155,8 +154,13 @@ def _rehearse(subjects: Subjects, grid: Grid | None, terminal: Terminal) -> dict
     terminal.answer("\n".join(lines))
     terminal.say("dry run: everything fits; nothing was written")
     planned = [
-        {"teacher": s.teacher, "row": s.row, "seed": s.seed, "out": str(s.out), "config": s.settings.plain()}
-        for s in steps
+        {
+            **{key: getattr(step, key) for key in ("teacher", "row", "seed")},
+            "out": str(step.out),
+            "model": None if step.model is None else str(step.model),
+            "config": step.settings.plain(),
+        }
+        for step in steps
     ]
     return {"dry_run": True, "plan": planned, "models": [str(model.path) for model in subjects.models]}
 

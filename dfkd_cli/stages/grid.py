@@ -14,6 +14,10 @@
         real: {distill: {transfer_set: [real]}}                               no shards at all
         growing: {shards: zskd, sizes: [100, 1000, 4000], seeds: [0]}         a curve: a student from the first 100
                                                                               images, from the first 1000, ...
+        loop: {synthesize: {method: METHOD}, cotrained: true}                 the student in the method's loop, not
+                                                                              one that is distilled afterwards
+
+A student in the loop has the architecture that the row would distill, unless ``synthesize`` names another.
 
 A mapping of settings may name a ``recipe`` of its command. What the grid itself says wins over every recipe, and a row
 over what all have in common.
@@ -56,12 +60,13 @@ from dfkd_cli.ui import Terminal
 
 _COMMON = ("metadata", "synthesize", "student")  # what rows have in common: all of them, or those of one teacher
 _KEYS = ("seeds", "teacher", "teachers", *_COMMON, "rows")
-_ROW_KEYS = ("teachers", "synthesize", "shards", "distill", "sizes", "seeds")
+_ROW_KEYS = ("teachers", "synthesize", "cotrained", "shards", "distill", "sizes", "seeds")
 _OWN = ("teacher", "metadata", "out", "overwrite", "seed")  # what the grid itself decides for every command
 _NAME = re.compile(r"[A-Za-z0-9][A-Za-z0-9._-]*")
 # The flags of `compare` that reach every stage which has them.
 _PASSED = ("device", "precision", "logger", "allow_code", "data_dir")
 _FOREIGN = ("weights", "input_size", "mean", "std", "num_classes")
+MODELS = ("train-teacher", "distill")  # the commands that make models
 STAGES: dict[str, Callable[[Settings, Terminal], Any]] = {
     "train-teacher": train_teacher.run,
     "collect-metadata": collect_metadata.run,
@@ -80,6 +85,7 @@ class Step:
         settings: The command.
         teacher: The name of its teacher among several; empty for the only one.
         series: The curve that the row is a point of, or None.
+        cotrained: Whether the student that a synthesis trains along is the row's.
         published: What a paper reports as top-1 of the model that is made, a share, or None.
     """
 
@@ -88,12 +94,20 @@ class Step:
     settings: Settings
     teacher: str = ""
     series: str | None = None
+    cotrained: bool = False
     published: float | None = None
 
     @property
     def out(self) -> Path:
         """The directory that the command writes."""
         return Path(str(self.settings.run.out))
+
+    @property
+    def model(self) -> Path | None:
+        """The directory of the model that it makes for its row."""
+        if self.settings.command in MODELS:
+            return self.out
+        return self.out / "student" if self.cotrained else None
 
     @property
     def name(self) -> str:
@@ -300,17 +314,15 @@ class _Planner:
     def _row(self, name: str, seed: int) -> Iterator[Step]:
         row, where = self.rows[name], f"grid.rows.{name}"
         common: dict[str, Any] = {"teacher": self._teacher(seed), "seed": seed}
+        layers = _layers("distill", *self.student, (f"{where}.distill", row.get("distill")))
         shards = None
         if "shards" in row:
             shards = self._place(self._owner(name), seed, "shards")
         elif "synthesize" in row:
             shards = self._place(name, seed, "shards")
-            layers = _layers("synthesize", *self.synthesize, (f"{where}.synthesize", row["synthesize"]))
-            step = self._step(name, seed, "synthesize", layers, {**common, "out": shards})
-            used = "metadata" in step.settings.method.entry.needs
-            settings = step.settings.replace(metadata=self._metadata(seed) if used else None)
-            yield dataclasses.replace(step, settings=settings)
-        layers = _layers("distill", *self.student, (f"{where}.distill", row.get("distill")))
+            yield self._synthesis(name, seed, {**common, "out": shards}, resolve("distill", layers).inputs.student)
+        if self._cotrained(name):
+            return
         if shards is not None:
             # What the row itself names joins its shards; a transfer set from further away is a default.
             named = layers[-1][1].get("transfer_set", [])
@@ -324,6 +336,32 @@ class _Planner:
                 values = {**common, "num_images": size, "out": self._place(f"{name}@{size}", seed, "student")}
                 point = self._step(f"{name}@{size}", seed, "distill", layers, values)
                 yield dataclasses.replace(point, series=name)
+
+    def _synthesis(self, name: str, seed: int, values: Mapping[str, Any], student: str) -> Step:
+        """A row's synthesize, with what its method needs."""
+        where = f"grid.rows.{name}.synthesize"
+        layers = _layers("synthesize", *self.synthesize, (where, self.rows[name]["synthesize"]))
+        step = self._step(name, seed, "synthesize", layers, values)
+        inputs, needs = step.settings.inputs, step.settings.method.entry.needs
+        given = {"metadata": self._metadata(seed) if "metadata" in needs else None}
+        if "student" in needs and inputs.student is None:
+            given["student"] = student
+        cotrained = self._cotrained(name)
+        if cotrained and "student" not in needs:
+            raise ConfigError(f"grid.rows.{name}.cotrained: the method trains no student", "leave it out")
+        return dataclasses.replace(step, settings=step.settings.replace(**given), cotrained=cotrained)
+
+    def _cotrained(self, name: str) -> bool:
+        """Whether the row's student is the one that its synthesis trains along."""
+        row, where = self.rows[name], f"grid.rows.{name}"
+        cotrained: bool = config.convert(row.get("cotrained", False), bool, f"{where}.cotrained")
+        if cotrained and "synthesize" not in row:
+            raise ConfigError(f"{where}.cotrained: a student is trained along with a synthesis", "give synthesize")
+        for key in ("distill", "sizes"):
+            if cotrained and key in row:
+                hint = f"another row with `shards: {name}` distills from its shards"
+                raise ConfigError(f"{where}: has both cotrained and {key}", hint)
+        return cotrained
 
     def _seeds(self, name: str) -> tuple[int, ...]:
         """The seeds of a row."""
