@@ -412,6 +412,11 @@ def test_a_grid_killed_in_the_middle_ends_as_if_it_had_not_been(tmp_path, monkey
     assert process.wait() == -signal.SIGKILL
     finished = students(tmp_path / "killed")
     assert 0 < len(finished) < len(whole)
+    code, _, err = cli("compare", "killed")
+    again = "the command that made it continues it: dfkd compare --recipe grid.yaml --out killed"
+    assert (code, "killed: an unfinished comparison" in err, again in err) == (3, True, True)
+    code, _, err = cli("compare", "whole")
+    assert (code, "whole: a finished comparison" in err) == (3, True)
     stamps = {name: (tmp_path / "killed" / "runs" / name).stat().st_mtime_ns for name in finished}
 
     code, _, err = cli("compare", "--recipe", "grid.yaml", "--out", "killed")

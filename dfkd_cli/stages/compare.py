@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
+import shlex
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
@@ -11,7 +12,7 @@ import torch
 from torch import Tensor
 
 from dfkd_cli.artifacts.files import read_json, write_atomic, write_json
-from dfkd_cli.artifacts.run import RunDirectory
+from dfkd_cli.artifacts.run import RUN, RunDirectory
 from dfkd_cli.artifacts.shards import MANIFEST
 from dfkd_cli.data import datasets
 from dfkd_cli.data.datasets import Dataset
@@ -100,6 +101,7 @@ def _open(settings: Settings, grid: Grid | None) -> Subjects:
     inputs, allow_code = settings.inputs, settings.run.allow_code
     subjects = Subjects()
     for path in {Path(name).resolve(): Path(name) for name in inputs.paths or ()}.values():
+        _check_is_no_comparison(path)
         if (path / MANIFEST).is_file():
             subjects.shards.append(read_shards(path))
         else:
@@ -112,6 +114,17 @@ def _open(settings: Settings, grid: Grid | None) -> Subjects:
     if grid is None and not subjects.models:
         raise ConfigError("no models to compare", "give directories (dfkd compare student/) or a grid (--recipe NAME)")
     return subjects
+
+
+def _check_is_no_comparison(path: Path) -> None:
+    """Say what to do with the directory of a comparison, finished or not, that is given to be compared."""
+    record = read_json(path / RUN) if (path / RUN).is_file() else {}
+    if record.get("command") == "compare":
+        if record["status"] == "done":
+            hint = f"see {path / REPORT}, or give the model directories that it compares"
+            raise ArtifactError(f"{path}: a finished comparison, not a model", hint)
+        hint = f"the command that made it continues it: {shlex.join(record['argv'])}"
+        raise ArtifactError(f"{path}: an unfinished comparison", hint)
 
 
 def _teacher(name: str, settings: Settings, subjects: Subjects) -> Model:
