@@ -440,13 +440,13 @@ def test_a_row_that_fails_does_not_lose_the_others(here, cli):
         "real": {"distill": {"transfer_set": ["real:20"]}},
     }
     (here / "bad.yaml").write_text(json.dumps({"command": "compare", "grid": grid}))
-    command = ("compare", "--recipe", "bad.yaml", "--teacher", "teacher", "--out", "partly")
+    command = ("compare", "student0", "--recipe", "bad.yaml", "--teacher", "teacher", "--out", "partly")
     code, out, err = cli(*command)
     assert (code, "failed: bad" in err) == (4, True)
     assert "no transfer set at later" in out
     (section,) = results_in(here / "partly")["sections"]
-    assert [row["label"] for row in section["rows"]] == ["teacher", "real"]
-    assert section["rows"][1]["num_images"] == 20
+    images = {row["label"]: row["num_images"] for row in section["rows"]}
+    assert images == {"teacher": None, "real": 20, "zskd -> response": 32}
     assert [(f["row"], f["code"]) for f in section["failed"]] == [("bad", "artifact")]
     for name in ("table.md", "report.html"):
         assert "no transfer set at later" in (here / "partly" / name).read_text()
@@ -454,7 +454,7 @@ def test_a_row_that_fails_does_not_lose_the_others(here, cli):
     code, _, err = cli(*command)
     assert code == 0, err
     (section,) = results_in(here / "partly")["sections"]
-    assert {row["label"] for row in section["rows"]} == {"teacher", "real", "bad"}
+    assert {row["label"] for row in section["rows"]} == {"teacher", "real", "bad", "zskd -> response"}
     assert section["failed"] == []
 
 
