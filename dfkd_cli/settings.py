@@ -59,6 +59,53 @@ class ImageOptimization:
 
 
 @dataclass(frozen=True, kw_only=True)
+class Inversion(ImageOptimization):
+    """How DeepDream and DeepInversion optimise images, as the teacher's ``net`` takes them, and their image priors."""
+
+    batch_size: int = option(256, "images optimised together; also the images of one shard", low=1)
+    iterations: int = option(2000, "inner steps on one batch of images", low=1)
+    coarse_iterations: int = option(0, "inner steps before these, on images of half the sides", low=0)
+    lr: float = option(0.05, "Adam learning rate on the normalised pixels", above=0)
+    betas: tuple[float, float] = option((0.9, 0.999), "Adam's betas", low=0, high=1)
+    warmup: float = option(0.0, "share of the inner steps with rising learning rate", low=0, high=1)
+    schedule: Literal["constant", "cosine"] = option("constant", "learning rate after the warm-up")
+    jitter: int = option(2, "roll the batch by up to so many pixels on both axes, anew in each inner step", low=0)
+    flip: bool = option(False, "mirror each image with probability 1/2 in each inner step")
+    clamp: bool = option(False, "keep pixels in [0,1]")
+    cross_entropy: float = option(1.0, "weight of the cross-entropy with the class", low=0)
+    total_variation: float = option(2.5e-5, "weight of a smoothness prior, norms of neighbour differences", low=0)
+    total_variation_l1: float = option(0.0, "weight of a smoothness prior, mean absolute differences", low=0)
+    l2: float = option(0.0, "weight of the images' mean norm", low=0)
+
+
+@dataclass(frozen=True, kw_only=True)
+class StatisticsInversion(Inversion):
+    """How DeepInversion looks at the teacher's BatchNorm layers."""
+
+    statistics: float = option(10.0, "weight of the distance to the BatchNorm statistics", low=0)
+    first_layer: float = option(1.0, "weight of the first BatchNorm layer among them; the others have 1", low=0)
+
+
+@dataclass(frozen=True, kw_only=True)
+class CoTraining(Augmentation):
+    """How a student is trained in the loop. The random changes are those of the images that it is trained on."""
+
+    student_optimizer: Literal["adam", "sgd"] = option("sgd", "the student's optimiser; sgd with momentum 0.9")
+    student_lr: float = option(0.1, "the student's first learning rate, which falls along a cosine", above=0)
+    student_weight_decay: float = option(1e-4, "the student's weight decay", low=0)
+    student_temperature: float = option(20.0, "softmax temperature of the student's loss", above=0)
+    soft: float = option(1.0, "weight of the student's distance from the teacher's answers", low=0)
+
+
+@dataclass(frozen=True, kw_only=True)
+class PoolTraining(CoTraining):
+    """How a student is trained on the pool of all images made so far."""
+
+    student_steps: int = option(400, "steps of the student after each batch of images", low=0)
+    student_batch_size: int = option(128, "images of one step of the student", low=1)
+
+
+@dataclass(frozen=True, kw_only=True)
 class Answers:
     """What losses between the logits share."""
 

@@ -356,3 +356,9 @@ def test_student_without_a_loop(here: Path, cli) -> None:
     one_line(
         cli("synthesize", "--method", "zskd", "--student", "lenet5-half", "--out", "x"), 2, "no student in the loop"
     )
+
+
+def test_a_directory_called_like_the_dataset_is_no_dataset(here: Path, cli) -> None:
+    (here / "digits").mkdir()
+    code, _, err = cli("synthesize", "--method", "noise", "--num-images", "2", "--out", "digits/shards")
+    assert code == 0, err

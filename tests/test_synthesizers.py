@@ -33,11 +33,13 @@ TINY = {"batch_size": 2, "iterations": 2, "steps": 2, "epochs": 1}
 RNG = np.random.default_rng(0)
 
 
-def linear_teacher(classes: int = 4, size: tuple[int, int, int] = (1, 3, 3)) -> Classifier:
-    channels = size[0]
+def linear_teacher(classes: int = 4, size: tuple[int, int, int] = (1, 3, 3), batch_norm: bool = False) -> Classifier:
+    channels, units = size[0], int(np.prod(size))
     with torch.random.fork_rng():
         torch.manual_seed(1)
-        net = nn.Sequential(nn.Flatten(), nn.Linear(int(np.prod(size)), classes))
+        net = nn.Sequential(nn.Flatten(), nn.Linear(units, classes))
+    if batch_norm:
+        net.insert(1, nn.BatchNorm1d(units))
     return Classifier(net, ModelInfo("linear", classes, size, mean=(0.2,) * channels, std=(0.5,) * channels))
 
 
@@ -45,7 +47,8 @@ def synthesizer(
     name: str, directory: Path, teacher: Classifier | None = None, num_images: int = 6, seed: int = 0, **values
 ) -> Synthesizer:
     """The method on a teacher (linear by default), its tiny settings changed by ``values``."""
-    entry, teacher = METHODS[name], teacher or linear_teacher()
+    entry = METHODS[name]
+    teacher = teacher or linear_teacher(batch_norm="batchnorm" in entry.needs)
     config = build(entry.config, tiny(name) | values)
     info = teacher.info
     head = {
@@ -255,12 +258,12 @@ def test_images_that_overflow_their_storage_fail_the_run(tmp_path):
 @pytest.mark.parametrize("name", INDEPENDENT)
 @pytest.mark.parametrize("dtype", ["float16", "float32"])
 def test_stored_logits_are_the_teachers_on_the_stored_images(name, dtype, tmp_path):
-    teacher = linear_teacher()
-    for shard in shards(synthesizer(name, tmp_path, teacher, num_images=5, dtype=dtype)):
+    method = synthesizer(name, tmp_path, num_images=5, dtype=dtype)
+    for shard in shards(method):
         assert shard["images"].dtype == getattr(torch, dtype)
         assert shard["images"].isfinite().all()
         with torch.no_grad():
-            torch.testing.assert_close(shard["logits"], teacher(shard["images"].float()), rtol=0, atol=0)
+            torch.testing.assert_close(shard["logits"], method.teacher(shard["images"].float()), rtol=0, atol=0)
 
 
 @pytest.mark.parametrize("name", INDEPENDENT)

@@ -103,6 +103,10 @@ class ShardWriter:
             "terms": dict(terms),
         }
 
+    def read(self, index: int) -> dict[str, Tensor]:
+        """A finished shard's tensors, on the CPU."""
+        return safetensors.torch.load_file(self.directory / shard_name(index))
+
     def collect(self) -> None:
         """Take over the shards that other processes of this run have finished."""
         for index in self.missing():

@@ -76,6 +76,23 @@ class RandomFlip(v2.Transform):  # type: ignore[misc]  # torchvision ships no an
         return torch.where(params["flip"].view(-1, 1, 1, 1), images.flip(-1), images)
 
 
+class RandomRoll(v2.Transform):  # type: ignore[misc]  # torchvision ships no annotations
+    """Roll the whole batch by up to ``jitter`` pixels along both axes: what leaves on one side enters on the other."""
+
+    def __init__(self, jitter: int) -> None:
+        super().__init__()
+        self.jitter = jitter
+
+    def make_params(self, flat_inputs: list[Any]) -> dict[str, tuple[int, int]]:
+        """Draw ``shift``, down and right, in pixels."""
+        down, right = torch.randint(-self.jitter, self.jitter + 1, (2,)).tolist()  # on the CPU: roll takes numbers
+        return {"shift": (down, right)}
+
+    def transform(self, images: Tensor, params: dict[str, tuple[int, int]]) -> Tensor:
+        """Roll images (B, C, H, W)."""
+        return images.roll(params["shift"], (2, 3))
+
+
 class RandomCrop(v2.Transform):  # type: ignore[misc]  # torchvision ships no annotations
     """Pad by ``padding`` pixels of ``fill`` on each side and cut the original size out again; pixels stay exact."""
 

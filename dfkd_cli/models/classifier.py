@@ -77,6 +77,10 @@ class Classifier(nn.Module):
         """Pixels in [0, 1] to what ``net`` takes, both (B, C, H, W)."""
         return pixels if self._normalised else (pixels - self.mean) / self.std
 
+    def denormalise(self, inputs: Tensor) -> Tensor:
+        """What ``net`` takes to pixels in [0, 1], both (B, C, H, W)."""
+        return inputs if self._normalised else inputs * self.std + self.mean
+
     def forward(self, pixels: Tensor) -> Tensor:
         return self.net(self.normalise(pixels))
 

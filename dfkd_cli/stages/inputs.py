@@ -45,7 +45,9 @@ class LoadedModel:
 
     def real_data(self, data_dir: str | None = None) -> list[str]:
         """Directories that hold real images, as far as the teacher's record and the command know."""
-        return [place for place in (data_dir, self.dataset) if place and Path(place).is_dir()]
+        # A dataset's name is no directory, even where one happens to be called like it.
+        given = None if self.dataset in datasets.DATASETS else self.dataset
+        return [place for place in (data_dir, given) if place and Path(place).is_dir()]
 
     def parent(self, role: str) -> dict[str, Any]:
         """The entry in a run's list of parents."""

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 from pathlib import Path
 from typing import Any
 
@@ -18,10 +19,11 @@ from dfkd_cli.config import plain
 from dfkd_cli.data.seal import sealed
 from dfkd_cli.errors import ArtifactError, ConfigError
 from dfkd_cli.models.classifier import Classifier
+from dfkd_cli.models.directory import RECORD, WEIGHTS, save_model
 from dfkd_cli.resolve import Settings
 from dfkd_cli.rounds import fit, write_csv
 from dfkd_cli.stages.inputs import LoadedModel, load_teacher
-from dfkd_cli.stages.training import rehearse
+from dfkd_cli.stages.training import fresh, rehearse
 from dfkd_cli.ui import Terminal
 
 PREVIEW = 64  # images in preview.png
@@ -44,7 +46,7 @@ def run(settings: Settings, terminal: Terminal, dry_run: bool = False) -> dict[s
     with sealed("synthesize is data-free"):
         teacher = load_teacher(settings.inputs, settings.run.allow_code)
         check_needs(settings.method.entry, teacher.classifier, settings.inputs)
-        given, parents = open_inputs(settings.inputs, teacher)
+        given, parents = open_inputs(settings.inputs, teacher, settings.run.seed)
     with sealed("synthesize is data-free", teacher.real_data()):
         directory = RunDirectory(
             Path(settings.run.out or "shards"),
@@ -67,16 +69,20 @@ def uses(entry: catalog.Entry) -> list[str]:
     return [need for need in entry.needs if need in MADE_FROM_DATA]
 
 
-def open_inputs(inputs: Any, teacher: LoadedModel) -> tuple[dict[str, Any], list[dict[str, Any]]]:
-    """Open what is given beside the teacher: arguments of the method, and parents of the run.
+def open_inputs(inputs: Any, teacher: LoadedModel, seed: int) -> tuple[dict[str, Any], list[dict[str, Any]]]:
+    """Open what is given beside the teacher: arguments of the method, and parents of the run. A student is a new one.
 
     Raises:
         ArtifactError: Missing, damaged, or of another teacher.
     """
-    if inputs.metadata is None:
-        return {}, []
-    metadata, sha256 = read_metadata(Path(inputs.metadata), teacher.sha256)
-    return {"metadata": metadata}, [{"role": "metadata", "path": inputs.metadata, "sha256": sha256}]
+    given: dict[str, Any] = {}
+    parents = []
+    if inputs.student is not None:
+        given["student"] = fresh(dataclasses.replace(teacher.classifier.info, spec=inputs.student), "student", seed)
+    if inputs.metadata is not None:
+        given["metadata"], sha256 = read_metadata(Path(inputs.metadata), teacher.sha256)
+        parents.append({"role": "metadata", "path": inputs.metadata, "sha256": sha256})
+    return given, parents
 
 
 def check_needs(entry: catalog.Entry, teacher: Classifier, inputs: Any) -> None:
@@ -120,10 +126,13 @@ def _make(
     writer = ShardWriter(directory.path, head, -(-count // config.batch_size))
     processes = settings.run.devices * settings.run.num_nodes
     method = settings.method.entry.load()
-    fit(method(teacher.classifier, config, count, settings.run.seed, writer, processes, **given), directory, terminal)
+    synthesizer = method(teacher.classifier, config, count, settings.run.seed, writer, processes, **given)
+    fit(synthesizer, directory, terminal)
     writer.collect()
     manifest = writer.write_manifest()
-    write_csv(directory.path / "metrics.csv", [{"round": i, **r["terms"]} for i, r in enumerate(manifest["shards"])])
+    if synthesizer.stateless:
+        rows = [{"round": index, **shard["terms"]} for index, shard in enumerate(manifest["shards"])]
+        write_csv(directory.path / "metrics.csv", rows)
     reader = ShardReader(directory.path)
     write_preview(directory.path / "preview.png", reader.read(0)["images"][:PREVIEW])
     confidence = sum(float(reader.read(i)["logits"].softmax(1).amax(1).sum()) for i in range(len(reader.sizes)))
@@ -133,6 +142,10 @@ def _make(
         "confidence": confidence / manifest["count"],
         "class_histogram": manifest["class_histogram"],
     }
+    for role, model in synthesizer.models().items():
+        provenance = {**head, "command": "synthesize", "dataset": teacher.dataset, "teacher": teacher.sha256}
+        save_model(directory.path / role, model.eval(), metrics={}, provenance=provenance)
+        files += [f"{role}/{RECORD}", f"{role}/{WEIGHTS}"]
     directory.finish([directory.path / name for name in files], metrics)
 
 

@@ -3,12 +3,15 @@
 from __future__ import annotations
 
 from abc import abstractmethod
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
+from contextlib import AbstractContextManager, nullcontext
 from dataclasses import dataclass
 from typing import Any, ClassVar
 
 import torch
+import torch.nn.functional as F
 from torch import Tensor
+from torch.optim.lr_scheduler import LambdaLR
 
 from dfkd_cli.artifacts.shards import ShardWriter
 from dfkd_cli.errors import RunFailed
@@ -43,7 +46,7 @@ class Synthesizer(Learner):
         config: The method's own configuration.
         num_images: Images to make in all.
         seed: The run's seed.
-        writer: Where finished shards go; the rounds are the shards that it misses.
+        writer: Where finished shards go; the rounds are the shards that it misses, or all where state passes between.
         processes: Processes that share the rounds.
     """
 
@@ -60,12 +63,16 @@ class Synthesizer(Learner):
             self.teacher.to(memory_format=torch.channels_last)
         self.config, self.num_images, self.seed = config, num_images, seed
         self.writer, self.processes = writer, processes
-        self.todo = writer.missing()
+        self.todo = writer.missing() if self.stateless else list(range(writer.count))
         self.rounds = -(-len(self.todo) // processes)
 
     @abstractmethod
     def make(self, first: int, count: int) -> Impressions:
         """Make images ``first`` to ``first + count`` of the set. Torch's random state is already seeded for them."""
+
+    def models(self) -> Mapping[str, Classifier]:
+        """Networks that were trained meanwhile, each to be written under its name. None by default."""
+        return {}
 
     def round(self, index: int) -> Mapping[str, Tensor]:
         """Make one missing shard and write it."""
@@ -97,10 +104,16 @@ class ImageOptimizer(Synthesizer):
     """Optimises each batch of images by Adam through the teacher, from noise, towards targets.
 
     A subclass gives the targets and the loss terms. Terms are weighted by the configuration keys of their names; a
-    term whose weight is zero need not be computed.
+    term whose weight is zero need not be computed. Everything else has a place of its own to be changed: where images
+    start, how the teacher sees them, at which resolutions, the optimiser, what is watched meanwhile.
+
+    Attributes:
+        normalised: Images are optimised as the teacher's ``net`` takes them, not in pixel space. Learning rate and
+            image terms are in these units.
     """
 
     kind = "images"
+    normalised: ClassVar[bool] = False
 
     @abstractmethod
     def targets(self, first: int, count: int) -> Tensor:
@@ -108,11 +121,37 @@ class ImageOptimizer(Synthesizer):
 
     @abstractmethod
     def terms(self, images: Tensor, logits: Tensor, targets: Tensor) -> dict[str, Tensor]:
-        """Named, unweighted loss terms, 0-d, for images (B, C, H, W) in pixel space and their logits (B, K)."""
+        """Named, unweighted loss terms, 0-d, for images (B, C, H, W) as the teacher saw them, and logits (B, K)."""
 
     def start(self, count: int) -> Tensor:
-        """Where the optimisation starts: uniform noise (count, C, H, W), on the CPU."""
-        return torch.rand(count, *self.teacher.info.input_size)
+        """Where the optimisation starts, (count, C, H, W), on the CPU: normal noise for ``net``, or uniform pixels."""
+        size = (count, *self.teacher.info.input_size)
+        return torch.randn(size) if self.normalised else torch.rand(size)
+
+    def classes(self, first: int, count: int) -> Tensor:
+        """One-hot labels (count, K): image ``n`` is of class ``n mod K``."""
+        num_classes = self.teacher.info.num_classes
+        return F.one_hot(torch.arange(first, first + count) % num_classes, num_classes).float()
+
+    def view(self, images: Tensor) -> Tensor:
+        """What the teacher sees of images, drawn anew in each iteration. The images themselves by default."""
+        return images
+
+    def resolutions(self) -> Sequence[tuple[int, int]]:
+        """Stages from coarse to fine: by what the sides are divided, and for how many iterations."""
+        return [(1, self.config.iterations)]
+
+    def optimizer(self, images: Tensor) -> torch.optim.Optimizer:
+        """A stage's optimiser of the images."""
+        return torch.optim.Adam([images], lr=self.config.lr, fused=True)
+
+    def rate(self, step: int, steps: int) -> float:
+        """What the learning rate is multiplied by in a step of a stage, counted from 0."""
+        return 1.0
+
+    def watching(self) -> AbstractContextManager[Any]:
+        """What is hooked while a batch is optimised. Nothing by default."""
+        return nullcontext()
 
     def project(self, images: Tensor) -> None:
         """Bring images back into their range, in place, after each iteration. Nothing by default."""
@@ -122,13 +161,28 @@ class ImageOptimizer(Synthesizer):
         # Drawn on the CPU, so that targets and starting images do not depend on the device.
         targets = self.targets(first, count).to(self.device)
         images = self.start(count).to(self.device).requires_grad_()
-        optimizer = torch.optim.Adam([images], lr=self.config.lr, fused=True)
-        for _ in range(self.config.iterations):
-            terms = self.terms(images, self.teacher(images).float(), targets)
+        terms: Mapping[str, Tensor] = {}
+        with self.watching():
+            for divisor, iterations in self.resolutions():
+                terms = self._optimize(images, targets, divisor, iterations)
+        images = images.detach()
+        pixels = self.teacher.denormalise(images) if self.normalised else images
+        return Impressions(pixels, targets, {name: term.detach() for name, term in terms.items()})
+
+    def _optimize(self, images: Tensor, targets: Tensor, divisor: int, iterations: int) -> Mapping[str, Tensor]:
+        """One stage, in place. Returns its last terms."""
+        answer = self.teacher.net if self.normalised else self.teacher
+        optimizer = self.optimizer(images)
+        schedule = LambdaLR(optimizer, lambda step: self.rate(step, iterations))
+        terms: dict[str, Tensor] = {}
+        for _ in range(iterations):
+            view = self.view(F.avg_pool2d(images, divisor) if divisor > 1 else images)
+            terms = self.terms(view, answer(view).float(), targets)
             # The teacher's parameters need no gradient: backward goes to the images only.
             (gradient,) = torch.autograd.grad(weighted_sum(terms, self.config), images)
             images.grad = gradient.contiguous()  # it may be channels last, where fused Adam would take wrong pixels
             optimizer.step()
+            schedule.step()
             with torch.no_grad():
                 self.project(images)
-        return Impressions(images.detach(), targets, {name: term.detach() for name, term in terms.items()})
+        return terms

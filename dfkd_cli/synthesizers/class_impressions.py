@@ -13,8 +13,6 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 
-import torch
-import torch.nn.functional as F
 from torch import Tensor
 
 from dfkd_cli.config import option
@@ -39,8 +37,7 @@ class ClassImpressions(ImageOptimizer):
 
     def targets(self, first: int, count: int) -> Tensor:
         """One-hot labels; image ``n`` is of class ``n mod K``."""
-        num_classes = self.teacher.info.num_classes
-        return F.one_hot(torch.arange(first, first + count) % num_classes, num_classes).float()
+        return self.classes(first, count)
 
     def terms(self, images: Tensor, logits: Tensor, targets: Tensor) -> dict[str, Tensor]:
         """The cross-entropy with the class."""

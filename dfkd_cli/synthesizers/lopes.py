@@ -82,7 +82,7 @@ class Lopes(ImageOptimizer):
         watched = {name for part in self.parts for name in part} - {self.head}  # its output is the logits
         self.layers = {name: self.teacher.net.get_submodule(name) for name in metadata.layers if name in watched}
         # A class without statistics cannot be sampled.
-        self.classes = torch.tensor([label for label, count in enumerate(metadata.counts) if count])
+        self.possible = torch.tensor([label for label, count in enumerate(metadata.counts) if count])
         self.dropouts = []
         if self.config.variant == "all-dropout":
             self.dropouts = [layer for layer in self.teacher.net.modules() if isinstance(layer, nn.Dropout)]
@@ -111,7 +111,7 @@ class Lopes(ImageOptimizer):
 
     def labels(self, first: int, count: int) -> Tensor:
         """The classes (count,) of images ``first`` to ``first + count``: they take turns."""
-        return self.classes[torch.arange(first, first + count) % len(self.classes)]
+        return self.possible[torch.arange(first, first + count) % len(self.possible)]
 
     def targets(self, first: int, count: int) -> Tensor:
         """The classes, one-hot."""
@@ -123,12 +123,17 @@ class Lopes(ImageOptimizer):
         return self.teacher.mean.cpu() + self.teacher.std.cpu() * noise
 
     def make(self, first: int, count: int) -> Impressions:
-        """Sample the activations to aim at, then run the inner iterations while hooks watch the layers."""
+        """Sample the activations to aim at, then run the inner iterations."""
         labels = self.labels(first, count)
         self.aims = {name: aim.to(self.device) for name, aim in self.sample(labels).items()}
         self.bases = self._bases(labels) if self.spectral else []
+        return super().make(first, count)
+
+    @contextlib.contextmanager
+    def watching(self) -> Iterator[None]:
+        """The layers' outputs, and the dropout masks."""
         with outputs_of(self.layers) as self.outputs, fixed_dropout(self.dropouts):
-            return super().make(first, count)
+            yield
 
     def sample(self, labels: Tensor) -> dict[str, Tensor]:
         """One draw of activations (B, D) of every layer that is watched, for classes (B,)."""

@@ -2,8 +2,13 @@
 
 from __future__ import annotations
 
+from collections.abc import Mapping
+
+import torch
 import torch.nn.functional as F
 from torch import Tensor
+
+from dfkd_cli.models.statistics import Moments
 
 
 def tempered_cross_entropy(logits: Tensor, targets: Tensor, temperature: float) -> Tensor:
@@ -22,3 +27,30 @@ def total_variation(images: Tensor) -> Tensor:
     vertical = (images[:, :, 1:] - images[:, :, :-1]).square().sum()
     horizontal = (images[:, :, :, 1:] - images[:, :, :, :-1]).square().sum()
     return (vertical + horizontal) / len(images)
+
+
+def neighbour_differences(images: Tensor) -> list[Tensor]:
+    """Differences of images (B, C, H, W) between neighbours: horizontal, vertical, along both diagonals."""
+    up, down = images[:, :, :-1], images[:, :, 1:]
+    return [
+        images[..., :-1] - images[..., 1:],
+        up - down,
+        down[..., :-1] - up[..., 1:],
+        up[..., :-1] - down[..., 1:],
+    ]
+
+
+def statistics_distance(seen: Mapping[str, Moments], recorded: Mapping[str, Moments], first: float = 1.0) -> Tensor:
+    """``sum_l w_l (||mean_l - recorded mean_l||_2 + ||variance_l - recorded variance_l||_2)``.
+
+    Args:
+        seen: The moments of a batch, by layer.
+        recorded: The teacher's, by layer in the order of its modules.
+        first: ``w`` of the first layer; the others have 1.
+    """
+    distances: list[Tensor] = []
+    for name, theirs in recorded.items():
+        ours = seen[name]
+        distance = (ours.mean - theirs.mean).norm() + (ours.variance - theirs.variance).norm()
+        distances.append(distance if distances else first * distance)
+    return torch.stack(distances).sum()

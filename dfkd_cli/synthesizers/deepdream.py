@@ -1,0 +1,29 @@
+"""DeepDream: images of one class each under image priors alone.
+
+Mordvintsev, Olah, Tyka. Inceptionism: Going deeper into neural networks. Google research blog, 2015. Here the baseline
+of DeepInversion (Yin et al., CVPR 2020, arXiv:1912.08795), whose terms and settings it shares.
+
+    x = argmin_x  CE(T(x), y) + a_tv (|d_w x| + |d_h x| + |d_diag x| + |d_anti x|) + a_l2 |x|
+
+The four norms are over the whole batch, so that their sum grows with the root of the batch size. See ``deepinversion``
+for what differs from the released code.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+from dfkd_cli.settings import Inversion
+from dfkd_cli.synthesizers.inversion import Inverter
+
+
+@dataclass(frozen=True, kw_only=True)
+class Config(Inversion):
+    """DeepDream."""
+
+
+class DeepDream(Inverter):
+    """Images of one class each."""
+
+    kind = "images"
+    config: Config

@@ -1,0 +1,69 @@
+"""What DeepDream, DeepInversion and Adaptive DeepInversion share: image priors on what the teacher sees."""
+
+from __future__ import annotations
+
+import math
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+from torchvision.transforms import v2
+
+from dfkd_cli.data.augment import RandomFlip, RandomRoll
+from dfkd_cli.settings import Inversion
+from dfkd_cli.synthesizers.base import ImageOptimizer
+from dfkd_cli.synthesizers.terms import neighbour_differences
+
+
+class Inverter(ImageOptimizer):
+    """Images of one class each, optimised as the teacher's ``net`` takes them."""
+
+    normalised = True
+    config: Inversion
+
+    def targets(self, first: int, count: int) -> Tensor:
+        """One-hot labels; the classes take turns."""
+        return self.classes(first, count)
+
+    def terms(self, images: Tensor, logits: Tensor, targets: Tensor) -> dict[str, Tensor]:
+        """The cross-entropy with the class, and the priors whose weights are not zero."""
+        terms = {"cross_entropy": F.cross_entropy(logits, targets)}
+        if self.config.total_variation or self.config.total_variation_l1:
+            differences = neighbour_differences(images)
+            if self.config.total_variation:
+                terms["total_variation"] = torch.stack([part.norm() for part in differences]).sum()
+            if self.config.total_variation_l1:
+                terms["total_variation_l1"] = torch.stack([part.abs().mean() for part in differences]).sum()
+        if self.config.l2:
+            terms["l2"] = images.flatten(1).norm(dim=1).mean()
+        return terms
+
+    def view(self, images: Tensor) -> Tensor:
+        """The images rolled and mirrored at random."""
+        steps: list[nn.Module] = [RandomRoll(self.config.jitter)] if self.config.jitter else []
+        steps += [RandomFlip()] if self.config.flip else []
+        return v2.Compose(steps)(images) if steps else images
+
+    def resolutions(self) -> list[tuple[int, int]]:
+        """Half the sides first, where that is wanted."""
+        coarse = [(2, self.config.coarse_iterations)] if self.config.coarse_iterations else []
+        return [*coarse, (1, self.config.iterations)]
+
+    def optimizer(self, images: Tensor) -> torch.optim.Optimizer:
+        """Adam with the configured betas."""
+        return torch.optim.Adam([images], lr=self.config.lr, betas=self.config.betas, fused=True)
+
+    def rate(self, step: int, steps: int) -> float:
+        """A linear rise, then constant or along a cosine to zero."""
+        warmup = int(self.config.warmup * steps)
+        if step < warmup:
+            return (step + 1) / warmup
+        if self.config.schedule == "constant":
+            return 1.0
+        return 0.5 * (1 + math.cos(math.pi * (step - warmup) / max(steps - warmup, 1)))
+
+    def project(self, images: Tensor) -> None:
+        """Keep pixels in [0,1] where that is wanted."""
+        if self.config.clamp:
+            black = torch.zeros_like(self.teacher.mean)
+            images.clamp_(self.teacher.normalise(black), self.teacher.normalise(black + 1))
