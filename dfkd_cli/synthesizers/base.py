@@ -16,6 +16,7 @@ from torch.optim.lr_scheduler import LambdaLR
 from dfkd_cli.artifacts.shards import ShardWriter
 from dfkd_cli.errors import RunFailed
 from dfkd_cli.models.classifier import Classifier
+from dfkd_cli.models.generators import Generator
 from dfkd_cli.rounds import Learner, weighted_sum
 from dfkd_cli.seeds import seed_torch
 
@@ -70,7 +71,7 @@ class Synthesizer(Learner):
     def make(self, first: int, count: int) -> Impressions:
         """Make images ``first`` to ``first + count`` of the set. Torch's random state is already seeded for them."""
 
-    def models(self) -> Mapping[str, Classifier]:
+    def models(self) -> Mapping[str, Classifier | Generator]:
         """Networks that were trained meanwhile, each to be written under its name. None by default."""
         return {}
 

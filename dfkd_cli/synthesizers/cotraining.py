@@ -15,6 +15,7 @@ from dfkd_cli.data.augment import pipeline
 from dfkd_cli.data.sources import Batches, Images, Source
 from dfkd_cli.errors import ConfigError
 from dfkd_cli.models.classifier import Classifier
+from dfkd_cli.models.generators import Generator
 from dfkd_cli.objectives.response import soft_loss
 from dfkd_cli.rounds import weighted_sum
 from dfkd_cli.seeds import derive, seed_torch
@@ -46,7 +47,7 @@ class CoTrainer(Synthesizer):
     def student_steps(self) -> int:
         """Steps of the student in all."""
 
-    def models(self) -> Mapping[str, Classifier]:
+    def models(self) -> Mapping[str, Classifier | Generator]:
         """The student."""
         return {"student": self.student}
 

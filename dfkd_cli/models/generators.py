@@ -1,0 +1,123 @@
+"""Generators: latent vectors to images of any size, as the papers on generator-based synthesis have them.
+
+``conv``: a linear layer to 128 maps of a quarter of the sides, then two times nearest-neighbour upsampling and a 3x3
+convolution, and one convolution to the image's channels. It is the generator of DAFL (arXiv:1904.01186), of zero-shot
+transfer (arXiv:1905.09768), of DFAD (arXiv:1912.11006) and of CMI (arXiv:2105.08584), which differ in how it ends:
+
+    tanh        tanh, then BatchNorm without scale: what the teacher's ``net`` takes           DAFL, DFAD
+    normal      BatchNorm with scale: what the teacher's ``net`` takes                          zero-shot transfer
+    sigmoid     pixels in [0,1], convolutions without bias                                      CMI and its successors
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import math
+from pathlib import Path
+from typing import Any, Literal
+
+import safetensors.torch
+import torch
+from torch import Tensor, nn
+
+from dfkd_cli.artifacts.files import digest, read_json, sha256_file, write_atomic, write_json
+from dfkd_cli.errors import ArtifactError
+from dfkd_cli.models.classifier import ModelInfo
+from dfkd_cli.models.weights import load_weights
+
+End = Literal["tanh", "normal", "sigmoid"]
+WIDTHS = (128, 128, 64)
+RECORD = "generator.json"
+WEIGHTS = "generator.safetensors"
+SCHEMA = 1
+
+
+class Generator(nn.Module):
+    """Latents (B, D) to images (B, C, H, W) of the size that a teacher takes, in pixel space.
+
+    Args:
+        info: Of the teacher: its input's size and normalisation.
+        latent: D.
+        end: How it ends.
+        width: Multiplies the numbers of maps.
+        epsilon: Of the BatchNorm layers after the inner convolutions. DAFL's code has 0.8 there, where it seems to have
+            meant the momentum.
+    """
+
+    mean: Tensor  # (1, C, 1, 1)
+    std: Tensor  # (1, C, 1, 1)
+
+    def __init__(self, info: ModelInfo, latent: int, end: End, width: float = 1.0, epsilon: float = 1e-5) -> None:
+        super().__init__()
+        self.info, self.latent, self.end = info, latent, end
+        self.settings = {"latent": latent, "end": end, "width": width, "epsilon": epsilon}
+        channels, *sides = info.input_size
+        first, second, third = (max(1, round(width * maps)) for maps in WIDTHS)
+        half, quarter = (tuple(-(-side // part) for side in sides) for part in (2, 4))
+        bias = end != "sigmoid"
+        self.linear = nn.Linear(latent, first * math.prod(quarter))
+        self.body = nn.Sequential(
+            nn.Unflatten(1, (first, *quarter)),
+            nn.BatchNorm2d(first),
+            nn.Upsample(size=half),
+            nn.Conv2d(first, second, 3, padding=1, bias=bias),
+            nn.BatchNorm2d(second, epsilon),
+            nn.LeakyReLU(0.2, inplace=True),
+            nn.Upsample(size=tuple(sides)),
+            nn.Conv2d(second, third, 3, padding=1, bias=bias),
+            nn.BatchNorm2d(third, epsilon),
+            nn.LeakyReLU(0.2, inplace=True),
+            nn.Conv2d(third, channels, 3, padding=1),
+        )
+        ends: dict[End, list[nn.Module]] = {
+            "tanh": [nn.Tanh(), nn.BatchNorm2d(channels, affine=False)],
+            "normal": [nn.BatchNorm2d(channels)],
+            "sigmoid": [nn.Sigmoid()],
+        }
+        self.finish = nn.Sequential(*ends[end])
+        self.register_buffer("mean", torch.tensor(info.mean).view(1, -1, 1, 1), persistent=False)
+        self.register_buffer("std", torch.tensor(info.std).view(1, -1, 1, 1), persistent=False)
+
+    def forward(self, latents: Tensor) -> Tensor:
+        images = self.finish(self.body(self.linear(latents)))
+        return images if self.end == "sigmoid" else images * self.std + self.mean
+
+
+def save_generator(directory: Path, generator: Generator, provenance: dict[str, Any]) -> None:
+    """Write a generator directory. The record is written last: a directory with a readable record is complete."""
+    state = {key: value.detach().to("cpu", copy=True) for key, value in generator.state_dict().items()}
+    record = {
+        "schema": SCHEMA,
+        "kind": "generator",
+        "settings": generator.settings,
+        "teacher_input": dataclasses.asdict(generator.info),
+        "weights": {"file": WEIGHTS, "sha256": write_atomic(directory / WEIGHTS, safetensors.torch.save(state))},
+        "provenance": provenance,
+    }
+    write_json(directory / RECORD, record)
+
+
+def load_generator(directory: Path) -> tuple[Generator, dict[str, Any]]:
+    """Read and check a generator directory. Returns the generator on the CPU, and its record.
+
+    Raises:
+        ArtifactError: Missing, damaged, or from a newer version.
+    """
+    record, weights = read_json(directory / RECORD), directory / WEIGHTS
+    try:
+        if record["kind"] != "generator" or record["schema"] != SCHEMA:
+            raise ArtifactError(f"{directory}: {record['kind']} of schema {record['schema']}", "update dfkd")
+        if not weights.is_file() or sha256_file(weights) != record["weights"]["sha256"]:
+            raise ArtifactError(f"{weights}: missing or damaged", "make or copy the generator again")
+        info: dict[str, Any] = {k: tuple(v) if isinstance(v, list) else v for k, v in record["teacher_input"].items()}
+        with torch.random.fork_rng(devices=[]):
+            generator = Generator(ModelInfo(**info), **record["settings"])
+    except (KeyError, TypeError) as error:
+        raise ArtifactError(f"{directory / RECORD}: not a generator's record: {error}", "make it again") from None
+    load_weights(generator, weights)
+    return generator, record
+
+
+def identity(record: dict[str, Any]) -> str:
+    """The hash that stands for a generator: its weights and how they are used."""
+    return digest([record["weights"]["sha256"], record["settings"], record["teacher_input"]])
