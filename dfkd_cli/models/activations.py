@@ -59,6 +59,38 @@ def batch_statistics(classifier: Classifier) -> Iterator[None]:
             layer.training, layer.track_running_stats = training, True
 
 
+@dataclass
+class Call:
+    """One run of a layer. The tensors are kept: their identity tells who reads what, and freed memory is reused.
+
+    Attributes:
+        path: The layer's name in ``net``.
+        layer: The layer.
+        input, output: Its first argument, and what came out.
+    """
+
+    path: str
+    layer: nn.Module
+    input: Any
+    output: Tensor
+
+
+def calls_of(classifier: Classifier) -> list[Call]:
+    """Every run of a layer while one image goes through the network, in order."""
+    calls: list[Call] = []
+    paths = {layer: path for path, layer in classifier.net.named_modules()}
+
+    def remember(layer: nn.Module, inputs: tuple[Any, ...], output: Any) -> None:
+        if isinstance(output, Tensor) and inputs:
+            calls.append(Call(paths[layer], layer, inputs[0], output))
+
+    with contextlib.ExitStack() as hooks:
+        for layer in paths:
+            hooks.enter_context(layer.register_forward_hook(remember))
+        probe(classifier.net, classifier.info.input_size)
+    return calls
+
+
 def pre_activations(classifier: Classifier) -> dict[str, nn.Module]:
     """The layers whose outputs go into the activation functions, by their name in ``net``, in the order they run.
 
@@ -68,21 +100,16 @@ def pre_activations(classifier: Classifier) -> dict[str, nn.Module]:
     Raises:
         ArtifactError: The logits are not the unchanged output of a linear layer or a 1x1 convolution.
     """
-    net, head = classifier.net, classifier.head()
-    ran: dict[nn.Module, Tensor] = {}
-
-    def remember(layer: nn.Module, inputs: Any, output: Tensor) -> None:
-        if isinstance(layer, _BatchNorm):
-            normalised = next((other for other, seen in ran.items() if seen is inputs[0]), None)
+    head = classifier.head()
+    ran: dict[nn.Module, Call] = {}
+    for call in calls_of(classifier):
+        if isinstance(call.layer, _BatchNorm):
+            normalised = next((layer for layer, other in ran.items() if other.output is call.input), None)
             if normalised is None:
-                return
+                continue
             del ran[normalised]
-        ran[layer] = output
-
-    with contextlib.ExitStack() as hooks:
-        for module in net.modules():
-            if isinstance(module, (nn.Linear, nn.Conv2d, _BatchNorm)):
-                hooks.enter_context(module.register_forward_hook(remember))
-        probe(net, classifier.info.input_size)
-    names = {module: name for name, module in net.named_modules()}
-    return {names[layer]: layer for layer in [*(layer for layer in ran if layer is not head), head]}
+        elif not isinstance(call.layer, (nn.Linear, nn.Conv2d)):
+            continue
+        ran[call.layer] = call
+    last = ran.pop(head)
+    return {call.path: layer for layer, call in [*ran.items(), (head, last)]}

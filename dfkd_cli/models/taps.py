@@ -12,35 +12,18 @@
 
 from __future__ import annotations
 
-import contextlib
 import itertools
 from collections.abc import Iterable
-from dataclasses import dataclass
-from typing import Any
 
-from torch import Tensor, nn
+from torch import nn
 from torch.nn.modules.batchnorm import _BatchNorm
 
 from dfkd_cli.errors import ArtifactError, ConfigError
-from dfkd_cli.models.activations import Tap
-from dfkd_cli.models.classifier import Classifier, probe
+from dfkd_cli.models.activations import Call, Tap, calls_of
+from dfkd_cli.models.classifier import Classifier
 
 BEFORE = ".pre"
 LAST, STAGES, PENULTIMATE, LOGITS = "last", "stages", "penultimate", "logits"
-
-
-@dataclass
-class _Call:
-    """One run of a layer. The tensors are kept: their identity tells who reads what, and freed memory is reused."""
-
-    path: str
-    layer: nn.Module
-    input: Any
-    output: Tensor
-
-    @property
-    def activates(self) -> bool:
-        return type(self.layer).__module__ == nn.ReLU.__module__
 
 
 class Taps:
@@ -52,17 +35,7 @@ class Taps:
 
     def __init__(self, classifier: Classifier) -> None:
         self.classifier = classifier
-        self._calls: list[_Call] = []
-        paths = {layer: path for path, layer in classifier.net.named_modules()}
-
-        def remember(layer: nn.Module, inputs: tuple[Any, ...], output: Any) -> None:
-            if isinstance(output, Tensor) and inputs:
-                self._calls.append(_Call(paths[layer], layer, inputs[0], output))
-
-        with contextlib.ExitStack() as hooks:
-            for layer in paths:
-                hooks.enter_context(layer.register_forward_hook(remember))
-            probe(classifier.net, classifier.info.input_size)
+        self._calls = calls_of(classifier)
         self._latest = {call.path: call for call in self._calls}
         self.stages = {f"stage{i}": path for i, path in enumerate(self._stages(), start=1)}
 
@@ -109,7 +82,7 @@ class Taps:
         call = next(call for call in reversed(self._calls) if call.layer is tap.layer)
         return tuple((call.input if tap.before else call.output).shape[1:])
 
-    def _call(self, name: str) -> _Call:
+    def _call(self, name: str) -> Call:
         path = "" if name == LOGITS else self.stages.get(name, name)
         if path not in self._latest or (path == "" and name != LOGITS):
             known = ", ".join([*self.stages, PENULTIMATE, LOGITS])
@@ -131,7 +104,7 @@ class Taps:
         at = next(i for i in reversed(range(len(self._calls))) if self._calls[i].layer is tap.layer)
         found: _BatchNorm | None = None
         for call in reversed(self._calls[:at]):
-            if call.activates:
+            if _activates(call):
                 break
             if isinstance(call.layer, _BatchNorm) and call.layer.affine:
                 found = call.layer
@@ -146,7 +119,7 @@ class Taps:
 
     def _before_activation(self, name: str) -> Tap:
         value = self._call(name.removesuffix(BEFORE)).output
-        activations = [call for call in self._calls if call.activates]
+        activations = [call for call in self._calls if _activates(call)]
         found = next((call for call in reversed(activations) if call.output is value), None)
         if found is None:
             norms = (c.output for c in self._calls if isinstance(c.layer, _BatchNorm) and c.input is value)
@@ -158,6 +131,10 @@ class Taps:
                 "give the path of the module whose output goes into the activation",
             )
         return Tap(found.layer, before=True)
+
+
+def _activates(call: Call) -> bool:
+    return type(call.layer).__module__ == nn.ReLU.__module__
 
 
 def find_taps(classifier: Classifier, names: Iterable[str]) -> dict[str, Tap]:
