@@ -116,6 +116,13 @@ class Answers:
 
 
 @dataclass(frozen=True, kw_only=True)
+class Rising:
+    """What losses share that grow into their weight: with strength ``min(e / ramp, 1)`` in epoch e, counted from 1."""
+
+    ramp: int = option(20, "epochs over which the objective rises to its weight; 1 for none", low=1)
+
+
+@dataclass(frozen=True, kw_only=True)
 class Compared:
     """What losses between features share."""
 

@@ -464,6 +464,14 @@ def test_pairs_are_as_many_and_of_the_kind_that_is_compared():
         connected("at", student, teacher, taps="penultimate")
 
 
+@pytest.mark.parametrize("name", ["fitnets", "reviewkd"])
+def test_one_image_of_one_pixel_cannot_be_normalised(cli, teacher, tmp_path, name):
+    args = ["--objective", name, "--taps", "penultimate", "--teacher-taps", "penultimate", "--steps", 1]
+    code, _, err = cli(*distill(teacher, *args, "--batch-size", 1, "--out", tmp_path / "s"))
+    assert code == 2
+    assert "BatchNorm cannot learn from one image with maps of one pixel -- raise --batch-size" in err
+
+
 def test_two_classes_cannot_be_decoupled():
     two = Classifier(nn.Sequential(nn.Flatten(), nn.Linear(128, 2)), ModelInfo("t", 2, SIZE, (0.0,) * 2, (1.0,) * 2))
     with pytest.raises(ConfigError, match="dkd needs three classes"):

@@ -169,8 +169,9 @@ def test_dkd_of_a_sure_teacher_is_finite():
     assert student.grad.isfinite().all()
 
 
-def test_dkd_rises_over_epochs():
-    rising = objective("dkd", ramp=4)
+@pytest.mark.parametrize("name", [name for name, entry in OBJECTIVES.items() if "ramp" in hints(entry.config)])
+def test_what_has_a_ramp_rises_over_epochs(name):
+    rising = objective(name, ramp=4)
     strengths = []
     for rising.epoch in range(6):
         strengths.append(rising.strength)

@@ -14,6 +14,7 @@ from dfkd_cli.errors import ConfigError
 from dfkd_cli.models.activations import Tap, values_at
 from dfkd_cli.models.classifier import Classifier
 from dfkd_cli.models.taps import Taps
+from dfkd_cli.settings import Rising
 
 
 @dataclass
@@ -70,7 +71,7 @@ class Objective(nn.Module):
     @property
     def strength(self) -> float:
         """What the weights are multiplied by in this epoch."""
-        return 1.0
+        return min((self.epoch + 1) / self.config.ramp, 1.0) if isinstance(self.config, Rising) else 1.0
 
     @property
     def alone(self) -> bool:

@@ -28,16 +28,15 @@ from dfkd_cli.errors import ConfigError
 from dfkd_cli.models.classifier import Classifier
 from dfkd_cli.objectives.answers import AnswerObjective, divergence, hard_labels
 from dfkd_cli.objectives.base import Outputs
-from dfkd_cli.settings import Answers
+from dfkd_cli.settings import Answers, Rising
 
 
 @dataclass(frozen=True, kw_only=True)
-class Config(Answers):
+class Config(Answers, Rising):
     """Decoupled response distillation."""
 
     target: float = option(1.0, "weight of the target class against all others", low=0)
     non_target: float = option(8.0, "weight of the distribution among the other classes", low=0)
-    ramp: int = option(20, "epochs over which the objective rises to its weight; 1 for none", low=1)
 
 
 class DKD(AnswerObjective):
@@ -49,10 +48,6 @@ class DKD(AnswerObjective):
     def connect(self, student: Classifier, teacher: Classifier) -> None:
         if teacher.info.num_classes < 3:
             raise ConfigError("dkd needs three classes or more: of two, one is left", "use --objective response")
-
-    @property
-    def strength(self) -> float:
-        return min((self.epoch + 1) / self.config.ramp, 1.0)
 
     def forward(self, student: Outputs, teacher: Outputs, labels: Tensor | None) -> dict[str, Tensor]:
         """Terms ``target``, ``non_target`` and, where it has a weight, ``hard``."""

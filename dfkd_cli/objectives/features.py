@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import torch
 import torch.nn.functional as F
-from torch import Tensor
+from torch import Tensor, nn
 
 from dfkd_cli.errors import ConfigError
 
@@ -35,6 +35,19 @@ def same_size(student: Tensor, teacher: Tensor) -> tuple[Tensor, Tensor]:
 def as_maps(features: Tensor) -> Tensor:
     """Features (B, C, H, W) or (B, D) as maps; vectors become maps of one pixel."""
     return features[:, :, None, None] if features.ndim == 2 else features
+
+
+class BatchNorm(nn.BatchNorm2d):
+    """BatchNorm of an objective's own layers.
+
+    Raises:
+        ConfigError: In training, there is one value in each channel: one image of one pixel.
+    """
+
+    def forward(self, input: Tensor) -> Tensor:
+        if self.training and input.numel() == input.shape[1]:
+            raise ConfigError("BatchNorm cannot learn from one image with maps of one pixel", "raise --batch-size")
+        return super().forward(input)
 
 
 def cosine_kernel(rows: Tensor) -> Tensor:

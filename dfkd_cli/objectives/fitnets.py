@@ -23,7 +23,7 @@ from torch import Tensor, nn
 
 from dfkd_cli.config import option
 from dfkd_cli.objectives.base import PairwiseObjective
-from dfkd_cli.objectives.features import as_maps, same_size
+from dfkd_cli.objectives.features import BatchNorm, as_maps, same_size
 from dfkd_cli.settings import TAPS, Compared
 
 
@@ -68,4 +68,4 @@ def regressor(student: tuple[int, ...], teacher: tuple[int, ...], relu: bool) ->
     else:
         height, width = (1 + max(own - wanted, 0) for own, wanted in zip(small, large, strict=True))
         convolution = nn.Conv2d(inputs, outputs, (height, width))
-    return nn.Sequential(convolution, nn.BatchNorm2d(outputs), *([nn.ReLU()] if relu else []))
+    return nn.Sequential(convolution, BatchNorm(outputs), *([nn.ReLU()] if relu else []))

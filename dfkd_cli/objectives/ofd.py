@@ -26,7 +26,7 @@ from dfkd_cli.config import option
 from dfkd_cli.models.classifier import Classifier
 from dfkd_cli.models.taps import Taps
 from dfkd_cli.objectives.base import PairwiseObjective
-from dfkd_cli.objectives.features import require_maps, same_size
+from dfkd_cli.objectives.features import BatchNorm, require_maps, same_size
 from dfkd_cli.settings import TAPS, Compared
 
 RARE = 0.001  # a channel that is negative less often has no mean of its own there
@@ -63,7 +63,7 @@ class OFD(PairwiseObjective):
         require_maps("ofd", student, teacher)
         convolution = nn.Conv2d(student[0], teacher[0], 1, bias=False)
         nn.init.kaiming_normal_(convolution.weight, mode="fan_out", nonlinearity="relu")
-        self.connectors.append(nn.Sequential(convolution, nn.BatchNorm2d(teacher[0])))
+        self.connectors.append(nn.Sequential(convolution, BatchNorm(teacher[0])))
 
     def compare(self, index: int, student: Tensor, teacher: Tensor) -> dict[str, Tensor]:
         own, features = same_size(self.connectors[index](student), teacher)

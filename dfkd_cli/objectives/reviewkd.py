@@ -25,14 +25,14 @@ from torch import Tensor, nn
 from dfkd_cli.config import option
 from dfkd_cli.models.classifier import Classifier
 from dfkd_cli.objectives.base import FeatureObjective, Outputs
-from dfkd_cli.objectives.features import as_maps
-from dfkd_cli.settings import TAPS, Compared
+from dfkd_cli.objectives.features import BatchNorm, as_maps
+from dfkd_cli.settings import TAPS, Compared, Rising
 
 WIDEST = 512  # channels of what is handed from level to level
 
 
 @dataclass(frozen=True, kw_only=True)
-class Config(Compared):
+class Config(Compared, Rising):
     """Reviewed features."""
 
     taps: tuple[str, ...] = option(("stages", "penultimate"), TAPS)
@@ -40,7 +40,6 @@ class Config(Compared):
         ("stages.pre", "penultimate"), "the teacher's, in the same order (none: the same names)"
     )
     levels: float = option(1.0, "weight of all levels, beside that of the objective", low=0)
-    ramp: int = option(20, "epochs over which the objective rises to its weight; 1 for none", low=1)
 
 
 class ReviewKD(FeatureObjective):
@@ -63,10 +62,6 @@ class ReviewKD(FeatureObjective):
             Fusion(own[0], middle, other[0], deepest=index + 1 == len(self.shapes))
             for index, (own, other) in enumerate(self.shapes)
         )
-
-    @property
-    def strength(self) -> float:
-        return min((self.epoch + 1) / self.config.ramp, 1.0)
 
     def forward(self, student: Outputs, teacher: Outputs, labels: Tensor | None) -> dict[str, Tensor]:
         """Term ``levels``."""
@@ -94,8 +89,8 @@ class Fusion(nn.Module):
         widen = nn.Conv2d(middle, outputs, 3, padding=1, bias=False)
         for convolution in (narrow, widen):
             nn.init.kaiming_uniform_(convolution.weight, a=1)
-        self.narrow = nn.Sequential(narrow, nn.BatchNorm2d(middle))
-        self.widen = nn.Sequential(widen, nn.BatchNorm2d(outputs))
+        self.narrow = nn.Sequential(narrow, BatchNorm(middle))
+        self.widen = nn.Sequential(widen, BatchNorm(outputs))
         self.blend = None if deepest else nn.Sequential(nn.Conv2d(2 * middle, 2, 1), nn.Sigmoid())
 
     def forward(self, own: Tensor, deeper: Tensor | None, size: torch.Size) -> tuple[Tensor, Tensor]:
