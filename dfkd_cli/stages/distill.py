@@ -39,16 +39,27 @@ class Job:
     """What a distillation works on.
 
     Attributes:
-        task: The networks, the images, the losses.
         teacher: The teacher with where it comes from.
         sets: The transfer sets.
         data_free: None of them can be real images.
+        student: The network to train.
+        objectives: The losses between the two by name, with their weights.
     """
 
-    task: Task
     teacher: LoadedModel
     sets: list[TransferSet]
     data_free: bool
+    student: Classifier
+    objectives: dict[str, tuple[float, Objective]]
+
+    def task(self, settings: Settings) -> Task:
+        """The networks, the losses, and as many of the images as the settings say."""
+        inputs, source = settings.inputs, concatenate(self.sets)
+        if inputs.num_images is not None:
+            if inputs.num_images > len(source):
+                raise ConfigError(f"--num-images {inputs.num_images}: the transfer sets have {len(source)} images")
+            source = first(source, inputs.num_images)
+        return Task(self.student, self.teacher.classifier, source, self.objectives, inputs, settings.run.seed)
 
     @property
     def uses(self) -> list[str]:
@@ -58,33 +69,38 @@ class Job:
 
 def run(settings: Settings, terminal: Terminal, dry_run: bool = False) -> dict[str, Any]:
     """Train a student. Unless a transfer set is real, no dataset can be opened meanwhile."""
-    if dry_run:
-        with opened(settings) as job:
-            pulls = calibrate(job.task) if job.task.objectives else []
-        answer = rehearse(settings, run, terminal)
-        for pull in pulls:
-            terminal.answer(str(pull))
-        return answer | {"terms": [dataclasses.asdict(pull) for pull in pulls]}
     with opened(settings) as job:
-        task, teacher = job.task, job.teacher
-        parents = [teacher.parent("teacher"), *(s.parent for s in job.sets)]
-        facts = {"data_free": job.data_free, "uses": job.uses, "num_images": len(task.source)}
-        directory = RunDirectory(Path(settings.run.out or "student"), settings, parents, facts)
+        if not dry_run:
+            return learn(settings, job, terminal)
+        task = job.task(settings)
+        pulls = calibrate(task) if task.objectives else []
+        answer = rehearse(settings, lambda small, quiet: learn(small, job, quiet), terminal)
+    for pull in pulls:
+        terminal.answer(str(pull))
+    return answer | {"terms": [dataclasses.asdict(pull) for pull in pulls]}
 
-        def score(model: Classifier) -> dict[str, float]:
-            return {"agreement_on_transfer_set": agreement(model, teacher.classifier, task.source)}
 
-        provenance = {
-            "command": "distill",
-            "dataset": teacher.dataset,
-            "data_free": job.data_free,
-            "uses": job.uses,
-            "seed": settings.run.seed,
-            "teacher": teacher.sha256,
-            "transfer_set": [{k: v for k, v in s.parent.items() if k in ("spec", "sha256")} for s in job.sets],
-            "num_images": len(task.source),
-        }
-        answer = train(task, directory, terminal, provenance, score)
+def learn(settings: Settings, job: Job, terminal: Terminal) -> dict[str, Any]:
+    """Train the student of a job into its model directory."""
+    task, teacher = job.task(settings), job.teacher
+    parents = [teacher.parent("teacher"), *(s.parent for s in job.sets)]
+    facts = {"data_free": job.data_free, "uses": job.uses, "num_images": len(task.source)}
+    directory = RunDirectory(Path(settings.run.out or "student"), settings, parents, facts)
+
+    def score(model: Classifier) -> dict[str, float]:
+        return {"agreement_on_transfer_set": agreement(model, teacher.classifier, task.source)}
+
+    provenance = {
+        "command": "distill",
+        "dataset": teacher.dataset,
+        "data_free": job.data_free,
+        "uses": job.uses,
+        "seed": settings.run.seed,
+        "teacher": teacher.sha256,
+        "transfer_set": [{k: v for k, v in s.parent.items() if k in ("spec", "sha256")} for s in job.sets],
+        "num_images": len(task.source),
+    }
+    answer = train(task, directory, terminal, provenance, score)
     shown = f"{answer['metrics']['agreement_on_transfer_set']:.2%} agreement with the teacher on the transfer set"
     terminal.answer(f"{answer['artifacts']['student']}: {shown}")
     return answer
@@ -102,14 +118,9 @@ def opened(settings: Settings) -> Iterator[Job]:
         if data_free:
             seals.enter_context(sealed("the transfer set is data-free", teacher.real_data(inputs.data_dir)))
         sets = [open_transfer_set(name, teacher, inputs.data_dir, seed) for name in inputs.transfer_set]
-        source = concatenate(sets)
-        if inputs.num_images is not None:
-            if inputs.num_images > len(source):
-                raise ConfigError(f"--num-images {inputs.num_images}: the transfer sets have {len(source)} images")
-            source = first(source, inputs.num_images)
         student = fresh(dataclasses.replace(teacher.classifier.info, spec=inputs.student), "student", seed)
         objectives = connect(settings.components["objective"], student, teacher.classifier, seed)
-        yield Job(Task(student, teacher.classifier, source, objectives, inputs, seed), teacher, sets, data_free)
+        yield Job(teacher, sets, data_free, student, objectives)
 
 
 def connect(
