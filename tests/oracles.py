@@ -108,21 +108,29 @@ def smoothed_cross_entropy(logits: Array, labels: NDArray[np.int64], smoothing: 
     return cross_entropy((1 - smoothing) * np.eye(classes)[labels] + smoothing / classes, softmax(logits))
 
 
-def learning_rate(step: int, steps: int, peak: float, warmup: float, schedule: str) -> float:
-    """Linear warm-up over a share of the steps that ends at the peak, then a half cosine to zero."""
+def learning_rate(
+    step: int, steps: int, peak: float, warmup: float, schedule: str, milestones: tuple[float, ...], gamma: float
+) -> float:
+    """Linear warm-up over a share of the steps that ends at the peak, then a half cosine to zero; or falls in steps."""
     rising = min(int(warmup * steps), steps - 1)
+    if schedule == "step":
+        peak *= gamma ** sum(step >= round(share * steps) for share in milestones)
     if step < rising:
         return peak * (step + 1) / (rising + 1)
+    if schedule == "step":
+        return peak
     if schedule == "constant":
         return peak
     return peak * (1 + np.cos(np.pi * (step - rising) / (steps - rising))) / 2
 
 
-def sgd(w: Array, gradient: Callable[[Array], Array], lr: float, momentum: float, decay: float, steps: int) -> Array:
-    """Stochastic gradient descent with Nesterov momentum and L2 decay (Sutskever et al., ICML 2013)."""
+def sgd(
+    w: Array, gradient: Callable[[Array], Array], lr: float, momentum: float, decay: float, steps: int, nesterov: bool
+) -> Array:
+    """Stochastic gradient descent with L2 decay and momentum, Polyak's or Nesterov's (Sutskever et al., ICML 2013)."""
     velocity = np.zeros_like(w)
     for _ in range(steps):
         g = gradient(w) + decay * w
         velocity = momentum * velocity + g
-        w = w - lr * (g + momentum * velocity)
+        w = w - lr * (g + momentum * velocity if nesterov else velocity)
     return w

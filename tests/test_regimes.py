@@ -23,7 +23,7 @@ from dfkd_cli.models.classifier import Classifier, ModelInfo
 from dfkd_cli.objectives.base import Objective
 from dfkd_cli.regimes import base
 from dfkd_cli.regimes.base import Regime, Task
-from dfkd_cli.resolve import resolve
+from dfkd_cli.resolve import recipe_layer, resolve
 from dfkd_cli.rounds import fit
 from dfkd_cli.settings import Augmentation, Distill
 from dfkd_cli.ui import Terminal
@@ -101,20 +101,22 @@ def inputs(images: Tensor) -> np.ndarray:
 
 
 @pytest.mark.parametrize(
-    ("steps", "momentum", "decay", "batch"), [(1, 0.0, 0.0, 6), (1, 0.9, 0.0, 6), (4, 0.9, 0.05, 6), (3, 0.0, 0.0, 100)]
-)
-def test_offline_is_gradient_descent_on_the_response(tmp_path, steps, momentum, decay, batch):
+    ("steps", "momentum", "decay", "batch", "nesterov"),
+    [(1, 0.0, 0.0, 6, True), (1, 0.9, 0.0, 6, True), (4, 0.9, 0.05, 6, True), (4, 0.9, 0.05, 6, False),
+     (3, 0.0, 0.0, 100, True)],
+)  # fmt: skip
+def test_offline_is_gradient_descent_on_the_response(tmp_path, steps, momentum, decay, batch, nesterov):
     tau, lr, weight = 4.0, 0.5, 0.7
     learner = regime(
         "offline", objectives=[(weight, response(temperature=tau))], batch_size=batch, steps=steps, schedule="constant",
-        optimizer="sgd", lr=lr, momentum=momentum, weight_decay=decay,
+        optimizer="sgd", lr=lr, momentum=momentum, weight_decay=decay, nesterov=nesterov,
     )  # fmt: skip
     x, teacher, start = inputs(pixels()), linear(learner.teacher), linear(learner.student)
 
     def gradient(w):
         return weight * oracles.response_gradient(x @ w.T, x @ teacher.T, tau).T @ x
 
-    expected = oracles.sgd(start, gradient, lr, momentum, decay, steps)
+    expected = oracles.sgd(start, gradient, lr, momentum, decay, steps, nesterov)
     train(learner, tmp_path / "run")
     assert np.abs(expected - start).max() > 0.01
     np.testing.assert_allclose(linear(learner.student), expected, atol=1e-5)
@@ -169,11 +171,12 @@ def test_supervised_training_learns(tmp_path):
 # -- the schedule ------------------------------------------------------------------------------------------------------
 
 
-@pytest.mark.parametrize("schedule", ["cosine", "constant"])
+@pytest.mark.parametrize("schedule", ["cosine", "step", "constant"])
 @pytest.mark.parametrize("warmup", [0.0, 0.05, 0.5, 1.0])
 @pytest.mark.parametrize("steps", [1, 2, 10, 101])
 def test_learning_rate(steps, warmup, schedule):
-    learner = regime("offline", steps=steps, warmup=warmup, schedule=schedule, lr=0.3)
+    falls = {"milestones": (0.3, 0.625, 0.75, 0.755), "gamma": 0.2}
+    learner = regime("offline", steps=steps, warmup=warmup, schedule=schedule, lr=0.3, **falls)
     (optimizer,), (scheduler,) = learner.configure_optimizers()
     rates = []
     for _ in range(steps):
@@ -181,11 +184,21 @@ def test_learning_rate(steps, warmup, schedule):
         optimizer.step()
         scheduler.step()
     np.testing.assert_allclose(
-        rates, [oracles.learning_rate(s, steps, 0.3, warmup, schedule) for s in range(steps)], atol=1e-9
+        rates, [oracles.learning_rate(s, steps, 0.3, warmup, schedule, **falls) for s in range(steps)], atol=1e-9
     )
     if schedule == "cosine" and steps == 101 and warmup < 1:
         assert max(rates) == pytest.approx(0.3, rel=1e-3)
         assert rates[-1] < 1e-3
+
+
+@pytest.mark.parametrize("recipe", [name for name in catalog.recipes() if name.endswith("cifar100")])
+def test_recipes_fall_after_the_epochs_of_the_protocol(recipe):
+    command, name = recipe.split("/")
+    training = resolve(command, [recipe_layer(name, command)]).inputs
+    per_epoch = 50000 // training.batch_size
+    falls = [round(share * training.epochs * per_epoch) / per_epoch for share in training.milestones]
+    assert [epoch - training.epochs for epoch in falls] == [-90, -60, -30]
+    assert (training.schedule, training.gamma, training.nesterov) == ("step", 0.1, False)
 
 
 def test_epochs_count_whole_batches_and_steps_override_them():

@@ -9,7 +9,14 @@ from typing import Any, ClassVar
 
 import torch
 from torch import Tensor, nn
-from torch.optim.lr_scheduler import CosineAnnealingLR, LinearLR, LRScheduler, SequentialLR
+from torch.optim.lr_scheduler import (
+    ChainedScheduler,
+    CosineAnnealingLR,
+    LinearLR,
+    LRScheduler,
+    MultiStepLR,
+    SequentialLR,
+)
 
 from dfkd_cli.data.augment import pipeline
 from dfkd_cli.data.sources import Batches, Images, Source, split
@@ -84,11 +91,11 @@ class Regime(Learner):
     measure: ClassVar[str]  # what the mean of `right` is called
 
     def configure_optimizers(self) -> Any:
-        """The student's optimiser, and a learning rate that rises and then falls along a cosine."""
+        """The student's optimiser, and a learning rate that rises, and then falls along a cosine or in steps."""
         c = self.training_config
         parameters = [p for p in [*self.student.parameters(), *self.objectives.parameters()] if p.requires_grad]
         if c.optimizer == "sgd":
-            nesterov = c.momentum > 0
+            nesterov = c.nesterov and c.momentum > 0
             optimizer: torch.optim.Optimizer = torch.optim.SGD(
                 parameters, c.lr, momentum=c.momentum, weight_decay=c.weight_decay, nesterov=nesterov
             )
@@ -98,10 +105,14 @@ class Regime(Learner):
         return [optimizer], [self._schedule(optimizer)]
 
     def _schedule(self, optimizer: torch.optim.Optimizer) -> LRScheduler:
-        warmup = min(int(self.training_config.warmup * self.steps), self.steps - 1)
+        c = self.training_config
+        warmup = min(int(c.warmup * self.steps), self.steps - 1)
         rise = LinearLR(optimizer, start_factor=1 / (warmup + 1), total_iters=warmup)
-        if self.training_config.schedule == "constant":
+        if c.schedule == "constant":
             return rise
+        if c.schedule == "step":
+            milestones = [round(share * self.steps) for share in c.milestones]
+            return ChainedScheduler([rise, MultiStepLR(optimizer, milestones, c.gamma)])
         fall = CosineAnnealingLR(optimizer, T_max=self.steps - warmup)
         return SequentialLR(optimizer, [rise, fall], milestones=[warmup])
 
