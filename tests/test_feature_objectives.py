@@ -60,21 +60,31 @@ def network(seed: int, first: int, second: int) -> Classifier:
     return Classifier(net, ModelInfo("test", CLASSES, SIZE, (0.4,) * 2, (0.3,) * 2))
 
 
-def connected(name: str, student: Classifier, teacher: Classifier, seed: int = 0, **values) -> Objective:
+def connected(
+    name: str, student: Classifier, teacher: Classifier, seed: int = 0, count: int = 8, **values
+) -> Objective:
     entry = OBJECTIVES[name]
-    return connect([Component(entry, build(entry.config, values))], student, teacher, seed)[name][1]
+    objective = connect([Component(entry, build(entry.config, values))], student, teacher, seed)[name][1]
+    with torch.random.fork_rng():
+        torch.manual_seed(seed)
+        objective.expect(count)
+    return objective
+
+
+def images(count: int, labels: Tensor | None = None) -> Images:
+    """The first images of a source."""
+    generator = torch.Generator().manual_seed(3)
+    return Images(torch.rand(count, *SIZE, generator=generator), labels, torch.arange(count))
 
 
 def offline(names: Mapping[str, float | None], student: Classifier, teacher: Classifier, count: int = 6, **training):
     """A regime with these objectives, and labelled images for it."""
-    generator = torch.Generator().manual_seed(3)
-    images = Images(torch.rand(count, *SIZE, generator=generator), torch.arange(count) % CLASSES)
+    given = images(count, torch.arange(count) % CLASSES)
     chosen = [Component(e, e.config(), e.weight if w is None else w) for n, w in names.items() for e in [OBJECTIVES[n]]]
     settings = build(Distill, STILL | {"holdout": 0, "batch_size": count, "warmup": 0} | training)
     objectives = connect(chosen, student, teacher, 0)
-    return Offline(
-        Task(student, teacher, Given(images.pixels, images.labels), objectives, settings, 0), Config()
-    ), images
+    task = Task(student, teacher, Given(given.pixels, given.labels), objectives, settings, 0)
+    return Offline(task, Config()), given
 
 
 def features(shapes, scale: float = 1.0) -> tuple[np.ndarray, np.ndarray]:
@@ -137,7 +147,9 @@ def test_fsp(variant, count):
         Outputs(torch.zeros(count, CLASSES), dict(zip(shapes, map(torch.tensor, values), strict=True)))
         for values in (student, teacher)
     )
-    assert objective(*outputs, None)["flow"].item() == pytest.approx(losses.fsp(student, teacher, variant), rel=1e-9)
+    assert objective(*outputs, images(count))["flow"].item() == pytest.approx(
+        losses.fsp(student, teacher, variant), rel=1e-9
+    )
 
 
 def test_fsp_is_learned_alone_and_then_not_at_all():
@@ -223,7 +235,7 @@ def test_ofd(seed):
         expected += losses.ofd(guess, target, margins) / 2 ** (1 - index)
         students[name], teachers[name] = torch.tensor(maps), torch.tensor(target)
     logits = torch.zeros(3, CLASSES)
-    found = objective(Outputs(logits, students), Outputs(logits, teachers), None)["distance"].item()
+    found = objective(Outputs(logits, students), Outputs(logits, teachers), images(3))["distance"].item()
     assert found == pytest.approx(expected, rel=1e-6)
 
 
@@ -240,7 +252,7 @@ def test_reviewkd():
         values = [torch.tensor(value).squeeze((2, 3)) for value in values]
         return Outputs(logits, dict(zip(keys, values, strict=True)))
 
-    found = objective(outputs(names, maps), outputs(teacher_names, targets), None)["levels"].item()
+    found = objective(outputs(names, maps), outputs(teacher_names, targets), images(4))["levels"].item()
     assert found == pytest.approx(expected, rel=1e-6)
 
 
@@ -340,7 +352,7 @@ def test_the_student_learns_and_the_teacher_does_not(name):
 @ALL
 def test_gradients_are_those_of_the_loss(name):
     student, teacher = networks(name)
-    objective = connected(name, student, teacher).double()
+    objective = connected(name, student.double(), teacher.double().freeze()).double()
     generator = torch.Generator().manual_seed(1)
 
     def draw(places, names):
@@ -349,9 +361,12 @@ def test_gradients_are_those_of_the_loss(name):
     names, teachers = ([pair[side] for pair in objective.pairs] for side in (0, 1))
     logits, *values = draw(Taps(teacher), ["logits", *teachers])
     fixed = Outputs(logits, dict(zip(teachers, values, strict=True)))
+    given = images(3)
+    given.pixels = given.pixels.double()
 
     def loss(logits, *values):
-        return tuple(objective(Outputs(logits, dict(zip(names, values, strict=True))), fixed, None).values())
+        torch.manual_seed(0)  # what is drawn at random is drawn again
+        return tuple(objective(Outputs(logits, dict(zip(names, values, strict=True))), fixed, given).values())
 
     assert torch.autograd.gradcheck(loss, [value.requires_grad_() for value in draw(Taps(student), ["logits", *names])])
 
@@ -386,7 +401,7 @@ def test_dead_and_equal_features_are_no_trouble(name):
     students = {name: torch.zeros(4, *places[0].shape(name), requires_grad=True) for name, _ in objective.pairs}
     teachers = {name: torch.rand(4, *places[1].shape(name)) for _, name in objective.pairs}
     logits = torch.zeros(4, CLASSES, requires_grad=True)
-    terms = objective(Outputs(logits, students), Outputs(torch.randn(4, CLASSES), teachers), None)
+    terms = objective(Outputs(logits, students), Outputs(torch.randn(4, CLASSES), teachers), images(4))
     sum(terms.values()).backward()
     assert all(term.isfinite() for term in terms.values())
     assert logits.grad is None or logits.grad.isfinite().all()

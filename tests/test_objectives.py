@@ -17,6 +17,7 @@ from torch import Tensor
 
 from dfkd_cli import catalog
 from dfkd_cli.config import build, hints
+from dfkd_cli.data.sources import Images
 from dfkd_cli.objectives.base import Objective, Outputs
 from dfkd_cli.objectives.dist import correlation
 from dfkd_cli.objectives.response import Response, soft_loss
@@ -32,7 +33,12 @@ def pair(batch: int = 4, classes: int = 10) -> tuple[np.ndarray, np.ndarray]:
 
 
 def response(student: Tensor, teacher: Tensor, labels: Tensor | None = None, **values) -> dict[str, Tensor]:
-    return Response(build(OBJECTIVES["response"].config, values))(Outputs(student), Outputs(teacher), labels)
+    return Response(build(OBJECTIVES["response"].config, values))(Outputs(student), Outputs(teacher), labelled(labels))
+
+
+def labelled(labels: Tensor | None = None) -> Images:
+    """Images of which nobody needs the pixels."""
+    return Images(torch.empty(0), labels)
 
 
 # -- the soft term -----------------------------------------------------------------------------------------------------
@@ -134,7 +140,7 @@ def objective(name: str, **values) -> Objective:
 
 def terms_of(name: str, student: np.ndarray, teacher: np.ndarray, labels=None, **values) -> dict[str, float]:
     outputs = Outputs(torch.tensor(student)), Outputs(torch.tensor(teacher))
-    terms = objective(name, **values)(*outputs, None if labels is None else torch.tensor(labels))
+    terms = objective(name, **values)(*outputs, labelled(None if labels is None else torch.tensor(labels)))
     return {term: value.item() for term, value in terms.items()}
 
 
@@ -163,7 +169,7 @@ def test_dkd_without_labels_takes_the_teachers_classes():
 
 def test_dkd_of_a_sure_teacher_is_finite():
     student = torch.tensor([[-200.0, 200.0, 0.0]], requires_grad=True)
-    terms = objective("dkd")(Outputs(student), Outputs(torch.tensor([[300.0, -300.0, 0.0]])), None)
+    terms = objective("dkd")(Outputs(student), Outputs(torch.tensor([[300.0, -300.0, 0.0]])), labelled())
     sum(terms.values()).backward()
     assert all(term.isfinite() for term in terms.values())
     assert student.grad.isfinite().all()
@@ -174,7 +180,7 @@ def test_what_has_a_ramp_rises_over_epochs(name):
     rising = objective(name, ramp=4)
     strengths = []
     for rising.epoch in range(6):
-        strengths.append(rising.strength)
+        strengths.append(rising.strength("any"))
     assert strengths == [0.25, 0.5, 0.75, 1, 1, 1]
 
 

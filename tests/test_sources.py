@@ -91,6 +91,16 @@ def test_labels_stay_with_their_images(sizes, batch, memory):
 
 
 @pytest.mark.parametrize(("sizes", "batch", "memory"), CUTS)
+def test_batches_know_where_their_images_stand(sizes, batch, memory):
+    for source in (Numbers(sizes), Subset(Numbers(sizes), np.arange(12) % 5 > 0)):
+        order = everything(source)
+        batches = Batches(source, batch, seed=0, device=CPU, memory=memory * IMAGE)
+        for images in batches.steps(0, 2 * batches.steps_per_epoch):
+            assert [order[position] for position in images.positions] == numbers(images)
+            assert images[1:].to(CPU).positions.tolist() == images.positions[1:].tolist()
+
+
+@pytest.mark.parametrize(("sizes", "batch", "memory"), CUTS)
 def test_any_step_can_be_found_from_its_number(sizes, batch, memory):
     def batches() -> Batches:
         return Batches(Numbers(sizes), batch, seed=5, device=CPU, memory=memory * IMAGE)

@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import os
 from abc import ABC, abstractmethod
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -33,10 +33,12 @@ class Images:
     Attributes:
         pixels: (B, C, H, W); uint8 stands for [0,255], floats are in pixel space [0,1] (impressions may leave it).
         labels: (B,) int64 class indices, or None.
+        positions: (B,) int64, where each stands in the source that :class:`Batches` drew it from, or None.
     """
 
     pixels: Tensor
     labels: Tensor | None = None
+    positions: Tensor | None = None
 
     @property
     def true_labels(self) -> Tensor:
@@ -46,13 +48,28 @@ class Images:
         return self.labels
 
     def __getitem__(self, rows: slice | Tensor) -> Images:
-        return Images(self.pixels[rows], None if self.labels is None else self.labels[rows])
+        return self._with(self.pixels[rows], lambda values: values[rows])
 
     def to(self, device: torch.device) -> Images:
         """The images on a device, as float32 in pixel space."""
         pixels = self.pixels.to(device, non_blocking=True)
         pixels = pixels.float().div_(255) if pixels.dtype == torch.uint8 else pixels.float()
-        return Images(pixels, None if self.labels is None else self.labels.to(device, non_blocking=True))
+        return self._with(pixels, lambda values: values.to(device, non_blocking=True))
+
+    def _with(self, pixels: Tensor, change: Callable[[Tensor], Tensor]) -> Images:
+        known = (None if values is None else change(values) for values in (self.labels, self.positions))
+        return Images(pixels, *known)
+
+
+def concatenated(parts: Sequence[Images]) -> Images:
+    """Images of one source, one part after the other."""
+
+    def joined(values: list[Tensor | None]) -> Tensor | None:
+        known = [value for value in values if value is not None]
+        return torch.cat(known) if known else None
+
+    labels, positions = joined([p.labels for p in parts]), joined([p.positions for p in parts])
+    return Images(torch.cat([p.pixels for p in parts]), labels, positions)
 
 
 class Source(ABC):
@@ -79,9 +96,7 @@ class Source(ABC):
 
     def all(self) -> Images:
         """Every image, for sources that are known to be small."""
-        chunks = [self.chunk(index) for index in range(len(self.sizes))]
-        labels = torch.cat([chunk.true_labels for chunk in chunks]) if self.labelled else None
-        return Images(torch.cat([chunk.pixels for chunk in chunks]), labels)
+        return concatenated([self.chunk(index) for index in range(len(self.sizes))])
 
     @property
     def bytes_per_image(self) -> int:
@@ -216,6 +231,7 @@ class Batches:
         self.batch_size = min(batch_size, len(source))
         self.steps_per_epoch = len(source) // self.batch_size
         self.capacity = max(memory // source.bytes_per_image, max(source.sizes))
+        self.starts = np.cumsum([0, *source.sizes]).tolist()
         self._windows: dict[tuple[int, ...], Images] = {}
 
     def steps(self, start: int, stop: int) -> Iterator[Images]:
@@ -254,16 +270,14 @@ class Batches:
                 rows = torch.from_numpy(order[max(start, 0) : stop]).to(self.device)
                 parts.append(images[rows])
             start, stop = start - len(order), stop - len(order)
-        if len(parts) == 1:
-            return parts[0]
-        labels = torch.cat([p.true_labels for p in parts]) if self.source.labelled else None
-        return Images(torch.cat([p.pixels for p in parts]), labels)
+        return parts[0] if len(parts) == 1 else concatenated(parts)
 
     def _window(self, chunks: tuple[int, ...]) -> Images:
         if chunks not in self._windows:
             count = sum(self.source.sizes[c] for c in chunks)
             pixels = torch.empty(count, *self.source.shape, dtype=self.source.dtype, device=self.device)
             labels = torch.empty(count, dtype=torch.int64, device=self.device) if self.source.labelled else None
+            positions = torch.cat([torch.arange(self.starts[c], self.starts[c + 1]) for c in chunks])
             at = 0
             for chunk in chunks:  # filled in place: a list of chunks and their concatenation would take twice the room
                 images = self.source.chunk(chunk)
@@ -272,5 +286,5 @@ class Batches:
                 if labels is not None:
                     labels[at:end] = images.true_labels
                 at = end
-            self._windows[chunks] = Images(pixels, labels)
+            self._windows[chunks] = Images(pixels, labels, positions.to(self.device))
         return self._windows[chunks]

@@ -5,6 +5,7 @@ from __future__ import annotations
 import torch.nn.functional as F
 from torch import Tensor
 
+from dfkd_cli.data.sources import Images
 from dfkd_cli.objectives.base import Objective, Outputs
 from dfkd_cli.settings import Answers
 
@@ -25,9 +26,9 @@ def divergence(student: Tensor, teacher: Tensor) -> Tensor:
     return F.kl_div(F.log_softmax(student, 1), F.log_softmax(teacher, 1), reduction="batchmean", log_target=True)
 
 
-def hard_labels(teacher: Outputs, labels: Tensor | None) -> Tensor:
+def hard_labels(teacher: Outputs, images: Images) -> Tensor:
     """The true labels (B,), or the teacher's classes where there are none."""
-    return teacher.logits.argmax(1) if labels is None else labels
+    return teacher.logits.argmax(1) if images.labels is None else images.labels
 
 
 class AnswerObjective(Objective):
@@ -41,9 +42,9 @@ class AnswerObjective(Objective):
             return standardise(student.logits), standardise(teacher.logits)
         return student.logits, teacher.logits
 
-    def hard(self, student: Outputs, teacher: Outputs, labels: Tensor | None) -> dict[str, Tensor]:
+    def hard(self, student: Outputs, teacher: Outputs, images: Images) -> dict[str, Tensor]:
         """The term ``hard``, cross-entropy of the plain logits with the labels, where it has a weight."""
         if not self.config.hard:
             return {}
-        targets, smoothing = hard_labels(teacher, labels), self.config.label_smoothing
+        targets, smoothing = hard_labels(teacher, images), self.config.label_smoothing
         return {"hard": F.cross_entropy(student.logits, targets, label_smoothing=smoothing)}

@@ -10,6 +10,7 @@ from typing import Any, ClassVar, Literal
 import torch
 from torch import Tensor, nn
 
+from dfkd_cli.data.sources import Images
 from dfkd_cli.errors import ConfigError
 from dfkd_cli.models.activations import Tap, values_at
 from dfkd_cli.models.classifier import Classifier
@@ -48,6 +49,7 @@ class Objective(nn.Module):
         teacher_mode: ``train`` where the teacher's BatchNorm has to use the statistics of the batch.
         pairs: The taps that are compared, each as the student's name and the teacher's.
         epoch: Finished passes over the images; the regime keeps it.
+        progress: Finished share of the training, from 0 to 1; the regime keeps it.
     """
 
     kind: ClassVar[str]
@@ -56,6 +58,7 @@ class Objective(nn.Module):
     teacher_mode: ClassVar[Literal["eval", "train"]] = "eval"
     pairs: tuple[tuple[str, str], ...] = ()
     epoch: int = 0
+    progress: float = 0.0
 
     def __init__(self, config: Any) -> None:
         super().__init__()
@@ -68,9 +71,18 @@ class Objective(nn.Module):
             DfkdError: The objective does not work between these networks.
         """
 
-    @property
-    def strength(self) -> float:
-        """What the weights are multiplied by in this epoch."""
+    def expect(self, count: int) -> None:
+        """Make what depends on how many images there are. Called once, before training; nothing by default.
+
+        Args:
+            count: Images that training draws from, where ``positions`` of a batch count.
+        """
+
+    def after_step(self) -> None:
+        """What else happens after each step of the student. Nothing by default."""
+
+    def strength(self, term: str) -> float:
+        """What the weight of a term is multiplied by at this time of the training."""
         return min((self.epoch + 1) / self.config.ramp, 1.0) if isinstance(self.config, Rising) else 1.0
 
     @property
@@ -79,8 +91,14 @@ class Objective(nn.Module):
         return False
 
     @abstractmethod
-    def forward(self, student: Outputs, teacher: Outputs, labels: Tensor | None) -> dict[str, Tensor]:
-        """The loss terms. The teacher's outputs carry no gradient; ``labels`` (B,) are true ones, or None."""
+    def forward(self, student: Outputs, teacher: Outputs, images: Images) -> dict[str, Tensor]:
+        """The loss terms.
+
+        Args:
+            student: What the student says about the images.
+            teacher: What the teacher says, without gradients.
+            images: What they were asked about, augmented; with true labels, or without.
+        """
 
 
 class FeatureObjective(Objective):
@@ -115,7 +133,7 @@ class PairwiseObjective(FeatureObjective):
 
     kind: ClassVar[str]
 
-    def forward(self, student: Outputs, teacher: Outputs, labels: Tensor | None) -> dict[str, Tensor]:
+    def forward(self, student: Outputs, teacher: Outputs, images: Images) -> dict[str, Tensor]:
         terms = [self.compare(index, *pair) for index, pair in enumerate(self.features(student, teacher))]
         return {name: torch.stack([pair[name] for pair in terms]).sum() for name in terms[0]}
 

@@ -19,6 +19,7 @@ import torch
 from torch import Tensor
 
 from dfkd_cli.config import option
+from dfkd_cli.data.sources import Images
 from dfkd_cli.objectives.answers import AnswerObjective
 from dfkd_cli.objectives.base import Outputs
 from dfkd_cli.settings import Answers
@@ -40,12 +41,12 @@ class DIST(AnswerObjective):
     kind = "response"
     config: Config
 
-    def forward(self, student: Outputs, teacher: Outputs, labels: Tensor | None) -> dict[str, Tensor]:
+    def forward(self, student: Outputs, teacher: Outputs, images: Images) -> dict[str, Tensor]:
         """Terms ``inter``, ``intra`` and, where it has a weight, ``hard``."""
         tau = self.config.temperature
         q, p = ((logits / tau).softmax(1) for logits in self.answers(student, teacher))
         terms = {"inter": tau**2 * (1 - correlation(q, p)), "intra": tau**2 * (1 - correlation(q.T, p.T))}
-        return terms | self.hard(student, teacher, labels)
+        return terms | self.hard(student, teacher, images)
 
 
 def correlation(a: Tensor, b: Tensor) -> Tensor:

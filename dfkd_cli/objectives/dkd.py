@@ -24,6 +24,7 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from dfkd_cli.config import option
+from dfkd_cli.data.sources import Images
 from dfkd_cli.errors import ConfigError
 from dfkd_cli.models.classifier import Classifier
 from dfkd_cli.objectives.answers import AnswerObjective, divergence, hard_labels
@@ -49,10 +50,10 @@ class DKD(AnswerObjective):
         if teacher.info.num_classes < 3:
             raise ConfigError("dkd needs three classes or more: of two, one is left", "use --objective response")
 
-    def forward(self, student: Outputs, teacher: Outputs, labels: Tensor | None) -> dict[str, Tensor]:
+    def forward(self, student: Outputs, teacher: Outputs, images: Images) -> dict[str, Tensor]:
         """Terms ``target``, ``non_target`` and, where it has a weight, ``hard``."""
-        terms = decoupled(*self.answers(student, teacher), hard_labels(teacher, labels), self.config.temperature)
-        return terms | self.hard(student, teacher, labels)
+        terms = decoupled(*self.answers(student, teacher), hard_labels(teacher, images), self.config.temperature)
+        return terms | self.hard(student, teacher, images)
 
 
 def decoupled(student: Tensor, teacher: Tensor, target: Tensor, temperature: float) -> dict[str, Tensor]:

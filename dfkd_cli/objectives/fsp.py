@@ -23,6 +23,7 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from dfkd_cli.config import option
+from dfkd_cli.data.sources import Images
 from dfkd_cli.errors import ConfigError
 from dfkd_cli.models.classifier import Classifier
 from dfkd_cli.objectives.base import FeatureObjective, Outputs
@@ -64,11 +65,10 @@ class FSP(FeatureObjective):
     def alone(self) -> bool:
         return self.epoch < self.config.pretraining
 
-    @property
-    def strength(self) -> float:
+    def strength(self, term: str) -> float:
         return 1.0 if self.alone or not self.config.pretraining else 0.0
 
-    def forward(self, student: Outputs, teacher: Outputs, labels: Tensor | None) -> dict[str, Tensor]:
+    def forward(self, student: Outputs, teacher: Outputs, images: Images) -> dict[str, Tensor]:
         """Term ``flow``."""
         paper = self.config.variant == "paper"
         losses = []

@@ -26,6 +26,7 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from dfkd_cli.config import option
+from dfkd_cli.data.sources import Images
 from dfkd_cli.objectives.answers import AnswerObjective, divergence
 from dfkd_cli.objectives.base import Outputs
 from dfkd_cli.settings import TEMPERATURE, Answers
@@ -46,10 +47,10 @@ class Response(AnswerObjective):
     kind = "response"
     config: Config
 
-    def forward(self, student: Outputs, teacher: Outputs, labels: Tensor | None) -> dict[str, Tensor]:
+    def forward(self, student: Outputs, teacher: Outputs, images: Images) -> dict[str, Tensor]:
         """Terms ``soft`` and, where it has a weight, ``hard``."""
         soft = soft_loss(*self.answers(student, teacher), self.config.form, self.config.temperature)
-        return {"soft": soft} | self.hard(student, teacher, labels)
+        return {"soft": soft} | self.hard(student, teacher, images)
 
 
 def soft_loss(student: Tensor, teacher: Tensor, form: str, temperature: float) -> Tensor:

@@ -23,6 +23,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from dfkd_cli.config import option
+from dfkd_cli.data.sources import Images
 from dfkd_cli.models.classifier import Classifier
 from dfkd_cli.objectives.base import FeatureObjective, Outputs
 from dfkd_cli.objectives.features import BatchNorm, as_maps
@@ -63,7 +64,7 @@ class ReviewKD(FeatureObjective):
             for index, (own, other) in enumerate(self.shapes)
         )
 
-    def forward(self, student: Outputs, teacher: Outputs, labels: Tensor | None) -> dict[str, Tensor]:
+    def forward(self, student: Outputs, teacher: Outputs, images: Images) -> dict[str, Tensor]:
         """Term ``levels``."""
         losses, deeper = [], None
         for fusion, (own, target) in zip(

@@ -23,7 +23,7 @@ from dfkd_cli.data.sources import Batches, Images, Source, split
 from dfkd_cli.models.classifier import Classifier
 from dfkd_cli.objectives.base import Objective
 from dfkd_cli.rounds import Learner
-from dfkd_cli.seeds import seed_torch
+from dfkd_cli.seeds import derive, seed_torch
 from dfkd_cli.settings import Training
 
 MEASURED_AT_ONCE = 500  # images
@@ -73,6 +73,10 @@ class Regime(Learner):
         self.losses = {name: objective for name, (_, objective) in task.objectives.items()}
         self.objectives = nn.ModuleDict(self.losses)  # what is trained with the student and saved with its state
         self.train_source, self.held_out = split(task.source, task.training.holdout, task.seed)
+        for name, objective in self.losses.items():
+            with torch.random.fork_rng(devices=[]):
+                torch.manual_seed(derive(f"images of {name}", task.seed))
+                objective.expect(len(self.train_source))
         per_epoch = max(len(self.train_source) // task.training.batch_size, 1)
         self.steps = task.training.steps or task.training.epochs * per_epoch
         self.rounds = -(-self.steps // ROUND)
@@ -136,13 +140,15 @@ class Regime(Learner):
             images = images[self.global_rank :: self.trainer.world_size]  # processes share each batch
             images.pixels = self.augment(images.pixels)
             for objective in self.losses.values():
-                objective.epoch = step // self.batches.steps_per_epoch
+                objective.epoch, objective.progress = step // self.batches.steps_per_epoch, step / self.steps
             loss, terms = self.loss(images)
             optimizer.zero_grad()
             self.manual_backward(loss)
             optimizer.step()
             schedule.step()
             self.after_step()
+            for objective in self.losses.values():
+                objective.after_step()
             for name, term in terms.items():
                 sums[name] = sums[name] + term.detach() if name in sums else term.detach()
         means = {name: total / (stop - start) for name, total in sums.items()}

@@ -2,11 +2,11 @@
 
 Hinton, Vinyals, Dean. Distilling the Knowledge in a Neural Network. 2015. arXiv:1503.02531.
 
-    L = sum_objectives weight * strength(epoch) * sum_terms term_weight * term(student(a(x)), teacher(a(x)))
+    L = sum_objectives weight * sum_terms strength(e) * term_weight * term(student(a(x)), teacher(a(x)))
 
 ``a`` is the random augmentation. The teacher answers the augmented image, as in the ZSKD paper: an impression that is
-turned or shifted is asked about anew, not given the answer of the upright one. ``strength`` is 1 but for objectives
-that grow or fade over the epochs. While one of them is to be learned alone, the others do not count.
+turned or shifted is asked about anew, not given the answer of the upright one. ``strength`` is 1 but for terms that
+grow or fade over the epochs. While one of them is to be learned alone, the others do not count.
 """
 
 from __future__ import annotations
@@ -67,13 +67,11 @@ class Offline(Regime):
         """The student's outputs."""
         return ask(self.student, pixels, self.student_taps)
 
-    def terms(
-        self, student: Outputs, teacher: Mapping[str, Outputs], labels: Tensor | None
-    ) -> dict[str, dict[str, Tensor]]:
+    def terms(self, student: Outputs, teacher: Mapping[str, Outputs], images: Images) -> dict[str, dict[str, Tensor]]:
         """The unweighted terms of each objective between the student's and the teacher's outputs."""
         with torch.autocast(self.device.type, enabled=False):  # losses are computed in float32
             return {
-                name: objective(student, teacher[objective.teacher_mode], labels)
+                name: objective(student, teacher[objective.teacher_mode], images)
                 for name, objective in self.losses.items()
             }
 
@@ -83,10 +81,11 @@ class Offline(Regime):
         # Processes wait for the gradient of every parameter, those after the last tap included.
         loss, logged = 0 * student.logits.sum(), dict[str, Tensor]()
         alone = any(objective.alone for objective in self.losses.values())
-        for name, terms in self.terms(student, teacher, images.labels).items():
+        for name, terms in self.terms(student, teacher, images).items():
             objective = self.losses[name]
             if objective.alone == alone:
-                loss = loss + self.weights[name] * objective.strength * weighted_sum(terms, objective.config)
+                scaled = {term: objective.strength(term) * value for term, value in terms.items()}
+                loss = loss + self.weights[name] * weighted_sum(scaled, objective.config)
             prefix = f"{name}." if len(self.losses) > 1 else ""
             logged |= {prefix + term: value for term, value in terms.items()}
         return loss, logged

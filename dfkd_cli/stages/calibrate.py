@@ -57,7 +57,7 @@ def calibrate(task: Task) -> list[Pull]:
     student = learner.ask_student(images.pixels)
     parameters = [p for p in learner.student.parameters() if p.requires_grad]
     pulls = []
-    for name, terms in learner.terms(student, teacher, images.labels).items():
+    for name, terms in learner.terms(student, teacher, images).items():
         for term, value in terms.items():
             own = getattr(learner.losses[name].config, term)
             weight = learner.weights[name] * own
