@@ -236,3 +236,29 @@ def ofd(s: Array, t: Array, margins: Array) -> float:
         if not s[b, c, i, j] <= target <= 0:
             total += (s[b, c, i, j] - target) ** 2
     return total / len(s)
+
+
+def normalised(rows: Array) -> Array:
+    return np.stack([row / np.sqrt(row @ row) for row in rows])
+
+
+def crd_scales(embedded: list[Array], memories: Array, drawn: Array, tau: float) -> list[float]:
+    """Tian et al., ICLR 2020: N times the mean score, of the student's anchors and of the teacher's."""
+    scales = []
+    for side in (0, 1):
+        scores = [np.exp(v @ memories[1 - side][js].T / tau) for v, js in zip(embedded[side], drawn, strict=True)]
+        scales.append(len(memories[0]) * float(np.mean(scores)))
+    return scales
+
+
+def crd(embedded: list[Array], memories: Array, drawn: Array, tau: float, scales: list[float]) -> float:
+    """Tian et al., ICLR 2020: anchors of each network, memories of the other, the quotient of the released code."""
+    total, noise = 0.0, (drawn.shape[1] - 1) / len(memories[0])
+    for side in (0, 1):
+        for v, (positive, *negatives) in zip(embedded[side], drawn, strict=True):
+            score = np.exp(v @ memories[1 - side][positive] / tau) / scales[side]
+            total -= np.log(score / (score + noise))
+            for j in negatives:
+                score = np.exp(v @ memories[1 - side][j] / tau) / scales[side]
+                total -= np.log(1 - score / (score + noise))
+    return float(total / len(drawn))

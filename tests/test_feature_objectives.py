@@ -25,6 +25,7 @@ from dfkd_cli.models.classifier import Classifier, ModelInfo
 from dfkd_cli.models.layers import chain, global_pool
 from dfkd_cli.models.taps import Taps
 from dfkd_cli.objectives.base import Objective, Outputs, PairwiseObjective
+from dfkd_cli.objectives.crd import draw
 from dfkd_cli.objectives.fitnets import regressor
 from dfkd_cli.objectives.ofd import margin, partial_distance
 from dfkd_cli.objectives.reviewkd import hierarchical
@@ -254,6 +255,77 @@ def test_reviewkd():
 
     found = objective(outputs(names, maps), outputs(teacher_names, targets), images(4))["levels"].item()
     assert found == pytest.approx(expected, rel=1e-6)
+
+
+def crd_outputs(count: int = 3) -> tuple[Outputs, Outputs]:
+    return tuple(
+        Outputs(torch.tensor(RNG.normal(size=(count, CLASSES))), {"penultimate": torch.tensor(values)})
+        for values in features([(count, 4), (count, 6)])
+    )
+
+
+@pytest.mark.parametrize("variant", ["exact", "relax"])
+def test_crd(variant):
+    """Two steps: what the first writes into the memories is what the second compares with."""
+    options = {"variant": variant, "negatives": 5, "dimensions": 7, "temperature": 0.2, "momentum": 0.3}
+    objective = connected("crd", network(1, 3, 4), network(2, 4, 6), count=9, **options).double()
+    memories, classes, scale = objective.memory.numpy().copy(), np.full(9, -1), None
+    assert np.abs(memories).max() <= np.sqrt(3 / 7) < 1.1 * np.abs(memories).max()
+    for given in (images(4, torch.tensor([0, 1, 0, 2])), images(9, torch.arange(9) % 3)[torch.tensor([2, 8, 3])]):
+        student, teacher = crd_outputs(len(given.positions))
+        values = [outputs.features["penultimate"].numpy() for outputs in (student, teacher)]
+        layers = [(layer.weight.detach().numpy(), layer.bias.detach().numpy()) for layer in objective.embeddings]
+        embedded = [losses.normalised(v @ w.T + b) for v, (w, b) in zip(values, layers, strict=True)]
+        torch.manual_seed(4)
+        drawn = draw(given.positions, given.labels, objective.classes, 5, variant == "relax").numpy()
+        if scale is None:
+            scale = losses.crd_scales(embedded, memories, drawn, 0.2)
+        torch.manual_seed(4)
+        found = objective(student, teacher, given)["contrast"].item()
+        assert found == pytest.approx(losses.crd(embedded, memories, drawn, 0.2, scale), rel=1e-6)
+        objective.after_step()
+        for side, index in np.ndindex(2, len(given.positions)):
+            row = given.positions[index].item()
+            mixed = 0.3 * memories[side, row] + 0.7 * embedded[side][index]
+            memories[side, row] = mixed / np.sqrt(mixed @ mixed)
+            classes[row] = given.labels[index]
+        np.testing.assert_allclose(objective.memory, memories, atol=1e-12)
+        np.testing.assert_array_equal(objective.classes, classes)
+        np.testing.assert_allclose(objective.scale, scale, rtol=1e-6)
+
+
+def test_crd_draws_negatives_of_other_classes():
+    classes = torch.tensor([0, 0, 1, 2, -1, 0])
+    drawn = draw(torch.tensor([0, 2, 4]), torch.tensor([0, 1, 0]), classes, 500, relax=False)
+    assert drawn[:, 0].tolist() == [0, 2, 4]
+    assert [set(row[1:].tolist()) for row in drawn] == [{2, 3, 4}, {0, 1, 3, 4, 5}, {2, 3}]
+    relaxed = torch.stack([draw(torch.tensor([0]), torch.tensor([0]), classes, 1, relax=True)[0] for _ in range(100)])
+    assert set(relaxed[:, 0].tolist()) == {0, 1, 5}
+    same = draw(torch.tensor([1]), torch.tensor([3]), torch.full((3,), 3), 100, relax=False)
+    assert set(same[0, 1:].tolist()) == {0, 1, 2}
+
+
+def test_crd_without_labels_takes_the_teachers_classes():
+    objective = connected("crd", network(1, 3, 4), network(2, 4, 6)).double()
+    student, teacher = crd_outputs()
+    objective(student, teacher, images(3))
+    objective.after_step()
+    assert objective.classes.tolist() == [*teacher.logits.argmax(1).tolist(), -1, -1, -1, -1, -1]
+
+
+def test_memories_are_made_for_the_images_that_train():
+    made = [offline({"crd": None}, network(1, 3, 4), network(2, 4, 6), count=20, holdout=0.25)[0] for _ in range(2)]
+    memory = made[0].losses["crd"].memory
+    assert memory.shape == (2, 15, 128)
+    assert torch.equal(memory, made[1].losses["crd"].memory)
+    assert not torch.equal(memory[0], memory[1])
+
+
+def test_crd_refuses_images_that_are_not_of_the_transfer_set(cli, teacher, tmp_path):
+    args = ["--method", "pseudo-examples", "--objective", "crd", "--steps", 1, "--out", tmp_path / "s"]
+    code, _, err = cli(*distill(teacher, *args))
+    assert code == 2
+    assert "crd remembers images of the transfer set" in err
 
 
 @pytest.mark.parametrize("side", [1, 2, 3, 8])
@@ -562,11 +634,13 @@ def test_objectives_combine(cli, teacher, tmp_path):
 
 
 def test_two_processes_train_a_student_whose_head_learns_nothing(teacher, tmp_path):
-    args = ["--objective", "at", "fitnets", "--steps", 3, "--batch-size", 8, "--out", "s", "--devices", 2]
-    finish(distill(teacher, *args), tmp_path)
+    args = ["--objective", "at", "fitnets", "crd", "--negatives", 16, "--steps", 3, "--batch-size", 8, "--out", "s"]
+    finish(distill(teacher, *args, "--devices", 2), tmp_path)
     with (tmp_path / "s" / "metrics.csv").open() as file:
         (row,) = csv.DictReader(file)
     assert float(row["at.attention"]) > 0
+    state = torch.load(tmp_path / "s" / "checkpoints" / "last.ckpt", weights_only=True)["state_dict"]
+    assert (state["objectives.crd.classes"] >= 0).sum() == 3 * 8  # each process remembers what the other saw
 
 
 @pytest.mark.parametrize("taps", [["stage7"], ["stage1", "nonsense"], ["stage1.pre"]])
@@ -597,14 +671,30 @@ def test_dry_run_stops_at_a_term_that_teaches_nothing(cli, teacher, tmp_path):
     assert "distance is 0 on the first batch" in err
 
 
-def test_a_killed_run_continues_with_its_regressors(tmp_path, teacher):
+def test_a_killed_run_continues_with_the_state_of_its_objectives(tmp_path, teacher):
     """kill -9 after a saved round, the same command again: the bytes of a run that nothing interrupted."""
-    command = [*distill(teacher, "--objective", "response", "fitnets", "--steps", 600, "--batch-size", 8), "--out"]
+    flags = [
+        "--objective",
+        "fitnets",
+        "crd",
+        "--negatives",
+        16,
+        "--schedule",
+        "step",
+        "--steps",
+        500,
+        "--batch-size",
+        8,
+    ]
+    command = [*distill(teacher, *flags), "--out"]
     finish([*command, "whole"], tmp_path)
     checkpoint = tmp_path / "killed" / "checkpoints" / "last.ckpt"
     kill_after_saving([*command, "killed"], tmp_path, checkpoint)
     saved = torch.load(checkpoint, weights_only=True)["state_dict"]
-    assert "objectives.fitnets.regressors.0.0.weight" in saved
+    states = ("fitnets.regressors.0.0.weight", "crd.embeddings.0.weight", "crd.memory", "crd.classes", "crd.scale")
+    assert all(f"objectives.{name}" in saved for name in states)
     finish([*command, "killed"], tmp_path)
     for name in ("model.safetensors", "metrics.csv"):
         assert sha256_file(tmp_path / "killed" / name) == sha256_file(tmp_path / "whole" / name), name
+    with safe_open(tmp_path / "whole" / "model.safetensors", framework="pt") as file:
+        assert not [key for key in file.keys() if key.startswith("objectives")]  # noqa: SIM118
