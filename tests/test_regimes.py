@@ -3,11 +3,13 @@
 from __future__ import annotations
 
 import copy
+import csv
 import dataclasses
 import importlib
 import re
 from collections.abc import Sequence
 from pathlib import Path
+from types import SimpleNamespace
 
 import numpy as np
 import oracles
@@ -206,6 +208,23 @@ def test_epochs_count_whole_batches_and_steps_override_them():
     assert regime("offline", epochs=5, batch_size=4).steps == 5  # the incomplete batch is left out
     assert regime("offline", epochs=5, batch_size=100).steps == 5
     assert regime("offline", epochs=5, batch_size=2, steps=7).steps == 7
+
+
+class Timed(Objective):
+    """Terms that tell the time; one of them is there in the first epoch only."""
+
+    def forward(self, student, teacher, images):
+        terms = {"passes": self.epoch, "progress": self.progress} | ({} if self.epoch else {"early": 5.0})
+        return {name: student.logits.sum() * 0 + value for name, value in terms.items()}
+
+
+def test_objectives_know_the_time_and_terms_are_logged_where_they_are(tmp_path):
+    weights = SimpleNamespace(passes=1.0, progress=1.0, early=1.0)
+    train(regime("offline", objectives=[(1.0, Timed(weights))], batch_size=2, steps=8), tmp_path / "run")
+    with (tmp_path / "run" / "metrics.csv").open() as file:
+        (row,) = csv.DictReader(file)
+    means = {name: float(row[name]) for name in ("passes", "progress", "early")}
+    assert means == pytest.approx({"passes": (0 * 3 + 1 * 3 + 2 * 2) / 8, "progress": 3.5 / 8, "early": 5.0})
 
 
 # -- rounds ------------------------------------------------------------------------------------------------------------

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from abc import abstractmethod
+from collections import Counter
 from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import Any, ClassVar
@@ -129,11 +130,12 @@ class Regime(Learner):
             self.held = self.held_out.all().to(self.device)
 
     def round(self, index: int) -> Mapping[str, Tensor]:
-        """A stretch of optimiser steps. Logs the terms' means over it, and the held-out measure."""
+        """A stretch of optimiser steps. Logs each term's mean over the steps that had it, and the held-out measure."""
         optimizer: Any = self.optimizers()
         schedule: Any = self.lr_schedulers()
         start, stop = index * ROUND, min((index + 1) * ROUND, self.steps)
         sums: dict[str, Tensor] = {}
+        counts: Counter[str] = Counter()
         self.student.train()
         for step, images in enumerate(self.batches.steps(start, stop), start):
             seed_torch(self.device, "step", self.seed, step, self.global_rank)
@@ -151,7 +153,8 @@ class Regime(Learner):
                 objective.after_step()
             for name, term in terms.items():
                 sums[name] = sums[name] + term.detach() if name in sums else term.detach()
-        means = {name: total / (stop - start) for name, total in sums.items()}
+            counts.update(terms.keys())
+        means = {name: total / counts[name] for name, total in sums.items()}
         if self.held_out is not None:
             means[self.measure] = self._measure(self.held)
         return means
