@@ -262,3 +262,25 @@ def crd(embedded: list[Array], memories: Array, drawn: Array, tau: float, scales
                 score = np.exp(v @ memories[1 - side][j] / tau) / scales[side]
                 total -= np.log(1 - score / (score + noise))
     return float(total / len(drawn))
+
+
+def boundary_sample(
+    x: Array, weight: Array, bias: Array, base: int, target: int, step: float, iterations: int, low: Array, high: Array
+) -> Array:
+    """Heo et al., AAAI 2019, the update rule for one flat image and logits ``weight x + bias``."""
+    for _ in range(iterations):
+        z = weight @ x + bias
+        if z.argmax() != base:
+            break
+        gradient = weight[base] - weight[target]
+        x = x - step * (z[base] - z[target] + 1e-4) * gradient / np.sqrt(gradient @ gradient)
+        x = np.minimum(np.maximum(x, low), high)
+    return x
+
+
+def boundary_candidates(s: Array, t: Array, labels: Array, count: int) -> list[int]:
+    """Heo et al., AAAI 2019: images that both get right, those first whose other probabilities differ most."""
+    q, p = softmax(s), softmax(t)
+    right = [i for i, y in enumerate(labels) if s[i].argmax() == t[i].argmax() == y]
+    differences = {i: sum((p[i, j] - q[i, j]) ** 2 for j in range(s.shape[1]) if j != labels[i]) for i in right}
+    return sorted(right, key=lambda i: -differences[i])[:count]

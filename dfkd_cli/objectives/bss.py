@@ -1,0 +1,115 @@
+"""Knowledge Distillation with Adversarial Samples Supporting Decision Boundary: images just across it are asked about.
+
+Heo, Lee, Yun, Choi. AAAI 2019. arXiv:1805.05532.
+
+    x <- clip(x - attack_step (g + 1e-4) grad g / ||grad g||),  g = z_b(x) - z_k(x)       `iterations` times at most,
+                                        while the teacher's class is b still; x: normalised, clip: to those of [0,1]
+    P(k) = p_k / (1 - p_b)                                      the other class, drawn once for each image
+    soft     = -sum_k softmax(z_t / tau)_k log softmax(z_s / tau)_k              on the batch
+    boundary = the same on the images x,  mean over them
+    strength = 1 - 3/4 e of ``soft``, max(1 - 4/3 e, 0) of ``boundary``         e: the finished share of the training
+
+Images start where both networks are right: give the label, or where there is none, agree. Of more than
+``boundary_images``, those are taken whose other probabilities differ most. Of fewer than two there is no ``boundary``:
+BatchNorm may have no use for one.
+
+As in the released code: one k is drawn where the paper sums over all, there is no tau^2, and the student's BatchNorm
+sees the new images too. Its weights fall with every epoch, here with every step. They hold ``soft`` as well, so that
+``response`` beside it is for hard labels only; ``hard`` here does the same.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+
+from dfkd_cli.config import option
+from dfkd_cli.data.sources import Images
+from dfkd_cli.models.classifier import Classifier
+from dfkd_cli.objectives.answers import AnswerObjective, hard_labels
+from dfkd_cli.objectives.base import Outputs
+from dfkd_cli.settings import TEMPERATURE, Answers
+
+EPS = 1e-4  # beyond the boundary
+TINY = 1e-12  # no gradient is shorter
+
+
+@dataclass(frozen=True, kw_only=True)
+class Config(Answers):
+    """Boundary supporting samples."""
+
+    temperature: float = option(3.0, TEMPERATURE, above=0)
+    soft: float = option(4.0, "weight of the teacher's answers, falls to a quarter", low=0)
+    boundary: float = option(2.0, "weight of the answers at the boundary, falls to zero", low=0)
+    boundary_images: int = option(64, "images of a batch that are moved to the boundary, at most", low=1)
+    iterations: int = option(10, "steps towards the boundary, at most", low=1)
+    attack_step: float = option(0.3, "length of a step for each unit of the logits' difference", above=0)
+
+
+class BSS(AnswerObjective):
+    """Answers on the batch, and on images moved across the teacher's decision boundary."""
+
+    kind = "boundary"
+    config: Config
+
+    def connect(self, student: Classifier, teacher: Classifier) -> None:
+        self.networks = student, teacher  # a tuple: they are no parts of this module
+
+    def strength(self, term: str) -> float:
+        fading = {"soft": 1 - 0.75 * self.progress, "boundary": max(1 - self.progress * 4 / 3, 0.0)}
+        return fading.get(term, 1.0)
+
+    def forward(self, student: Outputs, teacher: Outputs, images: Images) -> dict[str, Tensor]:
+        """Terms ``soft``, ``boundary`` where there are images for it and, where it has a weight, ``hard``."""
+        terms = {"soft": self.soft(student, teacher)} | self.hard(student, teacher, images)
+        labels = hard_labels(teacher, images)
+        chosen = candidates(student.logits.detach(), teacher.logits, labels, self.config.boundary_images)
+        if len(chosen) > 1 and self.config.boundary * self.strength("boundary"):
+            own, guide = self.networks
+            target = other_class(teacher.logits[chosen], labels[chosen])
+            pixels = across(guide, images.pixels[chosen].detach(), labels[chosen], target, self.config)
+            with torch.no_grad():
+                answers = Outputs(guide(pixels))
+            terms["boundary"] = self.soft(Outputs(own(pixels)), answers)
+        return terms
+
+    def soft(self, student: Outputs, teacher: Outputs) -> Tensor:
+        """Cross-entropy of the softened answers, mean over images."""
+        own, target = (logits / self.config.temperature for logits in self.answers(student, teacher))
+        return F.cross_entropy(own, target.softmax(1))
+
+
+def candidates(student: Tensor, teacher: Tensor, labels: Tensor, count: int) -> Tensor:
+    """The rows of logits (B, K) where both are right; of more than ``count``, where their other answers differ most."""
+    right = (student.argmax(1) == labels) & (teacher.argmax(1) == labels)
+    others = ~F.one_hot(labels, student.shape[1]).bool()
+    difference = ((teacher.softmax(1) - student.softmax(1)).square() * others).sum(1)
+    ranked = difference.masked_fill(~right, -1).argsort(descending=True, stable=True)
+    return ranked[: min(count, int(right.sum()))]
+
+
+def other_class(logits: Tensor, base: Tensor) -> Tensor:
+    """A class (B,) other than ``base``, drawn with the teacher's probabilities from logits (B, K)."""
+    own = F.one_hot(base, logits.shape[1]).bool()
+    return torch.multinomial(logits.masked_fill(own, -torch.inf).softmax(1), 1).squeeze(1)
+
+
+def across(network: Classifier, pixels: Tensor, base: Tensor, target: Tensor, config: Config) -> Tensor:
+    """Move pixels (B, C, H, W) of classes ``base`` (B,) towards ``target`` (B,), until the network's answer changes."""
+    low, high = (network.normalise(torch.full_like(pixels[:1], bound)) for bound in (0.0, 1.0))
+    x = network.normalise(pixels)
+    for _ in range(config.iterations):
+        x.requires_grad_()
+        logits = network.net(x)
+        before = logits.argmax(1) == base
+        if not before.any():
+            break
+        gap = (logits.gather(1, base[:, None]) - logits.gather(1, target[:, None])).squeeze(1)
+        (gradient,) = torch.autograd.grad(gap.sum(), x)
+        length = torch.linalg.vector_norm(gradient, dim=(1, 2, 3)).clamp_min(TINY)
+        step = config.attack_step * (gap.detach() + EPS) / length * before
+        x = (x.detach() - step[:, None, None, None] * gradient).clamp(low, high)
+    return network.denormalise(x.detach())
