@@ -6,6 +6,7 @@ import copy
 import csv
 import json
 from collections.abc import Mapping
+from pathlib import Path
 
 import numpy as np
 import objective_oracles as losses
@@ -31,10 +32,11 @@ from dfkd_cli.objectives.ofd import margin, partial_distance
 from dfkd_cli.objectives.reviewkd import hierarchical
 from dfkd_cli.regimes.base import Task
 from dfkd_cli.regimes.offline import Config, Offline
-from dfkd_cli.resolve import Component
+from dfkd_cli.resolve import Component, recipe_layer, resolve
 from dfkd_cli.settings import Distill
 from dfkd_cli.stages.calibrate import calibrate
 from dfkd_cli.stages.distill import connect
+from dfkd_cli.stages.grid import plan
 
 OBJECTIVES = catalog.entries("objectives")
 ALL = pytest.mark.parametrize("name", OBJECTIVES)
@@ -498,6 +500,16 @@ def test_some_recipe_uses_it(name):
     assert uses
     for path in uses:
         assert catalog.read_recipe(path)["about"]["summary"]
+
+
+@pytest.mark.parametrize("recipe", ["objectives-fashion-mnist", "objectives-synthetic-fashion-mnist"])
+def test_the_tables_of_objectives_have_all_of_them_in_the_weights_of_their_papers(recipe):
+    grid = plan(resolve("compare", [recipe_layer(recipe, "compare")]), Path("out"))
+    students = [step.settings for step in grid.steps if step.settings.command == "distill" and step.seed == 0]
+    chosen = [chosen for settings in students for chosen in settings.components["objective"]]
+    assert {c.entry.name for c in chosen} == OBJECTIVES.keys()
+    assert all(c.weight == c.entry.weight for c in chosen if c.entry.name != "reviewkd")  # it differs between pairs
+    assert {len(settings.components["objective"]) for settings in students} == {0, 1, 2}
 
 
 # -- between networks --------------------------------------------------------------------------------------------------
