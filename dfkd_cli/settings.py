@@ -94,10 +94,38 @@ class CoTraining(Augmentation):
     """How a student is trained in the loop. The random changes are those of the images that it is trained on."""
 
     student_optimizer: Literal["adam", "sgd"] = option("sgd", "the student's optimiser; sgd with momentum 0.9")
-    student_lr: float = option(0.1, "the student's first learning rate, which falls along a cosine", above=0)
+    student_lr: float = option(0.1, "the student's first learning rate", above=0)
     student_weight_decay: float = option(1e-4, "the student's weight decay", low=0)
     student_temperature: float = option(20.0, "softmax temperature of the student's loss", above=0)
+    clip: float = option(0.0, "limit of the norm of the gradient of each network; 0: none", low=0)
     soft: float = option(1.0, "weight of the student's distance from the teacher's answers", low=0)
+
+
+@dataclass(frozen=True, kw_only=True)
+class GeneratorTraining(CoTraining):
+    """How a generator and a student are trained in turns."""
+
+    steps: int = option(10_000, "iterations, each of which trains the generator and then the student", low=1)
+    batch_size: int = option(256, "images of one step; also the images of one shard", low=2)
+    latent: int = option(100, "numbers that the generator makes an image from", low=1)
+    lr: float = option(1e-3, "the generator's Adam learning rate", above=0)
+    betas: tuple[float, float] = option((0.9, 0.999), "the generator's Adam betas", low=0, high=1)
+    schedule: Literal["constant", "cosine"] = option("cosine", "learning rates of generator and student")
+    width: float = option(1.0, "the generator's numbers of maps, times this", above=0)
+    generators: int = option(1, "generators, which share the images of a step", low=1)
+    students: int = option(1, "students; all but the first only stand against the generators", low=1)
+    student_steps: int = option(1, "steps of the student in each iteration", low=1)
+    student_images: Literal["same", "updated", "new"] = option(
+        "new", "the student's images: the generator's own, of the same latents after its step, new ones in every step"
+    )
+    dtype: Literal["float16", "float32"] = option("float16", "stored pixels")
+
+
+@dataclass(frozen=True, kw_only=True)
+class AdversarialTraining(GeneratorTraining):
+    """How generators are trained against students."""
+
+    adversarial: float = option(1.0, "weight of the students' distance, which the generators make large", low=0)
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -194,7 +222,9 @@ class Distill(Training, ForeignModel):
     """Inputs of ``distill``."""
 
     teacher: str = option("teacher", "teacher: model directory or SPEC")
-    transfer_set: tuple[str, ...] = option(("shards",), "shard directory, real, real:N, noise:N, folder of images")
+    transfer_set: tuple[str, ...] = option(
+        ("shards",), "shard or generator directory, real, real:N, noise:N, folder of images"
+    )
     num_images: int | None = option(None, "take the first so many images of the transfer sets (default: all)", low=1)
     student: str = option("lenet5-half", "student model SPEC")
     epochs: int = option(30, "passes over the images", low=1)

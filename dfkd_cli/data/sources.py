@@ -21,6 +21,7 @@ from dfkd_cli.artifacts.shards import ShardReader
 from dfkd_cli.data import datasets
 from dfkd_cli.data.datasets import Dataset
 from dfkd_cli.data.noise import noise
+from dfkd_cli.models.generators import Generator
 from dfkd_cli.seeds import derive
 
 MEMORY = 64 << 20  # bytes of images held at once
@@ -124,6 +125,27 @@ class NoiseSource(Source):
     def chunk(self, index: int) -> Images:
         generator = torch.Generator().manual_seed(derive("shard", self.seed, index))
         return Images(noise(self.sizes[index], self.shape, generator))
+
+
+class GeneratorSource(Source):
+    """Images of a generator, made when they are asked for; the same ones every time.
+
+    Args:
+        generator: In training mode, so that its BatchNorm takes the statistics of each chunk.
+        count: Images in all.
+        chunk: Images of a chunk: as many as it was trained with at once.
+        seed: Seed of the latents.
+    """
+
+    def __init__(self, generator: Generator, count: int, chunk: int, seed: int) -> None:
+        self.generator, self.seed, self.batch = generator.train().requires_grad_(False), seed, chunk
+        self.sizes = [min(chunk, count - start) for start in range(0, count, chunk)]
+        self.shape, self.dtype = generator.info.input_size, torch.float32
+
+    def chunk(self, index: int) -> Images:
+        drawn = torch.Generator().manual_seed(derive("latents", self.seed, index))
+        latents = torch.randn(self.batch, self.generator.latent, generator=drawn)
+        return Images(self.generator(latents.to(self.generator.mean.device))[: self.sizes[index]])
 
 
 class RealSource(Source):

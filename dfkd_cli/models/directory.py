@@ -8,6 +8,7 @@ from typing import Any
 
 import safetensors.torch
 import torch
+from torch import nn
 
 from dfkd_cli.artifacts.files import digest, read_json, sha256_file, write_atomic, write_json
 from dfkd_cli.errors import ArtifactError, ConfigError
@@ -26,12 +27,12 @@ def identity(record: dict[str, Any]) -> str:
     return digest([record["weights"]["sha256"], used])
 
 
-def save_weights(path: Path, classifier: Classifier) -> str:
-    """Write a classifier's weights as safetensors. Returns their sha256."""
+def save_weights(path: Path, net: nn.Module) -> str:
+    """Write a network's weights as safetensors. Returns their sha256."""
     # Copies of their own: safetensors refuses tensors that share memory, such as tied weights.
     state = {
         key: value.detach().to("cpu", copy=True, memory_format=torch.contiguous_format)
-        for key, value in classifier.net.state_dict().items()
+        for key, value in net.state_dict().items()
     }
     return write_atomic(path, safetensors.torch.save(state))
 
@@ -41,7 +42,7 @@ def save_model(directory: Path, classifier: Classifier, *, metrics: dict[str, An
 
     The record is written last: a directory with a readable record is complete.
     """
-    sha256 = save_weights(directory / WEIGHTS, classifier)
+    sha256 = save_weights(directory / WEIGHTS, classifier.net)
     record = {
         "schema": SCHEMA,
         "kind": "model",

@@ -16,13 +16,13 @@ import math
 from pathlib import Path
 from typing import Any, Literal
 
-import safetensors.torch
 import torch
 from torch import Tensor, nn
 
-from dfkd_cli.artifacts.files import digest, read_json, sha256_file, write_atomic, write_json
+from dfkd_cli.artifacts.files import digest, read_json, sha256_file, write_json
 from dfkd_cli.errors import ArtifactError
 from dfkd_cli.models.classifier import ModelInfo
+from dfkd_cli.models.directory import save_weights
 from dfkd_cli.models.weights import load_weights
 
 End = Literal["tanh", "normal", "sigmoid"]
@@ -85,13 +85,12 @@ class Generator(nn.Module):
 
 def save_generator(directory: Path, generator: Generator, provenance: dict[str, Any]) -> None:
     """Write a generator directory. The record is written last: a directory with a readable record is complete."""
-    state = {key: value.detach().to("cpu", copy=True) for key, value in generator.state_dict().items()}
     record = {
         "schema": SCHEMA,
         "kind": "generator",
         "settings": generator.settings,
         "teacher_input": dataclasses.asdict(generator.info),
-        "weights": {"file": WEIGHTS, "sha256": write_atomic(directory / WEIGHTS, safetensors.torch.save(state))},
+        "weights": {"file": WEIGHTS, "sha256": save_weights(directory / WEIGHTS, generator)},
         "provenance": provenance,
     }
     write_json(directory / RECORD, record)

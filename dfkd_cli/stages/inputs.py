@@ -13,8 +13,9 @@ import torch
 from dfkd_cli.artifacts.files import digest, sha256_file
 from dfkd_cli.artifacts.shards import MANIFEST, ShardReader
 from dfkd_cli.data import datasets
-from dfkd_cli.data.sources import Concat, FolderSource, NoiseSource, RealSource, ShardSource, Source
+from dfkd_cli.data.sources import Concat, FolderSource, GeneratorSource, NoiseSource, RealSource, ShardSource, Source
 from dfkd_cli.errors import ArtifactError, ConfigError
+from dfkd_cli.models import generators
 from dfkd_cli.models.classifier import Classifier, ModelInfo
 from dfkd_cli.models.directory import identity, load_model
 from dfkd_cli.models.registry import build
@@ -129,11 +130,12 @@ def real_images(teacher: LoadedModel, name: str, data_dir: str | None, count: in
 
 def may_be_real(name: str) -> bool:
     """Whether a transfer set holds real images, or images that nobody says are not: a folder."""
-    return name.partition(":")[0] == "real" or (Path(name).is_dir() and not (Path(name) / MANIFEST).exists())
+    ours = (Path(name) / MANIFEST).exists() or (Path(name) / generators.RECORD).exists()
+    return name.partition(":")[0] == "real" or (Path(name).is_dir() and not ours)
 
 
 def open_transfer_set(name: str, teacher: LoadedModel, data_dir: str | None, seed: int) -> TransferSet:
-    """Open ``real``, ``real:N``, ``noise:N``, a shard directory, or a folder of images.
+    """Open ``real``, ``real:N``, ``noise:N``, a shard directory, a generator directory, or a folder of images.
 
     Raises:
         ConfigError: Not a transfer set.
@@ -166,6 +168,13 @@ def open_transfer_set(name: str, teacher: LoadedModel, data_dir: str | None, see
             raise ArtifactError(f"{name} has images of {reader.shape}, the teacher takes {info.input_size}")
         parent = {"role": "transfer-set", "path": name, "sha256": reader.sha256}
         return TransferSet(ShardSource(reader), parent, reader.manifest.get("uses", ()))
+    if (path / generators.RECORD).exists():
+        generator, record = generators.load_generator(path)
+        made = record["provenance"]
+        if made["teacher"] != teacher.sha256:
+            raise ArtifactError(f"{name} was made from another teacher", "give the --teacher it was made from")
+        parent = {"role": "transfer-set", "path": name, "sha256": generators.identity(record)}
+        return TransferSet(GeneratorSource(generator, made["count"], made["config"]["batch_size"], seed), parent)
     folder = FolderSource(path, info.input_size)
     return TransferSet(folder, {"role": "transfer-set", "path": name, "sha256": folder.sha256})
 

@@ -42,7 +42,7 @@ class Snapshots(Callback):
         if trainer.current_epoch in self.paths:
             path = self.paths[trainer.current_epoch]
             path.parent.mkdir(exist_ok=True)
-            save_weights(path, self.model)
+            save_weights(path, self.model.net)
 
 
 def look_back(directory: Path, model: Classifier) -> Iterator[int]:

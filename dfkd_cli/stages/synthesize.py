@@ -144,7 +144,8 @@ def _make(
         "class_histogram": manifest["class_histogram"],
     }
     for role, model in synthesizer.models().items():
-        provenance = {**head, "command": "synthesize", "dataset": teacher.dataset, "teacher": teacher.sha256}
+        facts = {"command": "synthesize", "dataset": teacher.dataset, "teacher": teacher.sha256, "count": count}
+        provenance = {**head, **facts}
         if isinstance(model, Generator):
             save_generator(directory.path / role, model, provenance)
         else:

@@ -3,19 +3,22 @@
 from __future__ import annotations
 
 from abc import abstractmethod
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from typing import Any, ClassVar
 
 import torch
-from torch import Tensor
-from torch.optim.lr_scheduler import CosineAnnealingLR
+from torch import Tensor, nn
+from torch.optim import Optimizer
+from torch.optim.lr_scheduler import CosineAnnealingLR, LRScheduler
 
 from dfkd_cli.artifacts.shards import ShardWriter
 from dfkd_cli.data.augment import pipeline
 from dfkd_cli.data.sources import Batches, Images, Source
 from dfkd_cli.errors import ConfigError
+from dfkd_cli.models.activations import Tap
 from dfkd_cli.models.classifier import Classifier
 from dfkd_cli.models.generators import Generator
+from dfkd_cli.objectives.base import Outputs, ask
 from dfkd_cli.objectives.response import soft_loss
 from dfkd_cli.rounds import weighted_sum
 from dfkd_cli.seeds import derive, seed_torch
@@ -28,19 +31,30 @@ class CoTrainer(Synthesizer):
 
     Rounds depend on each other: the state is in the checkpoint, and one process does the work.
 
-    Args:
+    Attributes:
         student: The network to train.
+        rivals: More students that are trained alike and then forgotten.
+        student_taps: For each student, where :meth:`student_terms` wants features.
+        teacher_taps: The same of the teacher.
     """
 
     kind: ClassVar[str]
     stateless = False
     config: CoTraining
+    teacher_taps: Mapping[str, Tap] = {}
 
     def __init__(self, *arguments: Any, student: Classifier, **more: Any) -> None:
         super().__init__(*arguments, **more)
         if self.processes > 1:
             raise ConfigError("a student in the loop is trained by one process", "give --devices 1 --num-nodes 1")
         self.student = student.to(memory_format=torch.channels_last)
+        self.rivals = nn.ModuleList()
+        self.student_taps: list[Mapping[str, Tap]] = [{}]
+
+    @property
+    def students(self) -> list[Any]:
+        """The student and its rivals."""
+        return [self.student, *self.rivals]
 
     @property
     @abstractmethod
@@ -51,47 +65,70 @@ class CoTrainer(Synthesizer):
         """The student."""
         return {"student": self.student}
 
-    def configure_optimizers(self) -> Any:
-        """The student's optimiser, whose learning rate falls along a cosine."""
-        c, parameters = self.config, self.student.parameters()
-        optimizer: torch.optim.Optimizer
+    def trained(self) -> Sequence[tuple[Optimizer, LRScheduler | None]]:
+        """What is trained: an optimiser and its schedule for each network, the student's first."""
+        c, parameters = self.config, [parameter for net in self.students for parameter in net.parameters()]
+        optimizer: Optimizer
         if c.student_optimizer == "sgd":
             optimizer = torch.optim.SGD(parameters, c.student_lr, momentum=0.9, weight_decay=c.student_weight_decay)
         else:
             optimizer = torch.optim.Adam(parameters, c.student_lr, weight_decay=c.student_weight_decay, fused=True)
-        return [optimizer], [CosineAnnealingLR(optimizer, T_max=max(self.student_steps, 1))]
+        return [(optimizer, CosineAnnealingLR(optimizer, T_max=max(self.student_steps, 1)))]
+
+    def configure_optimizers(self) -> Any:
+        """Optimisers and schedules, as Lightning takes them."""
+        self.pairs = self.trained()
+        return [optimizer for optimizer, _ in self.pairs], [schedule for _, schedule in self.pairs if schedule]
 
     def on_fit_start(self) -> None:
         """The augmentation of the student's images."""
         self.augment = pipeline(self.config, 0.0)
 
-    def student_terms(self, pixels: Tensor) -> dict[str, Tensor]:
-        """The unweighted terms of the student's loss on pixels (B, C, H, W): how far it is from the teacher."""
-        with torch.no_grad():
-            wanted = self.teacher(pixels).float()
-        return {"soft": soft_loss(self.student(pixels).float(), wanted, "kl", self.config.student_temperature)}
+    @torch.no_grad()
+    def ask_teacher(self, pixels: Tensor) -> Outputs:
+        """The teacher's outputs for pixels (B, C, H, W)."""
+        return ask(self.teacher, pixels, self.teacher_taps)
 
-    def teach(self, pixels: Tensor) -> dict[str, Tensor]:
-        """One step of the student. Returns the unweighted terms of its loss."""
-        terms = self.student_terms(self.augment(pixels))
-        optimizer: Any = self.student_optimizer
+    def student_terms(self, student: Outputs, teacher: Outputs) -> dict[str, Tensor]:
+        """The named, unweighted terms of the student's loss: how far its softened answers are from the teacher's."""
+        return {"soft": soft_loss(student.logits, teacher.logits, "kl", self.config.student_temperature)}
+
+    def teach(self, pixels: Tensor, teacher: Outputs | None = None) -> dict[str, Tensor]:
+        """One step of every student on pixels (B, C, H, W). Returns the unweighted terms, means over the students.
+
+        Args:
+            pixels: The images.
+            teacher: The teacher's outputs for them, where they are known.
+        """
+        changed = self.augment(pixels)
+        if teacher is None or changed is not pixels:
+            teacher = self.ask_teacher(changed)
+        asked = zip(self.students, self.student_taps, strict=True)
+        terms = [self.student_terms(ask(student, changed, taps), teacher) for student, taps in asked]
+        self.descend(0, torch.stack([weighted_sum(each, self.config) for each in terms]).sum())
+        return means([{name: term.detach() for name, term in each.items()} for each in terms])
+
+    def descend(self, index: int, loss: Tensor) -> None:
+        """One step of one of the optimisers, by its place in :meth:`trained`, and of its schedule.
+
+        Args:
+            index: Which.
+            loss: 0-d; only this optimiser's parameters get its gradient.
+        """
+        optimizer, schedule = self.pairs[index]
+        parameters = [parameter for group in optimizer.param_groups for parameter in group["params"]]
         optimizer.zero_grad()
-        self.manual_backward(weighted_sum(terms, self.config))
-        optimizer.step()
-        self.student_schedule.step()
-        return {name: term.detach() for name, term in terms.items()}
+        self.manual_backward(loss, inputs=parameters)
+        if self.config.clip:
+            self.clip_gradients(optimizer, gradient_clip_val=self.config.clip, gradient_clip_algorithm="norm")
+        self.wrapped(index).step()
+        if schedule is not None:
+            schedule.step()
 
-    @property
-    def student_optimizer(self) -> Any:
-        """The first of the optimisers, as Lightning keeps it."""
-        optimizers = self.optimizers()
-        return optimizers[0] if isinstance(optimizers, list) else optimizers
-
-    @property
-    def student_schedule(self) -> Any:
-        """The first of the schedules."""
-        schedules = self.lr_schedulers()
-        return schedules[0] if isinstance(schedules, list) else schedules
+    def wrapped(self, index: int) -> Any:
+        """The optimiser as Lightning keeps it: it counts the steps and scales gradients where that is needed."""
+        optimizers: Any = self.optimizers()
+        return optimizers[index] if isinstance(optimizers, list) else optimizers
 
 
 class PoolTrainer(CoTrainer):
@@ -120,8 +157,7 @@ class PoolTrainer(CoTrainer):
         for step, images in enumerate(batches.steps(0, steps)):
             seed_torch(self.device, "student step", self.seed, index * steps + step)
             taught.append(self.teach(images.pixels))
-        means = {name: torch.stack([terms[name] for terms in taught]).mean() for name in (taught[0] if taught else ())}
-        return {**made, **means}
+        return {**made, **means(taught)}
 
 
 class _Pool(Source):
@@ -134,3 +170,8 @@ class _Pool(Source):
 
     def chunk(self, index: int) -> Images:
         return Images(self.writer.read(index)["images"])
+
+
+def means(rows: Sequence[Mapping[str, Tensor]]) -> dict[str, Tensor]:
+    """The mean of each named number over several steps."""
+    return {name: torch.stack([row[name] for row in rows]).mean() for name in (rows[0] if rows else ())}

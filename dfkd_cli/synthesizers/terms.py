@@ -22,6 +22,12 @@ def tempered_cross_entropy(logits: Tensor, targets: Tensor, temperature: float) 
     return F.cross_entropy(logits / temperature, targets)
 
 
+def mean_answer_entropy(logits: Tensor) -> Tensor:
+    """``-sum_k m_k log m_k`` of the mean probabilities ``m`` of logits (B, K), in nats."""
+    mean = logits.softmax(1).mean(0)
+    return -(mean * mean.clamp_min(torch.finfo(mean.dtype).tiny).log()).sum()  # log 0 has no gradient
+
+
 def total_variation(images: Tensor) -> Tensor:
     """Sum of squared differences between neighbouring pixels, mean over the batch; images (B, C, H, W)."""
     vertical = (images[:, :, 1:] - images[:, :, :-1]).square().sum()

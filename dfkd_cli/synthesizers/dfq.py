@@ -1,0 +1,80 @@
+"""Data-Free Network Quantization With Adversarial Knowledge Distillation: a regularised adversary.
+
+Choi, Choi, El-Khamy, Lee. CVPR workshops 2020. arXiv:2005.04136.
+
+    min_S max_G  mean_ij KL(T(G_j(n)) || S_i(G_j(n))) - alpha L_T(G_j)
+    L_T = mean_lc KL(N(mean_lc(x), var_lc(x)) || N(mean_lc, var_lc)) + E[H(T(x))] - H(E[T(x)])
+
+The first part of L_T is over the BatchNorm layers l of the teacher and their channels c, generated statistics first; it
+is a mean here where the paper has a sum, whose size would depend on the teacher. H is the entropy in nats: answers
+shall be sure each, and spread over the classes together. The last sign is the paper's; ports of it have it reversed.
+With several generators and students (``generators``, ``students``) L_T is of their joint batch; the first of each is
+kept. alpha stays as it is, where the paper lowers it.
+
+No code was released: widths, learning rates and the ratio of steps are those of an independent port and of toolboxes.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor
+
+from dfkd_cli.config import option
+from dfkd_cli.models.statistics import batch_moments, gaussian_divergence, recorded_moments
+from dfkd_cli.objectives.base import Outputs
+from dfkd_cli.objectives.response import soft_loss
+from dfkd_cli.settings import AdversarialTraining
+from dfkd_cli.synthesizers.streaming import Adversary
+from dfkd_cli.synthesizers.terms import mean_answer_entropy
+
+
+@dataclass(frozen=True, kw_only=True)
+class Config(AdversarialTraining):
+    """DFQ."""
+
+    steps: int = option(16_000, "iterations, each of which trains the generator and then the student", low=1)
+    latent: int = option(512, "numbers that the generator makes an image from", low=1)
+    student_steps: int = option(5, "steps of the student in each iteration", low=1)
+    student_temperature: float = option(1.0, "softmax temperature of both losses", above=0)
+    statistics: float = option(1.0, "weight of the divergence from the BatchNorm statistics", low=0)
+    instance_entropy: float = option(1.0, "weight of the entropy of each answer", low=0)
+    batch_entropy: float = option(1.0, "weight of the negative entropy of the mean answer", low=0)
+
+
+class DFQ(Adversary):
+    """Generators against students that keep to what the teacher knows."""
+
+    kind = "generator"
+    needs = ("batchnorm", "student")
+    config: Config
+
+    def distance(self, student: Tensor, teacher: Tensor) -> Tensor:
+        """The KL divergence of the answers to logits (B, K)."""
+        return soft_loss(student, teacher, "kl", self.config.student_temperature)
+
+    @contextmanager
+    def watching(self) -> Iterator[None]:
+        """What goes into the BatchNorm layers."""
+        with batch_moments(self.teacher) as self.seen:
+            yield
+
+    def generator_terms(self, pixels: Tensor, teacher: Outputs) -> dict[str, Tensor]:
+        """The students' distance, and the parts of L_T."""
+        recorded = recorded_moments(self.teacher)
+        divergences = torch.cat([gaussian_divergence(self.seen[name], theirs) for name, theirs in recorded.items()])
+        terms = {
+            "statistics": divergences.mean(),
+            "instance_entropy": answer_entropy(teacher.logits),
+            "batch_entropy": -mean_answer_entropy(teacher.logits),
+        }
+        return super().generator_terms(pixels, teacher) | terms
+
+
+def answer_entropy(logits: Tensor) -> Tensor:
+    """The mean entropy of the answers to logits (B, K), in nats."""
+    logs = logits.log_softmax(1)
+    return -(logs.exp() * logs).sum(1).mean()

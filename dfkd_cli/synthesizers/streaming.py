@@ -1,0 +1,184 @@
+"""Synthesizers that train a generator and a student in turns on a stream of images, and store samples at the end."""
+
+from __future__ import annotations
+
+from abc import abstractmethod
+from collections.abc import Mapping, Sequence
+from contextlib import AbstractContextManager, nullcontext
+from dataclasses import replace
+from typing import Any, ClassVar
+
+import torch
+from torch import Tensor, nn
+from torch.optim import Optimizer
+from torch.optim.lr_scheduler import CosineAnnealingLR, LRScheduler
+
+from dfkd_cli.models.activations import Tap
+from dfkd_cli.models.classifier import Classifier
+from dfkd_cli.models.generators import End, Generator
+from dfkd_cli.models.registry import build
+from dfkd_cli.objectives.base import Outputs, ask
+from dfkd_cli.rounds import weighted_sum
+from dfkd_cli.seeds import derive, seed_torch
+from dfkd_cli.settings import AdversarialTraining, GeneratorTraining
+from dfkd_cli.synthesizers.base import Impressions
+from dfkd_cli.synthesizers.cotraining import CoTrainer, means
+
+ROUND = 20  # iterations of one round
+
+
+class StreamTrainer(CoTrainer):
+    """Trains generators on the frozen teacher, and students on their images; the last rounds write the shards.
+
+    Its ``Config`` extends :class:`GeneratorTraining`. All networks stay in training mode throughout, so that BatchNorm
+    of a generator always takes the statistics of its batch, and a student's learns from the generator's steps too.
+
+    Attributes:
+        end: How the generator ends.
+        epsilon: Of its BatchNorm layers.
+        generator_taps: Where :meth:`generator_terms` wants the teacher's features.
+    """
+
+    kind: ClassVar[str]
+    config: GeneratorTraining
+    end: ClassVar[End] = "tanh"
+    epsilon: ClassVar[float] = 1e-5
+    generator_taps: Mapping[str, Tap] = {}
+
+    def __init__(self, *arguments: Any, **more: Any) -> None:
+        super().__init__(*arguments, **more)
+        c, info = self.config, self.teacher.info
+        with torch.random.fork_rng(devices=[]):
+            torch.manual_seed(derive("generator", self.seed))
+            generators = [Generator(info, c.latent, self.end, c.width, self.epsilon) for _ in range(c.generators)]
+            rivals = [
+                build(self.student.info.spec, info.num_classes, info.input_size, True) for _ in range(1, c.students)
+            ]
+        self.generators = nn.ModuleList(generators).to(memory_format=torch.channels_last)
+        self.rivals.extend(Classifier(net, self.student.info) for net in rivals).to(memory_format=torch.channels_last)
+        self.student_taps *= c.students
+        self.training_rounds = -(-self.config.steps // ROUND)
+        self.rounds = self.training_rounds + self.writer.count
+
+    @property
+    def student_steps(self) -> int:
+        return self.config.steps * self.config.student_steps
+
+    def models(self) -> Mapping[str, Classifier | Generator]:
+        """The first student and the first generator."""
+        generator = self.generators[0]
+        assert isinstance(generator, Generator)
+        return {"student": self.student, "generator": generator}
+
+    def trained(self) -> Sequence[tuple[Optimizer, LRScheduler | None]]:
+        """The students and the generators."""
+        (student, falling), c = super().trained()[0], self.config
+        generator = torch.optim.Adam(self.generators.parameters(), c.lr, betas=c.betas, fused=True)
+        if c.schedule == "constant":
+            return [(student, None), (generator, None)]
+        return [(student, falling), (generator, CosineAnnealingLR(generator, T_max=c.steps))]
+
+    @abstractmethod
+    def generator_terms(self, pixels: Tensor, teacher: Outputs) -> dict[str, Tensor]:
+        """Named, unweighted terms of the generator's loss, 0-d, on its pixels (B, C, H, W), with gradients.
+
+        The teacher's outputs carry the gradient to the pixels.
+        """
+
+    def watching(self) -> AbstractContextManager[Any]:
+        """What is hooked while the teacher looks at the generators' images. Nothing by default."""
+        return nullcontext()
+
+    def latents(self) -> Tensor:
+        """Normal noise (B, D), drawn on the CPU so that it does not depend on the device."""
+        return torch.randn(self.config.batch_size, self.config.latent).to(self.device)
+
+    def generate(self, latents: Tensor) -> Tensor:
+        """Pixels (B, C, H, W) for latents (B, D), an equal share of them from every generator."""
+        parts = latents.chunk(len(self.generators))
+        return torch.cat([generator(part) for generator, part in zip(self.generators, parts, strict=True)])
+
+    def iteration(self) -> dict[str, Tensor]:
+        """One step of the generator, then the student's. Returns all unweighted terms."""
+        latents = self.latents()
+        pixels = self.generate(latents)
+        with self.watching():
+            teacher = ask(self.teacher, pixels, {**self.teacher_taps, **self.generator_taps})
+        terms = self.generator_terms(pixels, teacher)
+        self.descend(1, weighted_sum(terms, self.config))
+        pixels, known = pixels.detach(), detached(teacher)
+        for step in range(self.config.student_steps):
+            if self.config.student_images == "new" or (self.config.student_images == "updated" and step == 0):
+                with torch.no_grad():
+                    pixels = self.generate(self.latents() if self.config.student_images == "new" else latents)
+                known = self.ask_teacher(pixels)
+            taught = self.teach(pixels, known)
+        self.last = pixels, known
+        return {name: term.detach() for name, term in terms.items()} | taught
+
+    def round(self, index: int) -> Mapping[str, Tensor]:
+        """A stretch of iterations; when all are done, a shard."""
+        self.generators.train()
+        if index >= self.training_rounds:
+            return super().round(index - self.training_rounds)
+        for student in self.students:
+            student.train()
+        rows = []
+        for step in range(index * ROUND, min((index + 1) * ROUND, self.config.steps)):
+            seed_torch(self.device, "generator step", self.seed, step)
+            rows.append(self.iteration())
+        return means(rows) | self.health()
+
+    @torch.no_grad()
+    def health(self) -> dict[str, Tensor]:
+        """How the last images look to the networks.
+
+        ``confidence``: the teacher's mean highest probability; ``variety``: the number of classes that its answers are
+        spread over, as the exponential of their entropy, divided by K; ``agreement``: the share of images for which the
+        student gives the teacher's class.
+        """
+        pixels, teacher = self.last
+        labels = teacher.logits.argmax(1)
+        self.student.eval()
+        agreed = self.student(pixels).argmax(1) == labels
+        self.student.train()
+        shares = torch.bincount(labels, minlength=teacher.logits.shape[1]) / len(labels)
+        return {
+            "confidence": teacher.logits.softmax(1).amax(1).mean(),
+            "variety": torch.special.entr(shares).sum().exp() / len(shares),
+            "agreement": agreed.float().mean(),
+        }
+
+    @torch.no_grad()
+    def make(self, first: int, count: int) -> Impressions:
+        """Samples of the finished generator; always a whole batch, whose statistics its BatchNorm takes."""
+        return Impressions(self.generate(self.latents())[:count], None, {})
+
+
+class Adversary(StreamTrainer):
+    """Generators that look for images on which the students differ from the teacher.
+
+    The method says in :meth:`distance` by what; its ``Config`` has the weight ``adversarial``.
+    """
+
+    kind: ClassVar[str]
+    config: AdversarialTraining
+
+    @abstractmethod
+    def distance(self, student: Tensor, teacher: Tensor) -> Tensor:
+        """How far the students' logits (B, K) are from the teacher's, 0-d."""
+
+    def generator_terms(self, pixels: Tensor, teacher: Outputs) -> dict[str, Tensor]:
+        """The students' mean distance, negative: the generator makes it large."""
+        distances = [self.distance(student(pixels).float(), teacher.logits) for student in self.students]
+        return {"adversarial": -torch.stack(distances).mean()}
+
+    def student_terms(self, student: Outputs, teacher: Outputs) -> dict[str, Tensor]:
+        """The distance: the student makes it small."""
+        return {"soft": self.distance(student.logits, teacher.logits)}
+
+
+def detached(outputs: Outputs) -> Outputs:
+    """The outputs without gradients."""
+    features = {name: value.detach() for name, value in outputs.features.items()}
+    return replace(outputs, logits=outputs.logits.detach(), features=features)

@@ -1,0 +1,78 @@
+"""Zero-shot Knowledge Transfer via Adversarial Belief Matching: a generator of images on which beliefs differ.
+
+Micaelli, Storkey. NeurIPS 2019. arXiv:1905.09768.
+
+    D   = 1/K mean_b KL(softmax T(x) || softmax S(x))
+    L_G = -D(G(n)),    L_S = D(G(n)) + beta sum_l mean_{b,hw} (a(f_l^S) - a(f_l^T))^2
+
+``a`` is the attention map of arXiv:1612.03928: the mean square over channels, each image's of norm one. D has the mean
+over the classes too, as in the released code: beta belongs to that. Ten steps of the student follow each step of the
+generator, on images of the same latents after that step; ``student_images: new`` draws new latents in each, which a
+reproduction of the paper found better. Gradients of both networks are cut at norm 5.
+
+``taps`` are where attention is compared; the paper's are before the last BatchNorm of a wide ResNet and before
+the activations of LeNet, here they are what comes out of the stages. Without common stages, take ``attention: 0``.
+Images are made once for the ten steps of the student; the released code makes the same ones anew in each.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import Any, Literal
+
+from torch import Tensor
+
+from dfkd_cli.config import option
+from dfkd_cli.models.taps import find_taps
+from dfkd_cli.objectives.at import AttentionTransfer
+from dfkd_cli.objectives.at import Config as Attention
+from dfkd_cli.objectives.base import Outputs
+from dfkd_cli.objectives.response import soft_loss
+from dfkd_cli.settings import TAPS, AdversarialTraining
+from dfkd_cli.synthesizers.streaming import Adversary
+
+
+@dataclass(frozen=True, kw_only=True)
+class Config(AdversarialTraining):
+    """Adversarial belief matching."""
+
+    steps: int = option(80_000, "iterations, each of which trains the generator and then the student", low=1)
+    batch_size: int = option(128, "images of one step; also the images of one shard", low=2)
+    clip: float = option(5.0, "limit of the norm of the gradient of each network; 0: none", low=0)
+    student_steps: int = option(10, "steps of the student in each iteration", low=1)
+    student_images: Literal["same", "updated", "new"] = option(
+        "updated", "the student's images: the generator's own, of the same latents after its step, new in every step"
+    )
+    student_optimizer: Literal["adam", "sgd"] = option("adam", "the student's optimiser; sgd with momentum 0.9")
+    student_lr: float = option(2e-3, "the student's first learning rate", above=0)
+    student_weight_decay: float = option(0.0, "the student's weight decay", low=0)
+    student_temperature: float = option(1.0, "softmax temperature of both losses", above=0)
+    attention: float = option(250.0, "weight of the attention maps", low=0)
+    taps: tuple[str, ...] = option(("stages",), TAPS)
+
+
+class ZSKT(Adversary):
+    """A generator against a student, by the divergence of their answers."""
+
+    kind = "generator"
+    needs = ("student",)
+    end = "normal"
+    config: Config
+
+    def __init__(self, *arguments: Any, **more: Any) -> None:
+        super().__init__(*arguments, **more)
+        if self.config.attention:
+            self.maps = AttentionTransfer(Attention(taps=self.config.taps))
+            self.maps.connect(self.student, self.teacher)
+            names = list(zip(*self.maps.pairs, strict=True))
+            self.student_taps = [find_taps(student, names[0]) for student in self.students]
+            self.teacher_taps = find_taps(self.teacher, names[1])
+
+    def distance(self, student: Tensor, teacher: Tensor) -> Tensor:
+        """D of logits (B, K)."""
+        return soft_loss(student, teacher, "kl", self.config.student_temperature) / student.shape[1]
+
+    def student_terms(self, student: Outputs, teacher: Outputs) -> dict[str, Tensor]:
+        """The distance of the answers, and the attention maps'."""
+        terms = super().student_terms(student, teacher)
+        return terms | (self.maps(student, teacher, None) if self.config.attention else {})

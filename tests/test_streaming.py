@@ -1,0 +1,171 @@
+"""Generators trained with a student in the loop: their terms against the papers' formulas, the loop, the artifacts."""
+
+from __future__ import annotations
+
+import dataclasses
+import json
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+from pipeline import finish, kill_after_saving
+
+from dfkd_cli import catalog
+from dfkd_cli.artifacts.files import sha256_file
+from dfkd_cli.artifacts.shards import ShardWriter
+from dfkd_cli.config import build
+from dfkd_cli.errors import ArtifactError
+from dfkd_cli.models.classifier import ModelInfo
+from dfkd_cli.models.directory import load_model
+from dfkd_cli.models.generators import Generator, load_generator, save_generator
+from dfkd_cli.objectives.response import soft_loss
+from dfkd_cli.stages.training import fresh
+from dfkd_cli.synthesizers.dafl import information, one_hot
+from dfkd_cli.synthesizers.dfq import answer_entropy
+from dfkd_cli.synthesizers.terms import mean_answer_entropy
+
+METHODS = catalog.entries("synthesizers")
+RNG = np.random.default_rng(0)
+SMALL = ["--student", "lenet5-half", "--num-images", "10", "--batch-size", "4", "--latent", "5", "--width", "0.05"]
+
+
+@pytest.fixture
+def make_method(tmp_path, make_teacher):
+    """``make_method(name, **values)``: a method with a small generator, on a random teacher."""
+
+    def make(name: str, **values):
+        teacher, _ = load_model(make_teacher("resnet8" if "batchnorm" in METHODS[name].needs else "lenet5"))
+        config = build(METHODS[name].config, {"batch_size": 4, "latent": 5, "width": 0.05, "steps": 2, **values})
+        info = teacher.info
+        head = {"shape": list(info.input_size), "dtype": "float16", "num_classes": 10, "teacher": {"sha256": "0"}}
+        student = fresh(dataclasses.replace(info, spec="lenet5-half"), "student", 0)
+        return METHODS[name].load()(teacher, config, 4, 0, ShardWriter(tmp_path, head, 1), student=student)
+
+    return make
+
+
+def softmax(logits: np.ndarray) -> np.ndarray:
+    exponential = np.exp(logits - logits.max(1, keepdims=True))
+    return exponential / exponential.sum(1, keepdims=True)
+
+
+# -- terms -------------------------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("shape", [(1, 2), (7, 10), (32, 100)])
+def test_terms_of_dafl_and_dfq_are_the_papers(shape):
+    logits = 3 * RNG.normal(size=shape)
+    p = softmax(logits)
+    given = torch.from_numpy(logits)
+    np.testing.assert_allclose(one_hot(given), np.mean(-np.log(p.max(1))))
+    mean = p.mean(0)
+    np.testing.assert_allclose(information(given), (mean * np.log10(mean)).sum())
+    np.testing.assert_allclose(answer_entropy(given), (-(p * np.log(p)).sum(1)).mean())
+    np.testing.assert_allclose(mean_answer_entropy(given), -(mean * np.log(mean)).sum())
+
+
+def test_information_is_smallest_for_even_answers():
+    even, one_class = 9 * torch.eye(4), torch.tensor([[9.0, 0, 0, 0]]).expand(4, -1)
+    assert information(even) < information(one_class)
+    torch.testing.assert_close(information(even), -torch.tensor(4.0).log10())  # -1 for ten classes
+
+
+def test_terms_survive_sure_answers():
+    logits = torch.tensor([[1e4, 0.0, -1e4]], requires_grad=True)
+    loss = one_hot(logits) + information(logits) + answer_entropy(logits)
+    (gradient,) = torch.autograd.grad(loss, logits)
+    assert loss.isfinite()
+    assert gradient.isfinite().all()
+
+
+def test_distances(make_method):
+    student, teacher = (torch.from_numpy(2 * RNG.normal(size=(6, 10))) for _ in range(2))
+    p, q = softmax(teacher.numpy()), softmax(student.numpy())
+    divergence = (p * np.log(p / q)).sum(1).mean()
+    np.testing.assert_allclose(make_method("dfq").distance(student, teacher), divergence)
+    np.testing.assert_allclose(make_method("zskt").distance(student, teacher), divergence / 10)
+    np.testing.assert_allclose(
+        make_method("dfad").distance(student, teacher), np.abs((student - teacher).numpy()).mean()
+    )
+    np.testing.assert_allclose(soft_loss(student, teacher, "kl", 1), divergence)
+
+
+# -- the generator -----------------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("size", [(1, 28, 28), (3, 33, 18), (3, 64, 64)])
+@pytest.mark.parametrize("end", ["tanh", "normal", "sigmoid"])
+def test_generators_make_images_of_the_teachers_size(size, end):
+    channels = size[0]
+    info = ModelInfo("x", 10, size, (0.3, 0.4, 0.5)[:channels], (0.2, 0.3, 0.4)[:channels])
+    torch.manual_seed(0)
+    images = Generator(info, 7, end, width=0.1)(torch.randn(9, 7))
+    assert images.shape == (9, *size)
+    if end == "sigmoid":
+        assert images.min() >= 0
+        assert images.max() <= 1
+    else:  # BatchNorm's output in the space of the teacher's net
+        torch.testing.assert_close(images.mean((0, 2, 3)), torch.tensor(info.mean), atol=1e-4, rtol=0)
+        torch.testing.assert_close(images.std((0, 2, 3)), torch.tensor(info.std), atol=1e-3, rtol=0)
+
+
+def test_width_of_the_paper():
+    parameters = sum(
+        p.numel() for p in Generator(ModelInfo("x", 10, (1, 32, 32), (0.0,), (1.0,)), 100, "tanh").parameters()
+    )
+    linear, norm, first, second, last = 101 * 128 * 64, 2 * 128, 128 * 9 * 128 + 128, 128 * 9 * 64 + 64, 64 * 9 + 1
+    assert parameters == linear + norm + first + 2 * 128 + second + 2 * 64 + last
+
+
+def test_a_generator_directory_gives_the_same_images(tmp_path):
+    info = ModelInfo("x", 10, (3, 8, 8), (0.3,) * 3, (0.2,) * 3)
+    torch.manual_seed(0)
+    generator = Generator(info, 5, "tanh", 0.1, 0.8).to(memory_format=torch.channels_last)
+    save_generator(tmp_path, generator, {"teacher": "0"})
+    loaded, record = load_generator(tmp_path)
+    latents = torch.randn(4, 5)
+    torch.testing.assert_close(loaded(latents), generator(latents))
+    assert record["provenance"] == {"teacher": "0"}
+    weights = tmp_path / "generator.safetensors"
+    weights.write_bytes(weights.read_bytes()[:-1] + b"x")
+    with pytest.raises(ArtifactError, match="damaged"):
+        load_generator(tmp_path)
+
+
+# -- the loop ----------------------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("method", ["dafl", "dfad", "zskt"])
+def test_killed_and_continued_is_uninterrupted(method, tmp_path, make_teacher):
+    arguments = ["synthesize", "--method", method, "--teacher", str(make_teacher("lenet5")), *SMALL, "--steps", "100"]
+    arguments += ["--student-steps", "2", "--seed", "3"]
+    results = [f"{part}.safetensors" for part in ("student/model", "generator/generator")]
+    results += ["manifest.json", "metrics.csv"]
+    finish([*arguments, "--out", "whole"], tmp_path)
+    kill_after_saving([*arguments, "--out", "killed"], tmp_path, tmp_path / "killed" / "checkpoints" / "last.ckpt")
+    finish([*arguments, "--out", "killed"], tmp_path)
+    for name in results:
+        assert sha256_file(tmp_path / "killed" / name) == sha256_file(tmp_path / "whole" / name), name
+
+
+def test_what_a_run_leaves_can_be_used(tmp_path, make_teacher, cli, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    teacher = ["--teacher", str(make_teacher("lenet5"))]
+    assert cli("synthesize", "--method", "dfad", *teacher, *SMALL, "--steps", "3")[0] == 0
+    small = ["--student", "lenet5-half", "--steps", "2", "--batch-size", "5"]
+    for transfer_set in ("shards", "shards/generator"):
+        code, _, err = cli(
+            "distill", *teacher, "--transfer-set", transfer_set, *small, "--out", f"from-{transfer_set[-6:]}"
+        )
+        assert code == 0, err
+        run = json.loads(Path(f"from-{transfer_set[-6:]}", "run.json").read_text())
+        assert run["data_free"]
+        assert run["num_images"] == 10
+    code, out, err = cli("evaluate", "shards/student", *teacher, "--json")
+    assert code == 0, err
+    assert 0 <= json.loads(out)["results"][0]["agreement"] <= 1
+    other = ["--teacher", str(make_teacher("resnet8"))]
+    code, _, err = cli("distill", *other, "--transfer-set", "shards/generator", *small, "--out", "x")
+    assert code == 3
+    assert "another teacher" in err
