@@ -136,9 +136,8 @@ def test_a_generator_directory_gives_the_same_images(tmp_path):
 # -- the loop ----------------------------------------------------------------------------------------------------------
 
 
-@pytest.mark.parametrize("method", ["dafl", "dfad", "zskt"])
-def test_killed_and_continued_is_uninterrupted(method, tmp_path, make_teacher):
-    arguments = ["synthesize", "--method", method, "--teacher", str(make_teacher("lenet5")), *SMALL, "--steps", "100"]
+def test_killed_and_continued_is_uninterrupted(tmp_path, make_teacher):
+    arguments = ["synthesize", "--method", "zskt", "--teacher", str(make_teacher("lenet5")), *SMALL, "--steps", "60"]
     arguments += ["--student-steps", "2", "--seed", "3"]
     results = [f"{part}.safetensors" for part in ("student/model", "generator/generator")]
     results += ["manifest.json", "metrics.csv"]

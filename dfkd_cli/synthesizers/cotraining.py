@@ -89,7 +89,7 @@ class CoTrainer(Synthesizer):
         """The teacher's outputs for pixels (B, C, H, W)."""
         return ask(self.teacher, pixels, self.teacher_taps)
 
-    def student_terms(self, student: Outputs, teacher: Outputs) -> dict[str, Tensor]:
+    def student_terms(self, student: Outputs, teacher: Outputs, images: Images) -> dict[str, Tensor]:
         """The named, unweighted terms of the student's loss: how far its softened answers are from the teacher's."""
         return {"soft": soft_loss(student.logits, teacher.logits, "kl", self.config.student_temperature)}
 
@@ -104,7 +104,8 @@ class CoTrainer(Synthesizer):
         if teacher is None or changed is not pixels:
             teacher = self.ask_teacher(changed)
         asked = zip(self.students, self.student_taps, strict=True)
-        terms = [self.student_terms(ask(student, changed, taps), teacher) for student, taps in asked]
+        images = Images(changed)
+        terms = [self.student_terms(ask(student, changed, taps), teacher, images) for student, taps in asked]
         self.descend(0, torch.stack([weighted_sum(each, self.config) for each in terms]).sum())
         return means([{name: term.detach() for name, term in each.items()} for each in terms])
 

@@ -13,6 +13,7 @@ from torch import Tensor, nn
 from torch.optim import Optimizer
 from torch.optim.lr_scheduler import CosineAnnealingLR, LRScheduler
 
+from dfkd_cli.data.sources import Images
 from dfkd_cli.models.activations import Tap
 from dfkd_cli.models.classifier import Classifier
 from dfkd_cli.models.generators import End, Generator
@@ -173,7 +174,7 @@ class Adversary(StreamTrainer):
         distances = [self.distance(student(pixels).float(), teacher.logits) for student in self.students]
         return {"adversarial": -torch.stack(distances).mean()}
 
-    def student_terms(self, student: Outputs, teacher: Outputs) -> dict[str, Tensor]:
+    def student_terms(self, student: Outputs, teacher: Outputs, images: Images) -> dict[str, Tensor]:
         """The distance: the student makes it small."""
         return {"soft": self.distance(student.logits, teacher.logits)}
 

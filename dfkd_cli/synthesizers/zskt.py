@@ -23,6 +23,7 @@ from typing import Any, Literal
 from torch import Tensor
 
 from dfkd_cli.config import option
+from dfkd_cli.data.sources import Images
 from dfkd_cli.models.taps import find_taps
 from dfkd_cli.objectives.at import AttentionTransfer
 from dfkd_cli.objectives.at import Config as Attention
@@ -72,7 +73,7 @@ class ZSKT(Adversary):
         """D of logits (B, K)."""
         return soft_loss(student, teacher, "kl", self.config.student_temperature) / student.shape[1]
 
-    def student_terms(self, student: Outputs, teacher: Outputs) -> dict[str, Tensor]:
+    def student_terms(self, student: Outputs, teacher: Outputs, images: Images) -> dict[str, Tensor]:
         """The distance of the answers, and the attention maps'."""
-        terms = super().student_terms(student, teacher)
-        return terms | (self.maps(student, teacher, None) if self.config.attention else {})
+        terms = super().student_terms(student, teacher, images)
+        return terms | (self.maps(student, teacher, images) if self.config.attention else {})
