@@ -62,6 +62,10 @@ class Learner(pl.LightningModule, ABC):
     def round(self, index: int) -> Mapping[str, Tensor]:
         """Do one round. Returns the named loss terms and measures to log, 0-d."""
 
+    def concern(self, measures: Mapping[str, float]) -> str | None:
+        """What a round's measures say is going wrong, in words, or None: the work goes on."""
+        return None
+
     def training_step(self, batch: Any, batch_idx: int) -> None:
         """One round; stops the run when a term is not finite."""
         failure = None
@@ -126,17 +130,24 @@ class _Keeper(Checkpoint):
 
 
 class _Report(Callback):
-    """Progress, one line of it."""
+    """Progress, one line of it, and concerns: each is said once and recorded."""
 
-    def __init__(self, terminal: Terminal, what: str) -> None:
-        self.terminal, self.what = terminal, what
+    def __init__(self, terminal: Terminal, run: RunDirectory) -> None:
+        self.terminal, self.run, self.what = terminal, run, run.settings.command
+        self.concerns: list[str] = self.run.record.setdefault("concerns", [])
 
     def on_train_start(self, trainer: pl.Trainer, module: pl.LightningModule) -> None:
         self.progress = Progress(self.terminal, self.what, "rounds", trainer.max_epochs or 0, trainer.current_epoch)
 
     def on_train_epoch_end(self, trainer: pl.Trainer, module: pl.LightningModule) -> None:
-        shown = " ".join(f"{name} {float(value):.4g}" for name, value in list(trainer.callback_metrics.items())[:3])
+        measures = {name: float(value) for name, value in trainer.callback_metrics.items()}
+        shown = " ".join(f"{name} {value:.4g}" for name, value in list(measures.items())[:3])
         self.progress.update(trainer.current_epoch + 1, shown)
+        assert isinstance(module, Learner)
+        concern = module.concern(measures)
+        if concern is not None and concern not in self.concerns:
+            self.concerns.append(concern)
+            self.terminal.say(f"warning: round {trainer.current_epoch}: {concern}")
 
     def on_train_end(self, trainer: pl.Trainer, module: pl.LightningModule) -> None:
         self.progress.close()
@@ -257,7 +268,7 @@ def fit(learner: Learner, run: RunDirectory, terminal: Terminal, callbacks: Sequ
     if not learner.rounds:
         return
     loggers: list[Logger] = [] if learner.stateless else [MetricsFile(run.path / "metrics.csv")]
-    own = [_Report(terminal, run.settings.command), _Keeper(path, run)]
+    own = [_Report(terminal, run), _Keeper(path, run)]
     trainer = trainer_for(run, loggers, max_epochs=learner.rounds, callbacks=[*callbacks, *own])
     run.record["device"] = str(trainer.strategy.root_device)
     resume = path if path.exists() and not learner.stateless else None

@@ -148,6 +148,18 @@ def test_killed_and_continued_is_uninterrupted(tmp_path, make_teacher):
         assert sha256_file(tmp_path / "killed" / name) == sha256_file(tmp_path / "whole" / name), name
 
 
+def test_a_collapsed_generator_is_said_once_and_recorded(tmp_path, make_teacher, cli, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    small = ["--teacher", str(make_teacher("lenet5")), *SMALL, "--steps", "41"]  # a random teacher sees one class
+    code, _, err = cli("synthesize", "--method", "dfad", *small)
+    assert code == 0, err
+    assert err.count("warning: round 0: the teacher sees hardly more than one class") == 1
+    assert len(json.loads(Path("shards", "run.json").read_text())["concerns"]) == 1
+    assert cli("distill", *small[:2], "--steps", "1", "--student", "lenet5-half")[0] == 0
+    assert cli("compare", "student", *small[:2], "--out", "c")[0] == 0
+    assert "it has collapsed" in Path("c", "report.html").read_text()
+
+
 def test_what_a_run_leaves_can_be_used(tmp_path, make_teacher, cli, monkeypatch):
     monkeypatch.chdir(tmp_path)
     teacher = ["--teacher", str(make_teacher("lenet5"))]

@@ -79,7 +79,7 @@ class RunDirectory:
             if previous.get("status") == "done" and _whole(self.path, previous):
                 self.record = previous
                 return True
-            self.record |= {k: previous[k] for k in ("started", "seconds") if k in previous}
+            self.record |= {k: previous[k] for k in ("started", "seconds", "concerns") if k in previous}
         self._take_lock()
         if self.settings.run.overwrite:
             for item in sorted(self.path.iterdir(), key=lambda item: item.name == RUN):  # last: it makes the rest ours

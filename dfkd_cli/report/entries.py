@@ -45,6 +45,7 @@ class ShardSet:
             "seed": self.manifest.get("seed"),
             "count": self.manifest["count"],
             "confidence": self.run.get("metrics", {}).get("confidence"),
+            "concerns": self.run.get("concerns", []),
             "seconds": self.run.get("seconds"),
             "device": self.run.get("device"),
             "argv": self.run.get("argv"),

@@ -136,6 +136,7 @@ def _galleries(shards: Iterable[Mapping[str, Any]]) -> str:
         seed = "" if facts["seed"] is None else f", seed {facts['seed']}"
         used = f", uses {', '.join(facts['uses'])}" if facts["uses"] else ""
         caption = f"<b>{escape(facts['method'])}</b>{escape(used)}{seed}: {facts['count']:,} images{confidence}<br>"
+        caption += "".join(f"<b>Warning:</b> {escape(concern)}<br>" for concern in facts["concerns"])
         caption += f"<code>{escape(facts['path'])}</code>"
         cards.append(_figure(preview.read_bytes(), caption, f"images of {facts['path']}", "pixels"))
     if not cards:

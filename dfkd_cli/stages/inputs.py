@@ -174,7 +174,7 @@ def open_transfer_set(name: str, teacher: LoadedModel, data_dir: str | None, see
         if made["teacher"] != teacher.sha256:
             raise ArtifactError(f"{name} was made from another teacher", "give the --teacher it was made from")
         parent = {"role": "transfer-set", "path": name, "sha256": generators.identity(record)}
-        return TransferSet(GeneratorSource(generator, made["count"], made["config"]["batch_size"], seed), parent)
+        return TransferSet(GeneratorSource(generator, made["num_images"], made["config"]["batch_size"], seed), parent)
     folder = FolderSource(path, info.input_size)
     return TransferSet(folder, {"role": "transfer-set", "path": name, "sha256": folder.sha256})
 

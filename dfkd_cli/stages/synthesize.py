@@ -144,7 +144,7 @@ def _make(
         "class_histogram": manifest["class_histogram"],
     }
     for role, model in synthesizer.models().items():
-        facts = {"command": "synthesize", "dataset": teacher.dataset, "teacher": teacher.sha256, "count": count}
+        facts = {"command": "synthesize", "dataset": teacher.dataset, "teacher": teacher.sha256, "num_images": count}
         provenance = {**head, **facts}
         if isinstance(model, Generator):
             save_generator(directory.path / role, model, provenance)

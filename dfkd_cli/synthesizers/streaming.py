@@ -150,6 +150,15 @@ class StreamTrainer(CoTrainer):
             "agreement": agreed.float().mean(),
         }
 
+    def concern(self, measures: Mapping[str, float]) -> str | None:
+        """A generator whose images are all of one class, or of none."""
+        classes = self.teacher.info.num_classes
+        if measures.get("variety", 1) * classes < 1 + (classes - 1) / 10:
+            return "the teacher sees hardly more than one class in the generator's images (variety): it has collapsed"
+        if measures.get("confidence", 1) < 2 / classes:
+            return "the teacher is sure of none of the generator's images (confidence): they are noise to it"
+        return None
+
     @torch.no_grad()
     def make(self, first: int, count: int) -> Impressions:
         """Samples of the finished generator; always a whole batch, whose statistics its BatchNorm takes."""
