@@ -50,13 +50,13 @@ def statistics_distance(seen: Mapping[str, Moments], recorded: Mapping[str, Mome
     """``sum_l w_l (||mean_l - recorded mean_l||_2 + ||variance_l - recorded variance_l||_2)``.
 
     Args:
-        seen: The moments of a batch, by layer.
-        recorded: The teacher's, by layer in the order of its modules.
+        seen: The moments of a batch, by layer in the order they ran; layers that did not run have no part in the sum.
+        recorded: The teacher's, by layer.
         first: ``w`` of the first layer; the others have 1.
     """
     distances: list[Tensor] = []
-    for name, theirs in recorded.items():
-        ours = seen[name]
+    for name, ours in seen.items():
+        theirs = recorded[name]
         distance = (ours.mean - theirs.mean).norm() + (ours.variance - theirs.variance).norm()
         distances.append(distance if distances else first * distance)
     return torch.stack(distances).sum()
