@@ -47,8 +47,10 @@ class AdaptiveDeepInversion(PoolTrainer, DeepInversion):
 
     def terms(self, images: Tensor, logits: Tensor, targets: Tensor) -> dict[str, Tensor]:
         """Those of DeepInversion, and the agreement of student and teacher."""
-        student = self.student.net(images).float()
-        return super().terms(images, logits, targets) | {"competition": agreement(student, logits)}
+        terms = super().terms(images, logits, targets)
+        if self.config.competition:
+            terms["competition"] = agreement(self.student.net(images).float(), logits)
+        return terms
 
 
 def agreement(student: Tensor, teacher: Tensor) -> Tensor:

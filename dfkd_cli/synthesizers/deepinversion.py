@@ -20,7 +20,7 @@ Differences from the released code:
 from __future__ import annotations
 
 from collections.abc import Iterator
-from contextlib import contextmanager
+from contextlib import AbstractContextManager, contextmanager
 from dataclasses import dataclass
 from typing import ClassVar
 
@@ -44,14 +44,19 @@ class DeepInversion(Inverter):
     needs: ClassVar[tuple[str, ...]] = ("batchnorm",)
     config: StatisticsInversion
 
+    def watching(self) -> AbstractContextManager[None]:
+        """What goes into the BatchNorm layers, where their term has a weight."""
+        return self._statistics() if self.config.statistics else super().watching()
+
     @contextmanager
-    def watching(self) -> Iterator[None]:
-        """What goes into the BatchNorm layers."""
+    def _statistics(self) -> Iterator[None]:
         self.recorded = recorded_moments(self.teacher)
         with batch_moments(self.teacher, correction=1) as self.seen:
             yield
 
     def terms(self, images: Tensor, logits: Tensor, targets: Tensor) -> dict[str, Tensor]:
         """Those of DeepDream, and the distance to the BatchNorm statistics."""
-        distance = statistics_distance(self.seen, self.recorded, self.config.first_layer)
-        return super().terms(images, logits, targets) | {"statistics": distance}
+        terms = super().terms(images, logits, targets)
+        if self.config.statistics:
+            terms["statistics"] = statistics_distance(self.seen, self.recorded, self.config.first_layer)
+        return terms
