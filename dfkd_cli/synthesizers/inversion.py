@@ -39,8 +39,9 @@ class Inverter(ImageOptimizer):
         return terms
 
     def view(self, images: Tensor) -> Tensor:
-        """The images rolled and mirrored at random."""
-        steps: list[nn.Module] = [RandomRoll(self.config.jitter)] if self.config.jitter else []
+        """The images rolled and mirrored at random; smaller ones are rolled by as much less."""
+        jitter = self.config.jitter * images.shape[-1] // self.teacher.info.input_size[-1]
+        steps: list[nn.Module] = [RandomRoll(jitter)] if jitter else []
         steps += [RandomFlip()] if self.config.flip else []
         return v2.Compose(steps)(images) if steps else images
 
