@@ -79,11 +79,14 @@ def train(
 def rehearse(settings: Settings, stage: Callable[..., Any], terminal: Terminal) -> dict[str, Any]:
     """``--dry-run``: the command itself, shrunk to one small step on the CPU, in a directory that is thrown away."""
     pick_device(settings.run.device)
-    small = {"steps": 1, "batch_size": 2, "num_images": 2, "iterations": 1}
+    small = {
+        "steps": 1, "batch_size": 2, "num_images": 2, "iterations": 1, "coarse_iterations": 1, "student_steps": 1,
+    }  # fmt: skip
 
     def shrink(section: Any) -> Any:
         known = {f.name for f in dataclasses.fields(section)} & small.keys()
-        return dataclasses.replace(section, **{name: small[name] for name in known})
+        # What is turned off with 0 stays off.
+        return dataclasses.replace(section, **{name: small[name] for name in known if getattr(section, name) != 0})
 
     with tempfile.TemporaryDirectory() as directory:
         run = dataclasses.replace(settings.run, out=str(Path(directory, "out")), device="cpu", devices=1, num_nodes=1)
