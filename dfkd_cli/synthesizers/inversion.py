@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+from typing import Any
 
 import torch
 import torch.nn.functional as F
@@ -10,6 +11,8 @@ from torch import Tensor, nn
 from torchvision.transforms import v2
 
 from dfkd_cli.data.augment import RandomFlip, RandomRoll
+from dfkd_cli.errors import ArtifactError
+from dfkd_cli.models.classifier import probe
 from dfkd_cli.settings import Inversion
 from dfkd_cli.synthesizers.base import ImageOptimizer
 from dfkd_cli.synthesizers.terms import neighbour_differences
@@ -20,6 +23,17 @@ class Inverter(ImageOptimizer):
 
     normalised = True
     config: Inversion
+
+    def __init__(self, *arguments: Any, **more: Any) -> None:
+        super().__init__(*arguments, **more)
+        channels, height, width = self.teacher.info.input_size
+        if self.config.coarse_iterations:
+            try:
+                probe(self.teacher.net, (channels, height // 2, width // 2))
+            except RuntimeError:
+                raise ArtifactError(
+                    f"{self.teacher.info.spec} does not take images of half the sides", "leave out --coarse-iterations"
+                ) from None
 
     def targets(self, first: int, count: int) -> Tensor:
         """One-hot labels; the classes take turns."""
