@@ -66,6 +66,10 @@ class Learner(pl.LightningModule, ABC):
         """What a round's measures say is going wrong, in words, or None: the work goes on."""
         return None
 
+    def can_continue(self, index: int) -> bool:
+        """Whether what the rounds before ``index`` left on disk is still there; they are done anew if it is not."""
+        return True
+
     def training_step(self, batch: Any, batch_idx: int) -> None:
         """One round; stops the run when a term is not finite."""
         failure = None
@@ -274,9 +278,11 @@ def fit(learner: Learner, run: RunDirectory, terminal: Terminal, callbacks: Sequ
     resume = path if path.exists() and not learner.stateless else None
     if resume is not None:
         try:
-            torch.load(resume, map_location="meta", weights_only=True)
+            last = torch.load(resume, map_location="meta", weights_only=True)["epoch"]
         except Exception as error:
             raise ArtifactError(f"{path}: not a readable checkpoint", "give --overwrite to start afresh") from error
+        if not learner.can_continue(last + 1):
+            resume = None
     trainer.fit(learner, DataLoader(TensorDataset(torch.zeros(1))), ckpt_path=resume, weights_only=True)
     if not first_process():
         sys.exit()  # its share is done; the first process writes the result

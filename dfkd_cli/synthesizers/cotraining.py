@@ -146,6 +146,9 @@ class PoolTrainer(CoTrainer):
     def student_steps(self) -> int:
         return self.rounds * self.config.student_steps
 
+    def can_continue(self, index: int) -> bool:
+        return self.writer.rows.keys() >= set(range(index))
+
     def round(self, index: int) -> Mapping[str, Tensor]:
         """Make a shard against the student as it is, then train the student."""
         self.student.eval()
