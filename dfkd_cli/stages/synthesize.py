@@ -42,6 +42,8 @@ OPTIONAL = {
 
 def run(settings: Settings, terminal: Terminal, dry_run: bool = False) -> dict[str, Any]:
     """Make impressions. No dataset can be opened meanwhile."""
+    if "student" in settings.method.entry.needs and settings.run.devices * settings.run.num_nodes > 1:
+        raise ConfigError("a student in the loop is trained by one process", "give --devices 1 --num-nodes 1")
     if dry_run:
         return rehearse(settings, run, terminal)
     with sealed("synthesize is data-free"):

@@ -14,7 +14,6 @@ from torch.optim.lr_scheduler import CosineAnnealingLR, LRScheduler
 from dfkd_cli.artifacts.shards import ShardWriter
 from dfkd_cli.data.augment import pipeline
 from dfkd_cli.data.sources import Batches, Images, Source
-from dfkd_cli.errors import ConfigError
 from dfkd_cli.models.activations import Tap
 from dfkd_cli.models.classifier import Classifier
 from dfkd_cli.models.generators import Generator
@@ -45,8 +44,6 @@ class CoTrainer(Synthesizer):
 
     def __init__(self, *arguments: Any, student: Classifier, **more: Any) -> None:
         super().__init__(*arguments, **more)
-        if self.processes > 1:
-            raise ConfigError("a student in the loop is trained by one process", "give --devices 1 --num-nodes 1")
         self.student = student.to(memory_format=torch.channels_last)
         self.rivals = nn.ModuleList()
         self.student_taps: list[Mapping[str, Tap]] = [{}]
