@@ -70,16 +70,94 @@ def total_variation(images: Array) -> tuple[float, Array]:
 
 
 def adam(
-    x: Array, gradient: Callable[[Array], Array], lr: float, steps: int, project: Callable[[Array], Array]
+    x: Array,
+    gradient: Callable[[Array], Array],
+    lr: float | Callable[[int], float],
+    steps: int,
+    project: Callable[[Array], Array],
+    betas: tuple[float, float] = (0.9, 0.999),
 ) -> Array:
-    """Algorithm 1 of Kingma and Ba, ICLR 2015, with its default constants; ``project`` follows every step."""
+    """Algorithm 1 of Kingma and Ba, ICLR 2015; ``project`` follows every step, ``lr`` may depend on it (from 0)."""
     first, second = np.zeros_like(x), np.zeros_like(x)
     for t in range(1, steps + 1):
-        g = gradient(x)
-        first = 0.9 * first + 0.1 * g
-        second = 0.999 * second + 0.001 * g**2
-        x = project(x - lr * (first / (1 - 0.9**t)) / (np.sqrt(second / (1 - 0.999**t)) + 1e-8))
+        g, rate = gradient(x), lr(t - 1) if callable(lr) else lr
+        first = betas[0] * first + (1 - betas[0]) * g
+        second = betas[1] * second + (1 - betas[1]) * g**2
+        x = project(x - rate * (first / (1 - betas[0] ** t)) / (np.sqrt(second / (1 - betas[1] ** t)) + 1e-8))
     return x
+
+
+def numerical_gradient(loss: Callable[[Array], float], x: Array, step: float = 1e-5) -> Array:
+    """Central differences."""
+    gradient = np.empty_like(x)
+    for index in np.ndindex(x.shape):
+        moved = np.zeros_like(x)
+        moved[index] = step
+        gradient[index] = (loss(x + moved) - loss(x - moved)) / (2 * step)
+    return gradient
+
+
+# -- DeepDream, DeepInversion, Adaptive DeepInversion: Yin et al., CVPR 2020 -------------------------------------------
+
+
+def image_priors(images: Array) -> dict[str, float]:
+    """Norms over the whole batch and mean absolute values of differences in four directions; the images' mean norm."""
+    height, width = images.shape[2:]
+    y, x = (axis.ravel() for axis in np.mgrid[:height, :width])
+    norms, means = 0.0, 0.0
+    for down, right in ((0, 1), (1, 0), (1, 1), (1, -1)):
+        inside = (y + down < height) & (x + right >= 0) & (x + right < width)
+        here, there = (y[inside], x[inside]), (y[inside] + down, x[inside] + right)
+        differences = images[:, :, *there] - images[:, :, *here]
+        norms += np.sqrt((differences**2).sum())
+        means += np.abs(differences).mean()
+    return {
+        "total_variation": norms,
+        "total_variation_l1": means,
+        "l2": np.sqrt((images**2).sum((1, 2, 3))).mean(),
+    }
+
+
+def channel_moments(values: Array, correction: int = 0) -> tuple[Array, Array]:
+    """Mean and variance (C,) of values (B, C, ...); the variance of a single value is zero."""
+    columns = np.moveaxis(values, 1, 0).reshape(values.shape[1], -1)
+    squares = ((columns - columns.mean(1, keepdims=True)) ** 2).sum(1)
+    return columns.mean(1), squares / max(columns.shape[1] - correction, 1)
+
+
+def statistics_distance(seen: list[Array], recorded: list[tuple[Array, Array]], first: float = 1.0) -> float:
+    """Norms of the differences of means and of unbiased variances, summed over what goes into each layer."""
+    total = 0.0
+    for layer, (values, (mean, variance)) in enumerate(zip(seen, recorded, strict=True)):
+        ours = channel_moments(values, correction=1)
+        distance = np.sqrt(((ours[0] - mean) ** 2).sum()) + np.sqrt(((ours[1] - variance) ** 2).sum())
+        total += distance if layer else first * distance
+    return total
+
+
+def agreement(student: Array, teacher: Array) -> float:
+    """One minus the released code's J of logits, at temperature 3; all three distributions clamped to [0.01,0.99]."""
+    p, q = softmax(student / 3), softmax(teacher / 3)
+    m = np.clip((p + q) / 2, 0.01, 0.99)
+    p, q = np.clip(p, 0.01, 0.99), np.clip(q, 0.01, 0.99)
+    j = sum((m * (np.log(m) - np.log(other))).sum() / len(m) for other in (p, q)) / 2
+    return 1 - min(max(j, 0), 1)
+
+
+def inversion_rate(step: int, steps: int, warmup: int, schedule: str) -> float:
+    """A linear rise over the first iterations, then a half cosine to zero over the others."""
+    if step < warmup:
+        return (step + 1) / warmup
+    return 1.0 if schedule == "constant" else (1 + np.cos(np.pi * (step - warmup) / (steps - warmup))) / 2
+
+
+# -- BatchNorm statistics as Gaussians: Haroush et al., CVPR 2020 ------------------------------------------------------
+
+
+def gaussian_divergence(mean: Array, variance: Array, other_mean: Array, other_variance: Array) -> Array:
+    """KL of the first Gaussian from the other, in each channel."""
+    ratio = (variance + (mean - other_mean) ** 2) / other_variance
+    return np.log(np.sqrt(other_variance) / np.sqrt(variance)) - 0.5 * (1 - ratio)
 
 
 # -- response distillation: Hinton et al. 2015; Ba and Caruana 2014 ----------------------------------------------------

@@ -6,7 +6,7 @@ import numpy as np
 import pytest
 import torch
 
-from dfkd_cli.data.augment import RandomAffine, RandomCrop, RandomFlip, pipeline
+from dfkd_cli.data.augment import RandomAffine, RandomCrop, RandomFlip, RandomRoll, pipeline
 from dfkd_cli.settings import Augmentation
 
 EVERYTHING = Augmentation(rotate=20, translate=0.1, scale=0.2, flip=True, crop=2, noise=0.1)
@@ -117,6 +117,16 @@ def test_flip_mirrors_some_images():
     assert all(m != k for m, k in zip(mirrored, kept, strict=True))
     assert 16 < sum(mirrored) < 48
     assert torch.equal(RandomFlip(p=1)(images), images.flip(-1))
+
+
+def test_roll_moves_the_batch_around_both_edges():
+    torch.manual_seed(0)
+    images, roll, seen = random_images(3), RandomRoll(2), set()
+    for _ in range(300):
+        params = roll.make_params([images])
+        seen.add(params["shift"])
+        np.testing.assert_array_equal(roll.transform(images, params), np.roll(images, params["shift"], axis=(2, 3)))
+    assert seen == {(down, right) for down in range(-2, 3) for right in range(-2, 3)}
 
 
 def test_noise_has_the_asked_deviation_and_is_not_clipped():

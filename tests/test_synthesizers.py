@@ -29,7 +29,7 @@ from dfkd_cli.synthesizers.zskd import class_similarity, dirichlet_targets
 
 METHODS = catalog.entries("synthesizers")
 INDEPENDENT = [name for name, entry in METHODS.items() if entry.load().stateless and "student" not in entry.needs]
-TINY = {"batch_size": 2, "iterations": 2, "steps": 2, "epochs": 1}
+TINY = {"batch_size": 2, "iterations": 2, "steps": 2, "epochs": 1, "student_steps": 2}
 RNG = np.random.default_rng(0)
 
 
@@ -60,6 +60,8 @@ def synthesizer(
     }
     writer = ShardWriter(directory, head, -(-num_images // config.batch_size))
     given = {"metadata": statistics_of(teacher)} if "metadata" in entry.needs else {}
+    if "student" in entry.needs:
+        given["student"] = linear_teacher(info.num_classes, info.input_size)
     return entry.load()(teacher, config, num_images, seed, writer, **given)
 
 

@@ -1,0 +1,472 @@
+"""DeepDream, DeepInversion and its adaptive form against NumPy; what BatchNorm layers see; a student in the loop."""
+
+from __future__ import annotations
+
+import copy
+import json
+import shutil
+from pathlib import Path
+
+import numpy as np
+import oracles
+import pytest
+import torch
+from pipeline import kill_after_saving
+from test_synthesizers import state, synthesizer
+from torch import Tensor, nn
+
+from dfkd_cli.artifacts.files import sha256_file
+from dfkd_cli.artifacts.run import RunDirectory
+from dfkd_cli.artifacts.shards import ShardReader
+from dfkd_cli.models.classifier import Classifier, ModelInfo
+from dfkd_cli.models.statistics import Moments, batch_moments, gaussian_divergence, moments, recorded_moments
+from dfkd_cli.resolve import resolve
+from dfkd_cli.rounds import fit
+from dfkd_cli.synthesizers.adaptive_deepinversion import agreement
+from dfkd_cli.synthesizers.base import ImageOptimizer
+from dfkd_cli.synthesizers.cotraining import PoolTrainer
+from dfkd_cli.synthesizers.terms import statistics_distance
+from dfkd_cli.ui import Terminal
+
+METHODS = ("deepdream", "deepinversion", "adaptive-deepinversion")
+SHAPES = [(1, 1, 2, 2), (2, 3, 5, 4), (3, 1, 7, 7)]
+RNG = np.random.default_rng(0)
+
+
+def tensor(values: np.ndarray) -> Tensor:
+    return torch.tensor(values, requires_grad=True)
+
+
+def smooth_teacher(seed: int = 1) -> Classifier:
+    """4x6 images of two channels, or any other size, in 3 classes; two BatchNorm layers, as if trained."""
+    with torch.random.fork_rng():
+        torch.manual_seed(seed)
+        net = nn.Sequential(
+            nn.Conv2d(2, 3, 1), nn.BatchNorm2d(3), nn.Sigmoid(), nn.AdaptiveAvgPool2d(1), nn.Flatten(),
+            nn.BatchNorm1d(3), nn.Linear(3, 3),
+        )  # fmt: skip
+        for layer in (net[1], net[5]):
+            layer.running_mean.normal_(0, 0.5)
+            layer.running_var.uniform_(0.05, 2)
+        net[6].weight.data *= 4
+    return Classifier(net, ModelInfo("smooth", 3, (2, 4, 6), mean=(0.2, 0.4), std=(0.5, 0.3))).eval()
+
+
+def forward(classifier: Classifier, x: np.ndarray) -> tuple[np.ndarray, list[np.ndarray]]:
+    """Logits of the smooth teacher on normalised images, and what goes into its BatchNorm layers; float64."""
+    weights = {name: value.double().numpy() for name, value in classifier.net.state_dict().items()}
+
+    def normalise(values, layer):
+        shape = (1, -1) + (1,) * (values.ndim - 2)
+        mean, variance = (weights[f"{layer}.running_{name}"].reshape(shape) for name in ("mean", "var"))
+        scale, shift = (weights[f"{layer}.{name}"].reshape(shape) for name in ("weight", "bias"))
+        return (values - mean) / np.sqrt(variance + 1e-5) * scale + shift
+
+    maps = np.einsum("nchw,dc->ndhw", x, weights["0.weight"][:, :, 0, 0]) + weights["0.bias"].reshape(1, -1, 1, 1)
+    pooled = (1 / (1 + np.exp(-normalise(maps, 1)))).mean((2, 3))
+    return normalise(pooled, 5) @ weights["6.weight"].T + weights["6.bias"], [maps, pooled]
+
+
+def recorded(classifier: Classifier) -> list[tuple[np.ndarray, np.ndarray]]:
+    layers = (classifier.net[1], classifier.net[5])
+    return [(layer.running_mean.double().numpy(), layer.running_var.double().numpy()) for layer in layers]
+
+
+# -- terms -------------------------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("shape", SHAPES)
+@pytest.mark.parametrize("name", ["total_variation", "total_variation_l1", "l2"])
+def test_image_priors_are_the_papers(name, shape, tmp_path):
+    method = synthesizer("deepdream", tmp_path, **{"total_variation": 0.0, name: 1.0})
+    logits, target, pixels = RNG.normal(size=(shape[0], 4)), np.eye(4)[: shape[0]], RNG.normal(size=shape)
+    terms = method.terms(tensor(pixels), torch.from_numpy(logits), torch.from_numpy(target))
+    assert set(terms) == {"cross_entropy", name}
+    np.testing.assert_allclose(terms[name].item(), oracles.image_priors(pixels)[name], rtol=1e-12)
+    np.testing.assert_allclose(terms["cross_entropy"].item(), oracles.impression_loss(logits, target, 1), rtol=1e-12)
+    arguments = torch.from_numpy(logits), torch.from_numpy(target)
+    assert torch.autograd.gradcheck(lambda x: method.terms(x, *arguments)[name], tensor(pixels))
+
+
+def test_flat_images_have_no_gradient_that_is_not_finite(tmp_path):
+    method = synthesizer("deepdream", tmp_path, total_variation=1.0, total_variation_l1=1.0, l2=1.0)
+    images = torch.zeros(2, 1, 3, 3, requires_grad=True)
+    terms = method.terms(images, torch.zeros(2, 4), torch.eye(4)[:2])
+    (gradient,) = torch.autograd.grad(sum(terms.values()), images)
+    assert torch.equal(gradient, torch.zeros_like(images))
+
+
+@pytest.mark.parametrize("first", [1.0, 10.0, 0.0])
+@pytest.mark.parametrize("shapes", [[(4, 3, 5, 2), (4, 2, 1, 1)], [(1, 2, 3, 3)], [(6, 4), (6, 1)], [(1, 2)]])
+def test_statistics_distance_is_the_papers_with_unbiased_variances(shapes, first):
+    values = [RNG.normal(size=shape) for shape in shapes]
+    theirs = [(RNG.normal(size=shape[1]), RNG.uniform(0.5, 2, size=shape[1])) for shape in shapes]
+    stored = {str(i): Moments(torch.from_numpy(m), torch.from_numpy(v)) for i, (m, v) in enumerate(theirs)}
+
+    def distance(*inputs):
+        return statistics_distance({str(i): moments(x, 1) for i, x in enumerate(inputs)}, stored, first)
+
+    inputs = [tensor(x) for x in values]
+    expected = oracles.statistics_distance(values, theirs, first)
+    np.testing.assert_allclose(distance(*inputs).item(), expected, rtol=1e-12)
+    assert torch.autograd.gradcheck(distance, inputs)
+
+
+@pytest.mark.parametrize("scale", [0.5, 3.0, 30.0])
+@pytest.mark.parametrize("shape", [(1, 2), (5, 4), (3, 100)])
+def test_agreement_is_the_released_codes(shape, scale):
+    student, teacher = RNG.normal(scale=scale, size=shape), RNG.normal(scale=scale, size=shape)
+    inputs = tensor(student), tensor(teacher)
+    np.testing.assert_allclose(agreement(*inputs).item(), oracles.agreement(student, teacher), rtol=1e-12)
+    assert torch.autograd.gradcheck(agreement, inputs)  # through both networks
+
+
+def test_agreement_of_equals_is_one_and_of_opposites_zero():
+    sure = 100 * torch.eye(3)
+    assert agreement(sure, sure).item() == pytest.approx(1)
+    assert 0 <= agreement(sure, sure.roll(1, 0)).item() < 0.1
+
+
+# -- BatchNorm statistics ----------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("correction", [0, 1])
+@pytest.mark.parametrize("shape", [(4, 3), (1, 3), (5, 2, 3, 4), (1, 3, 1, 1), (2, 3, 7)])
+def test_moments(shape, correction):
+    values = 5 + RNG.normal(size=shape)
+    seen = moments(tensor(values), correction)
+    axes = tuple(axis for axis in range(len(shape)) if axis != 1)
+    np.testing.assert_allclose(seen.mean.detach(), values.mean(axes), rtol=1e-12)
+    if values.size // shape[1] > 1:
+        np.testing.assert_allclose(seen.variance.detach(), values.var(axes, ddof=correction), rtol=1e-12)
+    else:
+        assert not seen.variance.any()
+
+    def pair(x: Tensor) -> tuple[Tensor, Tensor]:
+        return moments(x, correction).mean, moments(x, correction).variance
+
+    assert torch.autograd.gradcheck(pair, tensor(values))
+
+
+@pytest.mark.parametrize("correction", [0, 1])
+def test_what_goes_into_every_layer_is_seen(correction):
+    teacher, x = smooth_teacher(), RNG.normal(size=(5, 2, 4, 6))
+    with torch.no_grad(), batch_moments(teacher, correction) as seen:
+        teacher.net(torch.zeros(2, 2, 4, 6))  # the last run counts
+        teacher.net(torch.from_numpy(x).float())
+    assert list(seen) == list(recorded_moments(teacher)) == ["1", "5"]
+    expected = [oracles.channel_moments(values, correction) for values in forward(teacher, x)[1]]
+    for ours, stored, (mean, variance), theirs in zip(
+        seen.values(), recorded_moments(teacher).values(), expected, recorded(teacher), strict=True
+    ):
+        np.testing.assert_allclose(ours.mean, mean, atol=1e-6)
+        np.testing.assert_allclose(ours.variance, variance, atol=1e-6)
+        np.testing.assert_array_equal(stored.mean, theirs[0])
+        np.testing.assert_array_equal(stored.variance, theirs[1])
+
+
+def test_gaussian_divergence():
+    p, q = [(RNG.normal(size=6), RNG.uniform(0.01, 5, size=6)) for _ in range(2)]
+    found = gaussian_divergence(*(Moments(torch.from_numpy(m), torch.from_numpy(v)) for m, v in (p, q)))
+    np.testing.assert_allclose(found, oracles.gaussian_divergence(*p, *q), rtol=1e-12)
+    x = np.linspace(-30, 30, 200_001)[:, None]  # and by integration, which tells the two directions apart
+    log_p, log_q = (-((x - m) ** 2) / (2 * v) - np.log(2 * np.pi * v) / 2 for m, v in (p, q))
+    np.testing.assert_allclose(found, np.trapezoid(np.exp(log_p) * (log_p - log_q), x, axis=0), rtol=1e-6)
+    mean, variances = torch.zeros(2), torch.tensor([0.0, 4e-6])
+    dead = gaussian_divergence(Moments(mean, variances), Moments(mean, torch.zeros(2)))
+    np.testing.assert_allclose(dead, [0, (4 - 1 - np.log(4)) / 2], rtol=1e-6)  # variances are at least 1e-6
+
+
+# -- the inner loop ----------------------------------------------------------------------------------------------------
+
+WEIGHTS = {"cross_entropy": 0.7, "total_variation": 0.01, "total_variation_l1": 0.3, "l2": 0.05}
+STATISTICS = {"statistics": 0.4, "first_layer": 3.0}
+
+
+@pytest.mark.parametrize(
+    ("name", "values"),
+    [
+        ("deepdream", {}),
+        ("deepdream", {"coarse_iterations": 2}),
+        ("deepinversion", {"betas": (0.5, 0.9)}),
+        ("deepinversion", {"iterations": 4, "warmup": 0.5, "schedule": "cosine"}),
+        ("deepinversion", {"coarse_iterations": 4, "warmup": 0.25, "schedule": "cosine"}),
+        ("deepinversion", {"clamp": True, "total_variation_l1": 0.0}),
+        ("deepinversion", {"statistics": 0.0}),
+        ("adaptive-deepinversion", {"competition": 2.0}),
+        ("adaptive-deepinversion", {"competition": 0.0}),
+    ],
+)
+def test_images_are_those_of_the_papers_optimisation(name, values, tmp_path):
+    """All terms, their weights, the schedule, both resolutions and the range; the gradient is taken numerically."""
+    teacher, student = smooth_teacher(), smooth_teacher(2)
+    settings = WEIGHTS | (STATISTICS if name != "deepdream" else {}) | {"iterations": 3, "jitter": 0, "lr": 0.05}
+    method: ImageOptimizer = synthesizer(name, tmp_path, teacher, **(settings | values))
+    if name == "adaptive-deepinversion":
+        method.student = student
+    config = method.config
+    torch.manual_seed(3)
+    made = method.make(0, 2)
+    torch.manual_seed(3)
+    x = method.start(2).double().numpy()
+    assert abs(x.mean()) < 0.5 and 0.7 < x.std() < 1.3  # normal noise for `net`
+
+    def loss(images, pooled):
+        view = images.reshape(2, 2, 2, 2, 3, 2).mean((3, 5)) if pooled else images
+        logits, seen = forward(teacher, view)
+        terms = oracles.image_priors(view) | {"cross_entropy": oracles.impression_loss(logits, np.eye(3)[:2], 1)}
+        if name != "deepdream":
+            terms["statistics"] = oracles.statistics_distance(seen, recorded(teacher), config.first_layer)
+        if name == "adaptive-deepinversion":
+            terms["competition"] = oracles.agreement(forward(student, view)[0], logits)
+        return sum(getattr(config, key) * value for key, value in terms.items())
+
+    mean, std = (np.reshape(values, (1, 2, 1, 1)) for values in (teacher.info.mean, teacher.info.std))
+    start, project = x, (lambda x: np.clip(x, -mean / std, (1 - mean) / std)) if config.clamp else (lambda x: x)
+    for pooled, steps in ((True, config.coarse_iterations), (False, config.iterations)):
+        rising = int(config.warmup * steps)
+        rates = [config.lr * oracles.inversion_rate(t, steps, rising, config.schedule) for t in range(steps)]
+
+        def gradient(x, pooled=pooled):
+            return oracles.numerical_gradient(lambda x: loss(x, pooled), x)
+
+        x = oracles.adam(x, gradient, rates.__getitem__, steps, project, config.betas)
+    assert np.abs(x - start).max() > 0.1
+    np.testing.assert_allclose(made.pixels, x * std + mean, atol=2e-4)
+    assert torch.equal(made.targets, torch.eye(3)[:2])
+    if config.clamp:
+        assert made.pixels.min() >= -1e-6 and made.pixels.max() <= 1 + 1e-6
+        assert (made.pixels < 1e-6).any() and (made.pixels > 1 - 1e-6).any()
+
+
+@pytest.mark.parametrize("schedule", ["constant", "cosine"])
+@pytest.mark.parametrize(("warmup", "rising", "steps"), [(0.0, 0, 7), (0.05, 100, 2000), (0.5, 3, 7), (1.0, 5, 5)])
+def test_learning_rate(warmup, rising, steps, schedule, tmp_path):
+    method = synthesizer("deepdream", tmp_path, warmup=warmup, schedule=schedule)
+    rates = [method.rate(step, steps) for step in range(steps)]
+    np.testing.assert_allclose(rates, [oracles.inversion_rate(t, steps, rising, schedule) for t in range(steps)])
+    method.rate(steps, steps)  # a scheduler asks once more after the last step
+
+
+def test_what_the_teacher_sees_of_each_stage(tmp_path):
+    """Half the sides first, rolled by half as much; gradients reach every pixel of the full images."""
+    teacher, sizes = smooth_teacher(), []
+    method = synthesizer("deepdream", tmp_path, teacher, coarse_iterations=2, iterations=3, jitter=3, total_variation=0)
+    with teacher.net.register_forward_pre_hook(lambda _, inputs: sizes.append(tuple(inputs[0].shape[2:]))):
+        method.make(0, 2)
+    assert sizes == [(2, 3)] * 2 + [(4, 6)] * 3
+    images = torch.randn(2, 2, 4, 6)
+    moved = images.clone().requires_grad_()
+    method._optimize(moved, torch.eye(3)[:2], 2, 1)
+    change = (moved.detach() - images).unflatten(2, (2, 2)).unflatten(4, (3, 2)).transpose(3, 4).flatten(4)
+    assert (change != 0).all()
+    torch.testing.assert_close(change, change[..., :1].expand_as(change))  # the same in each two by two pixels
+
+    for size, reach in (((4, 6), 3), ((2, 3), 1)):
+        picture = torch.arange(float(np.prod(size))).view(size).expand(1, 2, -1, -1)
+        shifts = {tuple(int(i) for i in np.argwhere(method.view(picture)[0, 0].numpy() == 0)[0]) for _ in range(200)}
+        steps = range(-reach, reach + 1)
+        assert shifts == {(down % size[0], right % size[1]) for down in steps for right in steps}
+
+
+def test_images_are_mirrored_one_by_one(tmp_path):
+    method = synthesizer("deepdream", tmp_path, smooth_teacher(), jitter=0, flip=True)
+    images = torch.randn(64, 2, 4, 6)
+    view = method.view(images)
+    mirrored, kept = ((view == other).flatten(1).all(1) for other in (images.flip(-1), images))
+    assert torch.equal(mirrored, ~kept)
+    assert 16 < mirrored.sum() < 48
+    still = synthesizer("deepdream", tmp_path, smooth_teacher(), jitter=0)
+    assert still.view(images) is images
+
+
+def test_half_the_sides_need_a_teacher_that_takes_them(cli, teacher, tmp_path):
+    command = ["synthesize", "--method", "deepdream", "--teacher", teacher, "--out", tmp_path / "s"]
+    for more in ([], ["--dry-run"]):
+        code, _, err = cli(*command, "--coarse-iterations", "1", "--iterations", "1", "--num-images", "2", *more)
+        assert code == 3
+        assert "lenet5 does not take images of half the sides -- leave out --coarse-iterations" in err
+    assert cli(*command, "--dry-run")[0] == 0  # what is off stays off
+
+
+# -- what is watched ---------------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize(
+    ("name", "values", "layers"),
+    [
+        ("deepdream", {}, 0),
+        ("deepinversion", {"statistics": 0.0}, 0),
+        ("deepinversion", {}, 2),
+        ("adaptive-deepinversion", {"statistics": 0.0}, 0),
+        ("adaptive-deepinversion", {}, 2),
+    ],
+)
+def test_layers_are_watched_only_for_a_term(name, values, layers, tmp_path):
+    teacher, hooks = smooth_teacher(), []
+    method = synthesizer(name, tmp_path, teacher, **values)
+    with teacher.net[0].register_forward_hook(lambda *_: hooks.append(sum(state(teacher)["hooks"]) - 1)):
+        made = method.make(0, 2)
+    assert hooks == [layers] * 2
+    assert ("statistics" in made.terms) == bool(layers)
+
+
+def test_layers_that_do_not_run_have_no_part(tmp_path):
+    teacher = smooth_teacher()
+    torch.manual_seed(0)
+    expected = synthesizer("deepinversion", tmp_path, teacher, first_layer=5.0).make(0, 2)
+    teacher.net.insert(1, nn.Sequential())
+    teacher.net[1].auxiliary = nn.BatchNorm2d(7)  # the first of the modules: not the first layer that runs
+    teacher.net[1].forward = lambda x: x
+    assert len(teacher.batch_norms()) == 3
+    torch.manual_seed(0)
+    made = synthesizer("deepinversion", tmp_path, teacher, first_layer=5.0).make(0, 2)
+    assert made.terms == expected.terms
+
+
+# -- a student in the loop ---------------------------------------------------------------------------------------------
+
+
+class Witness:
+    """What a student is shown: its mode, its images, and its learning rate."""
+
+    def __init__(self, method: PoolTrainer) -> None:
+        self.calls: list[tuple[bool, Tensor, float]] = []
+        self.method = method
+        method.student.net.register_forward_pre_hook(self.note)
+
+    def note(self, net: nn.Module, inputs: tuple[Tensor]) -> None:
+        rate = self.method.student_optimizer.param_groups[0]["lr"]
+        self.calls.append((net.training, inputs[0].detach().clone(), rate))
+
+    def rounds(self, count: int) -> list[list[tuple[bool, Tensor, float]]]:
+        size = len(self.calls) // count
+        assert size * count == len(self.calls)
+        return [self.calls[i * size : (i + 1) * size] for i in range(count)]
+
+
+def run(method: PoolTrainer, directory: Path) -> None:
+    run = RunDirectory(directory, resolve("synthesize", [("", {"method": "noise", "device": "cpu"})]), [], {})
+    run.claim()
+    with run.guard():
+        fit(method, run, Terminal(silent=True))
+
+
+def adaptive(directory: Path, **values) -> PoolTrainer:
+    settings = {"num_images": 6, "iterations": 3, "student_steps": 4, "student_batch_size": 2, "dtype": "float32"}
+    method = synthesizer("adaptive-deepinversion", directory, smooth_teacher(), **(settings | values))
+    method.student = smooth_teacher(2)
+    return method
+
+
+def test_the_student_is_trained_on_the_shards_so_far(tmp_path):
+    method = adaptive(tmp_path, student_lr=0.3)
+    before = copy.deepcopy(method.student.state_dict())
+    witness = Witness(method)
+    run(method, tmp_path)
+    pools = [method.writer.read(index)["images"] for index in range(3)]
+    steps = 0
+    for index, calls in enumerate(witness.rounds(3)):
+        assert [training for training, *_ in calls] == [False] * 3 + [True] * 4
+        seen = torch.cat([method.teacher.denormalise(images) for training, images, _ in calls if training])
+        distance = torch.cdist(seen.flatten(1), torch.cat(pools).flatten(1))
+        assert distance.amin(1).max() < 1e-3
+        shards = distance.argmin(1) // 2
+        assert set(shards.tolist()) == set(range(index + 1)) and len(seen) == 8
+        for _, _, rate in calls[3:]:
+            assert rate == pytest.approx(0.3 * (1 + np.cos(np.pi * steps / 12)) / 2, abs=1e-12)
+            steps += 1
+    assert method.student_optimizer.param_groups[0]["lr"] == pytest.approx(0, abs=1e-12)
+    assert all(not torch.equal(value, before[name]) for name, value in method.student.state_dict().items())
+
+
+def test_shards_of_later_rounds_are_not_in_the_pool(tmp_path):
+    first, again = adaptive(tmp_path), adaptive(tmp_path)
+    run(first, tmp_path)
+    finished = {path.name: sha256_file(path) for path in tmp_path.glob("*.safetensors")}
+    shutil.rmtree(tmp_path / "checkpoints")
+    again = adaptive(tmp_path)
+    assert again.writer.missing() == []  # all there, as a kill before the first checkpoint would leave them
+    run(again, tmp_path)
+    assert {path.name: sha256_file(path) for path in tmp_path.glob("*.safetensors")} == finished
+    for name, value in first.student.state_dict().items():
+        assert torch.equal(value, again.student.state_dict()[name]), name
+
+
+def test_a_student_that_is_not_trained_stays_as_it_is(tmp_path):
+    method = adaptive(tmp_path, student_steps=0)
+    before = copy.deepcopy(method.student.state_dict())
+    run(method, tmp_path)
+    assert all(torch.equal(value, before[name]) for name, value in method.student.state_dict().items())
+
+
+@pytest.mark.parametrize("network", ["teacher", "student"])
+def test_networks_are_left_as_they_were_after_a_failure(network, tmp_path):
+    method = adaptive(tmp_path)
+    before = state(method.teacher)
+    with getattr(method, network).net[0].register_forward_hook(lambda *_: 1 / 0), pytest.raises(ZeroDivisionError):
+        run(method, tmp_path)
+    after = state(method.teacher)
+    assert (after["hooks"], after["training"]) == (before["hooks"], before["training"])
+    for name, value in before["tensors"].items():
+        assert torch.equal(value, after["tensors"][name]), name
+    assert all(p.grad is None for p in method.teacher.parameters())
+
+
+# -- the command -------------------------------------------------------------------------------------------------------
+
+COMMAND = [
+    "synthesize", "--method", "adaptive-deepinversion", "--student", "lenet5-half", "--num-images", "24",
+    "--batch-size", "2", "--iterations", "2", "--student-steps", "2", "--student-batch-size", "4", "--crop", "2",
+    "--flip", "--device", "cpu",
+]  # fmt: skip
+STUDENT = ("student/model.safetensors", "student/model.json")
+
+
+def files(directory: Path) -> dict[str, str]:
+    names = [path.name for path in directory.glob("shard-*")]
+    return {name: sha256_file(directory / name) for name in [*names, "manifest.json", "metrics.csv", *STUDENT]}
+
+
+def test_killed_and_continued_is_the_uninterrupted_run(tmp_path, make_teacher, cli):
+    command = [*COMMAND, "--teacher", str(make_teacher("resnet8")), "--out"]
+    kill_after_saving([*command, "killed"], tmp_path, tmp_path / "killed" / "checkpoints" / "last.ckpt")
+    assert not (tmp_path / "killed" / "student").exists()
+    for name in ("whole", "killed"):
+        assert cli(*command, tmp_path / name)[0] == 0
+    expected = files(tmp_path / "whole")
+    assert len(expected) == 12 + 4
+    assert files(tmp_path / "killed") == expected
+
+    record = json.loads((tmp_path / "whole" / "run.json").read_text())
+    assert set(STUDENT) <= {file["path"] for file in record["artifacts"]}
+    assert ShardReader(tmp_path / "whole").manifest["method"] == "adaptive-deepinversion"
+    rows = (tmp_path / "whole" / "metrics.csv").read_text().splitlines()
+    assert rows[0].split(",") == ["round", "cross_entropy", "total_variation", "statistics", "competition", "soft"]
+    assert len(rows) == 13
+
+    shard = tmp_path / "whole" / "shard-00003.safetensors"
+    shard.write_bytes(shard.read_bytes()[:-1])  # a part of the student's past is lost
+    code, _, err = cli(*command, tmp_path / "whole")
+    assert code == 0, err
+    assert files(tmp_path / "whole") == expected
+
+
+def test_a_student_in_the_loop_is_trained_by_one_process(tmp_path, make_teacher, cli):
+    for more in ([], ["--dry-run"]):
+        command = [*COMMAND, "--teacher", make_teacher("resnet8"), "--out", tmp_path / "s", "--devices", "2", *more]
+        code, _, err = cli(*command)
+        assert code == 2
+        assert err == "error: a student in the loop is trained by one process -- give --devices 1 --num-nodes 1\n"
+    assert not (tmp_path / "s").exists()
+    assert cli(*command[:-3], "--dry-run")[0] == 0
+
+
+@pytest.mark.parametrize("name", METHODS[1:])
+def test_a_teacher_without_batch_norm_is_told_what_works(name, tmp_path, teacher, cli):
+    student = ["--student", "lenet5-half"] if name.startswith("adaptive") else []
+    code, _, err = cli("synthesize", "--method", name, *student, "--teacher", teacher, "--out", tmp_path / "s")
+    assert code == 3
+    assert f"--method {name} needs a teacher with BatchNorm, lenet5 has none" in err
+    works = err.partition("these work without: ")[2].strip().split(", ")
+    assert {"deepdream", "zskd", "class-impressions"} <= set(works) and not set(METHODS[1:]) & set(works)
