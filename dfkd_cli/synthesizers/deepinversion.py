@@ -10,6 +10,7 @@ the paper's command for CIFAR-10; ``coarse_iterations``, ``schedule``, ``clamp``
 
 Differences from the released code:
 
+- Variances are unbiased, as those that BatchNorm records; the code compares the batch's biased ones with them.
 - Images are mirrored one by one with probability 1/2 instead of the whole batch.
 - ``l2`` is the mean of the images' norms, as in its ImageNet script; its CIFAR-10 script takes the norm of the batch.
 - Every batch has images of all classes in turn.
