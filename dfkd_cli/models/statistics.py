@@ -3,10 +3,12 @@
 from __future__ import annotations
 
 import contextlib
-from collections.abc import Iterator
+from collections import defaultdict
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from typing import Any
 
+import torch
 from torch import Tensor, nn
 
 from dfkd_cli.models.classifier import Classifier
@@ -45,17 +47,47 @@ def recorded_moments(classifier: Classifier) -> dict[str, Moments]:
     return found
 
 
+class RunningMoments:
+    """Mean and biased variance per channel of activations (B, C, ...) that come in batches, as if they came at once.
+
+    Attributes:
+        count: Values per channel so far.
+        mean: (C,) float64.
+    """
+
+    def __init__(self) -> None:
+        self.count = 0
+        self.mean = self._squares = torch.zeros((), dtype=torch.float64)
+
+    @property
+    def variance(self) -> Tensor:
+        """(C,) float64."""
+        return self._squares / self.count
+
+    def add(self, batch: Tensor) -> None:
+        """Take in a batch: the pairwise update of Chan, Golub and LeVeque, which loses no digits to cancellation."""
+        values = batch.transpose(0, 1).flatten(1)
+        variance, mean = (moment.cpu().double() for moment in torch.var_mean(values, dim=1, correction=0))
+        new = values.shape[1]
+        shift, total = mean - self.mean, self.count + new
+        self._squares = self._squares + variance * new + shift**2 * (self.count * new / total)
+        self.mean = self.mean + shift * (new / total)
+        self.count = total
+
+
 @contextlib.contextmanager
 def batch_moments(classifier: Classifier, correction: int = 0) -> Iterator[dict[str, Moments]]:
     """The moments of what last went into every BatchNorm layer, whenever ``net`` runs inside the ``with`` block."""
     seen: dict[str, Moments] = {}
+    with _inputs(classifier, lambda name, values: seen.update({name: moments(values.float(), correction)})):
+        yield seen
 
-    def watch(name: str) -> Any:
-        return lambda _, inputs: seen.update({name: moments(inputs[0].float(), correction)})
 
-    with contextlib.ExitStack() as hooks:
-        for name, layer in _layers(classifier).items():
-            hooks.enter_context(layer.register_forward_pre_hook(watch(name)))
+@contextlib.contextmanager
+def running_moments(classifier: Classifier) -> Iterator[dict[str, RunningMoments]]:
+    """The moments of all that goes into every BatchNorm layer that runs inside the ``with`` block."""
+    seen: dict[str, RunningMoments] = defaultdict(RunningMoments)
+    with _inputs(classifier, lambda name, values: seen[name].add(values)):
         yield seen
 
 
@@ -64,6 +96,19 @@ def gaussian_divergence(p: Moments, q: Moments, epsilon: float = 1e-6) -> Tensor
     ours, theirs = p.variance.clamp_min(epsilon), q.variance.clamp_min(epsilon)
     ratio = ours / theirs
     return 0.5 * (ratio + (p.mean - q.mean).square() / theirs - 1 - ratio.log())
+
+
+@contextlib.contextmanager
+def _inputs(classifier: Classifier, take: Callable[[str, Tensor], None]) -> Iterator[None]:
+    """Call ``take`` with the name of a BatchNorm layer and what goes into it."""
+
+    def watch(name: str) -> Any:
+        return lambda _, inputs: take(name, inputs[0])
+
+    with contextlib.ExitStack() as hooks:
+        for name, layer in _layers(classifier).items():
+            hooks.enter_context(layer.register_forward_pre_hook(watch(name)))
+        yield
 
 
 def _layers(classifier: Classifier) -> dict[str, nn.Module]:

@@ -17,10 +17,10 @@ from dfkd_cli.data.sources import Source
 from dfkd_cli.errors import ConfigError, RunFailed
 from dfkd_cli.models.activations import outputs_of, pre_activations
 from dfkd_cli.models.classifier import Classifier, probe
+from dfkd_cli.models.statistics import RunningMoments
 from dfkd_cli.resolve import Settings
 from dfkd_cli.stages.inputs import load_teacher, pick_device, real_images
 from dfkd_cli.stages.measures import batches
-from dfkd_cli.stages.shard_measures import Moments
 from dfkd_cli.stages.training import rehearse
 from dfkd_cli.ui import Progress, Terminal
 
@@ -91,7 +91,7 @@ def collect(
         shapes = {name: tuple(outputs[name].shape[1:]) for name in layers}
         units = {name: math.prod(shape) for name, shape in shapes.items()}
         head, joint = list(layers)[-1], last_layers(units, covariance_units)
-        moments = {name: [Moments() for _ in classes] for name in layers if name not in joint}
+        moments = {name: [RunningMoments() for _ in classes] for name in layers if name not in joint}
         together = [Covariance(sum(units[name] for name in joint)) for _ in classes]
         for images in batches(source, batch_size, device):
             classifier(images.pixels)
@@ -129,7 +129,7 @@ def last_layers(units: Mapping[str, int], limit: int) -> list[str]:
     return list(units)[-max(count, 1) :]
 
 
-class Covariance(Moments):
+class Covariance(RunningMoments):
     """Mean and population covariance of rows (B, D), float64, that come in batches, as if they came at once."""
 
     def __init__(self, units: int) -> None:
@@ -142,7 +142,7 @@ class Covariance(Moments):
         return self._scatter / max(self.count, 1)
 
     def add(self, batch: Tensor) -> None:
-        """Take in a batch: the update of :class:`Moments` for every two units."""
+        """Take in a batch: the update of :class:`RunningMoments` for every two units."""
         mean, new = batch.mean(0), len(batch)
         centred, shift = batch - mean, mean - self.mean
         self._scatter.addmm_(centred.T, centred)
@@ -150,7 +150,7 @@ class Covariance(Moments):
         super().add(batch)
 
 
-def _by_class(seen: Sequence[Moments], units: int) -> tuple[Tensor, Tensor]:
+def _by_class(seen: Sequence[RunningMoments], units: int) -> tuple[Tensor, Tensor]:
     """Means and variances (K, D) float64, zeros for a class without images."""
     nothing = torch.zeros(units, dtype=torch.float64)
     means = torch.stack([moments.mean if moments.count else nothing for moments in seen])

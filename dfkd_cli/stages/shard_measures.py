@@ -1,9 +1,10 @@
-"""What is measured of data impressions: what the teacher says about them, how varied and how plausible they are."""
+"""What is measured of images: what the teacher says about them, how varied and how plausible they are."""
 
 from __future__ import annotations
 
-import contextlib
 import math
+from collections.abc import Iterable, Mapping
+from contextlib import AbstractContextManager, nullcontext
 from typing import Any
 
 import torch
@@ -11,19 +12,26 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from dfkd_cli.artifacts.shards import ShardReader
-from dfkd_cli.data.sources import Images
+from dfkd_cli.data.sources import Images, Source
 from dfkd_cli.models.classifier import Classifier
+from dfkd_cli.models.statistics import (
+    Moments,
+    RunningMoments,
+    gaussian_divergence,
+    recorded_moments,
+    running_moments,
+)
 from dfkd_cli.stages.measures import BATCH, CPU, split
 
-SAMPLE = 1000  # images, evenly spaced, for what is too slow or too large for all of them
+SAMPLE = 1000  # images, evenly spaced, for what is too slow for all of them
 TOLERANCE = 1e-3  # of logits recomputed on another machine
+DEAD = 1e-5  # recorded variance of a channel that never told images apart
 
 
-@torch.no_grad()
 def measure_shards(
     reader: ShardReader, teacher: Classifier | None, device: torch.device, batch_size: int = BATCH
 ) -> dict[str, Any]:
-    """Read every shard once and measure it; shares are of all images.
+    """Read every shard once and measure it; the logits are the stored ones.
 
     Args:
         reader: The shards.
@@ -32,53 +40,89 @@ def measure_shards(
         batch_size: Images of a forward pass.
 
     Returns:
-        Of the stored logits: ``count``, ``confidence`` (mean greatest probability), ``class_histogram`` (images by the
-        class given), ``class_balance`` (its entropy as a share of the greatest possible: 1 is balanced).
+        See :func:`_measure`.
+    """
+    shards = (reader.read(index) for index in range(len(reader.sizes)))
+    temperature = reader.manifest.get("config", {}).get("temperature", 1.0)
+    return _measure(shards, sum(reader.sizes), reader.num_classes, temperature, teacher, device, batch_size)
+
+
+def measure_images(
+    source: Source, teacher: Classifier, device: torch.device, batch_size: int = BATCH
+) -> dict[str, Any]:
+    """Read every image of a source once and measure them as :func:`measure_shards` does."""
+    chunks = ({"images": source.chunk(index).pixels} for index in range(len(source.sizes)))
+    return _measure(chunks, len(source), teacher.info.num_classes, 1.0, teacher, device, batch_size)
+
+
+@torch.no_grad()
+def _measure(
+    chunks: Iterable[Mapping[str, Tensor]],
+    count: int,
+    num_classes: int,
+    temperature: float,
+    teacher: Classifier | None,
+    device: torch.device,
+    batch_size: int,
+) -> dict[str, Any]:
+    """Measures of ``images`` and of the ``logits`` and ``targets`` stored with them; shares are of all images.
+
+    Returns:
+        Of the logits: ``count``, ``confidence`` (mean greatest probability), ``class_histogram`` (images by the class
+        given), ``class_balance`` (its entropy as a share of the greatest possible: 1 is balanced).
         Of the stored targets, None without them: ``target_match`` (share whose most probable class is the one given),
         ``target_divergence`` (mean KL(target || softmax(logits / temperature)), nats, at the method's temperature).
         Of the images: ``value_range``, ``diversity`` (mean distance of two images, root mean square over pixels).
-        With the teacher, else None: ``logits_ok`` (whether the stored logits are its answers), ``bn_distance`` and
-        ``bn_distance_layers`` (see :func:`bn_distances`; None without BatchNorm).
+        ``logits_ok``: whether the stored logits are the teacher's answers; None without either.
+        With a teacher that has BatchNorm, else None: ``bn_distance``, the sum of :func:`bn_distances`;
+        ``bn_divergence``, the mean of :func:`bn_divergences`; both by layer in ``bn_distance_layers`` and
+        ``bn_divergence_layers``.
     """
-    count = sum(reader.sizes)
     chosen = torch.arange(min(count, SAMPLE)) * count // min(count, SAMPLE)
-    temperature = reader.manifest.get("config", {}).get("temperature", 1.0)
-    histogram = torch.zeros(reader.num_classes, dtype=torch.int64)
+    histogram = torch.zeros(num_classes, dtype=torch.int64)
     confidence = divergence = 0.0
     matches = aimed = first = 0
     low, high = math.inf, -math.inf
     sample: list[Tensor] = []
-    logits_ok = True
-    for index, size in enumerate(reader.sizes):
-        shard = reader.read(index)
-        logits, targets = shard["logits"].double(), shard.get("targets")
-        given = logits.argmax(1)
-        histogram += given.bincount(minlength=reader.num_classes)
-        confidence += float(logits.softmax(1).amax(1).sum())
-        if targets is not None:
-            aimed += size
-            matches += int((targets.argmax(1) == given).sum())
-            divergence += float(F.kl_div((logits / temperature).log_softmax(1), targets.double(), reduction="sum"))
-        images = Images(shard["images"]).to(CPU)
-        low, high = min(low, float(images.pixels.min())), max(high, float(images.pixels.max()))
-        sample.append(images.pixels[chosen[(chosen >= first) & (chosen < first + size)] - first])
-        if teacher is not None:
-            logits_ok &= torch.allclose(_logits(teacher, images, device, batch_size), shard["logits"], atol=TOLERANCE)
-        first += size
+    logits_ok: bool | None = None
+    watching: AbstractContextManager[dict[str, RunningMoments]]
+    watching = nullcontext({}) if teacher is None else running_moments(teacher)
+    with watching as seen:
+        for chunk in chunks:
+            images = Images(chunk["images"]).to(CPU)
+            size, targets = len(images.pixels), chunk.get("targets")
+            answers = {} if teacher is None else {"logits": _logits(teacher, images, device, batch_size)}
+            if answers and "logits" in chunk:
+                same = torch.allclose(answers["logits"], chunk["logits"], atol=TOLERANCE)
+                logits_ok = logits_ok is not False and same
+            logits = {**answers, **chunk}["logits"].double()
+            given = logits.argmax(1)
+            histogram += given.bincount(minlength=num_classes)
+            confidence += float(logits.softmax(1).amax(1).sum())
+            if targets is not None:
+                aimed += size
+                matches += int((targets.argmax(1) == given).sum())
+                divergence += float(F.kl_div((logits / temperature).log_softmax(1), targets.double(), reduction="sum"))
+            low, high = min(low, float(images.pixels.min())), max(high, float(images.pixels.max()))
+            sample.append(images.pixels[chosen[(chosen >= first) & (chosen < first + size)] - first])
+            first += size
     drawn = torch.cat(sample)
-    layers = bn_distances(teacher, drawn, device, batch_size) if teacher is not None else []
+    recorded = {} if teacher is None else recorded_moments(teacher)
+    distances, divergences = bn_distances(seen, recorded), bn_divergences(seen, recorded)
     return {
         "count": count,
         "confidence": confidence / count,
-        "class_balance": float(torch.special.entr(histogram / count).sum()) / math.log(reader.num_classes),
+        "class_balance": float(torch.special.entr(histogram / count).sum()) / math.log(num_classes),
         "class_histogram": histogram.tolist(),
         "target_match": matches / aimed if aimed else None,
         "target_divergence": divergence / aimed if aimed else None,
         "diversity": float(torch.pdist(drawn.flatten(1)).double().mean()) / math.sqrt(drawn[0].numel()),
         "value_range": [low, high],
-        "bn_distance": sum(layers) if layers else None,
-        "bn_distance_layers": layers or None,
-        "logits_ok": logits_ok if teacher is not None else None,
+        "bn_distance": sum(distances.values()) if distances else None,
+        "bn_distance_layers": distances or None,
+        "bn_divergence": sum(divergences.values()) / len(divergences) if divergences else None,
+        "bn_divergence_layers": divergences or None,
+        "logits_ok": logits_ok,
     }
 
 
@@ -87,55 +131,35 @@ def _logits(teacher: Classifier, images: Images, device: torch.device, batch_siz
     return torch.cat([teacher(batch.pixels).float().cpu() for batch in split(images, batch_size, device)])
 
 
-@torch.no_grad()
-def bn_distances(teacher: Classifier, images: Tensor, device: torch.device, batch_size: int = BATCH) -> list[float]:
-    """How far the input of each BatchNorm layer is from what the layer saw in training, on images (N, C, H, W).
+def bn_distances(seen: Mapping[str, RunningMoments], recorded: Mapping[str, Moments]) -> dict[str, float]:
+    """``|mean - running_mean|_2 + |var - running_var|_2`` over the channels of each BatchNorm layer that ran.
 
-    ``|mean - running_mean|_2 + |var - running_var|_2`` over channels, the statistic of DeepInversion
-    (arXiv:1912.08795), with the mean and the biased variance of all images and positions. In module order, without
-    layers that the teacher does not run.
+    The statistic of DeepInversion (arXiv:1912.08795), with the mean and the variance of all images and positions.
     """
-    layers = teacher.batch_norms()
-    seen = [Moments() for _ in layers]
-    with contextlib.ExitStack() as hooks:
-        for layer, moments in zip(layers, seen, strict=True):
-            hook = layer.register_forward_pre_hook(lambda _, inputs, moments=moments: moments.add(inputs[0]))
-            hooks.callback(hook.remove)
-        if layers:
-            _logits(teacher, Images(images), device, batch_size)
-    return [
-        float(
-            (moments.mean - layer.get_buffer("running_mean").cpu()).norm()
-            + (moments.variance - layer.get_buffer("running_var").cpu()).norm()
-        )
-        for layer, moments in zip(layers, seen, strict=True)
-        if moments.count
-    ]
+    return {
+        name: float((ours.mean - theirs.mean).norm() + (ours.variance - theirs.variance).norm())
+        for name, ours, theirs in _pairs(seen, recorded)
+    }
 
 
-class Moments:
-    """Mean and biased variance per channel of activations (B, C, ...) that come in batches, as if they came at once.
+def bn_divergences(seen: Mapping[str, RunningMoments], recorded: Mapping[str, Moments]) -> dict[str, float]:
+    """``KL(N(running_mean, running_var) || N(mean, var))`` in nats, mean over the channels of each layer that ran.
 
-    Attributes:
-        count: Values per channel so far.
-        mean: (C,) float64.
+    The similarity measure of The Knowledge Within (arXiv:1912.01274): low for images like those of the training.
+    Channels that were dead in training, whose variance was below 1e-5, do not count.
     """
+    found = {}
+    for name, ours, theirs in _pairs(seen, recorded):
+        alive = theirs.variance >= DEAD
+        if alive.any():
+            found[name] = float(gaussian_divergence(theirs, Moments(ours.mean, ours.variance))[alive].mean())
+    return found
 
-    def __init__(self) -> None:
-        self.count = 0
-        self.mean = self._squares = torch.zeros((), dtype=torch.float64)
 
-    @property
-    def variance(self) -> Tensor:
-        """(C,) float64."""
-        return self._squares / self.count
-
-    def add(self, batch: Tensor) -> None:
-        """Take in a batch: the pairwise update of Chan, Golub and LeVeque, which loses no digits to cancellation."""
-        values = batch.transpose(0, 1).flatten(1)
-        variance, mean = (moment.cpu().double() for moment in torch.var_mean(values, dim=1, correction=0))
-        new = values.shape[1]
-        shift, total = mean - self.mean, self.count + new
-        self._squares = self._squares + variance * new + shift**2 * (self.count * new / total)
-        self.mean = self.mean + shift * (new / total)
-        self.count = total
+def _pairs(
+    seen: Mapping[str, RunningMoments], recorded: Mapping[str, Moments]
+) -> Iterable[tuple[str, RunningMoments, Moments]]:
+    """The layers that ran, both their moments in float64 on the CPU."""
+    for name, ours in seen.items():
+        theirs = recorded[name]
+        yield name, ours, Moments(theirs.mean.double().cpu(), theirs.variance.double().cpu())
