@@ -14,8 +14,10 @@ import pytest
 import torch
 from stand_ins import random_images
 from torch import nn
+from torchvision.io import write_png
 
 from dfkd_cli.artifacts.shards import MANIFEST, ShardReader, ShardWriter
+from dfkd_cli.cli.app import main
 from dfkd_cli.data import datasets
 from dfkd_cli.data.datasets import Dataset
 from dfkd_cli.data.sources import RealSource
@@ -496,10 +498,70 @@ def test_shards_and_models_mix(here, cli):
     code, out, _ = cli("evaluate", "shards", "student/", "--teacher", "resnet")
     assert code == 0
     assert " ".join(out.splitlines()[0].split()) == "MODEL TOP-1 TOP-5 NLL ECE AGREEMENT PARAMS MACS LATENCY"
-    heads = "SHARDS IMAGES CONFIDENCE BALANCE TARGET MATCH DIVERSITY BN DISTANCE"
+    heads = "SET IMAGES CONFIDENCE BALANCE TARGET MATCH DIVERSITY BN DISTANCE BN DIVERGENCE"
     assert " ".join(out.splitlines()[2].split()) == heads
     assert f"{student['top1']:.2%}" in out.splitlines()[1]
     assert f"{shards['bn_distance']:.3f}" in out.splitlines()[3]
+
+
+@pytest.fixture(scope="module")
+def trained(tmp_path_factory) -> Path:
+    """A directory with the teacher and some of its training images as files."""
+    root = tmp_path_factory.mktemp("trained")
+    code = main(
+        ["train-teacher", "--model", "resnet8", "--steps", "30", "--batch-size", "32", "--out", f"{root}/teacher"]
+    )
+    assert code == 0
+    train = datasets.load("digits", "train")
+    (root / "photos").mkdir()
+    for index, pixels in enumerate(train.images(torch.arange(60))):
+        write_png(pixels, str(root / "photos" / f"{index}.png"))
+    return root
+
+
+def test_sets_of_images_are_ranked_by_their_likeness_to_the_training_data(trained, dfkd):
+    paths = ["noise:100", "real:100", "photos/", "digits"]
+    done = dfkd("evaluate", *paths, "--out", "out", "--json", cwd=trained)
+    assert done.returncode == 0, done.stderr
+    results = json.loads(done.stdout)["results"]
+    assert json.loads((trained / "out" / "results.json").read_text())["results"] == results
+    assert [(r["path"], r["kind"], r["count"]) for r in results] == [
+        ("noise:100", "images", 100), ("real:100", "images", 100),
+        ("photos/", "images", 60), ("digits", "images", 1437),
+    ]  # fmt: skip
+    noise, *real = [result["bn_divergence"] for result in results]
+    assert noise > 1.5 * max(real)
+    layers = [
+        name for name, m in load_model(trained / "teacher")[0].net.named_modules() if isinstance(m, nn.BatchNorm2d)
+    ]
+    for result in results:
+        assert sorted(result["bn_divergence_layers"]) == sorted(layers)
+        assert result["bn_divergence"] == pytest.approx(np.mean(list(result["bn_divergence_layers"].values())))
+
+
+def test_ranks_are_shown_and_by_layer_where_more_is_asked_for(trained, monkeypatch, cli):
+    monkeypatch.chdir(trained)
+    paths = ["teacher", "noise:40", "digits:40"]
+    code, out, err = cli("evaluate", *paths, "--teacher", "teacher", "-v")
+    assert code == 0, err
+    lines = [line.split() for line in out.splitlines()]
+    assert [line[0] for line in lines[:5]] == ["MODEL", "teacher", "SET", "digits:40", "noise:40"]
+    layers = load_model(trained / "teacher")[0].batch_norms()
+    assert lines[5] == ["BN", "DIVERGENCE", "noise:40", "digits:40"]
+    assert len(lines) == 6 + len(layers)
+    assert len(cli("evaluate", *paths)[1].splitlines()) == 5
+
+
+def test_images_without_batch_norm_or_without_a_teacher(pipeline, tmp_path, monkeypatch, cli):
+    monkeypatch.chdir(pipeline)
+    code, out, _ = cli("evaluate", "noise:30", "digits:30")  # a LeNet-5
+    assert code == 0
+    assert " ".join(out.splitlines()[0].split()) == "SET IMAGES CONFIDENCE BALANCE DIVERSITY"
+    assert [line.split()[0] for line in out.splitlines()[1:]] == ["noise:30", "digits:30"]
+    monkeypatch.chdir(tmp_path)
+    code, _, err = cli("evaluate", "noise:30")
+    assert code == 2
+    assert "give --teacher" in err
 
 
 def test_a_table_in_a_file_has_whole_paths(here, cli):
@@ -548,7 +610,10 @@ def test_a_teacher_alone(here, cli):
     ("arguments", "code", "message"),
     [
         (["absent"], 3, "absent: no such directory"),
-        (["empty"], 3, "neither a model directory nor a shard directory"),
+        (["empty"], 3, "empty: no image files in it"),
+        (["student", "noise"], 2, "noise needs a number of images"),
+        (["digits:many"], 2, "digits:many: 'many' is not a number of images"),
+        (["digits:5000"], 2, "the dataset has 1437"),
         (["student", "absent"], 3, "absent"),
         (["three"], 3, "digits has 10 classes, three 3"),
         (["student", "--teacher", "three"], 3, "digits has 10 classes, three 3"),

@@ -29,8 +29,8 @@ HELP = {
     "(shards/). The flags of a method: dfkd synthesize --method NAME --help",
     "distill": "Train a smaller student from a teacher and a transfer set.\n\nReads a teacher and transfer sets, "
     "writes a model directory (student/). The flags of an objective: dfkd distill --objective NAME --help",
-    "evaluate": "Measure models on test images, or shard directories.\n\nReads model or shard directories; writes "
-    "results.json when --out is given.",
+    "evaluate": "Measure models on test images, or images on a teacher.\n\nReads model or shard directories, folders "
+    "of images, datasets by name, real:N, noise:N; writes results.json when --out is given.",
     "compare": "Put finished directories side by side, or run a grid of pipelines.\n\nReads model directories, writes "
     "comparison/ with results.json, table.md and report.html.",
 }
@@ -39,7 +39,7 @@ EXAMPLES = {
     "collect-metadata": ["dfkd collect-metadata", "dfkd collect-metadata --teacher teacher/ --data-dir data/"],
     "synthesize": ["dfkd synthesize --method zskd --beta 1.0 0.1", "dfkd synthesize --method noise --num-images 1000"],
     "distill": ["dfkd distill --transfer-set shards/", "dfkd distill --transfer-set real:200 --student lenet5-half"],
-    "evaluate": ["dfkd evaluate", "dfkd evaluate student/ --min-top1 0.97", "dfkd evaluate shards/ --json"],
+    "evaluate": ["dfkd evaluate", "dfkd evaluate student/ --min-top1 0.97", "dfkd evaluate shards/ noise:1000 real"],
     "compare": ["dfkd compare student/", "dfkd compare --recipe digits --out comparison/"],
 }
 NEXT = {
@@ -236,7 +236,8 @@ def _stage(command: str, layers: list[Layer], terminal: Terminal) -> Any:
     extra("verbose", bool, "-v", "--verbose", help="more messages")
     extra("debug", bool, "--debug", help="show tracebacks")
     if command in ("evaluate", "compare"):
-        info = typer.Argument(metavar="PATH ...", help="model or shard directories", show_default=False)
+        what = "model or shard directories" + (", other images" if command == "evaluate" else "")
+        info = typer.Argument(metavar="PATH ...", help=what, show_default=False)
         parameters["paths"] = Parameter(
             "paths", Parameter.KEYWORD_ONLY, default=None, annotation=Annotated[list[str] | None, info]
         )

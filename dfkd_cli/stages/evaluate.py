@@ -23,14 +23,23 @@ from dfkd_cli.data.sources import RealSource
 from dfkd_cli.errors import ArtifactError, ConfigError, GateNotMet
 from dfkd_cli.models.directory import RECORD
 from dfkd_cli.resolve import Settings
-from dfkd_cli.stages.inputs import LoadedModel, load_teacher, open_transfer_set, pick_device
+from dfkd_cli.stages.inputs import (
+    LoadedModel,
+    TransferSet,
+    is_images,
+    load_teacher,
+    open_images,
+    open_transfer_set,
+    pick_device,
+)
 from dfkd_cli.stages.measures import cost, examine, finite, share
-from dfkd_cli.stages.shard_measures import measure_shards
+from dfkd_cli.stages.shard_measures import measure_images, measure_shards
 from dfkd_cli.stages.training import rehearse
-from dfkd_cli.ui import Progress, Terminal
+from dfkd_cli.ui import VERBOSE, Progress, Terminal
 
 TEACHER, STUDENT = "teacher", "student"  # what is evaluated when nothing is named
 RESULTS = "results.json"
+DIVERGENCE = "bn_divergence"
 
 
 def run(settings: Settings, terminal: Terminal, dry_run: bool = False, paths: Sequence[str] = ()) -> dict[str, Any]:
@@ -54,9 +63,11 @@ def run(settings: Settings, terminal: Terminal, dry_run: bool = False, paths: Se
                 write_json(file, {"schema": 1, "results": results})
                 directory.finish([file], _headline(subjects, results))
         artifacts = {"results": str(file)}
-    for kind, columns in COLUMNS.items():
-        if rows := [result for result in results if result["kind"] == kind]:
+    for kinds, columns in TABLES.items():
+        if rows := [result for result in results if result["kind"] in kinds]:
             terminal.answer(_table(rows, columns))
+    if terminal.verbosity >= VERBOSE and (rows := [r for r in results if r.get("bn_divergence_layers")]):
+        terminal.answer(_layers(rows))
     _check_gate(results, settings.inputs.min_top1)
     return {"artifacts": artifacts, "metrics": _headline(subjects, results), "results": results}
 
@@ -146,7 +157,29 @@ class ShardSubject:
         return facts | measure_shards(self.reader, teacher, self.device, self.batch_size)
 
 
-Subject = ModelSubject | ShardSubject
+@dataclass(eq=False)
+class ImagesSubject:
+    """Any other images, shown to a teacher."""
+
+    is_teacher: ClassVar[bool] = False
+    path: str
+    images: TransferSet
+    teacher: LoadedModel
+    device: torch.device
+    batch_size: int
+
+    @property
+    def parents(self) -> list[dict[str, Any]]:
+        """What is read, as a run records it."""
+        return [self.teacher.parent("teacher"), self.images.parent]
+
+    def measure(self) -> dict[str, Any]:
+        """One entry of the results."""
+        measures = measure_images(self.images.source, self.teacher.classifier, self.device, self.batch_size)
+        return {"path": self.path, "kind": "images", "uses": list(self.images.uses), **measures}
+
+
+Subject = ModelSubject | ShardSubject | ImagesSubject
 
 
 def measure(subjects: list[Subject], terminal: Terminal) -> list[dict[str, Any]]:
@@ -193,8 +226,8 @@ def open_subjects(settings: Settings, terminal: Terminal) -> list[Subject]:
     """Open everything that will be measured, and check that it fits together.
 
     Raises:
-        ArtifactError: Missing, damaged, neither models nor shards, or of another number of classes than the dataset.
-        ConfigError: The device is not there, no dataset is known, or there is nothing to apply the gate to.
+        ArtifactError: Missing, damaged, neither models nor images, or of another number of classes than the dataset.
+        ConfigError: The device is not there, no dataset or teacher is known, or there is nothing to apply the gate to.
     """
     inputs, opener = settings.inputs, _Opener(settings)
     paths = inputs.paths or opener.default_paths()
@@ -202,7 +235,7 @@ def open_subjects(settings: Settings, terminal: Terminal) -> list[Subject]:
         raise ArtifactError("nothing to evaluate: no student/ and no teacher/ here", "dfkd evaluate PATH ...")
     subjects = [opener.open(path) for path in paths]
     if inputs.min_top1 is not None and not any(isinstance(subject, ModelSubject) for subject in subjects):
-        raise ConfigError("--min-top1 needs a model, these are shards", "dfkd evaluate student/ --min-top1 X")
+        raise ConfigError("--min-top1 needs a model, these are images", "dfkd evaluate student/ --min-top1 X")
     if opener.orphans:
         terminal.say(f"{', '.join(opener.orphans)}: not compared with the teacher, it is not here -- give --teacher")
     return subjects
@@ -216,7 +249,7 @@ class _Opener:
     """
 
     def __init__(self, settings: Settings) -> None:
-        self.inputs, self.allow_code = settings.inputs, settings.run.allow_code
+        self.inputs, self.allow_code, self.seed = settings.inputs, settings.run.allow_code, settings.run.seed
         self.device = pick_device(settings.run.device)
         self.orphans: list[str] = []
         self.teacher: LoadedModel | None = None
@@ -243,6 +276,8 @@ class _Opener:
             return self._shards(path)
         if Path(path, RECORD).is_file():
             return self._model(path, self._load(path))
+        if is_images(path):
+            return self._images(path)
         found = "neither a model directory nor a shard directory" if Path(path).exists() else "no such directory"
         raise ArtifactError(f"{path}: {found}", "give a directory that dfkd train-teacher, synthesize or distill made")
 
@@ -276,6 +311,14 @@ class _Opener:
             open_transfer_set(path, teacher, None, seed=0)  # raises where they do not fit each other
         return ShardSubject(path, reader, teacher, self.device, self.inputs.batch_size)
 
+    def _images(self, path: str) -> ImagesSubject:
+        if self.teacher is None:
+            raise ConfigError(
+                f"{path}: neither model nor shards, and images are measured with a teacher", "give --teacher"
+            )
+        images = open_images(path, self.teacher, self.inputs.data_dir, self.seed)
+        return ImagesSubject(path, images, self.teacher, self.device, self.inputs.batch_size)
+
     def _matching(self, path: str, recorded: str | None, own: str | None = None) -> LoadedModel | None:
         """The teacher to compare with: the one that was asked for, or ``teacher/`` where its hash is on record."""
         if self.teacher is not None and (self.inputs.teacher is not None or self.teacher.sha256 in (recorded, own)):
@@ -290,8 +333,8 @@ class _Opener:
 Column = tuple[str, str, Callable[[Any], str]]  # heading, key of a result, how its value is shown
 
 
-COLUMNS: dict[str, list[Column]] = {
-    "model": [
+TABLES: dict[tuple[str, ...], list[Column]] = {  # by the kinds of results
+    ("model",): [
         ("MODEL", "path", str),
         ("TOP-1", "top1", "{:.2%}".format),
         ("TOP-5", "top5", "{:.2%}".format),
@@ -303,21 +346,26 @@ COLUMNS: dict[str, list[Column]] = {
         ("LATENCY", "latency_ms", "{:.2f} ms".format),
         ("USES", "uses", " ".join),
     ],
-    "shards": [
-        ("SHARDS", "path", str),
+    ("shards", "images"): [
+        ("SET", "path", str),
         ("IMAGES", "count", "{:,}".format),
         ("CONFIDENCE", "confidence", "{:.3f}".format),
         ("BALANCE", "class_balance", "{:.3f}".format),
         ("TARGET MATCH", "target_match", "{:.2%}".format),
         ("DIVERSITY", "diversity", "{:.3f}".format),
         ("BN DISTANCE", "bn_distance", "{:.3f}".format),
+        ("BN DIVERGENCE", DIVERGENCE, "{:.4g}".format),
         ("USES", "uses", " ".join),
     ],
 }
 
 
 def _table(results: list[dict[str, Any]], columns: list[Column]) -> Table:
-    """What was measured; a column in which no result has anything is left out."""
+    """What was measured; a column in which no result has anything is left out.
+
+    Images are ranked by their divergence from the teacher's training data, smallest first; models stay in their order.
+    """
+    results = sorted(results, key=lambda result: (result.get(DIVERGENCE) is None, result.get(DIVERGENCE)))
     table = Table(box=None, header_style="bold")
     columns = [column for column in columns if any(result[column[1]] not in (None, []) for result in results)]
     for heading, key, _ in columns:
@@ -325,4 +373,15 @@ def _table(results: list[dict[str, Any]], columns: list[Column]) -> Table:
         table.add_column(heading, justify="left" if path else "right", no_wrap=not path, overflow="fold")
     for result in results:
         table.add_row(*(Text("-" if result[key] in (None, []) else show(result[key])) for _, key, show in columns))
+    return table
+
+
+def _layers(results: list[dict[str, Any]]) -> Table:
+    """The divergence of every set in each BatchNorm layer."""
+    table = Table(box=None, header_style="bold")
+    table.add_column("BN DIVERGENCE")
+    for result in results:
+        table.add_column(Text(result["path"]), justify="right", overflow="fold")
+    for layer in results[0]["bn_divergence_layers"]:
+        table.add_row(layer, *(f"{result['bn_divergence_layers'][layer]:.4g}" for result in results))
     return table

@@ -125,6 +125,10 @@ def real_images(teacher: LoadedModel, name: str, data_dir: str | None, count: in
     images = datasets.load(name, "train", data_dir=data_dir, image_shape=info.input_size)
     if len(images.classes) != info.num_classes:
         raise ArtifactError(f"{name} has {len(images.classes)} classes, the teacher {info.num_classes}")
+    return _some(images, count, seed)
+
+
+def _some(images: datasets.Dataset, count: int | None, seed: int) -> RealSource:
     return RealSource(images, datasets.class_balanced(images.labels, count, derive("few", seed)) if count else None)
 
 
@@ -134,6 +138,35 @@ def may_be_real(name: str) -> bool:
     return name.partition(":")[0] == "real" or (Path(name).is_dir() and not ours)
 
 
+def _counted(name: str) -> tuple[str, int | None]:
+    """``real:200`` as ``("real", 200)``, ``real`` as ``("real", None)``."""
+    kind, colon, count = name.partition(":")
+    if kind not in ("real", "noise", *datasets.DATASETS) or not colon or Path(name).exists():
+        return name, None
+    if not (count.isdigit() and int(count)):
+        raise ConfigError(f"{name}: {count!r} is not a number of images")
+    return kind, int(count)
+
+
+def is_images(name: str) -> bool:
+    """Whether :func:`open_images` may know the name."""
+    return _counted(name)[0] in ("real", "noise", *datasets.DATASETS) or Path(name).is_dir()
+
+
+def open_images(name: str, teacher: LoadedModel, data_dir: str | None, seed: int) -> TransferSet:
+    """Open what can be shown to a teacher: a transfer set, or a dataset's training images, ``NAME`` or ``NAME:N``.
+
+    Raises:
+        ConfigError: Neither, or the dataset has not so many images.
+        ArtifactError: Missing or damaged.
+    """
+    dataset, count = _counted(name)
+    if dataset not in datasets.DATASETS or Path(name).exists():
+        return open_transfer_set(name, teacher, data_dir, seed)
+    images = datasets.load(dataset, "train", data_dir=data_dir, image_shape=teacher.classifier.info.input_size)
+    return TransferSet(_some(images, count, seed), {"role": "images", "spec": name})
+
+
 def open_transfer_set(name: str, teacher: LoadedModel, data_dir: str | None, seed: int) -> TransferSet:
     """Open ``real``, ``real:N``, ``noise:N``, a shard directory, a generator directory, or a folder of images.
 
@@ -141,18 +174,16 @@ def open_transfer_set(name: str, teacher: LoadedModel, data_dir: str | None, see
         ConfigError: Not a transfer set.
         ArtifactError: Missing or damaged, or made for another teacher.
     """
-    kind, _, count = name.partition(":")
+    kind, count = _counted(name)
     info = teacher.classifier.info
     if kind in ("real", "noise") and not Path(name).exists():
-        if count and not (count.isdigit() and int(count)):
-            raise ConfigError(f"transfer set {name}: {count!r} is not a number of images")
         if kind == "noise":
             if not count:
                 raise ConfigError("transfer set noise needs a number of images", "e.g. noise:1000")
-            return TransferSet(NoiseSource(int(count), info.input_size, seed), {"role": "transfer-set", "spec": name})
+            return TransferSet(NoiseSource(count, info.input_size, seed), {"role": "transfer-set", "spec": name})
         if teacher.dataset is None:
             raise ConfigError(f"transfer set {name}: the teacher's record names no dataset", "use shards or a folder")
-        real = real_images(teacher, teacher.dataset, data_dir, int(count) if count else None, seed)
+        real = real_images(teacher, teacher.dataset, data_dir, count, seed)
         return TransferSet(real, {"role": "transfer-set", "spec": f"{name} {teacher.dataset}"})
     path = Path(name)
     if not path.is_dir():
