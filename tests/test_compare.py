@@ -215,8 +215,8 @@ def test_directories_become_table_json_markdown_and_page(made, compared):
 
     page = check_self_contained((made / "all" / "report.html").read_text())
     assert page.addresses.count(page.addresses[0]) == 1
-    assert len(page.addresses) == 1 + 4 + 2  # the chart, curves of four rows, two galleries: shards0 only once
-    for text in ("zskd -> response", "data-free", cells[2], runs["student0"]["versions"]["torch"]):
+    assert len(page.addresses) == 1 + 4 + 4  # the chart, curves of four rows, images and terms of shards0 and shards1
+    for text in ("zskd -> response", "data-free", "loss terms", cells[2], runs["student0"]["versions"]["torch"]):
         assert any(text in shown for shown in page.texts), text
 
 

@@ -139,10 +139,18 @@ def _galleries(shards: Iterable[Mapping[str, Any]]) -> str:
         caption += "".join(f"<b>Warning:</b> {escape(concern)}<br>" for concern in facts["concerns"])
         caption += f"<code>{escape(facts['path'])}</code>"
         cards.append(_figure(preview.read_bytes(), caption, f"images of {facts['path']}", "pixels"))
+        cards.append(_terms(facts))
     if not cards:
         return ""
     note = "<p>The first images of every set. Each is stretched to the full range of grey or colour by itself.</p>"
     return f'<h2>Transfer sets</h2>{note}<div class="cards">{"".join(cards)}</div>'
+
+
+def _terms(facts: Mapping[str, Any]) -> str:
+    """The loss terms that the images of each round ended with, beside them; nothing where none were optimised."""
+    drawn = charts.curves([read_curves(Path(facts["path"], "metrics.csv"))])
+    caption = f"<b>{escape(facts['method'])}</b>: loss terms, unweighted, over the rounds"
+    return _figure(drawn, caption, f"loss terms of {facts['path']}") if drawn else ""
 
 
 def _provenance(rows: Iterable[Mapping[str, Any]], results: Mapping[str, Any]) -> str:
