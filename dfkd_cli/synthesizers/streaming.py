@@ -99,6 +99,9 @@ class StreamTrainer(CoTrainer):
         parts = latents.chunk(len(self.generators))
         return torch.cat([generator(part) for generator, part in zip(self.generators, parts, strict=True)])
 
+    def can_continue(self, index: int) -> bool:
+        return self.writer.rows.keys() >= set(range(index - self.training_rounds))
+
     def iteration(self) -> dict[str, Tensor]:
         """One step of the generator, then the student's. Returns all unweighted terms."""
         latents = self.latents()
