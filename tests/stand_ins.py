@@ -1,14 +1,21 @@
-"""Small stand-ins for what a test needs and does not test: labelled images, activation statistics."""
+"""Small stand-ins for what a test needs and does not test: labelled images, activation statistics, a run's inputs."""
 
 from __future__ import annotations
 
+from pathlib import Path
+from typing import Any
+
 import torch
 
+from dfkd_cli import catalog
 from dfkd_cli.artifacts.metadata import Metadata
+from dfkd_cli.artifacts.shards import ShardWriter
+from dfkd_cli.config import build
 from dfkd_cli.data.datasets import Dataset
 from dfkd_cli.data.sources import RealSource
 from dfkd_cli.models.classifier import Classifier, ModelInfo
 from dfkd_cli.stages.collect_metadata import collect
+from dfkd_cli.synthesizers.base import Synthesizer
 
 
 def random_images(info: ModelInfo, count: int, chunk: int = 1000) -> RealSource:
@@ -24,3 +31,27 @@ def statistics_of(classifier: Classifier, count: int = 30, covariance_units: int
     """Activation statistics of a classifier on random images."""
     source = random_images(classifier.info, count)
     return collect(classifier, source, torch.device("cpu"), 10, 8.0, covariance_units)
+
+
+def synthesizer(
+    name: str,
+    directory: Path,
+    teacher: Classifier,
+    values: dict[str, Any],
+    num_images: int = 6,
+    seed: int = 0,
+    cls: type[Synthesizer] | None = None,
+    **given: Any,
+) -> Synthesizer:
+    """A method as ``synthesize`` makes it: its settings changed by ``values``, ``given`` beside the teacher."""
+    entry, info = catalog.entries("synthesizers")[name], teacher.info
+    config = build(entry.config, values)
+    head = {
+        "shape": list(info.input_size),
+        "dtype": config.dtype,
+        "num_classes": info.num_classes,
+        "teacher": {"sha256": "0"},
+        "seed": seed,
+    }
+    writer = ShardWriter(directory, head, -(-num_images // config.batch_size))
+    return (cls or entry.load())(teacher, config, num_images, seed, writer, **given)

@@ -10,13 +10,10 @@ import numpy as np
 import oracles
 import pytest
 import torch
-from stand_ins import random_images, statistics_of
+from stand_ins import random_images, statistics_of, synthesizer
 from torch import nn
 
-from dfkd_cli import catalog
 from dfkd_cli.artifacts.metadata import Metadata, read_metadata, write_metadata
-from dfkd_cli.artifacts.shards import ShardWriter
-from dfkd_cli.config import build
 from dfkd_cli.data import datasets
 from dfkd_cli.errors import ArtifactError, RunFailed
 from dfkd_cli.models.activations import outputs_of, pre_activations
@@ -57,11 +54,8 @@ def forward(teacher: Classifier, pixels: np.ndarray, mask: np.ndarray | None = N
 
 
 def method(teacher: Classifier, directory: Path, metadata: Metadata, cls: type[Lopes] = Lopes, **values) -> Lopes:
-    entry = catalog.entries("synthesizers")["lopes"]
-    config = build(entry.config, {"batch_size": 6, "iterations": 3} | values)
-    head = {"shape": list(teacher.info.input_size), "dtype": config.dtype, "num_classes": teacher.info.num_classes}
-    writer = ShardWriter(directory, head | {"teacher": {"sha256": "0"}}, 1)
-    return cls(teacher, config, config.batch_size, 0, writer, metadata=metadata)
+    values = {"batch_size": 6, "iterations": 3} | values
+    return synthesizer("lopes", directory, teacher, values, values["batch_size"], cls=cls, metadata=metadata)
 
 
 # -- statistics --------------------------------------------------------------------------------------------------------

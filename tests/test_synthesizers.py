@@ -7,18 +7,20 @@ import importlib
 import json
 import re
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import oracles
 import pytest
 import safetensors.torch
+import stand_ins
 import torch
 from stand_ins import statistics_of
 from torch import Tensor, nn
 
 from dfkd_cli import catalog
-from dfkd_cli.artifacts.shards import ShardReader, ShardWriter
-from dfkd_cli.config import build, hints
+from dfkd_cli.artifacts.shards import ShardReader
+from dfkd_cli.config import hints
 from dfkd_cli.errors import RunFailed
 from dfkd_cli.models.classifier import Classifier, ModelInfo
 from dfkd_cli.models.directory import load_model
@@ -49,23 +51,13 @@ def synthesizer(
     """The method on a teacher (linear by default), its tiny settings changed by ``values``."""
     entry = METHODS[name]
     teacher = teacher or linear_teacher(batch_norm="batchnorm" in entry.needs)
-    config = build(entry.config, tiny(name) | values)
-    info = teacher.info
-    head = {
-        "shape": list(info.input_size),
-        "dtype": config.dtype,
-        "num_classes": info.num_classes,
-        "teacher": {"sha256": "0"},
-        "seed": seed,
-    }
-    writer = ShardWriter(directory, head, -(-num_images // config.batch_size))
     given = {"metadata": statistics_of(teacher)} if "metadata" in entry.needs else {}
     if "student" in entry.needs:
-        given["student"] = linear_teacher(info.num_classes, info.input_size)
-    return entry.load()(teacher, config, num_images, seed, writer, **given)
+        given["student"] = linear_teacher(teacher.info.num_classes, teacher.info.input_size)
+    return stand_ins.synthesizer(name, directory, teacher, tiny(name) | values, num_images, seed, **given)
 
 
-def tiny(name: str) -> dict[str, int]:
+def tiny(name: str) -> dict[str, Any]:
     return {key: value for key, value in TINY.items() if key in hints(METHODS[name].config)}
 
 
