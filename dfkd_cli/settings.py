@@ -52,13 +52,20 @@ class Training(Augmentation):
 
 
 @dataclass(frozen=True, kw_only=True)
-class ImageOptimization:
+class Shards:
+    """How images are cut into shards and stored."""
+
+    batch_size: int = option(1000, "images of one shard", low=1)
+    dtype: Literal["float16", "float32"] = option("float16", "stored pixels")
+
+
+@dataclass(frozen=True, kw_only=True)
+class ImageOptimization(Shards):
     """How a batch of images is optimised through a frozen teacher. One batch is one round is one shard."""
 
     batch_size: int = option(200, "images optimised together; also the images of one shard", low=1)
     iterations: int = option(50, "inner steps on one batch of images", low=1)
     lr: float = option(0.1, "Adam learning rate on the pixels", above=0)
-    dtype: Literal["float16", "float32"] = option("float16", "stored pixels")
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -87,6 +94,17 @@ class StatisticsInversion(Inversion):
 
     statistics: float = option(10.0, "weight of the distance to the BatchNorm statistics", low=0)
     first_layer: float = option(1.0, "weight of the first BatchNorm layer among them; the others have 1", low=0)
+
+
+@dataclass(frozen=True, kw_only=True)
+class SmoothInversion(ImageOptimization):
+    """How The Knowledge Within optimises images of one class each, as the teacher's ``net`` takes them."""
+
+    lr: float = option(0.3, "Adam learning rate on the normalised pixels", above=0)
+    temperature: float = option(1.0, "softmax temperature of the teacher", above=0)
+    cross_entropy: float = option(1.0, "weight of the cross-entropy with the class", low=0)
+    smoothness: float = option(1e-3, "weight of a smoothness prior, squared distance to the blurred image", low=0)
+    blur: float = option(1.0, "standard deviation of that Gaussian blur, pixels", above=0)
 
 
 @dataclass(frozen=True, kw_only=True)

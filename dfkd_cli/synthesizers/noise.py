@@ -7,19 +7,15 @@ The transfer set ``noise:N`` is the same images, made on the fly.
 from __future__ import annotations
 
 from dataclasses import dataclass
-from typing import Literal
 
-from dfkd_cli.config import option
 from dfkd_cli.data.noise import noise
+from dfkd_cli.settings import Shards
 from dfkd_cli.synthesizers.base import Impressions, Synthesizer
 
 
 @dataclass(frozen=True, kw_only=True)
-class Config:
+class Config(Shards):
     """Noise."""
-
-    batch_size: int = option(1000, "images of one shard", low=1)
-    dtype: Literal["float16", "float32"] = option("float16", "stored pixels")
 
 
 class Noise(Synthesizer):

@@ -2,13 +2,17 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Mapping
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor
+from torchvision.transforms.v2.functional import gaussian_blur
 
-from dfkd_cli.models.statistics import Moments
+from dfkd_cli.models.statistics import Moments, gaussian_divergence
+
+DEAD = 1e-5  # recorded variance below which a BatchNorm channel never says anything
 
 
 def tempered_cross_entropy(logits: Tensor, targets: Tensor, temperature: float) -> Tensor:
@@ -46,6 +50,24 @@ def neighbour_differences(images: Tensor) -> list[Tensor]:
     ]
 
 
+def roughness(images: Tensor, sigma: float) -> Tensor:
+    """``||x - G(x)||_2^2``, the squared distance of images (B, C, H, W) to their blurred selves, mean over the batch.
+
+    Args:
+        images: Reflected at their borders.
+        sigma: Standard deviation of the Gaussian G in pixels; it is cut off at three of them.
+    """
+    rows, columns = (_blur(side, sigma, images) for side in images.shape[-2:])
+    return (images - rows @ images @ columns.T).square().sum() / len(images)
+
+
+def _blur(side: int, sigma: float, images: Tensor) -> Tensor:
+    """The matrix (side, side) that blurs a line of pixels. Blurring by it takes a tenth of the time on a CPU."""
+    reach = min(math.ceil(3 * sigma), side - 1)
+    lines = torch.eye(side, dtype=images.dtype, device=images.device)[None]
+    return gaussian_blur(lines, [1, 2 * reach + 1], [sigma, sigma])[0]
+
+
 def statistics_distance(seen: Mapping[str, Moments], recorded: Mapping[str, Moments], first: float = 1.0) -> Tensor:
     """``sum_l w_l (||mean_l - recorded mean_l||_2 + ||variance_l - recorded variance_l||_2)``.
 
@@ -60,3 +82,22 @@ def statistics_distance(seen: Mapping[str, Moments], recorded: Mapping[str, Mome
         distance = (ours.mean - theirs.mean).norm() + (ours.variance - theirs.variance).norm()
         distances.append(distance if distances else first * distance)
     return torch.stack(distances).sum()
+
+
+def statistics_divergence(
+    seen: Mapping[str, Moments], recorded: Mapping[str, Moments], reverse: bool = False
+) -> Tensor:
+    """``KL(N(recorded) || N(seen))``, mean over the channels of a layer, then over the layers; nats.
+
+    Args:
+        seen: The moments of a batch, by layer.
+        recorded: The teacher's. Channels that were dead in its training do not count.
+        reverse: ``KL(N(seen) || N(recorded))`` instead.
+    """
+    layers = []
+    for name, ours in seen.items():
+        theirs = recorded[name]
+        divergence = gaussian_divergence(ours, theirs) if reverse else gaussian_divergence(theirs, ours)
+        alive = theirs.variance >= DEAD
+        layers.append((alive * divergence).sum() / alive.sum().clamp_min(1))
+    return torch.stack(layers).mean()

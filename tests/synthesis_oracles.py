@@ -1,0 +1,55 @@
+"""Formulas of image-optimising synthesizers in NumPy float64, written from the papers.
+
+Arrays: images x (B, C, H, W), logits (B, K), weights (K, D).
+"""
+
+from __future__ import annotations
+
+import math
+
+import numpy as np
+from oracles import Array
+
+# -- The Knowledge Within: Haroush et al., CVPR 2020 -------------------------------------------------------------------
+
+
+def blur_matrix(size: int, sigma: float) -> Array:
+    """(size, size): a Gaussian blur of a row of pixels, cut off at three deviations, the row reflected at its ends."""
+    reach = min(math.ceil(3 * sigma), size - 1)
+    matrix = np.zeros((size, size))
+    for i in range(size):
+        for offset in range(-reach, reach + 1):
+            j = abs(i + offset)
+            j = 2 * (size - 1) - j if j >= size else j
+            matrix[i, j] += math.exp(-(offset**2) / (2 * sigma**2))
+    return matrix / matrix.sum(1, keepdims=True)
+
+
+def roughness(x: Array, sigma: float) -> tuple[float, Array]:
+    """Squared distance to the blurred image, mean over the batch; and its gradient in the images."""
+    height, width = x.shape[-2:]
+    blur = np.kron(blur_matrix(height, sigma), blur_matrix(width, sigma))
+    sharpen = np.eye(height * width) - blur
+    flat = x.reshape(-1, height * width)
+    value = ((flat @ sharpen.T) ** 2).sum() / len(x)
+    return float(value), (2 * flat @ sharpen.T @ sharpen / len(x)).reshape(x.shape)
+
+
+def gaussian_kl(mean_p: Array, var_p: Array, mean_q: Array, var_q: Array) -> Array:
+    """``KL(N(p) || N(q))`` as the paper writes it."""
+    return np.log(np.sqrt(var_q) / np.sqrt(var_p)) - 0.5 * (1 - (var_p + (mean_p - mean_q) ** 2) / var_q)
+
+
+def statistics_divergence(x: Array, mean: Array, var: Array, reverse: bool = False) -> tuple[float, Array]:
+    """Divergence between recorded moments (C,) and those of x, mean over channels; and its gradient in x."""
+    count = x.size // x.shape[1]
+    seen_mean, seen_var = x.mean((0, 2, 3)), x.var((0, 2, 3))
+    gap = seen_mean - mean
+    if reverse:
+        value = gaussian_kl(seen_mean, seen_var, mean, var)
+        by_mean, by_var = gap / var, 0.5 * (1 / var - 1 / seen_var)
+    else:
+        value = gaussian_kl(mean, var, seen_mean, seen_var)
+        by_mean, by_var = gap / seen_var, 0.5 * (1 / seen_var - (var + gap**2) / seen_var**2)
+    by_mean, by_var, centre = (part[:, None, None] for part in (by_mean, by_var, seen_mean))
+    return float(value.mean()), (by_mean + 2 * by_var * (x - centre)) / (count * len(mean))
