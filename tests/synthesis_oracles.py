@@ -6,9 +6,10 @@ Arrays: images x (B, C, H, W), logits (B, K), weights (K, D).
 from __future__ import annotations
 
 import math
+from collections.abc import Callable
 
 import numpy as np
-from oracles import Array
+from oracles import Array, softmax
 
 # -- The Knowledge Within: Haroush et al., CVPR 2020 -------------------------------------------------------------------
 
@@ -53,3 +54,27 @@ def statistics_divergence(x: Array, mean: Array, var: Array, reverse: bool = Fal
         by_mean, by_var = gap / seen_var, 0.5 * (1 / seen_var - (var + gap**2) / seen_var**2)
     by_mean, by_var, centre = (part[:, None, None] for part in (by_mean, by_var, seen_mean))
     return float(value.mean()), (by_mean + 2 * by_var * (x - centre)) / (count * len(mean))
+
+
+# -- soft-targeted transfer set: Wang, AAAI 2021 -----------------------------------------------------------------------
+
+
+def correlation(weight: Array) -> Array:
+    """Cosine of every two classes' weights."""
+    return np.array([[a @ b / np.sqrt((a @ a) * (b @ b)) for b in weight] for a in weight])
+
+
+def soft_target_loss(logits: Array, sampled: Array, tau: float) -> float:
+    """Divergence of the tempered answers from those that were sampled, mean over the batch."""
+    wanted, given = softmax(sampled / tau), softmax(logits / tau)
+    return float((wanted * (np.log(wanted) - np.log(given))).sum() / len(logits))
+
+
+def numerical_gradient(function: Callable[[Array], float], x: Array, step: float = 1e-5) -> Array:
+    """Central differences."""
+    gradient = np.zeros_like(x)
+    for index in np.ndindex(x.shape):
+        shift = np.zeros_like(x)
+        shift[index] = step
+        gradient[index] = (function(x + shift) - function(x - shift)) / (2 * step)
+    return gradient

@@ -31,7 +31,7 @@ from dfkd_cli.synthesizers.zskd import class_similarity, dirichlet_targets
 
 METHODS = catalog.entries("synthesizers")
 INDEPENDENT = [name for name, entry in METHODS.items() if entry.load().stateless and "student" not in entry.needs]
-TINY = {"batch_size": 2, "iterations": 2, "steps": 2, "epochs": 1, "student_steps": 2}
+TINY = {"batch_size": 2, "iterations": 2, "steps": 2, "epochs": 1, "student_steps": 2, "taps": "penultimate"}
 RNG = np.random.default_rng(0)
 
 

@@ -32,6 +32,17 @@ def mean_answer_entropy(logits: Tensor) -> Tensor:
     return -(mean * mean.clamp_min(torch.finfo(mean.dtype).tiny).log()).sum()  # log 0 has no gradient
 
 
+def tempered_divergence(logits: Tensor, targets: Tensor, temperature: float) -> Tensor:
+    """``KL(y || softmax(z / temperature))``, mean over the batch, nats: the cross-entropy less the targets' entropy.
+
+    Args:
+        logits: (B, K).
+        targets: (B, K) soft labels.
+        temperature: Softmax temperature.
+    """
+    return F.kl_div((logits / temperature).log_softmax(1), targets, reduction="batchmean")
+
+
 def total_variation(images: Tensor) -> Tensor:
     """Sum of squared differences between neighbouring pixels, mean over the batch; images (B, C, H, W)."""
     vertical = (images[:, :, 1:] - images[:, :, :-1]).square().sum()
