@@ -14,9 +14,9 @@ from torch import nn
 
 from dfkd_cli.models.classifier import Classifier, ModelInfo
 from dfkd_cli.models.directory import load_model
-from dfkd_cli.models.statistics import Moments, moments
+from dfkd_cli.models.statistics import DEAD, Moments, moments
 from dfkd_cli.synthesizers.base import Synthesizer
-from dfkd_cli.synthesizers.terms import DEAD, roughness, statistics_distance, statistics_divergence
+from dfkd_cli.synthesizers.terms import roughness, statistics_distance, statistics_divergence
 
 RNG = np.random.default_rng(0)
 MEAN, STD, CLASSES, SIZE = (0.2, 0.6), (0.5, 0.3), 3, (2, 4, 5)

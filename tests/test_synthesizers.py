@@ -31,7 +31,7 @@ from dfkd_cli.synthesizers.zskd import class_similarity, dirichlet_targets
 
 METHODS = catalog.entries("synthesizers")
 INDEPENDENT = [name for name, entry in METHODS.items() if entry.load().stateless and "student" not in entry.needs]
-TINY = {"batch_size": 2, "iterations": 2, "steps": 2, "epochs": 1, "student_steps": 2, "taps": "penultimate"}
+TINY = {"batch_size": 2, "iterations": 2, "steps": 2, "epochs": 1, "student_steps": 2}
 RNG = np.random.default_rng(0)
 
 
@@ -54,7 +54,8 @@ def synthesizer(
     given = {"metadata": statistics_of(teacher)} if "metadata" in entry.needs else {}
     if "student" in entry.needs:
         given["student"] = linear_teacher(teacher.info.num_classes, teacher.info.input_size)
-    return stand_ins.synthesizer(name, directory, teacher, tiny(name) | values, num_images, seed, **given)
+    vectors = {"taps": "penultimate"} if "taps" in hints(entry.config) else {}  # a linear teacher has no maps
+    return stand_ins.synthesizer(name, directory, teacher, tiny(name) | vectors | values, num_images, seed, **given)
 
 
 def tiny(name: str) -> dict[str, Any]:

@@ -13,6 +13,8 @@ from torch import Tensor, nn
 
 from dfkd_cli.models.classifier import Classifier
 
+DEAD = 1e-5  # recorded variance of a channel that never told images apart
+
 
 @dataclass(frozen=True)
 class Moments:
@@ -96,6 +98,19 @@ def gaussian_divergence(p: Moments, q: Moments, epsilon: float = 1e-6) -> Tensor
     ours, theirs = p.variance.clamp_min(epsilon), q.variance.clamp_min(epsilon)
     ratio = ours / theirs
     return 0.5 * (ratio + (p.mean - q.mean).square() / theirs - 1 - ratio.log())
+
+
+def layer_divergence(seen: Moments, recorded: Moments, reverse: bool = False) -> Tensor:
+    """``KL(N(recorded) || N(seen))``, mean over the channels of one layer, 0-d, in nats.
+
+    Args:
+        seen: Of some images.
+        recorded: The teacher's. Channels that were dead in its training do not count.
+        reverse: ``KL(N(seen) || N(recorded))`` instead.
+    """
+    divergence = gaussian_divergence(seen, recorded) if reverse else gaussian_divergence(recorded, seen)
+    alive = recorded.variance >= DEAD
+    return (alive * divergence).sum() / alive.sum().clamp_min(1)
 
 
 @contextlib.contextmanager

@@ -17,7 +17,7 @@ from dfkd_cli.models.classifier import Classifier
 from dfkd_cli.models.statistics import (
     Moments,
     RunningMoments,
-    gaussian_divergence,
+    layer_divergence,
     recorded_moments,
     running_moments,
 )
@@ -25,7 +25,6 @@ from dfkd_cli.stages.measures import BATCH, CPU, split
 
 SAMPLE = 1000  # images, evenly spaced, for what is too slow for all of them
 TOLERANCE = 1e-3  # of logits recomputed on another machine
-DEAD = 1e-5  # recorded variance of a channel that never told images apart
 
 
 def measure_shards(
@@ -148,12 +147,10 @@ def bn_divergences(seen: Mapping[str, RunningMoments], recorded: Mapping[str, Mo
     The similarity measure of The Knowledge Within (arXiv:1912.01274): low for images like those of the training.
     Channels that were dead in training, whose variance was below 1e-5, do not count.
     """
-    found = {}
-    for name, ours, theirs in _pairs(seen, recorded):
-        alive = theirs.variance >= DEAD
-        if alive.any():
-            found[name] = float(gaussian_divergence(theirs, Moments(ours.mean, ours.variance))[alive].mean())
-    return found
+    return {
+        name: float(layer_divergence(Moments(ours.mean, ours.variance), theirs))
+        for name, ours, theirs in _pairs(seen, recorded)
+    }
 
 
 def _pairs(

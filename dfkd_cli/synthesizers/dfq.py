@@ -20,16 +20,15 @@ from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
 
-import torch
 from torch import Tensor
 
 from dfkd_cli.config import option
-from dfkd_cli.models.statistics import batch_moments, gaussian_divergence, recorded_moments
+from dfkd_cli.models.statistics import batch_moments, recorded_moments
 from dfkd_cli.objectives.base import Outputs
 from dfkd_cli.objectives.response import soft_loss
 from dfkd_cli.settings import AdversarialTraining
 from dfkd_cli.synthesizers.streaming import Adversary
-from dfkd_cli.synthesizers.terms import mean_answer_entropy
+from dfkd_cli.synthesizers.terms import mean_answer_entropy, statistics_divergence
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -64,10 +63,8 @@ class DFQ(Adversary):
 
     def generator_terms(self, pixels: Tensor, teacher: Outputs) -> dict[str, Tensor]:
         """The students' distance, and the parts of L_T."""
-        recorded = recorded_moments(self.teacher)
-        divergences = torch.cat([gaussian_divergence(self.seen[name], theirs) for name, theirs in recorded.items()])
         terms = {
-            "statistics": divergences.mean(),
+            "statistics": statistics_divergence(self.seen, recorded_moments(self.teacher), reverse=True),
             "instance_entropy": answer_entropy(teacher.logits),
             "batch_entropy": -mean_answer_entropy(teacher.logits),
         }

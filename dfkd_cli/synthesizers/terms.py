@@ -10,9 +10,7 @@ import torch.nn.functional as F
 from torch import Tensor
 from torchvision.transforms.v2.functional import gaussian_blur
 
-from dfkd_cli.models.statistics import Moments, gaussian_divergence
-
-DEAD = 1e-5  # recorded variance below which a BatchNorm channel never says anything
+from dfkd_cli.models.statistics import Moments, layer_divergence
 
 
 def tempered_cross_entropy(logits: Tensor, targets: Tensor, temperature: float) -> Tensor:
@@ -105,10 +103,4 @@ def statistics_divergence(
         recorded: The teacher's. Channels that were dead in its training do not count.
         reverse: ``KL(N(seen) || N(recorded))`` instead.
     """
-    layers = []
-    for name, ours in seen.items():
-        theirs = recorded[name]
-        divergence = gaussian_divergence(ours, theirs) if reverse else gaussian_divergence(theirs, ours)
-        alive = theirs.variance >= DEAD
-        layers.append((alive * divergence).sum() / alive.sum().clamp_min(1))
-    return torch.stack(layers).mean()
+    return torch.stack([layer_divergence(ours, recorded[name], reverse) for name, ours in seen.items()]).mean()
