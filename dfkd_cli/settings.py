@@ -152,6 +152,9 @@ class PoolTraining(CoTraining):
 
     student_steps: int = option(400, "steps of the student after each batch of images", low=0)
     student_batch_size: int = option(128, "images of one step of the student", low=1)
+    warmup_share: float = option(
+        0.0, "share of the rounds, at the start, that only make images: the student rests", low=0, high=1
+    )
 
 
 @dataclass(frozen=True, kw_only=True)

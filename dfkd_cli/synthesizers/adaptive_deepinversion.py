@@ -46,9 +46,9 @@ class AdaptiveDeepInversion(PoolTrainer, DeepInversion):
     config: Config
 
     def terms(self, images: Tensor, logits: Tensor, targets: Tensor) -> dict[str, Tensor]:
-        """Those of DeepInversion, and the agreement of student and teacher."""
+        """Those of DeepInversion, and the agreement of student and teacher once the student learns."""
         terms = super().terms(images, logits, targets)
-        if self.config.competition:
+        if self.config.competition and not self.warming_up:
             terms["competition"] = agreement(self.student.net(images).float(), logits)
         return terms
 

@@ -140,8 +140,18 @@ class PoolTrainer(CoTrainer):
     config: PoolTraining
 
     @property
+    def warmup_rounds(self) -> int:
+        """Rounds at the start that only make images."""
+        return round(self.config.warmup_share * self.rounds)
+
+    @property
+    def warming_up(self) -> bool:
+        """Whether the student rests in this round, and has no say in what images are made."""
+        return self.current_epoch < self.warmup_rounds
+
+    @property
     def student_steps(self) -> int:
-        return self.rounds * self.config.student_steps
+        return (self.rounds - self.warmup_rounds) * self.config.student_steps
 
     def can_continue(self, index: int) -> bool:
         return self.writer.rows.keys() >= set(range(index))
@@ -150,6 +160,8 @@ class PoolTrainer(CoTrainer):
         """Make a shard against the student as it is, then train the student."""
         self.student.eval()
         made = super().round(index)
+        if self.warming_up:
+            return made
         self.student.train()
         steps = self.config.student_steps
         seed = derive("pool", self.seed, index)
