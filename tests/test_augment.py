@@ -6,7 +6,7 @@ import numpy as np
 import pytest
 import torch
 
-from dfkd_cli.data.augment import RandomAffine, RandomCrop, RandomFlip, RandomRoll, pipeline
+from dfkd_cli.data.augment import RandomAffine, RandomCrop, RandomFlip, RandomResizedCrop, RandomRoll, pipeline
 from dfkd_cli.settings import Augmentation
 
 EVERYTHING = Augmentation(rotate=20, translate=0.1, scale=0.2, flip=True, crop=2, noise=0.1)
@@ -106,6 +106,47 @@ def test_crop_is_pad_and_slice():
         np.testing.assert_array_equal(result, padded[:, top : top + 12, left : left + 16])
     for drawn in params.values():
         assert set(drawn.tolist()) == set(range(7))
+
+
+def test_resized_crop_is_a_zoom_about_the_middle_of_its_window():
+    images = random_images(2)
+    size, corner = torch.tensor([[0.5, 0.5]] * 2).double(), torch.tensor([[0.375, 0.125]] * 2).double()
+    out = RandomResizedCrop(0.25).transform(images, {"size": size, "corner": corner}).numpy()
+    # The window's middle is at (0.625, 0.375) of the sides: shifted to the image's middle, then enlarged twice.
+    shift = (-0.125 * 2, 0.125 * 2)
+    expected = [reference_affine(image, 0, 2, shift, fill=0.3) for image in images.numpy()]
+    np.testing.assert_allclose(out, expected, atol=1e-10)
+    whole = {"size": torch.ones(2, 2).double(), "corner": torch.zeros(2, 2).double()}
+    torch.testing.assert_close(RandomResizedCrop(0.25).transform(images, whole), images)
+
+
+def test_resized_crop_takes_width_and_height_apart():
+    images = random_images(1, height=12, width=16)
+    params = {"size": torch.tensor([[0.5, 1.0]]).double(), "corner": torch.tensor([[0.5, 0.0]]).double()}
+    out = RandomResizedCrop(0.25).transform(images, params)
+    # The right half, each column between two of its own: a quarter and three quarters of the way.
+    half = images[..., 8:]
+    torch.testing.assert_close(out[..., 1:-1:2], 0.75 * half[..., :-1] + 0.25 * half[..., 1:])
+
+
+def test_resized_crop_draws_windows_inside_the_image():
+    torch.manual_seed(0)
+    params = RandomResizedCrop(0.25, 2.0).make_params([torch.rand(5000, 1, 4, 4, dtype=torch.float64)])
+    size, corner = params["size"], params["corner"]
+    assert corner.min() >= 0 and (corner + size).max() <= 1
+    inside = (size < 1).all(1)  # where there was room for the aspect
+    area, aspect = size.prod(1)[inside], (size[:, 0] / size[:, 1])[inside]
+    assert 0.25 <= area.min() < 0.26 and 0.99 < area.max() <= 1
+    assert 0.5 <= aspect.min() < 0.51 and 1.97 < aspect.max() <= 2
+    assert abs(aspect.log().mean()) < 0.03
+    free = (corner / (1 - size))[inside]
+    assert abs(free.mean() - 0.5) < 0.02 and free.std() == pytest.approx(12**-0.5, rel=0.03)
+
+
+def test_resized_crop_has_gradients():
+    images, crop = random_images(2, 2, 5, 6).requires_grad_(), RandomResizedCrop(0.25)
+    params = crop.make_params([images])
+    assert torch.autograd.gradcheck(lambda x: crop.transform(x, params), images)
 
 
 def test_flip_mirrors_some_images():

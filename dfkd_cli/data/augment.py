@@ -119,6 +119,37 @@ class RandomCrop(v2.Transform):  # type: ignore[misc]  # torchvision ships no an
         return padded.flatten(2).gather(2, pixels.expand(-1, channels, -1)).view_as(images)
 
 
+class RandomResizedCrop(v2.Transform):  # type: ignore[misc]  # torchvision ships no annotations
+    """Enlarge a window of each image to the image's size, bilinearly. The window lies inside the image.
+
+    Args:
+        area: The window has a share of the image's area that is uniform between this and 1.
+        aspect: Its width is stretched against its height by up to this factor, log-uniform, as far as there is room.
+    """
+
+    def __init__(self, area: float, aspect: float = 4 / 3) -> None:
+        super().__init__()
+        self.area, self.aspect = area, aspect
+
+    def make_params(self, flat_inputs: list[Any]) -> dict[str, Tensor]:
+        """Draw ``size`` and ``corner`` (B, 2), x then y, as fractions of the image's sides."""
+        images = flat_inputs[0]
+        drawn = torch.rand(4, len(images), device=images.device, dtype=images.dtype)
+        area = self.area + (1 - self.area) * drawn[0]
+        stretch = self.aspect ** (2 * drawn[1] - 1)
+        size = torch.stack([(area * stretch).sqrt(), (area / stretch).sqrt()], dim=1).clamp(max=1)
+        return {"size": size, "corner": (1 - size) * drawn[2:].T}
+
+    def transform(self, images: Tensor, params: dict[str, Tensor]) -> Tensor:
+        """Resample images (B, C, H, W) with the given parameters."""
+        size, middle = params["size"], 2 * params["corner"] + params["size"] - 1  # where the sides are 2 long
+        x, y = _pixel_centres(images)
+        across = (size[:, :1] * x + middle[:, :1])[:, None, :].expand(-1, len(y), -1)  # (B, H, W)
+        down = (size[:, 1:] * y + middle[:, 1:])[:, :, None].expand(-1, -1, len(x))
+        grid = torch.stack([across, down], dim=3)
+        return grid_sample(images, grid, padding_mode="border", align_corners=False)
+
+
 def pipeline(config: Augmentation, fill: Tensor | float) -> Callable[[Tensor], Tensor]:
     """The augmentation that ``config`` asks for; returns its argument itself when everything is off.
 
@@ -159,6 +190,11 @@ def _sampling_grid(images: Tensor, angle: Tensor, zoom: Tensor, shift: Tensor) -
     along_y = torch.stack([sin * (height / width), cos], dim=1)
     offset = -2 * (along_x * shift[:, :1] + along_y * shift[:, 1:])
     along_x, along_y, offset = (part[:, :, None, None] for part in (along_x, along_y, offset))  # (B, 2, 1, 1)
-    x = (2 * torch.arange(width, device=images.device, dtype=images.dtype) + 1) / width - 1
-    y = (2 * torch.arange(height, device=images.device, dtype=images.dtype) + 1) / height - 1
+    x, y = _pixel_centres(images)
     return (along_x * x + (along_y * y[:, None] + offset)).permute(0, 2, 3, 1)
+
+
+def _pixel_centres(images: Tensor) -> list[Tensor]:
+    """The coordinates of ``grid_sample`` of the columns (W,) and of the rows (H,)."""
+    sides = (images.shape[-1], images.shape[-2])
+    return [(2 * torch.arange(n, device=images.device, dtype=images.dtype) + 1) / n - 1 for n in sides]
