@@ -3,10 +3,11 @@
 from __future__ import annotations
 
 import contextlib
-from collections.abc import Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass
 from typing import Any
 
+import torch
 from torch import Tensor, nn
 from torch.nn.modules.batchnorm import _BatchNorm
 
@@ -22,15 +23,21 @@ class Tap:
 
 
 @contextlib.contextmanager
-def values_at(taps: Mapping[str, Tap]) -> Iterator[dict[str, Tensor]]:
-    """The latest value (B, ...) at each tap by its name, whenever the network runs inside the ``with`` block."""
+def values_at(
+    taps: Mapping[str, Tap], summary: Callable[[Tensor], Tensor] = torch.clone
+) -> Iterator[dict[str, Tensor]]:
+    """The latest value (B, ...) at each tap by its name, whenever the network runs inside the ``with`` block.
+
+    Args:
+        taps: Where, by name.
+        summary: What is kept of a value. Not the value itself, which what follows may change in place.
+    """
     seen: dict[str, Tensor] = {}
 
     def watch(name: str, tap: Tap) -> Any:
-        # Copies: what follows may change the value in place.
         if tap.before:
-            return tap.layer.register_forward_pre_hook(lambda _, inputs: seen.update({name: inputs[0].clone()}))
-        return tap.layer.register_forward_hook(lambda _, __, output: seen.update({name: output.clone()}))
+            return tap.layer.register_forward_pre_hook(lambda _, inputs: seen.update({name: summary(inputs[0])}))
+        return tap.layer.register_forward_hook(lambda _, __, output: seen.update({name: summary(output)}))
 
     with contextlib.ExitStack() as hooks:
         for name, tap in taps.items():

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import contextlib
 from collections import defaultdict
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass
 from typing import Any
 
@@ -91,6 +91,44 @@ def running_moments(classifier: Classifier) -> Iterator[dict[str, RunningMoments
     seen: dict[str, RunningMoments] = defaultdict(RunningMoments)
     with _inputs(classifier, lambda name, values: seen[name].add(values)):
         yield seen
+
+
+class AveragedMoments(nn.Module):
+    """An exponential average, over batches, of the moments at each BatchNorm layer. Its state is in its buffers.
+
+    Args:
+        classifier: Whose layers.
+        momentum: Share of the former average in the new one.
+    """
+
+    average: Tensor  # (2, C), C: channels of all layers
+    updates: Tensor  # (), int64
+
+    def __init__(self, classifier: Classifier, momentum: float) -> None:
+        super().__init__()
+        self.momentum = momentum
+        self.sizes = {name: len(theirs.mean) for name, theirs in recorded_moments(classifier).items()}
+        self.register_buffer("average", torch.zeros(2, sum(self.sizes.values())))
+        self.register_buffer("updates", torch.zeros((), dtype=torch.int64))
+
+    def blend(self, seen: Mapping[str, Moments]) -> dict[str, Moments]:
+        """The average as it would be with one more batch, with gradients towards that; at first, the batch's own."""
+        joined = self._joined(seen)
+        if self.updates:
+            joined = (1 - self.momentum) * joined + self.momentum * self.average
+        parts = torch.split(joined, list(self.sizes.values()), dim=1)
+        return {name: Moments(*part) for name, part in zip(self.sizes, parts, strict=True)}
+
+    @torch.no_grad()
+    def update(self, seen: Mapping[str, Moments]) -> None:
+        """Take a batch into the average."""
+        self.average.copy_(self._joined(self.blend(seen)))
+        self.updates += 1
+
+    def _joined(self, seen: Mapping[str, Moments]) -> Tensor:
+        """Means and variances of all layers, (2, channels of all layers)."""
+        of_layers = [seen[name] for name in self.sizes]
+        return torch.stack([torch.cat([m.mean for m in of_layers]), torch.cat([m.variance for m in of_layers])])
 
 
 def gaussian_divergence(p: Moments, q: Moments, epsilon: float = 1e-6) -> Tensor:
