@@ -158,6 +158,29 @@ class PoolTraining(CoTraining):
 
 
 @dataclass(frozen=True, kw_only=True)
+class PooledGeneration(PoolTraining):
+    """How a generator makes the pool: for each batch of images it is trained for a few steps through the teacher."""
+
+    batch_size: int = option(256, "images made together; also the images of one shard", low=1)
+    iterations: int = option(200, "inner steps on one batch of images", low=1)
+    lr: float = option(1e-3, "Adam learning rate of the generator", above=0)
+    betas: tuple[float, float] = option((0.5, 0.999), "Adam's betas", low=0, high=1)
+    latent: int = option(256, "numbers that the generator makes an image from", low=1)
+    generator_width: float = option(1.0, "multiplies the generator's maps", above=0)
+    view_crop: int = option(
+        4, "networks see generated images cropped at random, after padding by so many pixels", low=0
+    )
+    view_flip: bool = option(True, "networks see generated images mirrored with probability 1/2")
+    crop: int = option(4, "random crop of the student's images after padding by so many pixels", low=0)
+    flip: bool = option(True, "mirror the student's images with probability 1/2")
+    cross_entropy: float = option(1.0, "weight of the cross-entropy with the class", low=0)
+    statistics: float = option(1.0, "weight of the distance to the BatchNorm statistics", low=0)
+    statistics_momentum: float = option(0.0, "share of former batches in the statistics", low=0, high=1)
+    adversarial: float = option(0.5, "weight of the disagreement with the student that is sought", low=0)
+    dtype: Literal["float16", "float32"] = option("float16", "stored pixels")
+
+
+@dataclass(frozen=True, kw_only=True)
 class Answers:
     """What losses between the logits share."""
 

@@ -1,0 +1,209 @@
+"""Contrastive Model Inversion: each batch of images is unlike those before it.
+
+Fang, Song, Wang, Shen, Wang, Song. IJCAI 2021. arXiv:2105.08584.
+
+    L = a CE(T(x), y) + b sum_l (|mean_l - mean_l(x)|_2 + |var_l - var_l(x)|_2) + c L_adv(x) + d L_cr
+    L_cr = -mean_i log (exp(s_ii / tau) / sum_j exp(s_ij / tau)),      s_ij = <h(f(x'_i)), h(f(x_j))>
+
+x is a view of the images, cropped after padding and mirrored; x' one that is cut out and enlarged. f are the spatial
+means of what goes into the teacher's BatchNorm layers, h a perceptron whose output has norm 1, trained along. i and j
+run over this batch and over rows of a memory of the features of former batches; the mean over the batch and that over
+the memory's rows are added, so that these train h but not the images. No gradient goes through the h of x.
+
+The generator and the latents start anew for each batch, the perceptron and the memory go on. L_adv and the rest of the
+frame are in ``pooled``. Defaults are those of the released script for CIFAR-10 that starts from nothing, WRN-40-2 to
+WRN-16-1; the best published figures start from a pool of 50,000 images made before, which ``warmup_share`` is like.
+``taps`` are the teacher's features; of a ResNet-34 the code takes what goes into the four stages, that is ``stem stage1
+stage2 stage3``.
+
+Differences from the released code: the classes of a batch are not sorted; the memory may have any size; a crop without
+room for its aspect is as wide or high as the image instead of drawn again.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+from torchvision.transforms import v2
+
+from dfkd_cli.config import option
+from dfkd_cli.data.augment import RandomFlip, RandomResizedCrop
+from dfkd_cli.models.activations import Tap, values_at
+from dfkd_cli.models.classifier import probe
+from dfkd_cli.models.statistics import Moments
+from dfkd_cli.models.taps import find_taps
+from dfkd_cli.seeds import derive
+from dfkd_cli.settings import PooledGeneration
+from dfkd_cli.synthesizers.pooled import Attempt, PooledGenerator
+
+PROJECTED = 256  # outputs of the perceptron
+
+
+@dataclass(frozen=True, kw_only=True)
+class Config(PooledGeneration):
+    """Contrastive Model Inversion."""
+
+    contrast: float = option(0.8, "weight of the contrastive loss", low=0)
+    contrast_temperature: float = option(0.1, "what similarities are divided by", above=0)
+    contrast_crop: float = option(0.25, "least share of an image's area in its second view", above=0, high=1)
+    memory: int = option(40960, "images whose features are remembered; the oldest are forgotten", low=1)
+    negatives: int = option(4096, "rows of the memory in each inner step", low=0)
+    taps: tuple[str, ...] | None = option(
+        None, "the teacher's features, as objectives take them (default: what goes into each BatchNorm layer)"
+    )
+
+
+class CMI(PooledGenerator):
+    """A new generator for each batch."""
+
+    kind = "generator"
+    needs = ("batchnorm", "student")
+    config: Config
+
+    def __init__(self, *arguments: Any, **more: Any) -> None:
+        super().__init__(*arguments, **more)
+        c = self.config
+        layers = enumerate(self.teacher.batch_norms())
+        inputs = {str(index): Tap(layer, before=True) for index, layer in layers}
+        self.taps = inputs if c.taps is None else find_taps(self.teacher, c.taps)
+        with values_at(self.taps, channel_means) as features:
+            probe(self.teacher.net, self.teacher.info.input_size)
+        size = joined(features).shape[1]
+        with torch.random.fork_rng(devices=[]):
+            torch.manual_seed(derive("projection", self.seed))
+            self.projection = nn.Sequential(nn.Linear(size, size), nn.ReLU(), nn.Linear(size, PROJECTED))
+        self.remembered = Memory(min(c.memory, self.num_images), 2 * size)
+        mirror: list[nn.Module] = [RandomFlip()] if c.view_flip else []
+        self.second_view = v2.Compose([RandomResizedCrop(c.contrast_crop), *mirror])
+
+    def configure_optimizers(self) -> Any:
+        """Those of the student, and the perceptron's."""
+        optimizers, schedules = super().configure_optimizers()
+        return [*optimizers, torch.optim.Adam(self.projection.parameters(), self.config.lr, fused=True)], schedules
+
+    def start(self, labels: Tensor) -> Attempt:
+        """A new generator and new latents."""
+        initialise(self.generator)
+        latents = self.latents(len(labels))
+        trained = [*self.generator.parameters(), latents]
+        optimizers = [torch.optim.Adam(trained, self.config.lr, betas=self.config.betas, fused=True)]
+        if self.config.contrast:
+            of_projection: Any = self.optimizers(use_pl_optimizer=False)
+            optimizers.append(of_projection[1])
+        return Attempt(self.generator, latents, optimizers)
+
+    @contextmanager
+    def watching(self) -> Iterator[Mapping[str, Moments]]:
+        """The BatchNorm layers and, where the contrast counts, the features."""
+        with super().watching() as seen:
+            if not self.config.contrast:
+                yield seen
+                return
+            with values_at(self.taps, channel_means) as self.features:
+                yield seen
+
+    def terms(self, images: Tensor, labels: Tensor) -> dict[str, Tensor]:
+        """Those of the frame, and the contrastive loss."""
+        terms = super().terms(images, labels)
+        if self.config.contrast:
+            whole = joined(self.features)
+            with values_at(self.taps, channel_means) as features:
+                self.teacher(self.second_view(images))
+            local = joined(features)
+            self.latest = torch.cat([local, whole], dim=1).detach()
+            terms["contrast"] = self.contrast(local, whole)
+        return terms
+
+    def contrast(self, local: Tensor, whole: Tensor) -> Tensor:
+        """The contrastive loss of features (B, D) of both views, against rows of the memory."""
+        past_local, past_whole = self.remembered.sample(self.config.negatives).chunk(2, dim=1)
+        queries = F.normalize(self.projection(torch.cat([local, past_local])), dim=1)
+        with torch.no_grad():
+            keys = F.normalize(self.projection(torch.cat([whole, past_whole])), dim=1)
+        return contrastive_loss(queries.float(), keys.float(), len(local), self.config.contrast_temperature)
+
+    def improved(self) -> None:
+        """Keep the features of the best images."""
+        if self.config.contrast:
+            self.best = self.latest
+
+    def finish(self, attempt: Attempt) -> None:
+        """Remember the features of the best images."""
+        super().finish(attempt)
+        if self.config.contrast:
+            self.remembered.push(self.best)
+
+
+class Memory(nn.Module):
+    """The last rows that were pushed, first in, first out. Its state is in its buffers.
+
+    Args:
+        capacity: Rows at most.
+        size: Numbers of a row.
+    """
+
+    rows: Tensor  # (capacity, size)
+    pushed: Tensor  # (), int64: rows so far
+
+    def __init__(self, capacity: int, size: int) -> None:
+        super().__init__()
+        self.register_buffer("rows", torch.zeros(capacity, size))
+        self.register_buffer("pushed", torch.zeros((), dtype=torch.int64))
+
+    def push(self, rows: Tensor) -> None:
+        """Take rows (B, size); each overwrites the oldest."""
+        kept = rows[-len(self.rows) :]
+        first = self.pushed + len(rows) - len(kept)
+        at = (first + torch.arange(len(kept), device=first.device)) % len(self.rows)
+        self.rows[at] = kept.to(self.rows.dtype)
+        self.pushed += len(rows)
+
+    def sample(self, count: int) -> Tensor:
+        """Up to ``count`` different rows in random order."""
+        filled = min(int(self.pushed), len(self.rows))
+        return self.rows[torch.randperm(filled, device=self.rows.device)[:count]]
+
+
+def channel_means(values: Tensor) -> Tensor:
+    """The means (B, C) over all positions of values (B, C, ...)."""
+    return values.float().flatten(2).mean(2) if values.ndim > 2 else values.float().clone()
+
+
+def joined(features: Mapping[str, Tensor]) -> Tensor:
+    """The features (B, C) of all taps, side by side."""
+    return torch.cat(list(features.values()), dim=1)
+
+
+def contrastive_loss(queries: Tensor, keys: Tensor, current: int, temperature: float) -> Tensor:
+    """Cross-entropy of each query with the key of the same row, among all keys; 0-d.
+
+    Args:
+        queries: (N, D) of norm 1.
+        keys: (N, D) of norm 1.
+        current: The first so many rows are of this batch. Their mean and that of the other rows are added.
+        temperature: What similarities are divided by.
+    """
+    losses = F.cross_entropy(
+        queries @ keys.T / temperature, torch.arange(len(keys), device=keys.device), reduction="none"
+    )
+    return torch.stack([part.mean() for part in (losses[:current], losses[current:]) if len(part)]).sum()
+
+
+def initialise(generator: nn.Module) -> None:
+    """Weights from N(0, 0.02^2), those of BatchNorm from N(1, 0.02^2), no biases, no running averages."""
+    for layer in generator.modules():
+        if isinstance(layer, nn.BatchNorm2d):
+            layer.reset_running_stats()
+            nn.init.normal_(layer.weight, 1.0, 0.02)
+        elif isinstance(layer, (nn.Linear, nn.Conv2d)):
+            nn.init.normal_(layer.weight, 0.0, 0.02)
+        else:
+            continue
+        if layer.bias is not None:
+            nn.init.zeros_(layer.bias)

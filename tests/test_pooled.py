@@ -1,0 +1,493 @@
+"""Generators that are trained for each batch: CMI, Fast-DFKD and NAYER against their papers' formulas, and resumed."""
+
+from __future__ import annotations
+
+import copy
+import csv
+import itertools
+import json
+import signal
+from collections.abc import Callable
+from pathlib import Path
+
+import lightning.pytorch as pl
+import numpy as np
+import oracles
+import pytest
+import safetensors.torch
+import torch
+from lightning.pytorch.callbacks import Callback
+from oracles import Array
+from pipeline import finish, kill_after_saving
+from torch import Tensor, nn
+
+from dfkd_cli.artifacts.run import RunDirectory
+from dfkd_cli.artifacts.shards import ShardWriter
+from dfkd_cli.cli.app import main
+from dfkd_cli.models.classifier import Classifier, ModelInfo
+from dfkd_cli.models.generators import load_generator
+from dfkd_cli.models.statistics import AveragedMoments, Moments, batch_moments
+from dfkd_cli.resolve import resolve
+from dfkd_cli.rounds import CHECKPOINT, fit
+from dfkd_cli.seeds import derive
+from dfkd_cli.synthesizers.cmi import Memory, contrastive_loss, initialise
+from dfkd_cli.synthesizers.fast_dfkd import reset_first_layer
+from dfkd_cli.synthesizers.nayer import NoisyLayers
+from dfkd_cli.synthesizers.pooled import PooledGenerator, agreed_divergence
+from dfkd_cli.ui import Terminal
+
+NAMES = ["cmi", "fast-dfkd", "nayer"]
+SIZE = (3, 10, 6)  # neither square nor a multiple of four
+TINY = {
+    "batch_size": 6,
+    "iterations": 3,
+    "latent": 5,
+    "generator_width": 0.05,
+    "view_crop": 1,
+    "student_steps": 2,
+    "student_batch_size": 4,
+    "warmup_share": 0.34,
+}
+RNG = np.random.default_rng(0)
+
+
+def network(seed: int, size: tuple[int, int, int] = SIZE, classes: int = 4) -> Classifier:
+    """A random network whose BatchNorm layers remember something."""
+    with torch.random.fork_rng():
+        torch.manual_seed(seed)
+        net = nn.Sequential(
+            nn.Conv2d(size[0], 5, 3, padding=1), nn.BatchNorm2d(5), nn.ReLU(),
+            nn.Conv2d(5, 7, 3, stride=2), nn.BatchNorm2d(7), nn.ReLU(),
+            nn.AdaptiveAvgPool2d(1), nn.Flatten(), nn.Linear(7, classes),
+        )  # fmt: skip
+        for layer in (net[1], net[4]):
+            layer.running_mean.normal_()
+            layer.running_var.uniform_(0.5, 2)
+    return Classifier(net, ModelInfo("tiny", classes, size, mean=(0.2,) * size[0], std=(0.5,) * size[0])).eval()
+
+
+def flat_network(classes: int = 4, size: tuple[int, int, int] = (1, 2, 3)) -> Classifier:
+    """BatchNorm and a linear layer: what a formula on paper can follow."""
+    with torch.random.fork_rng():
+        torch.manual_seed(1)
+        units = int(np.prod(size))
+        net = nn.Sequential(nn.Flatten(), nn.BatchNorm1d(units), nn.Linear(units, classes))
+    return Classifier(net, ModelInfo("flat", classes, size, mean=(0.2,), std=(0.5,))).eval()
+
+
+def method(
+    name: str, path: Path, num_images: int = 18, teacher: Classifier | None = None, **values
+) -> tuple[PooledGenerator, RunDirectory]:
+    """The method with tiny settings, and the directory of its run."""
+    given = {"method": name, "student": "tiny", "num_images": num_images, "device": "cpu"}
+    more = {"memory": 8, "negatives": 5} if name == "cmi" else {}
+    settings = resolve("synthesize", [("", given | TINY | more | values)])
+    config, teacher = settings.method.config, teacher or network(0)
+    head = {"shape": list(teacher.info.input_size), "dtype": config.dtype}
+    writer = ShardWriter(path, head, -(-num_images // config.batch_size))
+    made = settings.method.entry.load()(teacher, config, num_images, 0, writer, student=copy.deepcopy(network(1)))
+    return made, RunDirectory(path, settings, [], {})
+
+
+def run(name: str, path: Path, *callbacks: Callback, change: Callable = lambda _: None, **values) -> PooledGenerator:
+    """The method after all its rounds."""
+    made, directory = method(name, path, **values)
+    change(made)
+    fit(made, directory, Terminal(silent=True), callbacks)
+    return made
+
+
+def images_of(made: PooledGenerator) -> Tensor:
+    paths = sorted(made.writer.directory.glob("*.safetensors"))
+    return torch.cat([safetensors.torch.load_file(path)["images"] for path in paths]).float()
+
+
+# -- terms -------------------------------------------------------------------------------------------------------------
+
+
+def test_agreed_divergence_counts_images_on_which_both_agree():
+    student, teacher = RNG.normal(size=(2, 40, 3))
+    agree = student.argmax(1) == teacher.argmax(1)
+    assert 5 < agree.sum() < 35
+    p, q = oracles.softmax(teacher), oracles.softmax(student)
+    expected = -np.mean([(a * np.log(a / b)).sum() if same else 0.0 for a, b, same in zip(p, q, agree, strict=True)])
+    s, t = (torch.tensor(x, requires_grad=True) for x in (student, teacher))
+    np.testing.assert_allclose(agreed_divergence(s, t).item(), expected, rtol=1e-12)
+    assert torch.autograd.gradcheck(agreed_divergence, (s, t))
+    assert agreed_divergence(t, t).item() == pytest.approx(0, abs=1e-15)
+
+
+@pytest.mark.parametrize(("current", "rows"), [(5, 9), (5, 5), (1, 3)])
+def test_contrastive_loss_adds_the_mean_over_the_memory(current, rows):
+    queries, keys = (x / np.linalg.norm(x, axis=1, keepdims=True) for x in RNG.normal(size=(2, rows, 4)))
+    losses = []
+    for i in range(rows):
+        similar = [np.exp(queries[i] @ keys[j] / 0.3) for j in range(rows)]
+        losses.append(-np.log(similar[i] / sum(similar)))
+    expected = np.mean(losses[:current]) + (np.mean(losses[current:]) if rows > current else 0)
+    q, k = torch.tensor(queries, requires_grad=True), torch.from_numpy(keys)
+    np.testing.assert_allclose(contrastive_loss(q, k, current, 0.3).item(), expected, rtol=1e-12)
+    assert torch.autograd.gradcheck(lambda x: contrastive_loss(x, k, current, 0.3), q)
+
+
+def test_contrast_projects_features_and_memory_and_stops_at_the_keys(tmp_path):
+    cmi, _ = method("cmi", tmp_path, contrast_temperature=0.2, negatives=3)
+    cmi.double()
+    size = cmi.remembered.rows.shape[1] // 2
+    assert size == 5 + 7  # what goes into the BatchNorm layers
+    past = RNG.normal(size=(3, 2 * size))
+    cmi.remembered.push(torch.from_numpy(past))
+    local, whole = (torch.tensor(x, requires_grad=True) for x in RNG.normal(size=(2, 6, size)))
+    torch.manual_seed(5)
+    loss = cmi.contrast(local, whole)
+    loss.backward()
+    torch.manual_seed(5)
+    past = past[torch.randperm(3).numpy()]
+
+    first, _, second = cmi.projection
+    w1, b1, w2, b2 = (p.detach().numpy() for p in (first.weight, first.bias, second.weight, second.bias))
+    assert w1.shape == (size, size) and w2.shape == (256, size)
+
+    def project(x: Array) -> Array:
+        x = np.maximum(x @ w1.T + b1, 0) @ w2.T + b2
+        return x / np.linalg.norm(x, axis=1, keepdims=True)
+
+    queries = project(np.concatenate([local.detach().numpy(), past[:, :size]]))
+    keys = project(np.concatenate([whole.detach().numpy(), past[:, size:]]))
+    p = oracles.softmax(queries @ keys.T / 0.2).diagonal()
+    np.testing.assert_allclose(loss.item(), -np.log(p[:6]).mean() - np.log(p[6:]).mean(), rtol=1e-6)
+    assert whole.grad is None
+    assert local.grad.abs().min() > 0
+
+
+def test_memory_forgets_the_oldest_first():
+    memory = Memory(5, 1)
+    assert memory.sample(3).shape == (0, 1)
+    kept: list[int] = []
+    for first, last in ((0, 3), (3, 4), (4, 8), (8, 20), (20, 22)):
+        memory.push(torch.arange(first, last)[:, None].float())
+        kept = [*kept, *range(first, last)][-5:]
+        drawn = memory.sample(99).flatten().tolist()
+        assert sorted(drawn) == kept
+    assert len(set(memory.sample(3).flatten().tolist())) == 3
+    torch.manual_seed(0)
+    assert len({tuple(memory.sample(5).flatten().tolist()) for _ in range(20)}) > 5
+
+
+def test_averaged_moments_take_each_batch_once():
+    teacher, r = network(0), 0.9
+    average = AveragedMoments(teacher, r).double()
+    seen = [{n: Moments(*torch.rand(2, c, dtype=torch.float64)) for n, c in (("1", 5), ("4", 7))} for _ in range(3)]
+    expected = None
+    for batch in seen:
+        for name in ("1", "4"):
+            for which in ("mean", "variance"):
+                ours = getattr(batch[name], which).numpy()
+                wanted = ours if expected is None else (1 - r) * ours + r * expected[name, which]
+                np.testing.assert_allclose(getattr(average.blend(batch)[name], which), wanted, rtol=1e-12)
+        blended = average.blend(batch)
+        expected = {(n, w): getattr(m, w).numpy().copy() for n, m in blended.items() for w in ("mean", "variance")}
+        average.update(batch)
+    mean = torch.rand(7, dtype=torch.float64, requires_grad=True)
+    average.blend(seen[0] | {"4": Moments(mean, mean)})["4"].mean.sum().backward()
+    np.testing.assert_allclose(mean.grad, 1 - r, rtol=1e-12)
+    restored = AveragedMoments(teacher, r).double()
+    restored.load_state_dict(average.state_dict())
+    assert torch.equal(restored.blend(seen[0])["1"].mean, average.blend(seen[0])["1"].mean)
+
+
+def test_statistics_have_the_biased_variance_and_plain_norms(tmp_path):
+    made, _ = method("fast-dfkd", tmp_path, view_crop=0, view_flip=False, teacher=flat_network())
+    images = torch.rand(6, 1, 2, 3)
+    x = (images.numpy().reshape(6, -1).astype(np.float64) - 0.2) / 0.5
+    expected = np.linalg.norm(x.mean(0)) + np.linalg.norm(x.var(0) - 1)
+    terms = made.terms(images, torch.zeros(6, dtype=torch.int64))
+    np.testing.assert_allclose(terms["statistics"].item(), expected, rtol=1e-5)
+
+
+@pytest.mark.parametrize("term", ["cross_entropy", "statistics", "adversarial", "contrast"])
+@pytest.mark.parametrize("name", NAMES)
+def test_each_term_reaches_the_generator_and_changes_the_images(name, term, tmp_path):
+    if term == "contrast" and name != "cmi":
+        return
+    whole = run(name, tmp_path / "whole", warmup_share=0)
+    without = run(name, tmp_path / "without", warmup_share=0, **{term: 0})
+    assert not torch.equal(images_of(whole)[:6], images_of(without)[:6])
+    torch.manual_seed(0)
+    labels = whole.labels(6)
+    attempt = whole.start(labels) if name == "nayer" else None
+    images = attempt.network(attempt.inputs) if attempt else whole.generator(whole.latents(6))
+    whole.student.eval()
+    terms = whole.terms(images, labels)
+    assert set(terms) == {"cross_entropy", "statistics", "adversarial", *(["contrast"] if name == "cmi" else [])}
+    first = whole.generator.linear.weight
+    assert torch.autograd.grad(terms[term], first)[0].abs().max() > 0
+    with open(whole.writer.directory / "metrics.csv", newline="") as file:
+        assert set(terms) <= set(next(csv.reader(file)))
+
+
+# -- the frame ---------------------------------------------------------------------------------------------------------
+
+
+def test_the_images_with_the_lowest_loss_are_kept(tmp_path):
+    """More steps go on where fewer stopped: the loss that is kept is the lowest so far, and its images are."""
+    losses, kept = [], []
+    for iterations in range(1, 9):
+        made, _ = method("nayer", tmp_path, iterations=iterations, lr=0.5, adversarial=0)
+        torch.manual_seed(0)
+        batch = made.make(0, 6)
+        losses.append(sum(getattr(made.config, name) * value.item() for name, value in batch.terms.items()))
+        kept.append(batch.pixels)
+    better = [after < before for before, after in itertools.pairwise(losses)]
+    assert losses == np.minimum.accumulate(losses).tolist()
+    assert {True, False} == set(better)
+    assert better == [not torch.equal(a, b) for a, b in itertools.pairwise(kept)]
+
+
+@pytest.mark.parametrize("name", NAMES)
+def test_student_rests_in_the_warm_up(name, tmp_path):
+    class Watch(Callback):
+        def on_train_epoch_end(self, trainer: pl.Trainer, module: pl.LightningModule) -> None:
+            states.append(copy.deepcopy(module.student.state_dict()))
+
+    states: list[dict[str, Tensor]] = []
+    made = run(name, tmp_path, Watch())
+    assert made.warmup_rounds == 1
+    changed = [any(not torch.equal(a[k], b[k]) for k in a) for a, b in itertools.pairwise(states)]
+    assert changed == [True, True]
+    assert all(torch.equal(v, states[0][k]) for k, v in network(1).state_dict().items())
+    with (tmp_path / "metrics.csv").open(newline="") as file:
+        rows = list(csv.DictReader(file))
+    assert [bool(row["adversarial"]) for row in rows] == [bool(row["soft"]) for row in rows] == [False, True, True]
+
+
+@pytest.mark.parametrize("name", NAMES)
+def test_pool_is_labelled_in_range_and_as_large_as_wanted(name, tmp_path):
+    made = run(name, tmp_path, num_images=14)
+    shards = [safetensors.torch.load_file(path) for path in sorted(tmp_path.glob("*.safetensors"))]
+    assert [len(shard["images"]) for shard in shards] == [6, 6, 2]
+    for shard in shards:
+        assert shard["images"].shape[1:] == SIZE
+        assert shard["images"].min() >= 0 and shard["images"].max() <= 1
+        assert torch.equal(shard["targets"].sum(1), torch.ones(len(shard["targets"])))
+    assert set(made.models()) == {"student", "generator"}
+    assert all(p.grad is None for p in made.teacher.parameters())
+
+
+@pytest.mark.parametrize("name", NAMES)
+def test_an_interrupted_run_continues_bit_for_bit(name, tmp_path):
+    class Stop(Callback):
+        def on_train_epoch_start(self, trainer: pl.Trainer, module: pl.LightningModule) -> None:
+            if trainer.current_epoch == 2:
+                trainer.save_checkpoint(tmp_path / "stopped" / CHECKPOINT)
+                raise ZeroDivisionError
+
+    values = {"num_images": 30, "warmup_share": 0.2}
+    whole = run(name, tmp_path / "whole", **values)
+    with pytest.raises(ZeroDivisionError):
+        run(name, tmp_path / "stopped", Stop(), **values)
+    torch.manual_seed(99)
+    resumed = run(name, tmp_path / "stopped", **values)
+    assert torch.equal(images_of(whole), images_of(resumed))
+    state = resumed.state_dict()
+    assert all(torch.equal(value, state[key]) for key, value in whole.state_dict().items())
+    for path in [*(tmp_path / "whole").glob("shard-*"), tmp_path / "whole" / "metrics.csv"]:
+        assert path.read_bytes() == (tmp_path / "stopped" / path.name).read_bytes(), path.name
+
+
+# -- what a batch leaves to the next -----------------------------------------------------------------------------------
+
+
+class Adam:
+    """Algorithm 1 of Kingma and Ba, ICLR 2015, one step at a time."""
+
+    def __init__(self, lr: float, betas: tuple[float, float]) -> None:
+        self.lr, self.betas, self.steps = lr, betas, 0
+        self.first: Array | float = 0.0
+        self.second: Array | float = 0.0
+
+    def step(self, x: Array, gradient: Array) -> Array:
+        (a, b), self.steps = self.betas, self.steps + 1
+        self.first = a * self.first + (1 - a) * gradient
+        self.second = b * self.second + (1 - b) * gradient**2
+        corrected = self.first / (1 - a**self.steps), self.second / (1 - b**self.steps)
+        return x - self.lr * corrected[0] / (np.sqrt(corrected[1]) + 1e-8)
+
+
+@pytest.mark.parametrize("meta", ["fomaml", "reptile"])
+def test_meta_gradients_of_a_linear_generator(meta, tmp_path):
+    """Two rounds of three inner steps by hand: x = z W^T, a linear teacher, cross-entropy alone."""
+    teacher, units, count, steps, lr, latent_lr = flat_network(), 6, 4, 3, 0.01, 0.03
+
+    def linear(made: PooledGenerator) -> None:
+        made.generator = nn.Sequential(nn.Linear(5, units, bias=False), nn.Unflatten(1, (1, 2, 3)))
+        made.generator[0].weight.data.copy_(torch.from_numpy(start))
+
+    start = 0.3 * RNG.normal(size=(units, 5))
+    values = {"batch_size": count, "iterations": steps, "lr": lr, "latent_lr": latent_lr, "meta": meta, "statistics": 0}
+    off = {"adversarial": 0, "student_steps": 0, "view_crop": 0, "view_flip": False, "cross_entropy": 0.7}
+    made = run(
+        "fast-dfkd", tmp_path, change=linear, teacher=teacher, num_images=2 * count, dtype="float32", **values, **off
+    )
+
+    classifier = teacher.net[2]
+    weight, bias = (p.detach().double().numpy() for p in (classifier.weight, classifier.bias))
+    theta, outer, kept = start, Adam(lr * steps, (0.5, 0.999)), []
+    for index in range(2):
+        torch.manual_seed(derive("shard", 0, index))
+        labels, z = torch.randint(4, (count,)).numpy(), torch.randn(count, 5).double().numpy()
+        inner, of_inner, of_z, total = (
+            theta,
+            Adam(lr, (0.5, 0.999)),
+            Adam(latent_lr, (0.5, 0.999)),
+            np.zeros_like(theta),
+        )
+        losses, images = [], []
+        for _ in range(steps):
+            x = z @ inner.T
+            logits = (x - 0.2) / 0.5 / np.sqrt(1 + 1e-5) @ weight.T + bias
+            p = oracles.softmax(logits)
+            losses.append(-np.log(p[np.arange(count), labels]).mean())
+            images.append(x)
+            gradient = 0.7 * (p - np.eye(4)[labels]) / count @ weight / 0.5 / np.sqrt(1 + 1e-5)
+            of_theta = gradient.T @ z
+            total = total + of_theta
+            z, inner = of_z.step(z, gradient @ inner), of_inner.step(inner, of_theta)
+        kept.append(images[int(np.argmin(losses))])
+        theta = outer.step(theta, total if meta == "fomaml" else theta - inner)
+    np.testing.assert_allclose(images_of(made).flatten(1), np.concatenate(kept), atol=2e-5)
+    np.testing.assert_allclose(made.generator[0].weight.detach(), theta, atol=2e-5)
+    assert np.abs(theta - start).max() > 0.03
+
+
+def test_average_of_statistics_is_the_last_steps(tmp_path):
+    made = run("fast-dfkd", tmp_path, num_images=6, iterations=1, view_crop=0, view_flip=False, dtype="float32")
+    with torch.no_grad(), batch_moments(made.teacher) as seen:
+        made.teacher(images_of(made))
+    torch.testing.assert_close(made.average.average[0, 5:], seen["4"].mean)
+    assert made.average.updates == 1
+
+
+def test_first_layer_starts_anew_in_its_round(tmp_path):
+    class Watch(Callback):
+        def on_train_epoch_end(self, trainer: pl.Trainer, module: pl.LightningModule) -> None:
+            weights.append(module.generator.linear.weight.detach().abs().mean().item())
+
+    weights: list[float] = []
+    run("fast-dfkd", tmp_path, Watch(), num_images=36, reset_first_layer=2, lr=1e-4, latent=50)  # warm-up: two rounds
+    drop = [after / before for before, after in itertools.pairwise(weights)]
+    assert [round(value) for value in drop] == [1, 1, 0, 1, 1]
+
+
+def test_reset_and_initialise_have_the_codes_deviations(tmp_path):
+    made, _ = method("cmi", tmp_path, generator_width=1.0, latent=100)
+    for layer in made.generator.modules():
+        if isinstance(layer, nn.BatchNorm2d):
+            layer.running_mean.fill_(7)
+    initialise(made.generator)
+    norm, conv = made.generator.body[1], made.generator.body[3]
+    for values, mean in ((made.generator.linear.weight, 0), (conv.weight, 0), (norm.weight, 1)):
+        assert values.mean().item() == pytest.approx(mean, abs=5 * 0.02 / values.numel() ** 0.5)
+        assert values.std().item() == pytest.approx(0.02, rel=4 / values.numel() ** 0.5)
+    assert not made.generator.linear.bias.any() and not norm.bias.any() and not norm.running_mean.any()
+    nn.init.ones_(made.generator.linear.bias)
+    reset_first_layer(made.generator)
+    assert norm.weight.mean().abs() < 0.01 and not made.generator.linear.bias.any()
+
+
+def test_noisy_layers_serve_one_block_each():
+    torch.manual_seed(0)
+    layers, rows = NoisyLayers(count=7, block=3, inputs=4, outputs=500).double(), RNG.normal(size=(7, 4))
+    weight = layers.weight.detach().numpy()
+    nn.init.normal_(layers.bias)
+    expected = [rows[n] @ weight[n // 3] + layers.bias[n // 3, 0].detach().numpy() for n in range(7)]
+    np.testing.assert_allclose(layers(torch.from_numpy(rows)).detach(), expected, rtol=1e-10)
+    assert weight.shape == (3, 4, 500)
+    assert weight.mean() == pytest.approx(0, abs=0.05) and weight.std() == pytest.approx(1, abs=0.05)
+
+
+def test_nayer_takes_all_classes_in_every_block(tmp_path):
+    made, _ = method("nayer", tmp_path)
+    labels = made.labels(11)
+    assert labels[:8].tolist() == [0, 1, 2, 3] * 2
+    assert len(set(labels[8:].tolist())) == 3
+
+
+@pytest.mark.parametrize(("embedding", "size"), [("one-hot", 4), ("random", 9)])
+def test_nayers_generator_takes_normal_latents(embedding, size, tmp_path):
+    """Before a batch, a noisy layer's outputs are normal with the embedding's norm: the generator's first sums too."""
+    made = run("nayer", tmp_path, embedding=embedding, embedding_size=9, num_images=6, latent=200)
+    assert made.embeddings.shape == (4, size)
+    generator = made.models()["generator"]
+    with torch.no_grad():
+        rows = made.norm.eval()(made.embeddings)
+        sums = [NoisyLayers(4, 4, size, 200)(rows) @ made.generator.linear.weight.T for _ in range(200)]
+        ours = torch.randn(800, 200) @ generator.linear.weight.T
+    assert torch.cat(sums).std().item() == pytest.approx(ours.std().item(), rel=0.1)
+
+
+def test_generators_life(tmp_path):
+    class Watch(Callback):
+        def on_train_epoch_end(self, trainer: pl.Trainer, module: pl.LightningModule) -> None:
+            weights.append(module.generator.linear.weight.detach().clone())
+
+    weights: list[Tensor] = []
+    values = {"lr": 1e-5, "generator_life": [2, 3], "warmup_share": 0.4, "iterations": 1}
+    run("nayer", tmp_path, Watch(), num_images=60, **values)
+    same = [torch.allclose(a, b, atol=1e-3) for a, b in itertools.pairwise(weights)]
+    assert same == [True, False, True, False, True, True, False, True, True]  # rounds 2, 4, 7
+
+
+# -- the command -------------------------------------------------------------------------------------------------------
+
+SMALL = ["--device", "cpu", "--student", "resnet8", "--generator-width", "0.25", "--view-crop", "1", "--crop", "1",
+         "--no-view-flip", "--no-flip", "--student-lr", "0.1"]  # fmt: skip
+OWN = {"cmi": ["--iterations", "12", "--negatives", "60"], "fast-dfkd": [], "nayer": ["--latent", "50"]}
+
+
+@pytest.fixture(scope="module")
+def digits(tmp_path_factory) -> Path:
+    """A ResNet-8 that reads digits of 8x8 pixels, and what a student learns of it from noise."""
+    path = tmp_path_factory.mktemp("digits")
+    handlers = {number: signal.getsignal(number) for number in (signal.SIGINT, signal.SIGTERM)}
+    small = ["--model", "resnet8", "--input-size", "1", "8", "8", "--epochs", "6", "--batch-size", "64"]
+    assert main(["train-teacher", "--out", str(path / "teacher"), *small, "--device", "cpu"]) == 0
+    plain = ["--rotate", "0", "--translate", "0", "--scale", "0", "--noise", "0", "--optimizer", "sgd", "--lr", "0.1"]
+    models = ["--teacher", str(path / "teacher"), "--student", "resnet8", "--out", str(path / "noise")]
+    noise = ["--transfer-set", "noise:480", "--steps", "120", "--batch-size", "64"]
+    assert main(["distill", *models, *noise, *plain, "--device", "cpu"]) == 0
+    for number, handler in handlers.items():
+        signal.signal(number, handler)
+    return path
+
+
+def test_killed_and_resumed_equals_uninterrupted(digits, tmp_path, cli):
+    """kill -9 between two rounds, in a process of its own."""
+    steps = ["--num-images", "100", "--batch-size", "20", "--student-steps", "10", "--student-batch-size", "8"]
+    arguments = ["synthesize", "--method", "fast-dfkd", "--teacher", str(digits / "teacher"), *steps, *SMALL]
+    code, _, err = cli(*arguments, "--out", tmp_path / "whole")
+    assert code == 0, err
+    killed = [*arguments, "--out", "killed"]
+    kill_after_saving(killed, tmp_path, tmp_path / "killed" / CHECKPOINT)
+    assert json.loads((tmp_path / "killed" / "run.json").read_text())["status"] != "complete"
+    finish(killed, tmp_path)
+    names = ["manifest.json", "metrics.csv", "student/model.safetensors", "generator/generator.safetensors"]
+    for name in names:
+        assert (tmp_path / "whole" / name).read_bytes() == (tmp_path / "killed" / name).read_bytes(), name
+    load_generator(tmp_path / "killed" / "generator")
+
+
+@pytest.mark.parametrize("name", NAMES)
+def test_student_in_the_loop_beats_one_taught_with_noise(name, digits, tmp_path, cli):
+    steps = ["--num-images", 480, "--batch-size", 60, "--student-steps", 20, "--student-batch-size", 64]
+    out = tmp_path / "shards"
+    code, _, err = cli(
+        "synthesize", "--method", name, "--teacher", digits / "teacher", "--out", out, *steps, *SMALL, *OWN[name],
+        "--iterations", 10, "--warmup-share", 0.25,
+    )  # fmt: skip
+    assert code == 0, err
+    models = [out / "student", digits / "noise"]
+    code, answer, err = cli("evaluate", *models, "--teacher", digits / "teacher", "--device", "cpu", "--json")
+    assert code == 0, err
+    ours, noise = (result["top1"] for result in json.loads(answer)["results"])
+    assert ours > noise + 0.1
