@@ -166,7 +166,7 @@ class PooledGeneration(PoolTraining):
     lr: float = option(1e-3, "Adam learning rate of the generator", above=0)
     betas: tuple[float, float] = option((0.5, 0.999), "Adam's betas", low=0, high=1)
     latent: int = option(256, "numbers that the generator makes an image from", low=1)
-    generator_width: float = option(1.0, "multiplies the generator's maps", above=0)
+    width: float = option(1.0, "multiplies the generator's maps", above=0)
     view_crop: int = option(
         4, "networks see generated images cropped at random, after padding by so many pixels", low=0
     )

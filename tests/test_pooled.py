@@ -42,7 +42,7 @@ TINY = {
     "batch_size": 6,
     "iterations": 3,
     "latent": 5,
-    "generator_width": 0.05,
+    "width": 0.05,
     "view_crop": 1,
     "student_steps": 2,
     "student_batch_size": 4,
@@ -380,7 +380,7 @@ def test_first_layer_starts_anew_in_its_round(tmp_path):
 
 
 def test_reset_and_initialise_have_the_codes_deviations(tmp_path):
-    made, _ = method("cmi", tmp_path, generator_width=1.0, latent=100)
+    made, _ = method("cmi", tmp_path, width=1.0, latent=100)
     for layer in made.generator.modules():
         if isinstance(layer, nn.BatchNorm2d):
             layer.running_mean.fill_(7)
@@ -440,7 +440,7 @@ def test_generators_life(tmp_path):
 
 # -- the command -------------------------------------------------------------------------------------------------------
 
-SMALL = ["--device", "cpu", "--student", "resnet8", "--generator-width", "0.25", "--view-crop", "1", "--crop", "1",
+SMALL = ["--device", "cpu", "--student", "resnet8", "--width", "0.25", "--view-crop", "1", "--crop", "1",
          "--no-view-flip", "--no-flip", "--student-lr", "0.1"]  # fmt: skip
 OWN = {"cmi": ["--iterations", "12", "--negatives", "60"], "fast-dfkd": [], "nayer": ["--latent", "50"]}
 

@@ -22,7 +22,7 @@ room for its aspect is as wide or high as the image instead of drawn again.
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
 from typing import Any
@@ -30,6 +30,8 @@ from typing import Any
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
+from torch.optim import Optimizer
+from torch.optim.lr_scheduler import LRScheduler
 from torchvision.transforms import v2
 
 from dfkd_cli.config import option
@@ -82,20 +84,18 @@ class CMI(PooledGenerator):
         mirror: list[nn.Module] = [RandomFlip()] if c.view_flip else []
         self.second_view = v2.Compose([RandomResizedCrop(c.contrast_crop), *mirror])
 
-    def configure_optimizers(self) -> Any:
-        """Those of the student, and the perceptron's."""
-        optimizers, schedules = super().configure_optimizers()
-        return [*optimizers, torch.optim.Adam(self.projection.parameters(), self.config.lr, fused=True)], schedules
+    def trained(self) -> Sequence[tuple[Optimizer, LRScheduler | None]]:
+        """The student and the perceptron."""
+        return [*super().trained(), (torch.optim.Adam(self.projection.parameters(), self.config.lr, fused=True), None)]
 
     def start(self, labels: Tensor) -> Attempt:
         """A new generator and new latents."""
         initialise(self.generator)
         latents = self.latents(len(labels))
         trained = [*self.generator.parameters(), latents]
-        optimizers = [torch.optim.Adam(trained, self.config.lr, betas=self.config.betas, fused=True)]
+        optimizers: list[Optimizer] = [torch.optim.Adam(trained, self.config.lr, betas=self.config.betas, fused=True)]
         if self.config.contrast:
-            of_projection: Any = self.optimizers(use_pl_optimizer=False)
-            optimizers.append(of_projection[1])
+            optimizers.append(self.pairs[1][0])
         return Attempt(self.generator, latents, optimizers)
 
     @contextmanager

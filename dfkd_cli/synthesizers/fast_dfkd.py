@@ -23,11 +23,14 @@ Differences from the released code:
 from __future__ import annotations
 
 import copy
+from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Any, Literal
 
 import torch
 from torch import Tensor, nn
+from torch.optim import Optimizer
+from torch.optim.lr_scheduler import LRScheduler
 
 from dfkd_cli.config import option
 from dfkd_cli.settings import PooledGeneration
@@ -65,19 +68,16 @@ class FastDFKD(PooledGenerator):
     needs = ("batchnorm", "student")
     config: Config
 
-    def configure_optimizers(self) -> Any:
-        """Those of the student, and the meta generator's."""
-        optimizers, schedules = super().configure_optimizers()
+    def trained(self) -> Sequence[tuple[Optimizer, LRScheduler | None]]:
+        """The student and the meta generator."""
         c = self.config
         meta = torch.optim.Adam(self.generator.parameters(), c.lr * c.iterations, betas=c.betas, fused=True)
-        return [*optimizers, meta], schedules
+        return [*super().trained(), (meta, None)]
 
     @property
-    def meta_optimizer(self) -> torch.optim.Optimizer:
+    def meta_optimizer(self) -> Optimizer:
         """The second optimiser, without Lightning's wrapper: its gradients are not scaled in mixed precision."""
-        optimizers = self.optimizers(use_pl_optimizer=False)
-        assert isinstance(optimizers, list)
-        return optimizers[1]
+        return self.pairs[1][0]
 
     def start(self, labels: Tensor) -> Attempt:
         """A copy of the meta generator, and new latents."""

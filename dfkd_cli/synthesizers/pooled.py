@@ -61,7 +61,7 @@ class PooledGenerator(PoolTrainer):
         c = self.config
         with torch.random.fork_rng(devices=[]):
             torch.manual_seed(derive("generator", self.seed))
-            self.generator = Generator(self.teacher.info, c.latent, "sigmoid", c.generator_width)
+            self.generator = Generator(self.teacher.info, c.latent, "sigmoid", c.width)
         self.average = AveragedMoments(self.teacher, c.statistics_momentum)
         self.view = pipeline(Augmentation(crop=c.view_crop, flip=c.view_flip), 0.0)
 
