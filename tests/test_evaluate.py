@@ -547,7 +547,7 @@ def test_ranks_are_shown_and_by_layer_where_more_is_asked_for(trained, monkeypat
     lines = [line.split() for line in out.splitlines()]
     assert [line[0] for line in lines[:5]] == ["MODEL", "teacher", "SET", "digits:40", "noise:40"]
     layers = load_model(trained / "teacher")[0].batch_norms()
-    assert lines[5] == ["BN", "DIVERGENCE", "noise:40", "digits:40"]
+    assert lines[5] == ["BN", "DIVERGENCE", "digits:40", "noise:40"]
     assert len(lines) == 6 + len(layers)
     assert len(cli("evaluate", *paths)[1].splitlines()) == 5
 

@@ -63,10 +63,12 @@ def run(settings: Settings, terminal: Terminal, dry_run: bool = False, paths: Se
                 write_json(file, {"schema": 1, "results": results})
                 directory.finish([file], _headline(subjects, results))
         artifacts = {"results": str(file)}
+    # Images are ranked by their divergence from the teacher's training data, smallest first.
+    ranked = sorted(results, key=lambda result: (result.get(DIVERGENCE) is None, result.get(DIVERGENCE)))
     for kinds, columns in TABLES.items():
-        if rows := [result for result in results if result["kind"] in kinds]:
+        if rows := [result for result in ranked if result["kind"] in kinds]:
             terminal.answer(_table(rows, columns))
-    if terminal.verbosity >= VERBOSE and (rows := [r for r in results if r.get("bn_divergence_layers")]):
+    if terminal.verbosity >= VERBOSE and (rows := [r for r in ranked if r.get("bn_divergence_layers")]):
         terminal.answer(_layers(rows))
     _check_gate(results, settings.inputs.min_top1)
     return {"artifacts": artifacts, "metrics": _headline(subjects, results), "results": results}
@@ -361,11 +363,7 @@ TABLES: dict[tuple[str, ...], list[Column]] = {  # by the kinds of results
 
 
 def _table(results: list[dict[str, Any]], columns: list[Column]) -> Table:
-    """What was measured; a column in which no result has anything is left out.
-
-    Images are ranked by their divergence from the teacher's training data, smallest first; models stay in their order.
-    """
-    results = sorted(results, key=lambda result: (result.get(DIVERGENCE) is None, result.get(DIVERGENCE)))
+    """What was measured; a column in which no result has anything is left out."""
     table = Table(box=None, header_style="bold")
     columns = [column for column in columns if any(result[column[1]] not in (None, []) for result in results)]
     for heading, key, _ in columns:
