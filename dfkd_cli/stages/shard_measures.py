@@ -15,6 +15,7 @@ from dfkd_cli.artifacts.shards import ShardReader
 from dfkd_cli.data.sources import Images, Source
 from dfkd_cli.models.classifier import Classifier
 from dfkd_cli.models.statistics import (
+    DEAD,
     Moments,
     RunningMoments,
     layer_divergence,
@@ -145,11 +146,12 @@ def bn_divergences(seen: Mapping[str, RunningMoments], recorded: Mapping[str, Mo
     """``KL(N(running_mean, running_var) || N(mean, var))`` in nats, mean over the channels of each layer that ran.
 
     The similarity measure of The Knowledge Within (arXiv:1912.01274): low for images like those of the training.
-    Channels that were dead in training, whose variance was below 1e-5, do not count.
+    Channels that were dead in training, whose variance was below 1e-5, do not count, nor do layers of such channels.
     """
     return {
         name: float(layer_divergence(Moments(ours.mean, ours.variance), theirs))
         for name, ours, theirs in _pairs(seen, recorded)
+        if (theirs.variance >= DEAD).any()
     }
 
 
