@@ -336,7 +336,7 @@ class Witness:
         method.student.net.register_forward_pre_hook(self.note)
 
     def note(self, net: nn.Module, inputs: tuple[Tensor]) -> None:
-        rate = self.method.student_optimizer.param_groups[0]["lr"]
+        rate = self.method.pairs[0][0].param_groups[0]["lr"]
         self.calls.append((net.training, inputs[0].detach().clone(), rate))
 
     def rounds(self, count: int) -> list[list[tuple[bool, Tensor, float]]]:
@@ -376,7 +376,7 @@ def test_the_student_is_trained_on_the_shards_so_far(tmp_path):
         for _, _, rate in calls[3:]:
             assert rate == pytest.approx(0.3 * (1 + np.cos(np.pi * steps / 12)) / 2, abs=1e-12)
             steps += 1
-    assert method.student_optimizer.param_groups[0]["lr"] == pytest.approx(0, abs=1e-12)
+    assert method.pairs[0][0].param_groups[0]["lr"] == pytest.approx(0, abs=1e-12)
     assert all(not torch.equal(value, before[name]) for name, value in method.student.state_dict().items())
 
 
