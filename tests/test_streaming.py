@@ -94,7 +94,7 @@ def test_distances(make_method):
 # -- the generator -----------------------------------------------------------------------------------------------------
 
 
-@pytest.mark.parametrize("size", [(1, 28, 28), (3, 33, 18), (3, 64, 64)])
+@pytest.mark.parametrize("size", [(1, 28, 28), (3, 33, 18), (3, 64, 64), (3, 100, 40)])
 @pytest.mark.parametrize("end", ["tanh", "normal", "sigmoid"])
 def test_generators_make_images_of_the_teachers_size(size, end):
     channels = size[0]
@@ -116,6 +116,13 @@ def test_width_of_the_paper():
     )
     linear, norm, first, second, last = 101 * 128 * 64, 2 * 128, 128 * 9 * 128 + 128, 128 * 9 * 64 + 64, 64 * 9 + 1
     assert parameters == linear + norm + first + 2 * 128 + second + 2 * 64 + last
+
+
+def test_large_images_are_doubled_more_often():
+    info = ModelInfo("x", 10, (3, 224, 224), (0.3,) * 3, (0.2,) * 3)
+    generator = Generator(info, 2, "sigmoid", width=0.05)
+    assert generator.linear.out_features == 6 * 14 * 14  # 0.05 * 128 maps
+    assert [layer.out_channels for layer in generator.body if isinstance(layer, torch.nn.Conv2d)] == [6, 3, 3, 3, 3]
 
 
 def test_a_generator_directory_gives_the_same_images(tmp_path):

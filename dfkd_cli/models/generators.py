@@ -1,8 +1,10 @@
-"""Generators: latent vectors to images of any size, as the papers on generator-based synthesis have them.
+"""The generator of the papers on generator-based synthesis: latent vectors to images of any size.
 
-``conv``: a linear layer to 128 maps of a quarter of the sides, then two times nearest-neighbour upsampling and a 3x3
-convolution, and one convolution to the image's channels. It is the generator of DAFL (arXiv:1904.01186), of zero-shot
-transfer (arXiv:1905.09768), of DFAD (arXiv:1912.11006) and of CMI (arXiv:2105.08584), which differ in how it ends:
+A linear layer to 128 maps of a quarter of the sides, then two times nearest-neighbour upsampling and a 3x3 convolution,
+and one convolution to the image's channels. Larger images are doubled as often as it takes to start from at most 16
+pixels: four times for 224, as in the ImageNet experiments of arXiv:2112.06253. It is the generator of DAFL
+(arXiv:1904.01186), of zero-shot transfer (arXiv:1905.09768), of DFAD (arXiv:1912.11006) and of CMI (arXiv:2105.08584),
+which differ in how it ends:
 
     tanh        tanh, then BatchNorm without scale: what the teacher's ``net`` takes           DAFL, DFAD
     normal      BatchNorm with scale: what the teacher's ``net`` takes                          zero-shot transfer
@@ -12,6 +14,7 @@ transfer (arXiv:1905.09768), of DFAD (arXiv:1912.11006) and of CMI (arXiv:2105.0
 from __future__ import annotations
 
 import dataclasses
+import itertools
 import math
 from pathlib import Path
 from typing import Any, Literal
@@ -26,7 +29,8 @@ from dfkd_cli.models.directory import save_weights
 from dfkd_cli.models.weights import load_weights
 
 End = Literal["tanh", "normal", "sigmoid"]
-WIDTHS = (128, 128, 64)
+WIDTHS = (128, 128, 64)  # maps at the start and after each doubling, the last one for all further ones
+LARGEST_START = 16  # pixels
 RECORD = "generator.json"
 WEIGHTS = "generator.safetensors"
 SCHEMA = 1
@@ -52,23 +56,19 @@ class Generator(nn.Module):
         self.info, self.latent, self.end = info, latent, end
         self.settings = {"latent": latent, "end": end, "width": width, "epsilon": epsilon}
         channels, *sides = info.input_size
-        first, second, third = (max(1, round(width * maps)) for maps in WIDTHS)
-        half, quarter = (tuple(-(-side // part) for side in sides) for part in (2, 4))
-        bias = end != "sigmoid"
-        self.linear = nn.Linear(latent, first * math.prod(quarter))
-        self.body = nn.Sequential(
-            nn.Unflatten(1, (first, *quarter)),
-            nn.BatchNorm2d(first),
-            nn.Upsample(size=half),
-            nn.Conv2d(first, second, 3, padding=1, bias=bias),
-            nn.BatchNorm2d(second, epsilon),
-            nn.LeakyReLU(0.2, inplace=True),
-            nn.Upsample(size=tuple(sides)),
-            nn.Conv2d(second, third, 3, padding=1, bias=bias),
-            nn.BatchNorm2d(third, epsilon),
-            nn.LeakyReLU(0.2, inplace=True),
-            nn.Conv2d(third, channels, 3, padding=1),
-        )
+        doublings = max(2, math.ceil(math.log2(max(sides) / LARGEST_START)))
+        start, *sizes = [tuple(-(-side // 2**i) for side in sides) for i in range(doublings, -1, -1)]
+        widths = [max(1, round(width * maps)) for maps in (*WIDTHS, *WIDTHS[-1:] * (doublings - 2))]
+        self.linear = nn.Linear(latent, widths[0] * math.prod(start))
+        layers: list[nn.Module] = [nn.Unflatten(1, (widths[0], *start)), nn.BatchNorm2d(widths[0])]
+        for size, (before, after) in zip(sizes, itertools.pairwise(widths), strict=True):
+            layers += [
+                nn.Upsample(size=size),
+                nn.Conv2d(before, after, 3, padding=1, bias=end != "sigmoid"),
+                nn.BatchNorm2d(after, epsilon),
+                nn.LeakyReLU(0.2, inplace=True),
+            ]
+        self.body = nn.Sequential(*layers, nn.Conv2d(widths[-1], channels, 3, padding=1))
         ends: dict[End, list[nn.Module]] = {
             "tanh": [nn.Tanh(), nn.BatchNorm2d(channels, affine=False)],
             "normal": [nn.BatchNorm2d(channels)],
