@@ -77,7 +77,7 @@ class Inversion(ImageOptimization):
     coarse_iterations: int = option(0, "inner steps before these, on images of half the sides", low=0)
     lr: float = option(0.05, "Adam learning rate on the normalised pixels", above=0)
     betas: tuple[float, float] = option((0.9, 0.999), "Adam's betas, below 1", low=0, high=0.99999)
-    warmup: float = option(0.0, "share of the inner steps with rising learning rate", low=0, high=1)
+    warmup: int = option(0, "inner steps with rising learning rate, at each resolution", low=0)
     schedule: Literal["constant", "cosine"] = option("constant", "learning rate after the warm-up")
     jitter: int = option(2, "roll the batch by up to so many pixels on both axes, anew in each inner step", low=0)
     flip: bool = option(False, "mirror each image with probability 1/2 in each inner step")

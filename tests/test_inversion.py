@@ -189,8 +189,8 @@ STATISTICS = {"statistics": 0.4, "first_layer": 3.0}
         ("deepdream", {}),
         ("deepdream", {"coarse_iterations": 2}),
         ("deepinversion", {"betas": (0.5, 0.9)}),
-        ("deepinversion", {"iterations": 4, "warmup": 0.5, "schedule": "cosine"}),
-        ("deepinversion", {"coarse_iterations": 4, "warmup": 0.25, "schedule": "cosine"}),
+        ("deepinversion", {"iterations": 4, "warmup": 2, "schedule": "cosine"}),
+        ("deepinversion", {"coarse_iterations": 4, "warmup": 1, "schedule": "cosine"}),
         ("deepinversion", {"clamp": True, "total_variation_l1": 0.0}),
         ("deepinversion", {"statistics": 0.0}),
         ("adaptive-deepinversion", {"competition": 2.0}),
@@ -224,7 +224,7 @@ def test_images_are_those_of_the_papers_optimisation(name, values, tmp_path):
     mean, std = (np.reshape(values, (1, 2, 1, 1)) for values in (teacher.info.mean, teacher.info.std))
     start, project = x, (lambda x: np.clip(x, -mean / std, (1 - mean) / std)) if config.clamp else (lambda x: x)
     for pooled, steps in ((True, config.coarse_iterations), (False, config.iterations)):
-        rising = int(config.warmup * steps)
+        rising = min(config.warmup, steps)
         rates = [config.lr * oracles.inversion_rate(t, steps, rising, config.schedule) for t in range(steps)]
 
         def gradient(x, pooled=pooled):
@@ -240,7 +240,7 @@ def test_images_are_those_of_the_papers_optimisation(name, values, tmp_path):
 
 
 @pytest.mark.parametrize("schedule", ["constant", "cosine"])
-@pytest.mark.parametrize(("warmup", "rising", "steps"), [(0.0, 0, 7), (0.05, 100, 2000), (0.5, 3, 7), (1.0, 5, 5)])
+@pytest.mark.parametrize(("warmup", "rising", "steps"), [(0, 0, 7), (100, 100, 2000), (3, 3, 7), (9, 5, 5)])
 def test_learning_rate(warmup, rising, steps, schedule, tmp_path):
     method = synthesizer("deepdream", tmp_path, warmup=warmup, schedule=schedule)
     rates = [method.rate(step, steps) for step in range(steps)]

@@ -70,7 +70,7 @@ class Inverter(ImageOptimizer):
 
     def rate(self, step: int, steps: int) -> float:
         """A linear rise, then constant or along a cosine to zero."""
-        warmup = int(self.config.warmup * steps)
+        warmup = min(self.config.warmup, steps)
         if step < warmup:
             return (step + 1) / warmup
         if self.config.schedule == "constant":
