@@ -60,6 +60,21 @@ class Settings:
             values["grid"] = dict(self.grid)
         return values
 
+    def completed(self, identity: Mapping[str, Any]) -> dict[str, Any]:
+        """What an older version recorded, with the defaults of settings that it did not know.
+
+        A setting that is added must have the default that changes nothing.
+        """
+        methods = self.components.get("method", ())
+        sections = [*(type(method.config) for method in methods), type(self.inputs), type(self.run)]
+        known = {name: value for section in sections for name, value in _plain_defaults(section).items()}
+        completed = known | dict(identity)
+        for flag, chosen in self.components.items():
+            if flag != "method" and isinstance(identity.get(flag), dict):
+                defaults = {c.entry.name: _plain_defaults(type(c.config)) for c in chosen}
+                completed[flag] = {name: defaults.get(name, {}) | values for name, values in identity[flag].items()}
+        return completed
+
     def replace(self, **changes: Any) -> Settings:
         """The same settings with some inputs changed."""
         return dataclasses.replace(self, inputs=dataclasses.replace(self.inputs, **changes))
@@ -186,3 +201,10 @@ def assignments(items: list[str]) -> dict[str, str]:
         path, dot, name = key.rpartition(".")
         pairs[path + dot + name.replace("-", "_")] = value
     return pairs
+
+
+def _plain_defaults(section: type) -> dict[str, Any]:
+    """The defaults of a configuration class, as :meth:`Settings.plain` has them."""
+    return {
+        name: list(value) if isinstance(value, tuple) else value for name, value in config.defaults(section).items()
+    }

@@ -362,3 +362,14 @@ def test_a_directory_called_like_the_dataset_is_no_dataset(here: Path, cli) -> N
     (here / "digits").mkdir()
     code, _, err = cli("synthesize", "--method", "noise", "--num-images", "2", "--out", "digits/shards")
     assert code == 0, err
+
+
+def test_a_run_of_a_version_that_knew_fewer_settings_is_taken_for_what_it_is(here: Path, cli) -> None:
+    record = json.loads((here / "shards" / "run.json").read_text())
+    del record["identity"]["total_variation"]  # its default is what that version did
+    (here / "shards" / "run.json").write_text(json.dumps(record))
+    again = ["synthesize", "--method", "zskd", *SMALL]
+    code, _, err = cli(*again)
+    assert code == 0, err
+    assert "already complete" in err
+    one_line(cli(*again, "--total-variation", "1"), 2, "total_variation: 0.0 -> 1.0")

@@ -269,7 +269,7 @@ def crd_outputs(count: int = 3) -> tuple[Outputs, Outputs]:
 @pytest.mark.parametrize("variant", ["exact", "relax"])
 def test_crd(variant):
     """Two steps: what the first writes into the memories is what the second compares with."""
-    options = {"variant": variant, "negatives": 5, "dimensions": 7, "temperature": 0.2, "momentum": 0.3}
+    options = {"variant": variant, "negatives": 5, "dimensions": 7, "temperature": 0.2, "memory_momentum": 0.3}
     objective = connected("crd", network(1, 3, 4), network(2, 4, 6), count=9, **options).double()
     memories, classes, scale = objective.memory.numpy().copy(), np.full(9, -1), None
     assert np.abs(memories).max() <= np.sqrt(3 / 7) < 1.1 * np.abs(memories).max()

@@ -70,7 +70,10 @@ class RunDirectory:
             return False
         previous = self._previous()
         if previous is not None and not self.settings.run.overwrite:
-            different = differences(previous.get("identity", {}), self.identity)
+            identity = previous.get("identity", {})
+            completed = self.settings.completed(identity).items() if identity else ()
+            known = {key: value for key, value in completed if key in identity or key in self.identity}
+            different = differences(known, self.identity)
             if different:
                 raise ConfigError(
                     f"{self.path} holds another run: {'; '.join(different)}",

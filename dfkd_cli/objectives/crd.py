@@ -51,7 +51,7 @@ class Config(Compared):
     dimensions: int = option(128, "of the space in which features are compared", low=1)
     negatives: int = option(16384, "negatives of each image, drawn anew in every step", low=1)
     temperature: float = option(0.07, TEMPERATURE, above=0)
-    momentum: float = option(0.5, "what a memory keeps when its image comes along", low=0, high=1)
+    memory_momentum: float = option(0.5, "what a memory keeps when its image comes along", low=0, high=1)
     contrast: float = option(1.0, "weight of the contrast, beside that of the objective", low=0)
 
 
@@ -101,7 +101,7 @@ class CRD(FeatureObjective):
         embedded, positions, classes, scale = self.seen
         self.scale.copy_(everywhere(scale[None]).mean(0))
         embedded, positions = everywhere(embedded).transpose(0, 1), everywhere(positions)
-        share = self.config.momentum
+        share = self.config.memory_momentum
         self.memory[:, positions] = F.normalize(share * self.memory[:, positions] + (1 - share) * embedded, dim=2)
         self.classes[positions] = everywhere(classes)
 
