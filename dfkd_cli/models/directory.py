@@ -68,7 +68,7 @@ def load_model(directory: Path, allow_code: bool = False) -> tuple[Classifier, d
     if not weights.is_file():
         raise ArtifactError(f"{weights}: no such file", "the model directory is incomplete; make it again")
     try:
-        info = _info(record)
+        info = read_info(record)
         intact = sha256_file(weights) == record["weights"]["sha256"]
     except (KeyError, TypeError, ConfigError) as error:
         raise ArtifactError(f"{directory / RECORD}: not a model record: {error}", "make the model again") from None
@@ -99,7 +99,8 @@ def _read_record(directory: Path) -> dict[str, Any]:
     return record
 
 
-def _info(record: dict[str, Any]) -> ModelInfo:
+def read_info(record: dict[str, Any]) -> ModelInfo:
+    """What a record in JSON says about a network, or about the input of one."""
     classes = record.get("classes")
     return ModelInfo(
         spec=str(record["spec"]),

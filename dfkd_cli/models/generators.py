@@ -25,7 +25,7 @@ from torch import Tensor, nn
 from dfkd_cli.artifacts.files import digest, read_json, sha256_file, write_json
 from dfkd_cli.errors import ArtifactError
 from dfkd_cli.models.classifier import ModelInfo
-from dfkd_cli.models.directory import save_weights
+from dfkd_cli.models.directory import read_info, save_weights
 from dfkd_cli.models.weights import load_weights
 
 End = Literal["tanh", "normal", "sigmoid"]
@@ -108,9 +108,8 @@ def load_generator(directory: Path) -> tuple[Generator, dict[str, Any]]:
             raise ArtifactError(f"{directory}: {record['kind']} of schema {record['schema']}", "update dfkd")
         if not weights.is_file() or sha256_file(weights) != record["weights"]["sha256"]:
             raise ArtifactError(f"{weights}: missing or damaged", "make or copy the generator again")
-        info: dict[str, Any] = {k: tuple(v) if isinstance(v, list) else v for k, v in record["teacher_input"].items()}
         with torch.random.fork_rng(devices=[]):
-            generator = Generator(ModelInfo(**info), **record["settings"])
+            generator = Generator(read_info(record["teacher_input"]), **record["settings"])
     except (KeyError, TypeError) as error:
         raise ArtifactError(f"{directory / RECORD}: not a generator's record: {error}", "make it again") from None
     load_weights(generator, weights)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import functools
 from abc import abstractmethod
 from collections.abc import Mapping, Sequence
 from contextlib import AbstractContextManager, nullcontext
@@ -17,6 +18,7 @@ from dfkd_cli.artifacts.shards import ShardWriter
 from dfkd_cli.errors import RunFailed
 from dfkd_cli.models.classifier import Classifier
 from dfkd_cli.models.generators import Generator
+from dfkd_cli.models.statistics import Moments, recorded_moments
 from dfkd_cli.rounds import Learner, weighted_sum
 from dfkd_cli.seeds import seed_torch
 
@@ -70,6 +72,11 @@ class Synthesizer(Learner):
     @abstractmethod
     def make(self, first: int, count: int) -> Impressions:
         """Make images ``first`` to ``first + count`` of the set. Torch's random state is already seeded for them."""
+
+    @functools.cached_property
+    def recorded(self) -> dict[str, Moments]:
+        """What the teacher's BatchNorm layers remember; first asked for in a round, when it is on its device."""
+        return recorded_moments(self.teacher)
 
     def models(self) -> Mapping[str, Classifier | Generator]:
         """Networks that were trained meanwhile, each to be written under its name. None by default."""

@@ -27,7 +27,7 @@ from typing import Literal
 from torch import Tensor
 
 from dfkd_cli.config import option
-from dfkd_cli.models.statistics import batch_moments, recorded_moments
+from dfkd_cli.models.statistics import batch_moments
 from dfkd_cli.settings import SmoothInversion
 from dfkd_cli.synthesizers.inception import Inception
 from dfkd_cli.synthesizers.terms import statistics_distance, statistics_divergence
@@ -56,7 +56,6 @@ class BNStatistics(Inception):
     @contextmanager
     def watching(self) -> Iterator[None]:
         """What goes into the BatchNorm layers."""
-        self.recorded = recorded_moments(self.teacher)
         with batch_moments(self.teacher) as self.seen:
             yield
 

@@ -178,8 +178,7 @@ class _Pool(Source):
 
     def __init__(self, writer: ShardWriter, count: int) -> None:
         self.writer, self.sizes = writer, [writer.rows[index]["count"] for index in range(count)]
-        images = self.chunk(0).pixels
-        self.shape, self.dtype = (images.shape[1], images.shape[2], images.shape[3]), images.dtype
+        self.shape, self.dtype = tuple(writer.head["shape"]), getattr(torch, writer.head["dtype"])
 
     def chunk(self, index: int) -> Images:
         return Images(self.writer.read(index)["images"])

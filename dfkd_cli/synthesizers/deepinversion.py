@@ -27,7 +27,7 @@ from typing import ClassVar
 
 from torch import Tensor
 
-from dfkd_cli.models.statistics import batch_moments, recorded_moments
+from dfkd_cli.models.statistics import batch_moments
 from dfkd_cli.settings import StatisticsInversion
 from dfkd_cli.synthesizers.inversion import Inverter
 from dfkd_cli.synthesizers.terms import statistics_distance
@@ -51,7 +51,6 @@ class DeepInversion(Inverter):
 
     @contextmanager
     def _statistics(self) -> Iterator[None]:
-        self.recorded = recorded_moments(self.teacher)
         with batch_moments(self.teacher, correction=1) as self.seen:
             yield
 

@@ -23,7 +23,7 @@ from dataclasses import dataclass
 from torch import Tensor
 
 from dfkd_cli.config import option
-from dfkd_cli.models.statistics import batch_moments, recorded_moments
+from dfkd_cli.models.statistics import batch_moments
 from dfkd_cli.objectives.base import Outputs
 from dfkd_cli.objectives.response import soft_loss
 from dfkd_cli.settings import AdversarialTraining
@@ -64,7 +64,7 @@ class DFQ(Adversary):
     def generator_terms(self, pixels: Tensor, teacher: Outputs) -> dict[str, Tensor]:
         """The students' distance, and the parts of L_T."""
         terms = {
-            "statistics": statistics_divergence(self.seen, recorded_moments(self.teacher), reverse=True),
+            "statistics": statistics_divergence(self.seen, self.recorded, reverse=True),
             "instance_entropy": answer_entropy(teacher.logits),
             "batch_entropy": -mean_answer_entropy(teacher.logits),
         }

@@ -22,7 +22,7 @@ from torch import Tensor, nn
 from dfkd_cli.data.augment import pipeline
 from dfkd_cli.models.classifier import Classifier
 from dfkd_cli.models.generators import Generator
-from dfkd_cli.models.statistics import AveragedMoments, Moments, batch_moments, recorded_moments
+from dfkd_cli.models.statistics import AveragedMoments, Moments, batch_moments
 from dfkd_cli.rounds import weighted_sum
 from dfkd_cli.seeds import derive
 from dfkd_cli.settings import Augmentation, PooledGeneration
@@ -93,7 +93,7 @@ class PooledGenerator(PoolTrainer):
         terms = {"cross_entropy": F.cross_entropy(logits, labels)}
         if self.seen:
             blended = self.average.blend(self.seen)
-            terms["statistics"] = statistics_distance(blended, recorded_moments(self.teacher))
+            terms["statistics"] = statistics_distance(blended, self.recorded)
         if self.config.adversarial and not self.warming_up:
             terms["adversarial"] = agreed_divergence(self.student(view).float(), logits)
         return terms
