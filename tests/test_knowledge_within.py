@@ -210,7 +210,7 @@ def test_l2_is_deepinversions_distance_with_biased_variances(tmp_path):
     maker = method("bn-statistics", tmp_path, teacher, bn_loss="l2")
     images = torch.randn(4, *SIZE)
     targets = maker.targets(0, 4)
-    with maker.watching():
+    with maker.watching() as maker.seen:
         distance = maker.terms(images, teacher.net(images), targets)["statistics"]
     x, (mean, var) = images.double().numpy(), recorded(teacher)
     expected = sum(np.linalg.norm(a - b) for a, b in ((x.mean((0, 2, 3)), mean), (x.var((0, 2, 3)), var)))

@@ -148,7 +148,7 @@ def test_features_are_those_at_the_taps_last_by_default(taps, path, tmp_path, te
     paths = ["stage1", "stage2"] if path is None else [path]
     values = [net[: [name for name, _ in net.named_children()].index(path) + 1](images) for path in paths]
     targets = maker.targets(0, 4)
-    with maker.watching():
+    with maker.watching() as maker.seen:
         terms = maker.terms(images, net(images), targets)
     expected = -np.mean([value.detach().double().abs().mean() for value in values])
     np.testing.assert_allclose(terms["activation"].detach(), expected, rtol=1e-5)

@@ -18,7 +18,7 @@ from dfkd_cli.artifacts.shards import ShardWriter
 from dfkd_cli.errors import RunFailed
 from dfkd_cli.models.classifier import Classifier
 from dfkd_cli.models.generators import Generator
-from dfkd_cli.models.statistics import Moments, recorded_moments
+from dfkd_cli.models.statistics import Moments, batch_moments, recorded_moments
 from dfkd_cli.rounds import Learner, weighted_sum
 from dfkd_cli.seeds import seed_torch
 
@@ -77,6 +77,14 @@ class Synthesizer(Learner):
     def recorded(self) -> dict[str, Moments]:
         """What the teacher's BatchNorm layers remember; first asked for in a round, when it is on its device."""
         return recorded_moments(self.teacher)
+
+    def statistics(self, correction: int = 0) -> AbstractContextManager[Mapping[str, Moments]]:
+        """What goes into the teacher's BatchNorm layers inside the ``with`` block; nothing where it has no weight.
+
+        Args:
+            correction: 1 for unbiased variances.
+        """
+        return batch_moments(self.teacher, correction) if self.config.statistics else nullcontext({})
 
     def models(self) -> Mapping[str, Classifier | Generator]:
         """Networks that were trained meanwhile, each to be written under its name. None by default."""
@@ -158,7 +166,7 @@ class ImageOptimizer(Synthesizer):
         return 1.0
 
     def watching(self) -> AbstractContextManager[Any]:
-        """What is hooked while a batch is optimised. Nothing by default."""
+        """What is hooked while a batch is optimised, for the terms to find in ``seen``. Nothing by default."""
         return nullcontext()
 
     def project(self, images: Tensor) -> None:
@@ -170,7 +178,7 @@ class ImageOptimizer(Synthesizer):
         targets = self.targets(first, count).to(self.device)
         images = self.start(count).to(self.device).requires_grad_()
         terms: Mapping[str, Tensor] = {}
-        with self.watching():
+        with self.watching() as self.seen:
             for divisor, iterations in self.resolutions():
                 terms = self._optimize(images, targets, divisor, iterations)
         images = images.detach()

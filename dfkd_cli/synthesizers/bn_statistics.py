@@ -19,15 +19,15 @@ its input. The other terms are those of ``inception``, which the paper combines 
 
 from __future__ import annotations
 
-from collections.abc import Iterator
-from contextlib import contextmanager
+from collections.abc import Mapping
+from contextlib import AbstractContextManager
 from dataclasses import dataclass
 from typing import Literal
 
 from torch import Tensor
 
 from dfkd_cli.config import option
-from dfkd_cli.models.statistics import batch_moments
+from dfkd_cli.models.statistics import Moments
 from dfkd_cli.settings import SmoothInversion
 from dfkd_cli.synthesizers.inception import Inception
 from dfkd_cli.synthesizers.terms import statistics_distance, statistics_divergence
@@ -53,16 +53,17 @@ class BNStatistics(Inception):
     needs = ("batchnorm",)
     config: Config
 
-    @contextmanager
-    def watching(self) -> Iterator[None]:
+    def watching(self) -> AbstractContextManager[Mapping[str, Moments]]:
         """What goes into the BatchNorm layers."""
-        with batch_moments(self.teacher) as self.seen:
-            yield
+        return self.statistics()
 
     def terms(self, images: Tensor, logits: Tensor, targets: Tensor) -> dict[str, Tensor]:
-        """Those of Inception, and the distance to the BatchNorm statistics."""
+        """Those of Inception, and where it has a weight, the distance to the BatchNorm statistics."""
+        terms = super().terms(images, logits, targets)
+        if not self.seen:
+            return terms
         if self.config.bn_loss == "l2":
             distance = statistics_distance(self.seen, self.recorded)
         else:
             distance = statistics_divergence(self.seen, self.recorded, self.config.bn_loss == "kl-reverse")
-        return super().terms(images, logits, targets) | {"statistics": distance}
+        return terms | {"statistics": distance}

@@ -20,14 +20,14 @@ Differences from the released code:
 
 from __future__ import annotations
 
-from collections.abc import Iterator
-from contextlib import AbstractContextManager, contextmanager
+from collections.abc import Mapping
+from contextlib import AbstractContextManager
 from dataclasses import dataclass
 from typing import ClassVar
 
 from torch import Tensor
 
-from dfkd_cli.models.statistics import batch_moments
+from dfkd_cli.models.statistics import Moments
 from dfkd_cli.settings import StatisticsInversion
 from dfkd_cli.synthesizers.inversion import Inverter
 from dfkd_cli.synthesizers.terms import statistics_distance
@@ -45,18 +45,13 @@ class DeepInversion(Inverter):
     needs: ClassVar[tuple[str, ...]] = ("batchnorm",)
     config: StatisticsInversion
 
-    def watching(self) -> AbstractContextManager[None]:
-        """What goes into the BatchNorm layers, where their term has a weight."""
-        return self._statistics() if self.config.statistics else super().watching()
-
-    @contextmanager
-    def _statistics(self) -> Iterator[None]:
-        with batch_moments(self.teacher, correction=1) as self.seen:
-            yield
+    def watching(self) -> AbstractContextManager[Mapping[str, Moments]]:
+        """What goes into the BatchNorm layers."""
+        return self.statistics(correction=1)
 
     def terms(self, images: Tensor, logits: Tensor, targets: Tensor) -> dict[str, Tensor]:
         """Those of DeepDream, and the distance to the BatchNorm statistics."""
         terms = super().terms(images, logits, targets)
-        if self.config.statistics:
+        if self.seen:
             terms["statistics"] = statistics_distance(self.seen, self.recorded, self.config.first_layer)
         return terms

@@ -16,14 +16,14 @@ No code was released: widths, learning rates and the ratio of steps are those of
 
 from __future__ import annotations
 
-from collections.abc import Iterator
-from contextlib import contextmanager
+from collections.abc import Mapping
+from contextlib import AbstractContextManager
 from dataclasses import dataclass
 
 from torch import Tensor
 
 from dfkd_cli.config import option
-from dfkd_cli.models.statistics import batch_moments
+from dfkd_cli.models.statistics import Moments
 from dfkd_cli.objectives.base import Outputs
 from dfkd_cli.objectives.response import soft_loss
 from dfkd_cli.settings import AdversarialTraining
@@ -55,20 +55,19 @@ class DFQ(Adversary):
         """The KL divergence of the answers to logits (B, K)."""
         return soft_loss(student, teacher, "kl", self.config.student_temperature)
 
-    @contextmanager
-    def watching(self) -> Iterator[None]:
+    def watching(self) -> AbstractContextManager[Mapping[str, Moments]]:
         """What goes into the BatchNorm layers."""
-        with batch_moments(self.teacher) as self.seen:
-            yield
+        return self.statistics()
 
     def generator_terms(self, pixels: Tensor, teacher: Outputs) -> dict[str, Tensor]:
         """The students' distance, and the parts of L_T."""
-        terms = {
-            "statistics": statistics_divergence(self.seen, self.recorded, reverse=True),
+        terms = super().generator_terms(pixels, teacher) | {
             "instance_entropy": answer_entropy(teacher.logits),
             "batch_entropy": -mean_answer_entropy(teacher.logits),
         }
-        return super().generator_terms(pixels, teacher) | terms
+        if self.seen:
+            terms["statistics"] = statistics_divergence(self.seen, self.recorded, reverse=True)
+        return terms
 
 
 def answer_entropy(logits: Tensor) -> Tensor:

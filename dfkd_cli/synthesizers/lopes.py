@@ -130,10 +130,10 @@ class Lopes(ImageOptimizer):
         return super().make(first, count)
 
     @contextlib.contextmanager
-    def watching(self) -> Iterator[None]:
-        """The layers' outputs, and the dropout masks."""
-        with outputs_of(self.layers) as self.outputs, fixed_dropout(self.dropouts):
-            yield
+    def watching(self) -> Iterator[Mapping[str, Tensor]]:
+        """The layers' outputs; the dropout masks are fixed meanwhile."""
+        with outputs_of(self.layers) as outputs, fixed_dropout(self.dropouts):
+            yield outputs
 
     def sample(self, labels: Tensor) -> dict[str, Tensor]:
         """One draw of activations (B, D) of every layer that is watched, for classes (B,)."""
@@ -173,7 +173,7 @@ class Lopes(ImageOptimizer):
 
     def terms(self, images: Tensor, logits: Tensor, targets: Tensor) -> dict[str, Tensor]:
         """The distance to the sampled activations, and the smoothness prior where it is on."""
-        given = {name: output.flatten(1).float() for name, output in self.outputs.items()}
+        given = {name: output.flatten(1).float() for name, output in self.seen.items()}
         given[self.head] = logits.flatten(1) / self.metadata.temperature
         gaps = {name: aim.relu() - given[name].relu() for name, aim in self.aims.items()}
         if self.config.variant == "top":

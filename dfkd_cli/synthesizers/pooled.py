@@ -11,7 +11,7 @@ from __future__ import annotations
 
 from abc import abstractmethod
 from collections.abc import Mapping, Sequence
-from contextlib import AbstractContextManager, nullcontext
+from contextlib import AbstractContextManager
 from dataclasses import dataclass
 from typing import Any, ClassVar
 
@@ -22,7 +22,7 @@ from torch import Tensor, nn
 from dfkd_cli.data.augment import pipeline
 from dfkd_cli.models.classifier import Classifier
 from dfkd_cli.models.generators import Generator
-from dfkd_cli.models.statistics import AveragedMoments, Moments, batch_moments
+from dfkd_cli.models.statistics import AveragedMoments, Moments
 from dfkd_cli.rounds import weighted_sum
 from dfkd_cli.seeds import derive
 from dfkd_cli.settings import Augmentation, PooledGeneration
@@ -82,8 +82,8 @@ class PooledGenerator(PoolTrainer):
         return torch.randn(count, self.config.latent).to(self.device).requires_grad_()
 
     def watching(self) -> AbstractContextManager[Mapping[str, Moments]]:
-        """What is hooked while the teacher looks at a view: its BatchNorm layers, where their term counts."""
-        return batch_moments(self.teacher) if self.config.statistics else nullcontext({})
+        """What is hooked while the teacher looks at a view: its BatchNorm layers."""
+        return self.statistics()
 
     def terms(self, images: Tensor, labels: Tensor) -> dict[str, Tensor]:
         """Named, unweighted loss terms, 0-d, of images (B, C, H, W) for classes (B,)."""

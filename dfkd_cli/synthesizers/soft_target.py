@@ -20,8 +20,8 @@ No code was released, and of the paper's details few are known. Ours are:
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Sequence
-from contextlib import contextmanager
+from collections.abc import Mapping, Sequence
+from contextlib import AbstractContextManager
 from dataclasses import dataclass
 from typing import Any
 
@@ -69,17 +69,15 @@ class SoftTarget(ImageOptimizer):
         logits = normal_logits(self.teacher.head().weight.flatten(1).float().cpu(), self.config.sigma, count)
         return (logits / self.config.temperature).softmax(1)
 
-    @contextmanager
-    def watching(self) -> Iterator[None]:
+    def watching(self) -> AbstractContextManager[Mapping[str, Tensor]]:
         """The features that shall be large."""
-        with values_at(self.taps) as self.features:
-            yield
+        return values_at(self.taps)
 
     def terms(self, images: Tensor, logits: Tensor, targets: Tensor) -> dict[str, Tensor]:
         """The divergence from the targets, and where they are on, the reward (negative) and the smoothness prior."""
         terms = {"divergence": tempered_divergence(logits, targets, self.config.temperature)}
         if self.config.activation:
-            terms["activation"] = activation_reward([values.float() for values in self.features.values()])
+            terms["activation"] = activation_reward([values.float() for values in self.seen.values()])
         if self.config.total_variation:
             terms["total_variation"] = total_variation(images)
         return terms

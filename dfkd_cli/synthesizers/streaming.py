@@ -87,7 +87,7 @@ class StreamTrainer(CoTrainer):
         """
 
     def watching(self) -> AbstractContextManager[Any]:
-        """What is hooked while the teacher looks at the generators' images. Nothing by default."""
+        """What is hooked while the teacher looks at the generators' images, kept in ``seen``. Nothing by default."""
         return nullcontext()
 
     def latents(self) -> Tensor:
@@ -106,7 +106,7 @@ class StreamTrainer(CoTrainer):
         """One step of the generator, then the student's. Returns all unweighted terms."""
         latents = self.latents()
         pixels = self.generate(latents)
-        with self.watching():
+        with self.watching() as self.seen:
             teacher = ask(self.teacher, pixels, {**self.teacher_taps, **self.generator_taps})
         terms = self.generator_terms(pixels, teacher)
         self.descend(1, weighted_sum(terms, self.config))
