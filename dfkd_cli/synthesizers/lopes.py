@@ -125,7 +125,7 @@ class Lopes(ImageOptimizer):
     def make(self, first: int, count: int) -> Impressions:
         """Sample the activations to aim at, then run the inner iterations."""
         labels = self.labels(first, count)
-        self.aims = {name: aim.to(self.device) for name, aim in self.sample(labels).items()}
+        self.aims = {name: aim.to(self.device).relu() for name, aim in self.sample(labels).items()}
         self.bases = self._bases(labels) if self.spectral else []
         return super().make(first, count)
 
@@ -175,14 +175,15 @@ class Lopes(ImageOptimizer):
         """The distance to the sampled activations, and the smoothness prior where it is on."""
         given = {name: output.flatten(1).float() for name, output in self.seen.items()}
         given[self.head] = logits.flatten(1) / self.metadata.temperature
-        gaps = {name: aim.relu() - given[name].relu() for name, aim in self.aims.items()}
+        active = {name: given[name].relu() for name in self.aims}
         if self.config.variant == "top":
-            distance = gaps[self.head].square().mean()
+            distance = F.mse_loss(active[self.head], self.aims[self.head])
         elif self.spectral:
+            gaps = {name: aim - active[name] for name, aim in self.aims.items()}
             chosen = [(torch.cat([gaps[n][rows] for n in names], 1), basis) for names, rows, basis in self.bases]
             distance = spectral_distance(chosen, len(images), len(self.parts))
         else:
-            distance = layerwise_distance(gaps)
+            distance = layerwise_distance(active, self.aims)
         terms = {"reconstruction": distance}
         if self.config.total_variation:
             terms["total_variation"] = total_variation(images)
@@ -201,9 +202,9 @@ def leading_eigenvectors(covariance: Tensor, share: float) -> Tensor:
     return vectors[:, -math.ceil(share * len(vectors)) :].float()
 
 
-def layerwise_distance(gaps: Mapping[str, Tensor]) -> Tensor:
-    """Mean square of each layer's gaps (B, D) divided once more by D, summed over the layers."""
-    return torch.stack([gap.square().mean() / gap.shape[1] for gap in gaps.values()]).sum()
+def layerwise_distance(given: Mapping[str, Tensor], aims: Mapping[str, Tensor]) -> Tensor:
+    """Mean squared difference of each layer's activations (B, D) divided once more by D, summed over the layers."""
+    return torch.stack([F.mse_loss(given[name], aim) / aim.shape[1] for name, aim in aims.items()]).sum()
 
 
 def spectral_distance(gaps: Sequence[tuple[Tensor, Tensor]], images: int, parts: int) -> Tensor:
