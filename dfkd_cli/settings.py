@@ -300,7 +300,7 @@ class Evaluate(ForeignModel):
 class Compare(ForeignModel):
     """Inputs of ``compare``."""
 
-    paths: tuple[str, ...] | None = option(None, "model or shard directories", volatile=True)
+    paths: tuple[str, ...] | None = option(None, "model, shard or comparison directories", volatile=True)
     teacher: str | None = option(None, "teacher: model directory or SPEC (default: the one each student records)")
     dataset: str | None = option(None, "dataset to test on (default: the teacher's)")
     data_dir: str | None = option(None, "where datasets lie", volatile=True)

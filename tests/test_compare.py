@@ -412,11 +412,19 @@ def test_a_grid_killed_in_the_middle_ends_as_if_it_had_not_been(tmp_path, monkey
     assert process.wait() == -signal.SIGKILL
     finished = students(tmp_path / "killed")
     assert 0 < len(finished) < len(whole)
-    code, _, err = cli("compare", "killed")
-    again = "the command that made it continues it: dfkd compare --recipe grid.yaml --out killed"
-    assert (code, "killed: an unfinished comparison" in err, again in err) == (3, True, True)
-    code, _, err = cli("compare", "whole")
-    assert (code, "whole: a finished comparison" in err) == (3, True)
+    code, _, err = cli("compare", "killed", "--out", "so-far")
+    assert (code, "of 9 steps are finished" in err) == (0, True), err
+    (section,), (full,) = (results_in(tmp_path / name)["sections"] for name in ("so-far", "whole"))
+    known = {run["path"].partition("/")[2]: run["measures"] for row in full["rows"] for run in row["runs"]}
+    seen = {run["path"].partition("/")[2]: run["measures"] for row in section["rows"] for run in row["runs"]}
+    assert 0 < len(seen) == len(finished) < len(known)
+    for name, measures in seen.items():
+        assert measures["top1"] == known[name]["top1"]
+    code, _, err = cli("compare", "so-far")
+    assert (code, "so-far: a comparison without a grid" in err) == (3, True)
+    code, _, err = cli("compare", "whole", "killed", "--out", "both")
+    assert code == 0, err
+    assert [s["teacher"] for s in results_in(tmp_path / "both")["sections"]] == ["whole", "killed"]
     stamps = {name: (tmp_path / "killed" / "runs" / name).stat().st_mtime_ns for name in finished}
 
     code, _, err = cli("compare", "--recipe", "grid.yaml", "--out", "killed")

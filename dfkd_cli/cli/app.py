@@ -31,8 +31,9 @@ HELP = {
     "writes a model directory (student/). The flags of an objective: dfkd distill --objective NAME --help",
     "evaluate": "Measure models on test images, or images on a teacher.\n\nReads model or shard directories, folders "
     "of images, datasets by name, real:N, noise:N; writes results.json when --out is given.",
-    "compare": "Put finished directories side by side, or run a grid of pipelines.\n\nReads model directories, writes "
-    "comparison/ with results.json, table.md and report.html.",
+    "compare": "Put finished directories side by side, or run a grid of pipelines.\n\nReads model and shard "
+    "directories, and of a comparison what its grid has made so far; writes comparison/ with results.json, table.md "
+    "and report.html.",
 }
 EXAMPLES = {
     "train-teacher": ["dfkd train-teacher", "dfkd train-teacher --dataset mnist --model lenet5 --out teacher/"],
@@ -40,7 +41,11 @@ EXAMPLES = {
     "synthesize": ["dfkd synthesize --method zskd --beta 1.0 0.1", "dfkd synthesize --method noise --num-images 1000"],
     "distill": ["dfkd distill --transfer-set shards/", "dfkd distill --transfer-set real:200 --student lenet5-half"],
     "evaluate": ["dfkd evaluate", "dfkd evaluate student/ --min-top1 0.97", "dfkd evaluate shards/ noise:1000 real"],
-    "compare": ["dfkd compare student/", "dfkd compare --recipe digits --out comparison/"],
+    "compare": [
+        "dfkd compare student/",
+        "dfkd compare --recipe digits --out grid/",
+        "dfkd compare grid/ --out so-far/",
+    ],
 }
 NEXT = {
     "train-teacher": "dfkd synthesize --method zskd",
@@ -236,7 +241,10 @@ def _stage(command: str, layers: list[Layer], terminal: Terminal) -> Any:
     extra("verbose", bool, "-v", "--verbose", help="more messages")
     extra("debug", bool, "--debug", help="show tracebacks")
     if command in ("evaluate", "compare"):
-        what = "model or shard directories" + (", other images" if command == "evaluate" else "")
+        what = {
+            "evaluate": "model or shard directories, other images",
+            "compare": "model, shard or comparison directories",
+        }[command]
         info = typer.Argument(metavar="PATH ...", help=what, show_default=False)
         parameters["paths"] = Parameter(
             "paths", Parameter.KEYWORD_ONLY, default=None, annotation=Annotated[list[str] | None, info]

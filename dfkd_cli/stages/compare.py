@@ -3,8 +3,8 @@
 from __future__ import annotations
 
 import dataclasses
-import shlex
 from collections.abc import Mapping, Sequence
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -24,8 +24,8 @@ from dfkd_cli.report import html, table
 from dfkd_cli.report.entries import Model, ShardSet, read_model, read_shards
 from dfkd_cli.report.results import rows
 from dfkd_cli.report.sections import Section, arrange
-from dfkd_cli.resolve import Settings
-from dfkd_cli.stages.grid import Grid, plan, qualified, run_grid
+from dfkd_cli.resolve import Settings, recipe_layer, resolve
+from dfkd_cli.stages.grid import Grid, Step, plan, qualified, run_grid
 from dfkd_cli.stages.inputs import load_teacher, pick_device
 from dfkd_cli.stages.measures import cost, examine, finite, share, top1
 from dfkd_cli.stages.snapshots import SNAPSHOTS, look_back
@@ -58,7 +58,7 @@ def run(settings: Settings, terminal: Terminal, dry_run: bool = False, paths: Se
     settings = settings.replace(paths=tuple(paths) or settings.inputs.paths)
     out = Path(settings.run.out or "comparison")
     grid = None if settings.grid is None else plan(settings, out)
-    subjects = _open(settings, grid)
+    subjects = _open(settings, grid, terminal)
     _arrange(subjects, settings)  # what does not fit is found before anything is written
     if dry_run:
         return _rehearse(subjects, grid, terminal)
@@ -71,7 +71,9 @@ def run(settings: Settings, terminal: Terminal, dry_run: bool = False, paths: Se
         with directory.guard():
             failed = [] if grid is None else run_grid(grid, terminal, directory.save)
             if grid is not None:
-                subjects.models[:0] = _made(grid, failed, settings.run.allow_code)
+                lost = {(f["teacher"], f["row"], f["seed"]) for f in failed}
+                made = [step for step in grid.steps if (step.teacher, step.row, step.seed) not in lost]
+                subjects.models[:0] = _models(made, settings.run.allow_code)
             sections = _arrange(subjects, settings)
             results = _results(subjects, sections, failed, directory, terminal)
             write_atomic(out / TABLE, table.markdown(results).encode())
@@ -91,7 +93,7 @@ def run(settings: Settings, terminal: Terminal, dry_run: bool = False, paths: Se
 # -- what is compared --------------------------------------------------------------------------------------------------
 
 
-def _open(settings: Settings, grid: Grid | None) -> Subjects:
+def _open(settings: Settings, grid: Grid | None, terminal: Terminal) -> Subjects:
     """Read the directories that were given.
 
     Raises:
@@ -100,15 +102,21 @@ def _open(settings: Settings, grid: Grid | None) -> Subjects:
     """
     inputs, allow_code = settings.inputs, settings.run.allow_code
     subjects = Subjects()
-    for path in {Path(name).resolve(): Path(name) for name in inputs.paths or ()}.values():
-        _check_is_no_comparison(path)
-        if (path / MANIFEST).is_file():
+    paths = {Path(name).resolve(): Path(name) for name in inputs.paths or ()}.values()
+    comparisons = [path for path in paths if _is_comparison(path)]
+    for path in paths:
+        if path in comparisons:
+            found = _so_far(path, subjects, allow_code, terminal)
+            if grid is not None or len(comparisons) > 1:  # each has rankings of its own
+                found = [replace(model, group=qualified(str(path), model.group or "").rstrip("/")) for model in found]
+            subjects.models += found
+        elif (path / MANIFEST).is_file():
             subjects.shards.append(read_shards(path))
         else:
             subjects.models.append(read_model(path, allow_code))
     if grid is not None:
         for group, name in grid.given.items():
-            subjects.models.append(dataclasses.replace(_teacher(name, settings, subjects), group=group))
+            subjects.models.append(replace(_teacher(name, settings, subjects), group=group))
     elif inputs.teacher is not None:
         subjects.models.append(_teacher(inputs.teacher, settings, subjects))
     if grid is None and not subjects.models:
@@ -116,36 +124,48 @@ def _open(settings: Settings, grid: Grid | None) -> Subjects:
     return subjects
 
 
-def _check_is_no_comparison(path: Path) -> None:
-    """Say what to do with the directory of a comparison, finished or not, that is given to be compared."""
-    record = read_json(path / RUN) if (path / RUN).is_file() else {}
-    if record.get("command") == "compare":
-        if record["status"] == "done":
-            hint = f"see {path / REPORT}, or give the model directories that it compares"
-            raise ArtifactError(f"{path}: a finished comparison, not a model", hint)
-        hint = f"the command that made it continues it: {shlex.join(record['argv'])}"
-        raise ArtifactError(f"{path}: an unfinished comparison", hint)
+def _so_far(path: Path, subjects: Subjects, allow_code: bool, terminal: Terminal) -> list[Model]:
+    """What a comparison's grid has made until now, under the names of its rows. It may be running meanwhile.
+
+    Raises:
+        ArtifactError: A comparison without a grid makes nothing.
+    """
+    settings = resolve("compare", [recipe_layer(str(path / "config.yaml"), "compare")])
+    if settings.grid is None:
+        raise ArtifactError(f"{path}: a comparison without a grid", "give the directories that it compares")
+    grid = plan(settings, path)
+    finished = [step for step in grid.steps if _is_finished(step.out)]
+    terminal.say(f"{path}: {len(finished)} of {len(grid.steps)} steps are finished")
+    given = [replace(_teacher(name, settings, subjects), group=group) for group, name in grid.given.items()]
+    return [*given, *_models(finished, allow_code)]
+
+
+def _is_finished(path: Path) -> bool:
+    return (path / RUN).is_file() and read_json(path / RUN).get("status") == "done"
+
+
+def _is_comparison(path: Path) -> bool:
+    return (path / RUN).is_file() and read_json(path / RUN).get("command") == "compare"
 
 
 def _teacher(name: str, settings: Settings, subjects: Subjects) -> Model:
     """A teacher that was there before: a model directory, or a SPEC with ``--weights``."""
     if Path(name).is_dir():
         return read_model(Path(name), settings.run.allow_code)
-    teacher = load_teacher(dataclasses.replace(settings.inputs, teacher=name), settings.run.allow_code)
+    teacher = load_teacher(replace(settings.inputs, teacher=name), settings.run.allow_code)
     subjects.foreign[teacher.sha256] = teacher.classifier
     record = dataclasses.asdict(teacher.classifier.info) | {"provenance": {}}
     return Model(Path(name), teacher.sha256, teacher.classifier.num_parameters, record)
 
 
-def _made(grid: Grid, failed: Sequence[Mapping[str, Any]], allow_code: bool) -> list[Model]:
-    """The models of a grid, but for the runs that failed."""
-    lost = {(f["teacher"], f["row"], f["seed"]) for f in failed}
+def _models(steps: Sequence[Step], allow_code: bool) -> list[Model]:
+    """The models that commands of a grid have made."""
     models = []
-    for step in grid.steps:
-        if step.model is not None and (step.teacher, step.row, step.seed) not in lost:
+    for step in steps:
+        if step.model is not None:
             place: dict[str, Any] = {"row": step.row or None, "series": step.series, "group": step.teacher}
             model = read_model(step.model, allow_code)
-            models.append(dataclasses.replace(model, **place, published=step.published))
+            models.append(replace(model, **place, published=step.published))
     return models
 
 
