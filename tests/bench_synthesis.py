@@ -71,18 +71,30 @@ def dream(teacher: Classifier, config: Any) -> Loss:
     return loss
 
 
-def inversion(teacher: Classifier, config: Any) -> Loss:
-    """DeepInversion: DeepDream and the BatchNorm statistics."""
+def at_batch_norms(
+    teacher: Classifier, distance: Callable[[nn.BatchNorm2d, Tensor, Tensor], Tensor], correction: int
+) -> list[Tensor]:
+    """A list that gets the distance of each BatchNorm layer's input moments whenever the teacher runs."""
     distances: list[Tensor] = []
 
     def compare(layer: nn.BatchNorm2d, inputs: tuple[Tensor]) -> None:
         mean = inputs[0].mean((0, 2, 3), keepdim=True)
         count = inputs[0].numel() // inputs[0].shape[1]
-        variance = (inputs[0] - mean).square().sum((0, 2, 3)) / (count - 1)
-        distances.append((mean.flatten() - layer.running_mean).norm() + (variance - layer.running_var).norm())
+        variance = (inputs[0] - mean).square().sum((0, 2, 3)) / (count - correction)
+        distances.append(distance(layer, mean.flatten(), variance))
 
     for layer in teacher.batch_norms():
         layer.register_forward_pre_hook(compare)
+    return distances
+
+
+def inversion(teacher: Classifier, config: Any) -> Loss:
+    """DeepInversion: DeepDream and the BatchNorm statistics."""
+
+    def distance(layer: nn.BatchNorm2d, mean: Tensor, variance: Tensor) -> Tensor:
+        return (mean - layer.running_mean).norm() + (variance - layer.running_var).norm()
+
+    distances = at_batch_norms(teacher, distance, correction=1)
     without = dream(teacher, config)
 
     def loss(images: Tensor, targets: Tensor) -> Tensor:
@@ -105,17 +117,12 @@ def smooth(teacher: Classifier, config: Any) -> Loss:
 
 def gaussian_statistics(teacher: Classifier, config: Any) -> Loss:
     """The Knowledge Within: Inception and the divergence of the BatchNorm statistics."""
-    divergences: list[Tensor] = []
 
-    def compare(layer: nn.BatchNorm2d, inputs: tuple[Tensor]) -> None:
-        mean = inputs[0].mean((0, 2, 3), keepdim=True)
-        variance = (inputs[0] - mean).square().mean((0, 2, 3))
+    def divergence(layer: nn.BatchNorm2d, mean: Tensor, variance: Tensor) -> Tensor:
         ratio = layer.running_var / variance
-        distance = (mean.flatten() - layer.running_mean).square() / variance
-        divergences.append(0.5 * (ratio + distance - 1 - ratio.log()).mean())
+        return 0.5 * (ratio + (mean - layer.running_mean).square() / variance - 1 - ratio.log()).mean()
 
-    for layer in teacher.batch_norms():
-        layer.register_forward_pre_hook(compare)
+    divergences = at_batch_norms(teacher, divergence, correction=0)
     without = smooth(teacher, config)
 
     def loss(images: Tensor, targets: Tensor) -> Tensor:
@@ -213,10 +220,7 @@ def stream(teacher: Classifier, config: Any, rounds: int) -> None:
         torch.autograd.grad(torch.stack(answers).square().mean(), trained)
         images = images.detach()
         for step in range(config.student_steps):
-            if config.student_images == "same":  # their answers are known
-                student(images).square().mean().backward()
-                continue
-            if config.student_images == "new" or step == 0:
+            if config.student_images == "new" or (config.student_images == "updated" and step == 0):
                 with torch.no_grad():
                     images = generator(latents())
                     teacher(images)
@@ -286,14 +290,13 @@ def ours(teacher: Classifier, settings: Settings, rounds: int) -> float:
     if "student" in entry.needs:
         given["student"] = fresh(teacher.info.spec, teacher.info.input_size[0]).requires_grad_(True)
     if "metadata" in entry.needs:
-        given["metadata"] = collect(
-            teacher, Noise(teacher.info), torch.device("cpu"), 200, 8.0, 256
-        )  # few: factors are made once
+        few_units = 256  # with a covariance: its factors are made once, not in every round
+        given["metadata"] = collect(teacher, Noise(teacher.info), torch.device("cpu"), 200, 8.0, few_units)
     shards = 1 if BARE[entry.name] is stream else rounds
     with tempfile.TemporaryDirectory() as directory:
+        start = time.perf_counter()
         run = RunDirectory(Path(directory), settings, [], {})
         writer = ShardWriter(Path(directory), {"shape": list(teacher.info.input_size), "dtype": config.dtype}, shards)
-        start = time.perf_counter()
         fit(entry.load()(teacher, config, shards * config.batch_size, 0, writer, **given), run, Terminal(silent=True))
         return time.perf_counter() - start
 

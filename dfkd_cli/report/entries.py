@@ -143,7 +143,7 @@ def read_model(path: Path, allow_code: bool) -> Model:
         ArtifactError: Missing, damaged, or not a model.
     """
     classifier, record = load_model(path, allow_code)
-    run = _read_run(path)
+    run = read_run(path)
     found = [find(parent, path, MANIFEST) for parent in run.get("parents", [])]
     if not run and (path.parent / MANIFEST).is_file():  # the student in the loop of a synthesizer
         found = [path.parent]
@@ -158,7 +158,7 @@ def read_shards(path: Path) -> ShardSet:
         ArtifactError: Missing, unfinished or damaged.
     """
     reader = ShardReader(path)
-    return ShardSet(path, reader.sha256, reader.manifest, _read_run(path))
+    return ShardSet(path, reader.sha256, reader.manifest, read_run(path))
 
 
 def find(parent: Mapping[str, Any], child: Path, file: str) -> Path | None:
@@ -197,7 +197,8 @@ def _sum(seconds: Sequence[float | None]) -> float | None:
     return sum(known) if known and len(known) == len(seconds) else None
 
 
-def _read_run(path: Path) -> dict[str, Any]:
+def read_run(path: Path) -> dict[str, Any]:
+    """The ``run.json`` of a directory, or an empty mapping where it has none."""
     return read_json(path / RUN) if (path / RUN).is_file() else {}
 
 

@@ -12,7 +12,7 @@ import torch
 from torch import Tensor
 
 from dfkd_cli.artifacts.files import read_json, write_atomic, write_json
-from dfkd_cli.artifacts.run import RUN, RunDirectory
+from dfkd_cli.artifacts.run import RunDirectory
 from dfkd_cli.artifacts.shards import MANIFEST
 from dfkd_cli.data import datasets
 from dfkd_cli.data.datasets import Dataset
@@ -21,7 +21,7 @@ from dfkd_cli.errors import ArtifactError, ConfigError, GateNotMet, RunFailed
 from dfkd_cli.models.classifier import Classifier
 from dfkd_cli.models.directory import load_model
 from dfkd_cli.report import html, table
-from dfkd_cli.report.entries import Model, ShardSet, read_model, read_shards
+from dfkd_cli.report.entries import Model, ShardSet, read_model, read_run, read_shards
 from dfkd_cli.report.results import rows
 from dfkd_cli.report.sections import Section, arrange
 from dfkd_cli.resolve import Settings, recipe_layer, resolve
@@ -103,7 +103,7 @@ def _open(settings: Settings, grid: Grid | None, terminal: Terminal) -> Subjects
     inputs, allow_code = settings.inputs, settings.run.allow_code
     subjects = Subjects()
     paths = {Path(name).resolve(): Path(name) for name in inputs.paths or ()}.values()
-    comparisons = [path for path in paths if _is_comparison(path)]
+    comparisons = [path for path in paths if read_run(path).get("command") == "compare"]
     for path in paths:
         if path in comparisons:
             found = _so_far(path, subjects, allow_code, terminal)
@@ -134,18 +134,10 @@ def _so_far(path: Path, subjects: Subjects, allow_code: bool, terminal: Terminal
     if settings.grid is None:
         raise ArtifactError(f"{path}: a comparison without a grid", "give the directories that it compares")
     grid = plan(settings, path)
-    finished = [step for step in grid.steps if _is_finished(step.out)]
+    finished = [step for step in grid.steps if read_run(step.out).get("status") == "done"]
     terminal.say(f"{path}: {len(finished)} of {len(grid.steps)} steps are finished")
     given = [replace(_teacher(name, settings, subjects), group=group) for group, name in grid.given.items()]
     return [*given, *_models(finished, allow_code)]
-
-
-def _is_finished(path: Path) -> bool:
-    return (path / RUN).is_file() and read_json(path / RUN).get("status") == "done"
-
-
-def _is_comparison(path: Path) -> bool:
-    return (path / RUN).is_file() and read_json(path / RUN).get("command") == "compare"
 
 
 def _teacher(name: str, settings: Settings, subjects: Subjects) -> Model:
