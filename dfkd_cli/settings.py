@@ -82,6 +82,7 @@ class Inversion(ImageOptimization):
     jitter: int = option(2, "roll the batch by up to so many pixels on both axes, anew in each inner step", low=0)
     flip: bool = option(False, "mirror each image with probability 1/2 in each inner step")
     clamp: bool = option(False, "keep pixels in [0,1]")
+    temperature: float = option(1.0, "softmax temperature of the teacher", above=0)
     cross_entropy: float = option(1.0, "weight of the cross-entropy with the class", low=0)
     total_variation: float = option(2.5e-5, "weight of a smoothness prior, norms of neighbour differences", low=0)
     total_variation_l1: float = option(0.0, "weight of a smoothness prior, mean absolute differences", low=0)

@@ -187,6 +187,7 @@ STATISTICS = {"statistics": 0.4, "first_layer": 3.0}
     ("name", "values"),
     [
         ("deepdream", {}),
+        ("deepdream", {"temperature": 4.0}),
         ("deepdream", {"coarse_iterations": 2}),
         ("deepinversion", {"betas": (0.5, 0.9)}),
         ("deepinversion", {"iterations": 4, "warmup": 2, "schedule": "cosine"}),
@@ -214,7 +215,7 @@ def test_images_are_those_of_the_papers_optimisation(name, values, tmp_path):
     def loss(images, pooled):
         view = images.reshape(2, 2, 2, 2, 3, 2).mean((3, 5)) if pooled else images
         logits, seen = forward(teacher, view)
-        terms = oracles.image_priors(view) | {"cross_entropy": oracles.impression_loss(logits, np.eye(3)[:2], 1)}
+        terms = oracles.image_priors(view) | {"cross_entropy": oracles.impression_loss(logits, np.eye(3)[:2], config.temperature)}
         if name != "deepdream":
             terms["statistics"] = oracles.statistics_distance(seen, recorded(teacher), config.first_layer)
         if name == "adaptive-deepinversion":

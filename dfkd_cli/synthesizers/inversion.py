@@ -6,7 +6,6 @@ import math
 from typing import Any
 
 import torch
-import torch.nn.functional as F
 from torch import Tensor, nn
 from torchvision.transforms import v2
 
@@ -15,7 +14,7 @@ from dfkd_cli.errors import ArtifactError
 from dfkd_cli.models.classifier import probe
 from dfkd_cli.settings import Inversion
 from dfkd_cli.synthesizers.base import ImageOptimizer
-from dfkd_cli.synthesizers.terms import neighbour_differences
+from dfkd_cli.synthesizers.terms import neighbour_differences, tempered_cross_entropy
 
 
 class Inverter(ImageOptimizer):
@@ -41,7 +40,7 @@ class Inverter(ImageOptimizer):
 
     def terms(self, images: Tensor, logits: Tensor, targets: Tensor) -> dict[str, Tensor]:
         """The cross-entropy with the class, and the priors whose weights are not zero."""
-        terms = {"cross_entropy": F.cross_entropy(logits, targets)}
+        terms = {"cross_entropy": tempered_cross_entropy(logits, targets, self.config.temperature)}
         if self.config.total_variation or self.config.total_variation_l1:
             differences = neighbour_differences(images)
             if self.config.total_variation:
