@@ -20,7 +20,7 @@ demo: .venv/.done ## The five commands on the bundled digits, in demo/, with the
 	  dfkd compare student/ )
 
 test: .venv/.done lint ## All tests, style and types
-	OMP_NUM_THREADS=1 $(BIN)/python -m pytest -n auto --dist loadfile
+	OMP_NUM_THREADS=1 $(BIN)/python -m pytest -n auto --dist loadfile --no-loadscope-reorder
 
 lint: .venv/.done ## Style, unused code, docstrings, types
 	$(BIN)/ruff format --check .

@@ -441,6 +441,31 @@ def test_a_grid_killed_in_the_middle_ends_as_if_it_had_not_been(tmp_path, monkey
     assert (code, "another run" in err) == (2, True)
 
 
+def test_two_commands_of_a_grid_at_a_time_make_what_one_makes(tmp_path, monkeypatch, cli):
+    """Killed, continued and stopped, continued by one process: each time the others end too, and the same is made."""
+    monkeypatch.chdir(tmp_path)
+    (tmp_path / "grid.yaml").write_text(GRID.replace("    growing: {shards: zskd, sizes: [6, 4], seeds: [1]}\n", ""))
+    assert cli("compare", "--recipe", "grid.yaml", "--out", "one")[0] == 0
+    command = ["compare", "--recipe", "grid.yaml", "--out", "two"]
+    for signum, what in ((signal.SIGKILL, "shards"), (signal.SIGTERM, "student")):
+        process = subprocess.Popen(
+            [sys.executable, "-m", "dfkd_cli", *command, "--devices", "2"],
+            env={**os.environ, "OMP_NUM_THREADS": "1"},
+            stderr=subprocess.PIPE,
+            text=True,
+        )
+        while len(list((tmp_path / "two" / "runs" / "zskd").glob(f"seed?/{what}/run.json"))) < 2:
+            assert process.poll() is None, process.communicate()
+            time.sleep(0.005)
+        process.send_signal(signum)
+        _, err = process.communicate(timeout=60)  # until nobody has its stderr open any more
+        assert process.returncode == (-signum if signum == signal.SIGKILL else 128 + signum), err
+        assert "Traceback" not in err
+    code, _, err = cli(*command)
+    assert (code, "[7/7] zskd-hot, seed 1" in err) == (0, True), err
+    assert students(tmp_path / "two") == students(tmp_path / "one")
+
+
 def test_a_row_that_fails_does_not_lose_the_others(here, cli):
     grid = {"seeds": [0], "student": {"steps": 2, "batch_size": 4}}
     grid["rows"] = {

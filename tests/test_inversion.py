@@ -215,7 +215,9 @@ def test_images_are_those_of_the_papers_optimisation(name, values, tmp_path):
     def loss(images, pooled):
         view = images.reshape(2, 2, 2, 2, 3, 2).mean((3, 5)) if pooled else images
         logits, seen = forward(teacher, view)
-        terms = oracles.image_priors(view) | {"cross_entropy": oracles.impression_loss(logits, np.eye(3)[:2], config.temperature)}
+        terms = oracles.image_priors(view) | {
+            "cross_entropy": oracles.impression_loss(logits, np.eye(3)[:2], config.temperature)
+        }
         if name != "deepdream":
             terms["statistics"] = oracles.statistics_distance(seen, recorded(teacher), config.first_layer)
         if name == "adaptive-deepinversion":

@@ -16,7 +16,7 @@ import typer
 from dfkd_cli import catalog
 from dfkd_cli.cli import arguments, listing
 from dfkd_cli.errors import ConfigError, DfkdError, Interrupted, RunFailed
-from dfkd_cli.processes import first_process
+from dfkd_cli.processes import first_process, stop_on_signals
 from dfkd_cli.resolve import TYPED, Layer, Settings, assignments, choose, recipe_layer, resolve
 from dfkd_cli.settings import CHOICES, INPUTS, Run
 from dfkd_cli.ui import NORMAL, QUIET, VERBOSE, Terminal
@@ -266,8 +266,7 @@ def _stage(command: str, layers: list[Layer], terminal: Terminal) -> Any:
 
 def run_stage(settings: Settings, terminal: Terminal, paths: list[str], dry_run: bool) -> None:
     """Carry out a command; torch is imported here, not before."""
-    signal.signal(signal.SIGTERM, _stop)
-    signal.signal(signal.SIGINT, _stop)
+    stop_on_signals()
     start = time.monotonic()
     if settings.run.num_nodes > 1:
         raise ConfigError("--num-nodes above 1 is not supported yet", "use one machine with --devices N")
@@ -281,8 +280,3 @@ def run_stage(settings: Settings, terminal: Terminal, paths: list[str], dry_run:
         raise
     answer = {"ok": True, "command": settings.command, **answer, "seconds": round(time.monotonic() - start, 3)}
     terminal.document(answer)
-
-
-def _stop(signum: int, _frame: Any) -> None:
-    signal.signal(signum, signal.SIG_IGN)  # once is enough: a second press must not break the clean-up
-    raise Interrupted(signum)

@@ -69,7 +69,7 @@ def run(settings: Settings, terminal: Terminal, dry_run: bool = False, paths: Se
         _show(results, terminal)
     else:
         with directory.guard():
-            failed = [] if grid is None else run_grid(grid, terminal, directory.save)
+            failed = [] if grid is None else run_grid(grid, terminal, directory.save, settings.run.devices)
             if grid is not None:
                 lost = {(f["teacher"], f["row"], f["seed"]) for f in failed}
                 made = [step for step in grid.steps if (step.teacher, step.row, step.seed) not in lost]

@@ -52,7 +52,8 @@ from typing import Any
 
 from dfkd_cli import config
 from dfkd_cli.artifacts.files import digest
-from dfkd_cli.errors import ConfigError, DfkdError, did_you_mean
+from dfkd_cli.errors import ConfigError, did_you_mean
+from dfkd_cli.processes import Workers
 from dfkd_cli.resolve import TYPED, Layer, Settings, recipe_layer, resolve
 from dfkd_cli.settings import INPUTS, Run
 from dfkd_cli.stages import collect_metadata, distill, synthesize, train_teacher
@@ -114,6 +115,13 @@ class Step:
         """The row, or ``teacher``; after its teacher where there are several: ``resnet/zskd``."""
         return qualified(self.teacher, self.row or "teacher")
 
+    @property
+    def reads(self) -> set[str]:
+        """What it reads, directories of other steps among them."""
+        inputs = self.settings.inputs
+        found = [getattr(inputs, name, None) for name in ("teacher", "metadata")]
+        return {*filter(None, found), *(getattr(inputs, "transfer_set", None) or ())}
+
     def describe(self) -> str:
         """One line for the user."""
         return f"{self.name}, seed {self.seed}: {self.settings.command} -> {self.out}"
@@ -145,8 +153,6 @@ def plan(settings: Settings, out: Path) -> Grid:
     Raises:
         ConfigError: Unknown key, bad value, or a row from nothing.
     """
-    if settings.run.devices * settings.run.num_nodes > 1:
-        raise ConfigError("a grid runs on one device", "leave out --devices and --num-nodes, or run its commands alone")
     grid = _mapping(settings.grid, "grid", _KEYS)
     teachers = _teachers(grid, settings.inputs.teacher)
 
@@ -408,31 +414,48 @@ class _Planner:
         return {name: values[name] for name in names if name in known and values[name] != unset[name]}
 
 
-def run_grid(grid: Grid, terminal: Terminal, save: Callable[[], None]) -> list[dict[str, Any]]:
+def run_grid(grid: Grid, terminal: Terminal, save: Callable[[], None], processes: int = 1) -> list[dict[str, Any]]:
     """Run what is not finished yet. Returns the runs that failed; the others are none the worse for it.
 
     Args:
         grid: What to run.
         terminal: Where progress goes.
         save: Called after every step, so that the time it took is known whatever ends the next one.
+        processes: How many commands run at a time.
 
     Raises:
         DfkdError: A teacher failed.
     """
-    quiet = Terminal(terminal.verbosity, as_json=True, silent=terminal.silent)  # stdout is for the comparison
     failed: dict[tuple[str, int], dict[str, Any]] = {}
-    for number, step in enumerate(grid.steps, 1):
-        if (step.name, step.seed) in failed:
-            continue  # no shards to distill from
-        terminal.say(f"[{number}/{len(grid.steps)}] {step.describe()}")
-        try:
-            STAGES[step.settings.command](step.settings, quiet)
-        except DfkdError as error:
-            if not step.row:
-                raise
-            terminal.say(f"{step.describe()} failed: {error}")
-            facts = {"teacher": step.teacher, "row": step.row, "seed": step.seed, "command": step.settings.command}
-            reason = {"code": error.code, "message": error.message, "hint": error.hint}
-            failed[step.name, step.seed] = facts | reason
-        save()
+    waiting = dict(enumerate(grid.steps, 1))
+    unfinished = {str(step.out) for step in grid.steps}
+    silent = terminal.silent or processes > 1  # nobody could tell the lines of several commands apart
+    with Workers(processes) as workers:
+        while waiting or workers.busy:
+            for number, step in list(waiting.items()):
+                if (step.name, step.seed) in failed:
+                    del waiting[number]  # no shards to distill from
+                elif workers.busy < processes and not step.reads & unfinished:
+                    del waiting[number]
+                    terminal.say(f"[{number}/{len(grid.steps)}] {step.describe()}")
+                    workers.submit(step, _carry_out, step.settings.plain(), terminal.verbosity, silent)
+            if not workers.busy:
+                continue  # what was waiting had failed before
+            step, error = workers.next()
+            unfinished.discard(str(step.out))
+            if error is not None:
+                if not step.row:
+                    raise error
+                terminal.say(f"{step.describe()} failed: {error}")
+                facts = {"teacher": step.teacher, "row": step.row, "seed": step.seed, "command": step.settings.command}
+                reason = {"code": error.code, "message": error.message, "hint": error.hint}
+                failed[step.name, step.seed] = facts | reason
+            save()
     return list(failed.values())
+
+
+def _carry_out(values: dict[str, Any], verbosity: int, silent: bool) -> None:
+    """Run a command, perhaps in another process: settings reach it as the plain values of a recipe."""
+    command = values.pop("command")
+    quiet = Terminal(verbosity, as_json=True, silent=silent)  # stdout is for the comparison
+    STAGES[command](resolve(command, [("", values)]), quiet)

@@ -4,9 +4,10 @@ Yin, Molchanov, Alvarez, Li, Mallya, Hoiem, Jha, Kautz. CVPR 2020. arXiv:1912.08
 
     x = argmin_x  CE(T(x) / tau, y) + priors(x) + a_f sum_l w_l (|mean_l(x) - mean_l|_2 + |var_l(x) - var_l|_2)
 
-The priors and tau are those of ``deepdream``; mean_l(x) and var_l(x), unbiased, are the batch's at the input of BatchNorm layer
-l, mean_l and var_l its running statistics, and w_l is 1 but for the first layer. Norms are not squared. Defaults are
-the paper's command for CIFAR-10; ``coarse_iterations``, ``schedule``, ``clamp`` and ``first_layer`` are for ImageNet.
+The priors and tau are those of ``deepdream``; mean_l(x) and var_l(x), unbiased, are the batch's at the input of
+BatchNorm layer l, mean_l and var_l its running statistics, and w_l is 1 but for the first layer. Norms are not squared.
+Defaults are the paper's command for CIFAR-10; ``coarse_iterations``, ``schedule``, ``clamp`` and ``first_layer`` are
+for ImageNet.
 
 Differences from the released code:
 
