@@ -13,20 +13,10 @@ import sys
 from pathlib import Path
 
 from dfkd_cli.artifacts.files import read_json, write_atomic
-from dfkd_cli.report.table import markdown
+from dfkd_cli.report.table import COLUMNS, markdown
 
-COLUMNS = (
-    "ROW",
-    "STUDENT",
-    "TOP-1 %",
-    "PUBLISHED %",
-    "SELECTED %",
-    "BEST TEST %",
-    "GAP",
-    "IMAGES",
-    "TOTAL s",
-    "DATA",
-)
+# The others are in report.html; a README has less room.
+_LEFT_OUT = ("AGREEMENT %", "SYNTHESIS s", "DISTILLATION s", "PARAMS", "SEEDS")
 _TABLE = re.compile(r"(<!-- (\S+\.json) -->\n).*?(<!-- end of results -->)", re.DOTALL)
 
 
@@ -40,10 +30,11 @@ def fill(text: str, root: Path) -> str:
     Raises:
         ArtifactError: A file is missing or damaged.
     """
+    columns = [name for name in COLUMNS if name not in _LEFT_OUT]
 
     def table(found: re.Match[str]) -> str:
         head, file, end = found.groups()
-        return f"{head}\n{markdown(read_json(root / file), COLUMNS)}\n{end}"
+        return f"{head}\n{markdown(read_json(root / file), columns)}\n{end}"
 
     return _TABLE.sub(table, text)
 
