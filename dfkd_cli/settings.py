@@ -66,6 +66,7 @@ class ImageOptimization(Shards):
     batch_size: int = option(200, "images optimised together; also the images of one shard", low=1)
     iterations: int = option(50, "inner steps on one batch of images", low=1)
     lr: float = option(0.1, "Adam learning rate on the pixels", above=0)
+    clamp: bool = option(False, "keep pixels in [0,1] after each inner step")
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -81,7 +82,6 @@ class Inversion(ImageOptimization):
     schedule: Literal["constant", "cosine"] = option("constant", "learning rate after the warm-up")
     jitter: int = option(2, "roll the batch by up to so many pixels on both axes, anew in each inner step", low=0)
     flip: bool = option(False, "mirror each image with probability 1/2 in each inner step")
-    clamp: bool = option(False, "keep pixels in [0,1]")
     temperature: float = option(1.0, "softmax temperature of the teacher", above=0)
     cross_entropy: float = option(1.0, "weight of the cross-entropy with the class", low=0)
     total_variation: float = option(2.5e-5, "weight of a smoothness prior, norms of neighbour differences", low=0)

@@ -177,7 +177,9 @@ def test_total_variation_is_the_sum_over_neighbours(shape):
 # -- the inner loop ----------------------------------------------------------------------------------------------------
 
 
-@pytest.mark.parametrize("values", [{}, {"total_variation": 0.01}, {"range": "rescale"}, {"cross_entropy": 0.5}])
+@pytest.mark.parametrize(
+    "values", [{}, {"total_variation": 0.01}, {"range": "rescale"}, {"clamp": True}, {"cross_entropy": 0.5}]
+)
 def test_inner_loop_is_adam_on_the_pixels(tmp_path, values):
     count, tau, lr, iterations = 3, 5.0, 0.1, 5
     teacher = linear_teacher()
@@ -196,6 +198,8 @@ def test_inner_loop_is_adam_on_the_pixels(tmp_path, values):
         return values.get("cross_entropy", 1.0) * through.reshape(x.shape) + smooth
 
     def project(x):
+        if values.get("clamp"):
+            return np.clip(x, 0, 1)
         return (x - x.min()) / (x.max() - x.min()) if values.get("range") == "rescale" else x
 
     expected = oracles.adam(start, gradient, lr, iterations, project)

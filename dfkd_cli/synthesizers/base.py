@@ -170,7 +170,11 @@ class ImageOptimizer(Synthesizer):
         return nullcontext()
 
     def project(self, images: Tensor) -> None:
-        """Bring images back into their range, in place, after each iteration. Nothing by default."""
+        """Bring images back into their range, in place, after each iteration: [0,1] where that is wanted."""
+        if self.config.clamp:
+            black = torch.zeros_like(self.teacher.mean)
+            low, high = (self.teacher.normalise(black + end) if self.normalised else black + end for end in (0, 1))
+            images.clamp_(low, high)
 
     def make(self, first: int, count: int) -> Impressions:
         """Run the inner iterations on one batch. Images and optimiser are new in every round."""

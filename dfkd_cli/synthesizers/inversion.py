@@ -75,9 +75,3 @@ class Inverter(ImageOptimizer):
         if self.config.schedule == "constant":
             return 1.0
         return 0.5 * (1 + math.cos(math.pi * (step - warmup) / max(steps - warmup, 1)))
-
-    def project(self, images: Tensor) -> None:
-        """Keep pixels in [0,1] where that is wanted."""
-        if self.config.clamp:
-            black = torch.zeros_like(self.teacher.mean)
-            images.clamp_(self.teacher.normalise(black), self.teacher.normalise(black + 1))

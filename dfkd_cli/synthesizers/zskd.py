@@ -14,7 +14,7 @@ Differences from the released code, which is for CIFAR-10 only:
 - It initialises images and Adam once per class and beta and lets each batch continue from the last one. Here every
   batch starts from noise, so that batches are independent.
 - It rescales the whole batch to [0,1] at every iteration, one minimum and maximum for all images. ``range: rescale``
-  does that; the default leaves pixels free.
+  does that, ``clamp`` keeps each pixel in [0,1]; the default leaves them free.
 - It runs 1500 iterations at learning rate 1e-3; the paper gives neither for its other datasets. Ours are shorter and
   faster. ``total_variation`` is no part of the paper and is off.
 """
@@ -66,7 +66,8 @@ class ZSKD(ImageOptimizer):
         return terms
 
     def project(self, images: Tensor) -> None:
-        """Rescale the batch to [0,1] as the released code does, or nothing."""
+        """Rescale the batch to [0,1] as the released code does, or clamp as everywhere."""
+        super().project(images)
         if self.config.range == "rescale":
             low, high = images.aminmax()
             images.sub_(low).div_((high - low).clamp_min(1e-12))
