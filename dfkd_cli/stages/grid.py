@@ -53,11 +53,11 @@ from typing import Any
 from dfkd_cli import config
 from dfkd_cli.artifacts.files import digest
 from dfkd_cli.errors import ConfigError, did_you_mean
-from dfkd_cli.processes import Workers
 from dfkd_cli.resolve import TYPED, Layer, Settings, recipe_layer, resolve
 from dfkd_cli.settings import INPUTS, Run
 from dfkd_cli.stages import collect_metadata, distill, synthesize, train_teacher
 from dfkd_cli.ui import Terminal
+from dfkd_cli.workers import Workers
 
 _COMMON = ("metadata", "synthesize", "student")  # what rows have in common: all of them, or those of one teacher
 _KEYS = ("seeds", "teacher", "teachers", *_COMMON, "rows")
@@ -435,6 +435,7 @@ def run_grid(grid: Grid, terminal: Terminal, save: Callable[[], None], processes
             for number, step in list(waiting.items()):
                 if (step.name, step.seed) in failed:
                     del waiting[number]  # no shards to distill from
+                    unfinished.discard(str(step.out))  # nobody must wait for it
                 elif workers.busy < processes and not step.reads & unfinished:
                     del waiting[number]
                     terminal.say(f"[{number}/{len(grid.steps)}] {step.describe()}")
