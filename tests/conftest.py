@@ -13,7 +13,7 @@ from pathlib import Path
 
 import pytest
 import torch
-from pipeline import PIPELINE, finish, hashes
+from pipeline import OUTPUTS, PIPELINE, finish, hashes
 from stand_ins import statistics_of
 
 from dfkd_cli.artifacts.files import sha256_file
@@ -101,12 +101,12 @@ def cli(capsys) -> Iterator[Callable[..., tuple[int, str, str]]]:
 
 
 @pytest.fixture(scope="session")
-def reference(tmp_path_factory: pytest.TempPathFactory) -> tuple[dict[str, str], list[float], Path]:
-    """The hashes and durations of an uninterrupted pipeline."""
+def reference(tmp_path_factory: pytest.TempPathFactory) -> tuple[dict[str, dict[str, str]], list[float], Path]:
+    """An uninterrupted pipeline: the hashes of each output, the seconds of each command, where it is."""
     directory = tmp_path_factory.mktemp("reference")
     seconds = []
     for arguments in PIPELINE:
         begin = time.monotonic()
         finish(arguments, directory)
         seconds.append(time.monotonic() - begin)
-    return hashes(directory), seconds, directory
+    return {output: hashes(directory / output) for output in OUTPUTS}, seconds, directory

@@ -2,15 +2,14 @@
 
 from __future__ import annotations
 
-import hashlib
 import json
+import shutil
 import signal
-import subprocess
 import time
 from pathlib import Path
 
 import pytest
-from pipeline import PIPELINE, finish, start
+from pipeline import PIPELINE, finish, hashes, start
 
 
 @pytest.mark.parametrize(("signum", "code"), [(signal.SIGINT, 130), (signal.SIGTERM, 143)])
@@ -29,47 +28,43 @@ def test_signals_end_the_run_and_keep_the_state(reference: tuple, tmp_path: Path
     assert "Traceback" not in err
     assert json.loads((tmp_path / "shards" / "run.json").read_text())["status"] == "interrupted"
     finish(PIPELINE[1], tmp_path)
-    assert (
-        hashlib.sha256((tmp_path / "shards/manifest.json").read_bytes()).hexdigest() == expected["shards/manifest.json"]
-    )
+    assert hashes(tmp_path / "shards") == expected["shards"]
 
 
-def test_the_same_command_again_changes_nothing(reference: tuple) -> None:
+def test_the_same_command_again_changes_nothing(reference: tuple, monkeypatch, cli) -> None:
     """A finished result: exit 0, a message, untouched files."""
     _, _, directory = reference
+    monkeypatch.chdir(directory)
     before = {path: path.stat().st_mtime_ns for path in directory.rglob("*") if path.is_file() and path.name != ".lock"}
     for arguments in PIPELINE:
-        process = start(arguments, directory)
-        _, err = process.communicate()
-        assert process.returncode == 0
+        code, _, err = cli(*arguments)
+        assert code == 0
         assert "already complete" in err
     assert before == {p: p.stat().st_mtime_ns for p in directory.rglob("*") if p.is_file() and p.name != ".lock"}
 
 
-def test_another_configuration_is_refused(reference: tuple) -> None:
+def test_another_configuration_is_refused(reference: tuple, monkeypatch, cli) -> None:
     """Something else in --out: exit 2, naming what differs."""
-    _, _, directory = reference
-    process = start([*PIPELINE[1], "--temperature", "5"], directory)
-    out, err = process.communicate()
-    assert process.returncode == 2
+    monkeypatch.chdir(reference[2])
+    code, out, err = cli(*PIPELINE[1], "--temperature", "5")
+    assert code == 2
     assert out == ""
     assert "temperature: 20.0 -> 5.0" in err
     assert len(err.strip().splitlines()) == 1
 
 
-def test_a_damaged_shard_is_remade(reference: tuple, tmp_path: Path) -> None:
+def test_a_damaged_shard_is_remade(reference: tuple, tmp_path: Path, monkeypatch, cli) -> None:
     """A finished set with a flipped bit heals by running its command again."""
     expected, _, source = reference
     (tmp_path / "teacher").symlink_to(source / "teacher")
-    subprocess.run(["cp", "-r", source / "shards", tmp_path / "shards"], check=True)
+    shutil.copytree(source / "shards", tmp_path / "shards")
     shard = tmp_path / "shards" / "shard-00003.safetensors"
     data = bytearray(shard.read_bytes())
     data[-9] ^= 1
     shard.write_bytes(data)
-    finish(PIPELINE[1], tmp_path)
-    assert (
-        hashlib.sha256((tmp_path / "shards/manifest.json").read_bytes()).hexdigest() == expected["shards/manifest.json"]
-    )
+    monkeypatch.chdir(tmp_path)
+    assert cli(*PIPELINE[1])[0] == 0
+    assert hashes(tmp_path / "shards") == expected["shards"]
 
 
 @pytest.mark.parametrize("method", ["zskd", "deepinversion"])
@@ -84,15 +79,14 @@ def test_two_processes_make_the_shards_of_one(method: str, make_teacher, tmp_pat
         assert (tmp_path / "two" / name).read_bytes() == (tmp_path / "one" / name).read_bytes(), name
 
 
-def test_dropped_and_reordered_inputs_are_another_run(reference: tuple, tmp_path: Path) -> None:
+def test_dropped_and_reordered_inputs_are_another_run(reference: tuple, tmp_path: Path, monkeypatch, cli) -> None:
     """Every difference between two lists of inputs counts: one less, one more, another order."""
-    _, _, source = reference
+    monkeypatch.chdir(tmp_path)
     for name in ("teacher", "shards"):
-        (tmp_path / name).symlink_to(source / name)
-    first = ["distill", "--steps", "1", "--transfer-set", "shards", "noise:10"]
-    finish(first, tmp_path)
+        Path(name).symlink_to(reference[2] / name)
+    command = ["distill", "--steps", "1", "--transfer-set"]
+    assert cli(*command, "shards", "noise:10")[0] == 0
     for other in (["shards"], ["noise:10", "shards"], ["shards", "noise:10", "noise:20"]):
-        process = start([*first[:4], *other], tmp_path)
-        _, err = process.communicate()
-        assert process.returncode == 2, other
+        code, _, err = cli(*command, *other)
+        assert code == 2, other
         assert "holds another run" in err
