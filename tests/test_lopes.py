@@ -338,7 +338,7 @@ def test_every_variant_minimises_its_formula(variant, units, tmp_path):
     aims = {name: aim.double().numpy() for name, aim in made.aims.items()}
     matched = {"top": {"6"}, "all": {"0", "4", "6"}, "all-dropout": {"0", "4", "6"}}
     assert set(aims) == matched.get(variant, set(metadata.joint))
-    mask = (after_dropout[0] != 0).numpy() if variant == "all-dropout" else None
+    mask = (after_dropout[0] != 0).numpy() / (1 - teacher.net[3].p) if variant == "all-dropout" else None
     value = distance(variant, aims, forward(teacher, pixels, mask), metadata, labels, share)
     assert made.value == pytest.approx(value, rel=1e-4)
     assert value > 1e-6
@@ -385,7 +385,7 @@ def test_the_inner_loop_is_adam_on_the_matched_logits(tmp_path):
     assert torch.equal(result.targets, torch.eye(4)[[0, 1, 2, 3, 0, 1]])
 
 
-def test_dropout_masks_are_binary_fixed_and_new_in_every_batch():
+def test_dropout_masks_are_fixed_and_new_in_every_batch_and_scaled_as_in_training():
     layer, images = nn.Dropout(0.2).eval(), torch.randn(50, 400)
     drawn = []
     for _ in range(2):
@@ -393,7 +393,7 @@ def test_dropout_masks_are_binary_fixed_and_new_in_every_batch():
             first = layer(images)
             assert torch.equal(layer(images), first)
         drawn.append(first != 0)
-        assert torch.equal(first, images * drawn[-1])
+        torch.testing.assert_close(first, images * drawn[-1] / 0.8)
         kept = float(drawn[-1].double().mean())
         assert abs(kept - 0.8) < 5 * (0.8 * 0.2 / images.numel()) ** 0.5
     assert not torch.equal(*drawn)

@@ -7,7 +7,7 @@ Lopes, Fenu, Starner. NIPS workshop 2017. arXiv:1710.07535.
 
 ``top`` takes the logits alone, divided by the metadata's temperature (and without the factor 1/D_l), ``all`` the sum
 over all recorded layers. ``all-dropout`` is ``all`` with one fixed binary mask for each dropout layer of the teacher,
-drawn anew for every batch and not rescaled. The metadata comes from ``dfkd collect-metadata``, which needs the training
+drawn anew for every batch. The metadata comes from ``dfkd collect-metadata``, which needs the training
 images: what is made with it uses no image, but says that it uses metadata. The recorded ``targets`` are the classes.
 
 The spectral variants are our reading of the paper's description; the released code leaves them out (its classes of
@@ -28,6 +28,8 @@ Other differences from the released code:
   front of the last ``--covariance-units`` units, which for LeNet-5 is conv1 too.
 - Starting images are N(0.15, 0.1) there for MNIST and N(0.44, 0.29) for CelebA. Here mean and deviation are the
   teacher's own, by channel.
+- What a mask keeps is divided by the share that it keeps, as PyTorch's dropout does in training. The code does not, and
+  scales activations by that share where nothing is dropped, for a teacher whose dropout is of the older kind.
 - A batch has images of all classes in turn instead of one class. Images do not depend on each other.
 - ``total_variation`` is no part of the paper and is off.
 """
@@ -220,12 +222,12 @@ def spectral_distance(gaps: Sequence[tuple[Tensor, Tensor]], images: int, parts:
 
 @contextlib.contextmanager
 def fixed_dropout(layers: Sequence[nn.Dropout]) -> Iterator[None]:
-    """Multiply what each of the layers gives by one binary mask, drawn when it first runs. Nothing is rescaled."""
+    """Multiply what each of the layers gives by one mask of zeros and 1 / (1 - p), drawn when it first runs."""
     masks: dict[nn.Module, Tensor] = {}
 
     def drop(layer: nn.Dropout, _: Any, output: Tensor) -> Tensor:
         if layer not in masks:  # on the CPU, so that masks do not depend on the device
-            masks[layer] = torch.bernoulli(torch.full(output.shape, 1 - layer.p)).to(output)
+            masks[layer] = F.dropout(torch.ones(output.shape), layer.p).to(output)
         return output * masks[layer]
 
     with contextlib.ExitStack() as hooks:
