@@ -592,7 +592,13 @@ def test_a_teacher_that_is_not_the_recorded_one(here, cli):
     given = [top1_of(here / name)[1] for name in ("orphan", "student")]
     assert json.loads(out)["results"][0]["agreement"] == (given[0] == given[1]).mean()
     assert "give --teacher" not in err
-    assert cli("evaluate", "shards", "--teacher", "teacher")[0] == 3
+    code, out, _ = cli("evaluate", "shards", "--teacher", "teacher", "--json")  # images like any others to it
+    assert code == 0
+    assert (shown := json.loads(out)["results"][0])["kind"] == "images"
+    reader, teacher = ShardReader(Path("shards")), load_model(Path("teacher"))[0]
+    with torch.no_grad():
+        answers = torch.cat([teacher(reader.read(i)["images"].float()) for i in range(len(reader.sizes))])
+    assert shown["class_histogram"] == answers.argmax(1).bincount(minlength=10).tolist() != shards["class_histogram"]
 
 
 def test_a_teacher_alone(here, cli):

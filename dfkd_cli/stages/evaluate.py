@@ -29,7 +29,6 @@ from dfkd_cli.stages.inputs import (
     is_images,
     load_teacher,
     open_images,
-    open_transfer_set,
     pick_device,
 )
 from dfkd_cli.stages.measures import cost, examine, finite, share
@@ -306,11 +305,11 @@ class _Opener:
             )
         return Exam(model, images, self.device, self.inputs.batch_size)
 
-    def _shards(self, path: str) -> ShardSubject:
+    def _shards(self, path: str) -> ShardSubject | ImagesSubject:
         reader = ShardReader(Path(path))
         teacher = self._matching(path, reader.teacher)
-        if teacher is not None:
-            open_transfer_set(path, teacher, None, seed=0)  # raises where they do not fit each other
+        if teacher is not None and teacher.sha256 != reader.teacher:
+            return self._images(path)  # what another teacher answered to them is not the question
         return ShardSubject(path, reader, teacher, self.device, self.inputs.batch_size)
 
     def _images(self, path: str) -> ImagesSubject:

@@ -154,7 +154,13 @@ def is_images(name: str) -> bool:
 
 
 def open_images(name: str, teacher: LoadedModel, data_dir: str | None, seed: int) -> TransferSet:
-    """Open what can be shown to a teacher: a transfer set, or a dataset's training images, ``NAME`` or ``NAME:N``.
+    """Open what can be shown to a teacher: a transfer set, also another teacher's, or a dataset's training images.
+
+    Args:
+        name: As for :func:`open_transfer_set`, or a dataset's ``NAME`` or ``NAME:N``.
+        teacher: It will see the images.
+        data_dir: Where datasets lie.
+        seed: Of what is drawn.
 
     Raises:
         ConfigError: Neither, or the dataset has not so many images.
@@ -162,7 +168,8 @@ def open_images(name: str, teacher: LoadedModel, data_dir: str | None, seed: int
     """
     dataset, count = _counted(name)
     if dataset not in datasets.DATASETS or Path(name).exists():
-        return open_transfer_set(name, teacher, data_dir, seed)
+        ours = _ours(name, teacher.classifier.info, seed)
+        return ours[0] if ours is not None else open_transfer_set(name, teacher, data_dir, seed)
     images = datasets.load(dataset, "train", data_dir=data_dir, image_shape=teacher.classifier.info.input_size)
     return TransferSet(_some(images, count, seed), {"role": "images", "spec": name})
 
@@ -189,25 +196,33 @@ def open_transfer_set(name: str, teacher: LoadedModel, data_dir: str | None, see
     if not path.is_dir():
         hint = "make it: dfkd synthesize --method zskd" if name.rstrip("/") == "shards" else "check --transfer-set"
         raise ArtifactError(f"no transfer set at {name}", hint)
-    if (path / MANIFEST).exists():
-        reader = ShardReader(path)
-        if reader.num_classes != info.num_classes:
-            raise ArtifactError(f"{name} has {reader.num_classes} classes, the teacher {info.num_classes}")
-        if reader.teacher != teacher.sha256:
+    ours = _ours(name, info, seed)
+    if ours is not None:
+        found, made_from = ours
+        if made_from != teacher.sha256:
             raise ArtifactError(f"{name} was made from another teacher", "give the --teacher it was made from")
-        if reader.shape != info.input_size:
-            raise ArtifactError(f"{name} has images of {reader.shape}, the teacher takes {info.input_size}")
-        parent = {"role": "transfer-set", "path": name, "sha256": reader.sha256}
-        return TransferSet(ShardSource(reader), parent, reader.manifest.get("uses", ()))
-    if (path / generators.RECORD).exists():
-        generator, record = generators.load_generator(path)
-        made = record["provenance"]
-        if made["teacher"] != teacher.sha256:
-            raise ArtifactError(f"{name} was made from another teacher", "give the --teacher it was made from")
-        parent = {"role": "transfer-set", "path": name, "sha256": generators.identity(record)}
-        return TransferSet(GeneratorSource(generator, made["num_images"], made["config"]["batch_size"], seed), parent)
+        return found
     folder = FolderSource(path, info.input_size)
     return TransferSet(folder, {"role": "transfer-set", "path": name, "sha256": folder.sha256})
+
+
+def _ours(name: str, info: ModelInfo, seed: int) -> tuple[TransferSet, str] | None:
+    """Shards or a generator, and the identity of the teacher they were made from; None where the name is neither's."""
+    path = Path(name)
+    if (path / MANIFEST).exists():
+        reader = ShardReader(path)
+        sha256, made_from, uses = reader.sha256, reader.teacher, reader.manifest.get("uses", ())
+        source: Source = ShardSource(reader)
+    elif (path / generators.RECORD).exists():
+        generator, record = generators.load_generator(path)
+        made = record["provenance"]
+        sha256, made_from, uses = generators.identity(record), made["teacher"], ()
+        source = GeneratorSource(generator, made["num_images"], made["config"]["batch_size"], seed)
+    else:
+        return None
+    if source.shape != info.input_size:
+        raise ArtifactError(f"{name} has images of {source.shape}, the teacher takes {info.input_size}")
+    return TransferSet(source, {"role": "transfer-set", "path": name, "sha256": sha256}, uses), made_from
 
 
 def concatenate(sets: list[TransferSet]) -> Source:
