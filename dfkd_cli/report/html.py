@@ -142,7 +142,7 @@ def _galleries(shards: Iterable[Mapping[str, Any]]) -> str:
         cards.append(_terms(facts))
     if not cards:
         return ""
-    note = "<p>The first images of every set. Each is stretched to the full range of grey or colour by itself.</p>"
+    note = "<p>From the first rounds, on top, to the last. Each image is stretched to the full range by itself.</p>"
     return f'<h2>Transfer sets</h2>{note}<div class="cards">{"".join(cards)}</div>'
 
 

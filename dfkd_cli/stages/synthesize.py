@@ -27,7 +27,7 @@ from dfkd_cli.stages.inputs import LoadedModel, load_teacher
 from dfkd_cli.stages.training import fresh, rehearse
 from dfkd_cli.ui import Terminal
 
-PREVIEW = 64  # images in preview.png
+PREVIEW = 4, 16  # rows of preview.png, each of as many images of one round
 MADE_FROM_DATA = ("metadata",)  # of what methods need
 # Inputs that some methods need and the others refuse: what is said about it, and what to do.
 OPTIONAL = {
@@ -137,7 +137,7 @@ def _make(
         rows = [{"round": index, **shard["terms"]} for index, shard in enumerate(manifest["shards"])]
         write_csv(directory.path / "metrics.csv", rows)
     reader = ShardReader(directory.path)
-    write_preview(directory.path / "preview.png", reader.read(0)["images"][:PREVIEW])
+    write_preview(directory.path / "preview.png", reader)
     confidence = sum(float(reader.read(i)["logits"].softmax(1).amax(1).sum()) for i in range(len(reader.sizes)))
     files = [MANIFEST, "metrics.csv", "preview.png", *(row["file"] for row in manifest["shards"])]
     metrics = {
@@ -156,7 +156,13 @@ def _make(
     directory.finish([directory.path / name for name in files], metrics)
 
 
-def write_preview(path: Path, images: torch.Tensor) -> None:
-    """A PNG grid of images (B, C, H, W), each stretched to the full range of grey: impressions may leave [0,1]."""
-    grid = make_grid(images.float(), nrow=16, padding=2, normalize=True, scale_each=True, pad_value=1.0)
+def write_preview(path: Path, reader: ShardReader) -> None:
+    """A PNG grid of images from the first round, on top, to the last; the first of each, from evenly spaced rounds.
+
+    Each image is stretched to the full range of grey: impressions may leave [0,1].
+    """
+    rows, columns = PREVIEW
+    shards = torch.linspace(0, len(reader.sizes) - 1, min(rows, len(reader.sizes))).round().int().tolist()
+    images = torch.cat([reader.read(shard)["images"][: rows // len(shards) * columns] for shard in shards])
+    grid = make_grid(images.float(), nrow=columns, padding=2, normalize=True, scale_each=True, pad_value=1.0)
     write_atomic(path, encode_png(grid.mul(255).round().byte()).numpy().tobytes())
