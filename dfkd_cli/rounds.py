@@ -48,9 +48,11 @@ class Learner(pl.LightningModule, ABC):
     Attributes:
         rounds: How many rounds there are.
         stateless: Rounds do not depend on each other; nothing has to be saved between them.
+        teacher: The classifier that is frozen meanwhile, or None.
     """
 
     rounds: int
+    teacher: Any
     stateless = False
 
     def __init__(self) -> None:
@@ -262,7 +264,7 @@ def trainer_for(run: RunDirectory, loggers: list[Logger], **more: Any) -> pl.Tra
 
 
 def fit(learner: Learner, run: RunDirectory, terminal: Terminal, callbacks: Sequence[Callback] = ()) -> None:
-    """Do the rounds that are still to be done, with more ``callbacks`` of Lightning's.
+    """Do the rounds that are still to be done, with more ``callbacks`` of Lightning's; then thaw the teacher.
 
     Raises:
         RunFailed: Non-finite loss; the state of the last saved round is kept.
@@ -283,7 +285,11 @@ def fit(learner: Learner, run: RunDirectory, terminal: Terminal, callbacks: Sequ
             raise ArtifactError(f"{path}: not a readable checkpoint", "give --overwrite to start afresh") from error
         if not learner.can_continue(last + 1):
             resume = None
-    trainer.fit(learner, DataLoader(TensorDataset(torch.zeros(1))), ckpt_path=resume, weights_only=True)
+    try:
+        trainer.fit(learner, DataLoader(TensorDataset(torch.zeros(1))), ckpt_path=resume, weights_only=True)
+    finally:
+        if learner.teacher is not None:
+            learner.teacher.thaw()
     if not first_process():
         sys.exit()  # its share is done; the first process writes the result
 

@@ -81,7 +81,7 @@ class Inversion(ImageOptimization):
     warmup: int = option(0, "inner steps with rising learning rate, at each resolution", low=0)
     schedule: Literal["constant", "cosine"] = option("constant", "learning rate after the warm-up")
     jitter: int = option(2, "roll the batch by up to so many pixels on both axes, anew in each inner step", low=0)
-    flip: bool = option(False, "mirror each image with probability 1/2 in each inner step")
+    view_flip: bool = option(False, "mirror each image with probability 1/2 in each inner step")
     temperature: float = option(1.0, "softmax temperature of the teacher", above=0)
     cross_entropy: float = option(1.0, "weight of the cross-entropy with the class", low=0)
     total_variation: float = option(2.5e-5, "weight of a smoothness prior, norms of neighbour differences", low=0)

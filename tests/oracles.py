@@ -135,11 +135,17 @@ def statistics_distance(seen: list[Array], recorded: list[tuple[Array, Array]], 
     return total
 
 
-def agreement(student: Array, teacher: Array) -> float:
-    """One minus the released code's J of logits, at temperature 3; all three distributions clamped to [0.01,0.99]."""
+def agreement(student: Array, teacher: Array, variant: str) -> float:
+    """One minus J of logits, at temperature 3.
+
+    The paper's J is the Jensen-Shannon divergence. The code's has its KL divergences the other way round, of
+    distributions that are clamped to [0.01,0.99].
+    """
     p, q = softmax(student / 3), softmax(teacher / 3)
-    m = np.clip((p + q) / 2, 0.01, 0.99)
-    p, q = np.clip(p, 0.01, 0.99), np.clip(q, 0.01, 0.99)
+    m = (p + q) / 2
+    if variant == "paper":
+        return 1 - sum((x * (np.log(x) - np.log(m))).sum() / len(m) for x in (p, q)) / 2
+    p, q, m = (np.clip(x, 0.01, 0.99) for x in (p, q, m))
     j = sum((m * (np.log(m) - np.log(other))).sum() / len(m) for other in (p, q)) / 2
     return 1 - min(max(j, 0), 1)
 

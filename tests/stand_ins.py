@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import copy
 from pathlib import Path
 from typing import Any
 
@@ -9,13 +10,25 @@ import torch
 
 from dfkd_cli import catalog
 from dfkd_cli.artifacts.metadata import Metadata
+from dfkd_cli.artifacts.run import RunDirectory
 from dfkd_cli.artifacts.shards import ShardWriter
 from dfkd_cli.config import build
 from dfkd_cli.data.datasets import Dataset
 from dfkd_cli.data.sources import RealSource
 from dfkd_cli.models.classifier import Classifier, ModelInfo
+from dfkd_cli.resolve import resolve
+from dfkd_cli.rounds import Learner, fit
 from dfkd_cli.stages.collect_metadata import collect
 from dfkd_cli.synthesizers.base import Synthesizer
+from dfkd_cli.ui import Terminal
+
+
+def work(learner: Learner, directory: Path) -> None:
+    """All rounds of a learner, as a command does them in its directory."""
+    run = RunDirectory(directory, resolve("synthesize", [("", {"method": "noise", "device": "cpu"})]), [], {})
+    run.claim()
+    with run.guard():
+        fit(learner, run, Terminal(silent=True))
 
 
 def random_images(info: ModelInfo, count: int, chunk: int = 1000) -> RealSource:
@@ -30,7 +43,7 @@ def random_images(info: ModelInfo, count: int, chunk: int = 1000) -> RealSource:
 def statistics_of(classifier: Classifier, count: int = 30, covariance_units: int = 300) -> Metadata:
     """Activation statistics of a classifier on random images."""
     source = random_images(classifier.info, count)
-    return collect(classifier, source, torch.device("cpu"), 10, 8.0, covariance_units)
+    return collect(copy.deepcopy(classifier), source, torch.device("cpu"), 10, 8.0, covariance_units)
 
 
 def synthesizer(

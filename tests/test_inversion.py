@@ -12,21 +12,18 @@ import oracles
 import pytest
 import torch
 from pipeline import kill_after_saving
-from test_synthesizers import state, synthesizer
+from stand_ins import work
+from test_synthesizers import assert_same_state, state, synthesizer
 from torch import Tensor, nn
 
 from dfkd_cli.artifacts.files import sha256_file
-from dfkd_cli.artifacts.run import RunDirectory
 from dfkd_cli.artifacts.shards import ShardReader
 from dfkd_cli.models.classifier import Classifier, ModelInfo
 from dfkd_cli.models.statistics import Moments, batch_moments, gaussian_divergence, moments, recorded_moments
-from dfkd_cli.resolve import resolve
-from dfkd_cli.rounds import fit
 from dfkd_cli.synthesizers.adaptive_deepinversion import agreement
 from dfkd_cli.synthesizers.base import ImageOptimizer
 from dfkd_cli.synthesizers.cotraining import PoolTrainer
 from dfkd_cli.synthesizers.terms import statistics_distance
-from dfkd_cli.ui import Terminal
 
 METHODS = ("deepdream", "deepinversion", "adaptive-deepinversion")
 SHAPES = [(1, 1, 2, 2), (2, 3, 5, 4), (3, 1, 7, 7)]
@@ -112,19 +109,26 @@ def test_statistics_distance_is_the_papers_with_unbiased_variances(shapes, first
     assert torch.autograd.gradcheck(distance, inputs)
 
 
+@pytest.mark.parametrize("variant", ["paper", "code"])
 @pytest.mark.parametrize("scale", [0.5, 3.0, 30.0])
 @pytest.mark.parametrize("shape", [(1, 2), (5, 4), (3, 100)])
-def test_agreement_is_the_released_codes(shape, scale):
+def test_agreement_is_the_papers_or_the_released_codes(shape, scale, variant):
     student, teacher = RNG.normal(scale=scale, size=shape), RNG.normal(scale=scale, size=shape)
     inputs = tensor(student), tensor(teacher)
-    np.testing.assert_allclose(agreement(*inputs).item(), oracles.agreement(student, teacher), rtol=1e-12)
-    assert torch.autograd.gradcheck(agreement, inputs)  # through both networks
+    expected = oracles.agreement(student, teacher, variant)
+    np.testing.assert_allclose(agreement(*inputs, variant).item(), expected, rtol=1e-12)
+    assert torch.autograd.gradcheck(lambda *logits: agreement(*logits, variant), inputs)  # through both networks
 
 
-def test_agreement_of_equals_is_one_and_of_opposites_zero():
+def test_agreement_of_equals_is_one_and_of_opposites_the_least():
     sure = 100 * torch.eye(3)
-    assert agreement(sure, sure).item() == pytest.approx(1)
-    assert 0 <= agreement(sure, sure.roll(1, 0)).item() < 0.1
+    for variant, least in (("paper", 1 - np.log(2)), ("code", 0.0)):
+        assert agreement(sure, sure, variant).item() == pytest.approx(1)
+        assert agreement(sure, sure.roll(1, 0), variant).item() == pytest.approx(least, abs=1e-6)
+
+
+def test_the_agreement_is_the_released_codes_unless_asked_otherwise(tmp_path):
+    assert adaptive(tmp_path).config.variant == "code"
 
 
 # -- BatchNorm statistics ----------------------------------------------------------------------------------------------
@@ -195,6 +199,7 @@ STATISTICS = {"statistics": 0.4, "first_layer": 3.0}
         ("deepinversion", {"clamp": True, "total_variation_l1": 0.0}),
         ("deepinversion", {"statistics": 0.0}),
         ("adaptive-deepinversion", {"competition": 2.0}),
+        ("adaptive-deepinversion", {"competition": 2.0, "variant": "paper"}),
         ("adaptive-deepinversion", {"competition": 0.0}),
     ],
 )
@@ -221,7 +226,7 @@ def test_images_are_those_of_the_papers_optimisation(name, values, tmp_path):
         if name != "deepdream":
             terms["statistics"] = oracles.statistics_distance(seen, recorded(teacher), config.first_layer)
         if name == "adaptive-deepinversion":
-            terms["competition"] = oracles.agreement(forward(student, view)[0], logits)
+            terms["competition"] = oracles.agreement(forward(student, view)[0], logits, config.variant)
         return sum(getattr(config, key) * value for key, value in terms.items())
 
     mean, std = (np.reshape(values, (1, 2, 1, 1)) for values in (teacher.info.mean, teacher.info.std))
@@ -273,7 +278,7 @@ def test_what_the_teacher_sees_of_each_stage(tmp_path):
 
 
 def test_images_are_mirrored_one_by_one(tmp_path):
-    method = synthesizer("deepdream", tmp_path, smooth_teacher(), jitter=0, flip=True)
+    method = synthesizer("deepdream", tmp_path, smooth_teacher(), jitter=0, view_flip=True)
     images = torch.randn(64, 2, 4, 6)
     view = method.view(images)
     mirrored, kept = ((view == other).flatten(1).all(1) for other in (images.flip(-1), images))
@@ -348,16 +353,11 @@ class Witness:
         return [self.calls[i * size : (i + 1) * size] for i in range(count)]
 
 
-def run(method: PoolTrainer, directory: Path) -> None:
-    run = RunDirectory(directory, resolve("synthesize", [("", {"method": "noise", "device": "cpu"})]), [], {})
-    run.claim()
-    with run.guard():
-        fit(method, run, Terminal(silent=True))
+ADAPTIVE = {"num_images": 6, "iterations": 3, "student_steps": 4, "student_batch_size": 2, "dtype": "float32"}
 
 
 def adaptive(directory: Path, **values) -> PoolTrainer:
-    settings = {"num_images": 6, "iterations": 3, "student_steps": 4, "student_batch_size": 2, "dtype": "float32"}
-    method = synthesizer("adaptive-deepinversion", directory, smooth_teacher(), **(settings | values))
+    method = synthesizer("adaptive-deepinversion", directory, smooth_teacher(), **(ADAPTIVE | values))
     method.student = smooth_teacher(2)
     return method
 
@@ -366,7 +366,7 @@ def test_the_student_is_trained_on_the_shards_so_far(tmp_path):
     method = adaptive(tmp_path, student_lr=0.3)
     before = copy.deepcopy(method.student.state_dict())
     witness = Witness(method)
-    run(method, tmp_path)
+    work(method, tmp_path)
     pools = [method.writer.read(index)["images"] for index in range(3)]
     steps = 0
     for index, calls in enumerate(witness.rounds(3)):
@@ -385,12 +385,12 @@ def test_the_student_is_trained_on_the_shards_so_far(tmp_path):
 
 def test_shards_of_later_rounds_are_not_in_the_pool(tmp_path):
     first, again = adaptive(tmp_path), adaptive(tmp_path)
-    run(first, tmp_path)
+    work(first, tmp_path)
     finished = {path.name: sha256_file(path) for path in tmp_path.glob("*.safetensors")}
     shutil.rmtree(tmp_path / "checkpoints")
     again = adaptive(tmp_path)
     assert again.writer.missing() == []  # all there, as a kill before the first checkpoint would leave them
-    run(again, tmp_path)
+    work(again, tmp_path)
     assert {path.name: sha256_file(path) for path in tmp_path.glob("*.safetensors")} == finished
     for name, value in first.student.state_dict().items():
         assert torch.equal(value, again.student.state_dict()[name]), name
@@ -399,21 +399,25 @@ def test_shards_of_later_rounds_are_not_in_the_pool(tmp_path):
 def test_a_student_that_is_not_trained_stays_as_it_is(tmp_path):
     method = adaptive(tmp_path, student_steps=0)
     before = copy.deepcopy(method.student.state_dict())
-    run(method, tmp_path)
+    work(method, tmp_path)
     assert all(torch.equal(value, before[name]) for name, value in method.student.state_dict().items())
 
 
-@pytest.mark.parametrize("network", ["teacher", "student"])
-def test_networks_are_left_as_they_were_after_a_failure(network, tmp_path):
-    method = adaptive(tmp_path)
-    before = state(method.teacher)
-    with getattr(method, network).net[0].register_forward_hook(lambda *_: 1 / 0), pytest.raises(ZeroDivisionError):
-        run(method, tmp_path)
-    after = state(method.teacher)
-    assert (after["hooks"], after["training"]) == (before["hooks"], before["training"])
-    for name, value in before["tensors"].items():
-        assert torch.equal(value, after["tensors"][name]), name
-    assert all(p.grad is None for p in method.teacher.parameters())
+@pytest.mark.parametrize("fails", [None, "teacher", "student"])
+def test_networks_are_left_as_they_were(fails, tmp_path):
+    """Whether it goes well or not: the teacher's mode, values, hooks; the student's hooks."""
+    teacher = smooth_teacher().train()
+    before = state(teacher)
+    method = synthesizer("adaptive-deepinversion", tmp_path, teacher, **ADAPTIVE)
+    method.student = smooth_teacher(2)
+    hooks = state(method.student)["hooks"]
+    if fails is None:
+        work(method, tmp_path)
+    else:
+        with getattr(method, fails).net[0].register_forward_hook(lambda *_: 1 / 0), pytest.raises(ZeroDivisionError):
+            work(method, tmp_path)
+    assert_same_state(state(teacher), before)
+    assert state(method.student)["hooks"] == hooks
 
 
 # -- the command -------------------------------------------------------------------------------------------------------

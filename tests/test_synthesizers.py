@@ -15,7 +15,7 @@ import pytest
 import safetensors.torch
 import stand_ins
 import torch
-from stand_ins import statistics_of
+from stand_ins import statistics_of, work
 from torch import Tensor, nn
 
 from dfkd_cli import catalog
@@ -282,26 +282,30 @@ def test_a_round_depends_on_seed_and_index_only(name, tmp_path):
 def state(teacher: Classifier) -> dict:
     hooks = [sum(len(v) for k, v in vars(m).items() if k.endswith("hooks")) for m in teacher.modules()]
     tensors = {name: value.clone() for name, value in [*teacher.named_parameters(), *teacher.named_buffers()]}
-    return {"hooks": hooks, "training": [m.training for m in teacher.modules()], "tensors": tensors}
+    modes = [m.training for m in teacher.modules()], [p.requires_grad for p in teacher.parameters()]
+    return {"hooks": hooks, "modes": modes, "grads": [p.grad for p in teacher.parameters()], "tensors": tensors}
+
+
+def assert_same_state(after: dict, before: dict) -> None:
+    for name, value in before["tensors"].items():
+        assert torch.equal(value, after["tensors"][name]), name
+    for part in ("hooks", "modes", "grads"):
+        assert after[part] == before[part], part
 
 
 @pytest.mark.parametrize("name", INDEPENDENT)
 @pytest.mark.parametrize("fails", [False, True])
 def test_the_teacher_is_left_as_it_was(name, fails, tmp_path, make_teacher):
-    teacher, _ = load_model(make_teacher("resnet8"))
-    method = synthesizer(name, tmp_path, teacher, num_images=2)
+    teacher = load_model(make_teacher("resnet8"))[0].train()
     before = state(teacher)
+    method = synthesizer(name, tmp_path, teacher, num_images=2)
+    assert not teacher.training
     if fails:
         with teacher.net.stem[0].register_forward_hook(lambda *_: 1 / 0), pytest.raises(ZeroDivisionError):
-            method.round(0)
+            work(method, tmp_path)
     else:
-        method.round(0)
-    after = state(teacher)
-    for name_, value in before.pop("tensors").items():
-        assert torch.equal(value, after["tensors"][name_]), name_
-    assert after["training"] == before["training"]
-    assert after["hooks"] == before["hooks"]
-    assert all(p.grad is None and not p.requires_grad for p in teacher.parameters())
+        work(method, tmp_path)
+    assert_same_state(state(teacher), before)
 
 
 # -- what every method promises ----------------------------------------------------------------------------------------

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import math
 from dataclasses import dataclass
-from typing import Any, TypeGuard
+from typing import Any, Literal, TypeGuard
 
 import torch
 from torch import Tensor, nn
@@ -69,6 +69,7 @@ class Classifier(nn.Module):
         self.net = net
         self.info = info
         self.frozen = False
+        self._before: list[tuple[Any, str, bool]] = []  # what freezing changed: of what, its attribute, its value
         self.register_buffer("mean", torch.tensor(info.mean).view(1, -1, 1, 1), persistent=False)
         self.register_buffer("std", torch.tensor(info.std).view(1, -1, 1, 1), persistent=False)
         self._normalised = not any(info.mean) and set(info.std) == {1.0}
@@ -81,14 +82,29 @@ class Classifier(nn.Module):
         """What ``net`` takes to pixels in [0, 1], both (B, C, H, W)."""
         return inputs if self._normalised else inputs * self.std + self.mean
 
+    def background(self, fill: Literal["black", "mean"]) -> Tensor | float:
+        """What an augmentation fills pixels (B, C, H, W) up with: 0, or the mean of each channel (C,)."""
+        return self.mean.flatten() if fill == "mean" else 0.0
+
     def forward(self, pixels: Tensor) -> Tensor:
         return self.net(self.normalise(pixels))
 
     def freeze(self) -> Classifier:
-        """Evaluation mode for good, even when a parent module is set to train, and no gradients for parameters."""
+        """Evaluation mode, even when a parent module is set to train, and no gradients for parameters, till thawed."""
+        if not self.frozen:
+            self._before = [(module, "training", module.training) for module in self.modules()]
+            self._before += [(parameter, "requires_grad", parameter.requires_grad) for parameter in self.parameters()]
         self.frozen = True
         self.requires_grad_(False)
         return self.eval()
+
+    def thaw(self) -> Classifier:
+        """The modes and the parameters' need of gradients as they were before the classifier was frozen."""
+        self.frozen = False
+        while self._before:
+            owner, attribute, value = self._before.pop()
+            setattr(owner, attribute, value)
+        return self
 
     def train(self, mode: bool = True) -> Classifier:
         """Set the mode; a frozen classifier stays in evaluation mode."""

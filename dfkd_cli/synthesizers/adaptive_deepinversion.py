@@ -3,10 +3,12 @@
 Yin, Molchanov, Alvarez, Li, Mallya, Hoiem, Jha, Kautz. Dreaming to Distill. CVPR 2020. arXiv:1912.08795.
 
     x = argmin_x  L_DeepInversion(x) + a_c (1 - clamp(J, 0, 1))
-    J = 1/2 KL(M || P) + 1/2 KL(M || Q),    P = softmax(S(x) / 3),  Q = softmax(T(x) / 3),  M = (P + Q) / 2
+    J = 1/2 KL(P || M) + 1/2 KL(Q || M),    P = softmax(S(x) / 3),  Q = softmax(T(x) / 3),  M = (P + Q) / 2
 
-All of P, Q and M are clamped to [0.01, 0.99]. This is the code's J; the textbook's has KL(P || M) and KL(Q || M). The
-gradient goes through the student too, which is in evaluation mode meanwhile.
+J is the Jensen-Shannon divergence of the paper, with ``variant: paper``. The released code, and ``variant: code``, the
+default, because the published numbers are its, has KL(M || P) and KL(M || Q) of P, Q and M clamped to [0.01, 0.99]: it
+exceeds 1, and has no gradient, where the two networks are sure of different classes. The gradient goes through the
+student too, which is in evaluation mode meanwhile.
 
 Images are made in rounds, a batch in each, against the student as it is; then the student is trained on all images so
 far. The paper's training of the student for this was never released: defaults are those of later papers that compare
@@ -15,7 +17,9 @@ with it (arXiv:2105.08584), but for the temperature, 3, which its authors gave. 
 
 from __future__ import annotations
 
+import math
 from dataclasses import dataclass
+from typing import Literal
 
 import torch
 import torch.nn.functional as F
@@ -35,6 +39,7 @@ class Config(PoolTraining, StatisticsInversion):
     """Adaptive DeepInversion."""
 
     competition: float = option(0.2, "weight of the student's agreement with the teacher", low=0)
+    variant: Literal["paper", "code"] = option("code", "the divergence in it: the paper's, or the released code's")
     student_temperature: float = option(3.0, "softmax temperature of the student's loss", above=0)
 
 
@@ -49,13 +54,16 @@ class AdaptiveDeepInversion(PoolTrainer, DeepInversion):
         """Those of DeepInversion, and the agreement of student and teacher once the student learns."""
         terms = super().terms(images, logits, targets)
         if self.config.competition and not self.warming_up:
-            terms["competition"] = agreement(self.student.net(images).float(), logits)
+            terms["competition"] = agreement(self.student.net(images).float(), logits, self.config.variant)
         return terms
 
 
-def agreement(student: Tensor, teacher: Tensor) -> Tensor:
+def agreement(student: Tensor, teacher: Tensor, variant: Literal["paper", "code"]) -> Tensor:
     """``1 - clamp(J, 0, 1)`` of logits (B, K), KL divergences as means over the images; 0-d."""
-    p, q = F.softmax(student / TEMPERATURE, 1), F.softmax(teacher / TEMPERATURE, 1)
-    p, q, m = (x.clamp(*RANGE) for x in (p, q, (p + q) / 2))
-    divergences = [F.kl_div(x.log(), m, reduction="batchmean") for x in (p, q)]
+    p, q = F.log_softmax(student / TEMPERATURE, 1), F.log_softmax(teacher / TEMPERATURE, 1)
+    m = torch.logaddexp(p, q) - math.log(2)
+    if variant == "code":
+        p, q, m = (x.clamp(*(math.log(end) for end in RANGE)) for x in (p, q, m))
+    pairs = [(x, m) if variant == "paper" else (m, x) for x in (p, q)]
+    divergences = [F.kl_div(other, one, reduction="batchmean", log_target=True) for one, other in pairs]
     return 1 - torch.stack(divergences).mean().clamp(0, 1)

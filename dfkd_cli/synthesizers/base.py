@@ -45,7 +45,7 @@ class Synthesizer(Learner):
     ``batch_size``, the images of a shard, and ``dtype``, how they are stored), and makes a shard in :meth:`make`.
 
     Args:
-        teacher: The classifier; it is frozen here.
+        teacher: The classifier; it is frozen until the rounds are done.
         config: The method's own configuration.
         num_images: Images to make in all.
         seed: The run's seed.

@@ -79,7 +79,7 @@ class CoTrainer(Synthesizer):
 
     def on_fit_start(self) -> None:
         """The augmentation of the student's images."""
-        self.augment = pipeline(self.config, 0.0)
+        self.augment = pipeline(self.config, self.student.background(self.config.fill))
 
     @torch.no_grad()
     def ask_teacher(self, pixels: Tensor) -> Outputs:

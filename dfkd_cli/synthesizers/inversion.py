@@ -29,7 +29,7 @@ class Inverter(ImageOptimizer):
         if self.config.coarse_iterations:
             try:
                 probe(self.teacher.net, (channels, height // 2, width // 2))
-            except RuntimeError:
+            except (RuntimeError, AssertionError, ValueError):  # as it is the network that complains
                 raise ArtifactError(
                     f"{self.teacher.info.spec} does not take images of half the sides", "leave out --coarse-iterations"
                 ) from None
@@ -55,7 +55,7 @@ class Inverter(ImageOptimizer):
         """The images rolled and mirrored at random; smaller ones are rolled by as much less."""
         jitter = self.config.jitter * images.shape[-1] // self.teacher.info.input_size[-1]
         steps: list[nn.Module] = [RandomRoll(jitter)] if jitter else []
-        steps += [RandomFlip()] if self.config.flip else []
+        steps += [RandomFlip()] if self.config.view_flip else []
         return v2.Compose(steps)(images) if steps else images
 
     def resolutions(self) -> list[tuple[int, int]]:
