@@ -6,11 +6,38 @@ import os
 import signal
 from typing import Any
 
-from dfkd_cli.errors import Interrupted
+from dfkd_cli.errors import ConfigError, Interrupted
+
+MEETING = ("NODE_RANK", "MASTER_ADDR", "MASTER_PORT")  # what Lightning asks of each machine's environment
+_machine = 0  # this one's number among those that share the run
+
+
+def join_machines(count: int) -> None:
+    """Say that ``count`` machines share this run; the environment says which of them this is.
+
+    Raises:
+        ConfigError: It does not.
+    """
+    global _machine
+    if count == 1:
+        return
+    missing = [name for name in MEETING if not os.environ.get(name)]
+    if missing:
+        hint = "give the command on each machine with its number from 0 as NODE_RANK, and the first one's address"
+        raise ConfigError(f"--num-nodes {count}: {', '.join(missing)} not set", f"{hint} as MASTER_ADDR, MASTER_PORT")
+    number = os.environ["NODE_RANK"]
+    if not number.isdigit() or int(number) >= count:
+        raise ConfigError(f"--num-nodes {count}: NODE_RANK is {number}", f"the machines' numbers are 0 to {count - 1}")
+    _machine = int(number)
+
+
+def records() -> bool:
+    """Whether this is the process of a run that writes its records: the first one of the first machine."""
+    return _machine == 0 and first_process()
 
 
 def first_process() -> bool:
-    """Whether this is the process of a run that writes its records.
+    """Whether this is the first process of a run on this machine.
 
     Lightning starts the others of this machine itself and numbers them. Other launchers' numbers mean nothing here:
     several commands, each with one device, may well run under one of them.

@@ -35,7 +35,7 @@ from torch.utils.data import DataLoader, TensorDataset
 from dfkd_cli.artifacts.files import write_atomic
 from dfkd_cli.artifacts.run import RunDirectory
 from dfkd_cli.errors import ArtifactError, ConfigError, RunFailed
-from dfkd_cli.processes import first_process
+from dfkd_cli.processes import records
 from dfkd_cli.ui import Progress, Terminal
 
 _PRECISION: dict[str, Any] = {"32": "32-true", "bf16": "bf16-mixed", "16": "16-mixed"}
@@ -290,8 +290,8 @@ def fit(learner: Learner, run: RunDirectory, terminal: Terminal, callbacks: Sequ
     finally:
         if learner.teacher is not None:
             learner.teacher.thaw()
-    if not first_process():
-        sys.exit()  # its share is done; the first process writes the result
+    if not records():
+        sys.exit()  # its share is done; the first process of all writes the result
 
 
 def _keep_freed_memory() -> None:

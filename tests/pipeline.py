@@ -32,9 +32,9 @@ PIPELINE = [
 OUTPUTS = ["teacher", "shards", "student"]
 
 
-def start(arguments: list[str], cwd: Path) -> subprocess.Popen[str]:
-    """A command in a process of its own."""
-    environment = {**os.environ, "OMP_NUM_THREADS": "1"}
+def start(arguments: list[str], cwd: Path, **variables: str) -> subprocess.Popen[str]:
+    """A command in a process of its own, with more variables in its environment."""
+    environment = {**os.environ, "OMP_NUM_THREADS": "1", **variables}
     return subprocess.Popen(
         [sys.executable, "-m", "dfkd_cli", *arguments],
         cwd=cwd,

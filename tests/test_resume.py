@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import shutil
 import signal
+import socket
 import time
 from pathlib import Path
 
@@ -77,6 +78,46 @@ def test_two_processes_make_the_shards_of_one(method: str, make_teacher, tmp_pat
     names = [f"shard-0000{index}.safetensors" for index in range(3)]  # one more than processes have equal shares of
     for name in (*names, "manifest.json", "metrics.csv"):
         assert (tmp_path / "two" / name).read_bytes() == (tmp_path / "one" / name).read_bytes(), name
+
+
+def test_two_machines_make_the_shards_of_one(make_teacher, tmp_path: Path, cli) -> None:
+    """--num-nodes 2: the same command twice, each with its number; the first writes the records."""
+    with socket.socket() as free:
+        free.bind(("127.0.0.1", 0))
+        meeting = {"MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(free.getsockname()[1])}
+    command = ["synthesize", "--method", "zskd", "--teacher", str(make_teacher("lenet5")), "--num-images", "6"]
+    command += ["--batch-size", "2", "--iterations", "2", "--device", "cpu", "--out"]
+    assert cli(*command, tmp_path / "one")[0] == 0
+    both = [*command, "two", "--num-nodes", "2"]
+    machines = [start(both, tmp_path, NODE_RANK=number, **meeting) for number in ("1", "0")]
+    for machine in machines:
+        _, err = machine.communicate()
+        assert machine.returncode == 0, err
+    for name in ("shard-00000.safetensors", "shard-00001.safetensors", "shard-00002.safetensors", "manifest.json"):
+        assert (tmp_path / "two" / name).read_bytes() == (tmp_path / "one" / name).read_bytes(), name
+    late = start(both, tmp_path, NODE_RANK="1", **meeting)  # all is done: it waits for nobody
+    assert "already complete" in late.communicate()[1]
+
+
+@pytest.mark.parametrize(
+    ("variables", "more", "words"),
+    [
+        ({}, [], "NODE_RANK, MASTER_ADDR, MASTER_PORT not set"),
+        ({"NODE_RANK": "2"}, [], "NODE_RANK is 2 -- the machines' numbers are 0 to 1"),
+        ({"NODE_RANK": "0"}, ["--overwrite"], "remove the directory first"),
+    ],
+)
+def test_machines_that_cannot_meet(variables, more, words, teacher: Path, tmp_path: Path, monkeypatch, cli) -> None:
+    for name in ("NODE_RANK", "MASTER_ADDR", "MASTER_PORT"):
+        monkeypatch.delenv(name, raising=False)
+    for name, value in ({"MASTER_ADDR": "127.0.0.1", "MASTER_PORT": "1"} | variables if variables else {}).items():
+        monkeypatch.setenv(name, value)
+    command = ["synthesize", "--method", "zskd", "--teacher", str(teacher), "--out", str(tmp_path / "s")]
+    code, _, err = cli(*command, "--num-nodes", "2", *more)
+    assert code == 2
+    assert words in err
+    assert not (tmp_path / "s").exists()
+    assert cli("evaluate", teacher, "--num-nodes", "2")[0] == 2
 
 
 def test_dropped_and_reordered_inputs_are_another_run(reference: tuple, tmp_path: Path, monkeypatch, cli) -> None:

@@ -14,7 +14,7 @@ from dfkd_cli import __version__
 from dfkd_cli.artifacts.files import os_error, read_json, sha256_file, write_atomic, write_json
 from dfkd_cli.config import dump_yaml
 from dfkd_cli.errors import ArtifactError, ConfigError, DfkdError, Interrupted
-from dfkd_cli.processes import first_process
+from dfkd_cli.processes import records
 from dfkd_cli.resolve import Settings
 
 RUN = "run.json"
@@ -66,8 +66,6 @@ class RunDirectory:
         Raises:
             ConfigError: It holds something else, another process works in it, or it cannot be written.
         """
-        if not first_process():
-            return False
         previous = self._previous()
         if previous is not None and not self.settings.run.overwrite:
             identity = previous.get("identity", {})
@@ -83,6 +81,8 @@ class RunDirectory:
                 self.record = previous
                 return True
             self.record |= {k: previous[k] for k in ("started", "seconds", "concerns") if k in previous}
+        if not records():
+            return False
         self._take_lock()
         if self.settings.run.overwrite:
             for item in sorted(self.path.iterdir(), key=lambda item: item.name == RUN):  # last: it makes the rest ours
@@ -130,7 +130,7 @@ class RunDirectory:
 
     def save(self) -> None:
         """Write ``run.json``, with the time worked so far."""
-        if not first_process():
+        if not records():
             return
         now = time.monotonic()
         self.record["seconds"] = round(self.record["seconds"] + now - self._mark, 3)

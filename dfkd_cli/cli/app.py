@@ -16,7 +16,7 @@ import typer
 from dfkd_cli import catalog
 from dfkd_cli.cli import arguments, listing
 from dfkd_cli.errors import ConfigError, DfkdError, Interrupted, RunFailed
-from dfkd_cli.processes import first_process, stop_on_signals
+from dfkd_cli.processes import first_process, join_machines, stop_on_signals
 from dfkd_cli.resolve import TYPED, Layer, Settings, assignments, choose, recipe_layer, resolve
 from dfkd_cli.settings import CHOICES, INPUTS, Run
 from dfkd_cli.ui import NORMAL, QUIET, VERBOSE, Terminal
@@ -268,8 +268,11 @@ def run_stage(settings: Settings, terminal: Terminal, paths: list[str], dry_run:
     """Carry out a command; torch is imported here, not before."""
     stop_on_signals()
     start = time.monotonic()
-    if settings.run.num_nodes > 1:
-        raise ConfigError("--num-nodes above 1 is not supported yet", "use one machine with --devices N")
+    if settings.run.num_nodes > 1 and settings.command not in CHOICES:
+        raise ConfigError(f"{settings.command} runs on one machine", "leave out --num-nodes")
+    if settings.run.num_nodes > 1 and settings.run.overwrite:
+        raise ConfigError("--overwrite: several machines begin at different times", "remove the directory first")
+    join_machines(1 if dry_run else settings.run.num_nodes)
     stage = importlib.import_module(f"dfkd_cli.stages.{settings.command.replace('-', '_')}")
     more = {"paths": paths} if paths or settings.command in ("evaluate", "compare") else {}
     try:
