@@ -319,7 +319,7 @@ def settled(name: str, a: argparse.Namespace, short: bool = False) -> Settings:
 
 
 def main() -> None:
-    """Print one JSON line a pair, then each method's median."""
+    """Print one JSON line a pair, then each method's median; exit 1 when one is above its limit."""
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("--method", nargs="+", choices=list(BARE), default=list(BARE))
     parser.add_argument("--model", help="default: lenet5, or resnet8 where BatchNorm is needed")
@@ -327,6 +327,7 @@ def main() -> None:
     for name, default in {"rounds": 5, "iterations": 50, "batch-size": 200, "pairs": 7, "channels": 1}.items():
         parser.add_argument(f"--{name}", type=int, default=default)
     a = parser.parse_args()
+    above = []
     for name in a.method:
         settings, warm = settled(name, a), settled(name, a, short=True)
         model = a.model or ("resnet8" if "batchnorm" in settings.method.entry.needs else "lenet5")
@@ -350,6 +351,9 @@ def main() -> None:
             say({"bare_s": round(floor, 3), "ours_s": round(full, 3), "ratio": round(ratios[-1], 3)})
         limit = LIMITS.get(BARE[name], 1.1)
         say({"method": name, "median_ratio": round(statistics.median(ratios), 3), "limit": limit})
+        above += [name] if statistics.median(ratios) > limit else []
+    if above:
+        raise SystemExit(f"above the limit: {', '.join(above)}")
 
 
 def say(line: dict[str, Any]) -> None:

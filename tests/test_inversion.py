@@ -16,6 +16,7 @@ from stand_ins import work
 from test_synthesizers import assert_same_state, state, synthesizer
 from torch import Tensor, nn
 
+from dfkd_cli import catalog
 from dfkd_cli.artifacts.files import sha256_file
 from dfkd_cli.artifacts.shards import ShardReader
 from dfkd_cli.models.classifier import Classifier, ModelInfo
@@ -26,6 +27,8 @@ from dfkd_cli.synthesizers.cotraining import PoolTrainer
 from dfkd_cli.synthesizers.terms import statistics_distance
 
 METHODS = ("deepdream", "deepinversion", "adaptive-deepinversion")
+ENTRIES = catalog.entries("synthesizers")
+NEEDS_BATCH_NORM = [name for name, entry in ENTRIES.items() if "batchnorm" in entry.needs]
 SHAPES = [(1, 1, 2, 2), (2, 3, 5, 4), (3, 1, 7, 7)]
 RNG = np.random.default_rng(0)
 
@@ -288,12 +291,14 @@ def test_images_are_mirrored_one_by_one(tmp_path):
     assert still.view(images) is images
 
 
-def test_half_the_sides_need_a_teacher_that_takes_them(cli, teacher, tmp_path):
-    command = ["synthesize", "--method", "deepdream", "--teacher", teacher, "--out", tmp_path / "s"]
+@pytest.mark.parametrize("spec", ["lenet5", "timm:vit_tiny_patch16_224"])
+def test_half_the_sides_need_a_teacher_that_takes_them(spec, cli, make_teacher, tmp_path):
+    pytest.importorskip("timm")
+    command = ["synthesize", "--method", "deepdream", "--teacher", make_teacher(spec), "--out", tmp_path / "s"]
     for more in ([], ["--dry-run"]):
         code, _, err = cli(*command, "--coarse-iterations", "1", "--iterations", "1", "--num-images", "2", *more)
         assert code == 3
-        assert "lenet5 does not take images of half the sides -- leave out --coarse-iterations" in err
+        assert f"{spec} does not take images of half the sides -- leave out --coarse-iterations" in err
     assert cli(*command, "--dry-run")[0] == 0  # what is off stays off
 
 
@@ -469,11 +474,11 @@ def test_a_student_in_the_loop_is_trained_by_one_process(tmp_path, make_teacher,
     assert cli(*command[:-3], "--dry-run")[0] == 0
 
 
-@pytest.mark.parametrize("name", METHODS[1:])
+@pytest.mark.parametrize("name", NEEDS_BATCH_NORM)
 def test_a_teacher_without_batch_norm_is_told_what_works(name, tmp_path, teacher, cli):
-    student = ["--student", "lenet5-half"] if name.startswith("adaptive") else []
+    student = ["--student", "lenet5-half"] if "student" in ENTRIES[name].needs else []
     code, _, err = cli("synthesize", "--method", name, *student, "--teacher", teacher, "--out", tmp_path / "s")
     assert code == 3
     assert f"--method {name} needs a teacher with BatchNorm, lenet5 has none" in err
     works = err.partition("these work without: ")[2].strip().split(", ")
-    assert {"deepdream", "zskd", "class-impressions"} <= set(works) and not set(METHODS[1:]) & set(works)
+    assert {"deepdream", "zskd", "class-impressions"} <= set(works) and not set(NEEDS_BATCH_NORM) & set(works)

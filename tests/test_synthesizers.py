@@ -359,6 +359,16 @@ def test_a_tiny_run_gives_whole_shards_whose_terms_are_configuration_keys(
     assert (tmp_path / "s" / "preview.png").read_bytes().startswith(b"\x89PNG")
 
 
+@pytest.mark.parametrize("name", [name for name, entry in METHODS.items() if not entry.needs])
+def test_methods_that_need_nothing_work_on_a_vision_transformer(name, make_teacher, cli, tmp_path):
+    pytest.importorskip("timm")
+    args = ["synthesize", "--method", name, "--teacher", make_teacher("timm:vit_tiny_patch16_224"), "--out", tmp_path]
+    flags = [f"--{key.replace('_', '-')}={value}" for key, value in tiny(name).items()]
+    code, _, err = cli(*args, "--num-images", 2, *flags)
+    assert code == 0, err
+    assert sum(ShardReader(tmp_path).sizes) == 2
+
+
 @pytest.mark.parametrize("name", METHODS)
 def test_every_method_has_a_recipe(name):
     paths = [path for key, path in catalog.recipes().items() if key.startswith("synthesize/")]

@@ -3,7 +3,8 @@
 - ``stage1`` ... ``stageN``: the feature maps. A network whose modules have these names means these. In any other a
   stage is everything at one resolution: the last map (B, C, H, W) of each resolution above one pixel at which a
   convolution gives its output, in the order of the resolutions. ImageNet networks start with a strided stem, which is
-  thus their ``stage1``. ``last`` is the last stage, ``stages`` are all of them.
+  thus their ``stage1``. A vision transformer's only one is its patch embedding: name its blocks. ``last`` is the last
+  stage, ``stages`` are all of them.
 - ``penultimate``: what goes into the linear layer that gives the logits. ``logits``: what comes out.
 - The path of any module of ``net``, such as ``layer3.1.conv2``: its output.
 - ``NAME.pre``: the value at one of these before its activation. Where it is not activated yet, as at the stages of
