@@ -184,6 +184,9 @@ def find_recipe(name: str, command: str | None = None) -> Path:
         return known[matches[0]]
     if matches:
         raise ConfigError(f"recipe {name!r} is ambiguous", f"choose from: {', '.join(matches)}")
+    elsewhere = [key.split("/")[0] for key in known if key.endswith(f"/{name}")]
+    if elsewhere:
+        raise ConfigError(f"{name} is a recipe for {' and '.join(elsewhere)}, not for {command}")
     names = [key.split("/")[1] if command else key for key in known if command in (None, key.split("/")[0])]
     raise ConfigError(f"unknown recipe {name!r}", did_you_mean(name, names))
 

@@ -75,7 +75,11 @@ class Interrupted(BaseException):
 
 
 def did_you_mean(name: str, known: Iterable[str]) -> str:
-    """A hint naming the closest of the ``known`` names, or all of them."""
+    """A hint naming the closest of the ``known`` names, several where they are equally close, or all of them."""
     known = sorted(known)
-    close = difflib.get_close_matches(name, known, n=1)
-    return f"did you mean {close[0]!r}?" if close else f"choose from: {', '.join(known)}"
+    close = difflib.get_close_matches(name, known, n=3)
+    if not close:
+        return f"choose from: {', '.join(known)}"
+    alike = [difflib.SequenceMatcher(a=other, b=name).ratio() for other in close]
+    best = [repr(other) for other, ratio in zip(close, alike, strict=True) if ratio > alike[0] - 1e-9]
+    return f"did you mean {' or '.join(best)}?"

@@ -141,6 +141,9 @@ def choose(command: str, layers: list[Layer]) -> dict[str, list[tuple[catalog.En
             for name in weights:
                 label = f"{flag}.{name}.weight"
                 weights[name] = config.convert(layer.get(label, weights[name]), float, source + label)
+        for name, weight in weights.items():
+            if weight < 0:
+                raise ConfigError(f"{flag} {name}: its weight {weight:g} is below 0", "it would learn the opposite")
         chosen[flag] = [(picked[name][0], weight) for name, weight in weights.items()]
     return chosen
 

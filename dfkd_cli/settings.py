@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from dataclasses import dataclass, fields
 from typing import Literal
 
 from dfkd_cli.config import option
@@ -215,7 +215,9 @@ class TrainTeacher(Training):
 
     dataset: str = option("digits", "dataset NAME, or a DIR with train/<class>/ and test/<class>/")
     data_dir: str | None = option(None, "where datasets lie", volatile=True)
-    model: str = option("lenet5", "model SPEC: dfkd ls models, torchvision:NAME, timm:NAME, FILE.py:factory")
+    model: str = option(
+        "lenet5", "model SPEC: dfkd ls models, torchvision:NAME, timm:NAME, FILE.py:factory, a model directory"
+    )
     input_size: tuple[int, int, int] | None = option(None, "channels, height and width of the images", low=1)
     # Decayed weights and little augmentation: impressions of a teacher that was hardened by strong augmentation teach
     # far less, however accurate it is.
@@ -233,9 +235,14 @@ class ForeignModel:
 
     weights: str | None = option(None, "weights of a foreign teacher: .safetensors, .pt, .pth, .ckpt")
     input_size: tuple[int, int, int] | None = option(None, "its channels, height and width", low=1)
-    mean: tuple[float, ...] | None = option(None, "mean per channel its images were normalised with")
-    std: tuple[float, ...] | None = option(None, "standard deviation per channel", above=0)
+    mean: tuple[float, ...] | None = option(
+        None, "mean per channel that pixels in [0,1] are normalised with (default: 0)"
+    )
+    std: tuple[float, ...] | None = option(None, "standard deviation per channel (default: 1)", above=0)
     num_classes: int | None = option(None, "its number of classes", low=1)
+
+
+FOREIGN = tuple(field.name for field in fields(ForeignModel))
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -271,7 +278,9 @@ class Distill(Training, ForeignModel):
         ("shards",), "shard or generator directory, real, real:N, noise:N, folder of images"
     )
     num_images: int | None = option(None, "take the first so many images of the transfer sets (default: all)", low=1)
-    student: str = option("lenet5-half", "student model SPEC")
+    student: str = option(
+        "lenet5-half", "student model SPEC, as of train-teacher --model; of a directory, the architecture"
+    )
     epochs: int = option(30, "passes over the images", low=1)
     # Stronger than for real images: impressions are alike, and the teacher answers each changed one anew.
     rotate: float = option(45.0, _ROTATE, low=0, high=180)

@@ -24,7 +24,7 @@ def _console(stream: TextIO) -> Console:
     """A console that never puts escapes into a file or a pipe, however hard the environment asks for colour."""
     terminal = stream.isatty()
     width = None if terminal else 200  # tables in a pipe are for grep and for files
-    return _Console(file=stream, force_terminal=terminal, width=width, soft_wrap=True, highlight=False)
+    return _Console(file=stream, force_terminal=terminal, width=width, soft_wrap=True, highlight=False, emoji=False)
 
 
 class Terminal:

@@ -7,6 +7,7 @@ import os
 import shutil
 import subprocess
 import sys
+from pathlib import Path
 
 import pytest
 
@@ -178,6 +179,9 @@ def test_debug_shows_where_an_error_comes_from(cli, tmp_path, monkeypatch):
 # -- list-valued flags and precedence, through the whole command line -------------------------------------------------
 
 
+FOREIGN = "--teacher lenet5 --weights TEACHER/model.safetensors --input-size 1 32 32 --num-classes 10"
+
+
 @pytest.mark.parametrize(
     ("typed", "key", "expected"),
     [
@@ -189,7 +193,7 @@ def test_debug_shows_where_an_error_comes_from(cli, tmp_path, monkeypatch):
         ("--set beta=3", "beta", [3]),
         ("--set beta=3 temperature=5 --beta 4", "beta", [4]),
         ("--set beta=3 temperature=5 --beta 4", "temperature", 5),
-        ("--mean -0.5 --std 2", "mean", [-0.5]),
+        (f"{FOREIGN} --mean -0.5 --std 2", "mean", [-0.5]),
         ("--recipe r.yaml", "temperature", 7),
         ("--recipe r.yaml --set temperature=8", "temperature", 8),
         ("--recipe r.yaml --set temperature=8 --temperature 9", "temperature", 9),
@@ -202,6 +206,7 @@ def test_debug_shows_where_an_error_comes_from(cli, tmp_path, monkeypatch):
 def test_what_is_typed_is_what_runs(typed, key, expected, cli, teacher, tmp_path, monkeypatch):
     monkeypatch.chdir(tmp_path)
     (tmp_path / "r.yaml").write_text("temperature: 7\niterations: 11\n")
+    typed = typed.replace("TEACHER", str(teacher))
     args = ["synthesize", "--method", "zskd", "--teacher", teacher, *typed.split(), "--dry-run", "--json"]
     code, out, err = cli(*args)
     assert code == 0, err
@@ -328,4 +333,25 @@ def test_info_of_an_artifact(cli, teacher):
     assert code == 0
     assert facts["model.json"]["spec"] == "lenet5"
     assert facts["model.json"]["provenance"] == {"dataset": "digits"}
+    assert facts["lineage"] == []
     assert "lenet5" in cli("info", teacher)[1]
+
+
+def test_lineage_tells_what_is_still_there(cli, teacher, tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    shutil.copytree(teacher, "teacher")
+    assert cli("synthesize", "--method", "noise", "--num-images", "4")[0] == 0
+    assert cli("distill", "--steps", "1", "--batch-size", "2")[0] == 0
+
+    def lineage():
+        return json.loads(cli("info", "student", "--json")[1])["info"]["lineage"]
+
+    first, shards = lineage()
+    made_from = {"role": "teacher", "path": "teacher", "sha256": first["sha256"], "found": "same", "lineage": []}
+    assert first == made_from
+    assert (shards["role"], shards["path"], shards["found"]) == ("transfer-set", "shards", "same")
+    assert shards["lineage"] == [made_from]
+    record = json.loads(Path("teacher/model.json").read_text())
+    Path("teacher/model.json").write_text(json.dumps({**record, "mean": [0.9]}))
+    shutil.rmtree("shards")
+    assert [parent["found"] for parent in lineage()] == ["another", "gone"]

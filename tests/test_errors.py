@@ -373,3 +373,45 @@ def test_a_run_of_a_version_that_knew_fewer_settings_is_taken_for_what_it_is(her
     assert code == 0, err
     assert "already complete" in err
     one_line(cli(*again, "--total-variation", "1"), 2, "total_variation: 0.0 -> 1.0")
+
+
+def test_what_a_directory_says_is_not_said_again(here: Path, cli) -> None:
+    for command in (["distill"], ["synthesize", "--method", "zskd"], ["collect-metadata"]):
+        one_line(cli(*command, "--input-size", "3", "8", "8", "--mean", "0"), 2, "leave out --input-size, --mean")
+
+
+def test_a_run_that_failed_before_its_first_round_occupies_nothing(here: Path, cli) -> None:
+    Path("photos").mkdir()
+    Path("photos/0.png").write_bytes(b"no image")
+    assert cli("distill", "--transfer-set", "photos", "--out", "s", "--device", "cpu")[0] == 3
+    assert cli("distill", "--steps", "1", "--out", "s")[0] == 0
+    one_line(cli("distill", "--steps", "2", "--out", "s"), 2, "holds another run", "steps: 1 -> 2")
+
+
+def test_of_another_method_only_that_is_said(here: Path, cli) -> None:
+    code, _, err = cli("synthesize", "--method", "noise", "--out", "shards")
+    assert code == 2
+    assert "holds another run: method: zskd -> noise --" in err
+
+
+def test_a_device_that_is_not_there_leaves_nothing(here: Path, cli) -> None:
+    if torch.cuda.is_available():
+        pytest.skip("it is there")
+    one_line(cli("synthesize", "--method", "noise", "--device", "cuda", "--out", "s"), 2, "--device cuda", "info")
+    assert not Path("s").exists()
+
+
+@pytest.mark.parametrize(
+    ("arguments", "words"),
+    [
+        (["distill", "--objective", "at=-5"], ["at", "below 0"]),
+        (["synthesize", "--method", "dafl"], ["needs a student", "--student SPEC"]),
+        (["synthesize", "--method", "zskd", "--student", "lenet5"], ["no student in the loop", "leave out --student"]),
+        (["synthesize", "--method", "zsdk"], ["'zskd'", "'zskt'"]),
+        (["distill", "--recipe", "zskd-digits"], ["recipe for synthesize"]),
+        (["distill", "--student", "resnet50"], ["torchvision:NAME"]),
+        (["distill", "--transfer-set", "real:abc"], ["real:abc: 'abc'", "real:200"]),
+    ],
+)
+def test_hints_name_what_is_meant(arguments: list[str], words: list[str], here: Path, cli) -> None:
+    one_line(cli(*arguments), 2, *words)

@@ -668,3 +668,10 @@ def test_dry_run_opens_everything_and_writes_nothing(pipeline, monkeypatch, cli)
     assert json.loads(out)["config"]["paths"] == ["student"]
     assert cli("evaluate", "three", "--dry-run")[0] == 3
     assert sorted(pipeline.rglob("*")) == before
+
+
+def test_results_are_there_when_the_gate_is_not_met(here, cli):
+    code, out, _ = cli("evaluate", "student", "--min-top1", "1", "--json")
+    answer = json.loads(out)
+    assert (code, answer["ok"], answer["error"]["code"]) == (5, False, "gate")
+    assert answer["results"][0]["top1"] == answer["metrics"]["top1"] == top1_of(here / "student")[0]

@@ -197,7 +197,7 @@ def test_timm_gets_channels_and_the_image_size_where_it_is_fixed():
     pytest.importorskip("timm")
     for spec in ("timm:vit_tiny_patch16_224", "timm:resnet10t"):
         assert build(spec, 7, (1, 32, 32))(torch.rand(2, 1, 32, 32)).shape == (2, 7)
-    with pytest.raises(ConfigError, match="closest names: resnet18"):
+    with pytest.raises(ConfigError, match="closest names: timm:resnet18"):
         build("timm:resnt18", 7, (3, 32, 32))
 
 

@@ -66,25 +66,29 @@ class RunDirectory:
         Raises:
             ConfigError: It holds something else, another process works in it, or it cannot be written.
         """
-        previous = self._previous()
-        if previous is not None and not self.settings.run.overwrite:
+        previous, afresh = self._previous(), self.settings.run.overwrite
+        if previous is not None and not afresh:
             identity = previous.get("identity", {})
             completed = self.settings.completed(identity).items() if identity else ()
             known = {key: value for key, value in completed if key in identity or key in self.identity}
             different = differences(known, self.identity)
-            if different:
+            if different and self._begun():
+                # Of another command or method everything differs.
+                decisive = [one for one in different if one.startswith(("command:", "method:"))]
                 raise ConfigError(
-                    f"{self.path} holds another run: {'; '.join(different)}",
+                    f"{self.path} holds another run: {'; '.join(decisive or different)}",
                     "choose another --out, or give --overwrite",
                 )
             if previous.get("status") == "done" and _whole(self.path, previous):
                 self.record = previous
                 return True
-            self.record |= {k: previous[k] for k in ("started", "seconds", "concerns") if k in previous}
+            afresh = bool(different)
+            if not afresh:
+                self.record |= {k: previous[k] for k in ("started", "seconds", "concerns") if k in previous}
         if not records():
             return False
         self._take_lock()
-        if self.settings.run.overwrite:
+        if afresh:
             for item in sorted(self.path.iterdir(), key=lambda item: item.name == RUN):  # last: it makes the rest ours
                 if item.name != LOCK:
                     shutil.rmtree(item) if item.is_dir() and not item.is_symlink() else item.unlink()
@@ -94,6 +98,11 @@ class RunDirectory:
         write_atomic(self.path / "config.yaml", dump_yaml(replayable).encode())
         self.save()
         return False
+
+    def _begun(self) -> bool:
+        """Whether the directory holds more than the records of a run that failed before its first round."""
+        own = (RUN, "config.yaml", "metrics.csv")
+        return any(not item.name.startswith(".") and item.name not in own for item in self.path.iterdir())
 
     def _previous(self) -> dict[str, Any] | None:
         try:
@@ -194,25 +203,9 @@ def _now() -> str:
     return time.strftime("%Y-%m-%dT%H:%M:%S%z")
 
 
-def _versions() -> dict[str, str]:
+def _versions() -> dict[str, Any]:
     import lightning
     import torch
 
-    return {"dfkd": __version__, "torch": torch.__version__, "lightning": lightning.__version__}
-
-
-def describe(path: Path) -> dict[str, Any]:
-    """What an artifact is and where it comes from, for ``dfkd info PATH``.
-
-    Raises:
-        ArtifactError: The path holds no artifact.
-    """
-    if not path.is_dir():
-        raise ArtifactError(f"{path}: no such directory", "give a directory that dfkd wrote")
-    facts: dict[str, Any] = {"path": str(path)}
-    for name in ("model.json", "manifest.json", "metadata.json", RUN):
-        if (path / name).is_file():
-            facts[name] = {k: v for k, v in read_json(path / name).items() if k not in ("shards", "identity")}
-    if len(facts) == 1:
-        raise ArtifactError(f"{path}: no model, shard or metadata directory", "give a directory that dfkd wrote")
-    return facts
+    versions = {"dfkd": __version__, "torch": torch.__version__, "lightning": lightning.__version__}
+    return {**versions, "threads": torch.get_num_threads()}  # sums come out in another order with other threads

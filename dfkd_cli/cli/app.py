@@ -110,7 +110,10 @@ def _terminal(argv: list[str]) -> Terminal:
 
 def _try(argv: list[str]) -> str:
     command = next((token for token in argv if not token.startswith("-")), "")
-    return f"try: dfkd {command + ' ' if command in (*INPUTS, 'ls', 'cp', 'info') else ''}--help"
+    words = [command] if command in (*INPUTS, "ls", "cp", "info") else []
+    for method in arguments.values_of(argv, "--method")[-1:] if words else ():
+        words += ["--method", method]
+    return f"try: dfkd {' '.join([*words, '--help'])}"
 
 
 def _command_of(argv: list[str]) -> str | None:
@@ -118,11 +121,16 @@ def _command_of(argv: list[str]) -> str | None:
     return first if first in INPUTS else None
 
 
-def _classes(command: str, layers: list[Layer]) -> list[tuple[str, type]]:
+def _classes(command: str, argv: list[str]) -> list[tuple[str, type]]:
     """The configuration classes that give a command its flags, each with the title of its help panel."""
-    classes = [("Inputs", INPUTS[command])]
-    for flag, picked in choose(command, layers).items():
-        classes += [(f"{flag.capitalize()} {entry.name}", entry.config) for entry, _ in picked]
+    classes, layers = [("Inputs", INPUTS[command])], _named_layers(argv, command)
+    undecided = any(
+        default is None and not any(layer.get(flag) for _, layer in layers)
+        for flag, _, default in CHOICES.get(command, ())
+    )
+    if not (undecided and {"-h", "--help"} & set(argv)):  # help must work before a method is chosen
+        for flag, picked in choose(command, layers).items():
+            classes += [(f"{flag.capitalize()} {entry.name}", entry.config) for entry, _ in picked]
     return [*classes, ("Run", Run)]
 
 
@@ -139,21 +147,11 @@ def _named_layers(argv: list[str], command: str) -> list[Layer]:
     return layers
 
 
-def _with_placeholder(command: str, layers: list[Layer], argv: list[str]) -> list[Layer]:
-    """Help must work before a method is chosen."""
-    if {"-h", "--help"} & set(argv):
-        for flag, package, default in CHOICES.get(command, ()):
-            if default is None and not any(layer.get(flag) for _, layer in layers):
-                return [("", {flag: next(iter(catalog.entries(package)))}), *layers]
-    return layers
-
-
 def _expanded(argv: list[str]) -> list[str]:
     command = _command_of(argv)
     if command is None:
         return argv
-    classes = _classes(command, _with_placeholder(command, _named_layers(argv, command), argv))
-    lists = arguments.list_flags(cls for _, cls in classes)
+    lists = arguments.list_flags(cls for _, cls in _classes(command, argv))
     lists |= {arguments.flag(flag) for flag, *_ in CHOICES.get(command, ()) if flag != "method"}
     return arguments.expand(argv, lists)
 
@@ -190,7 +188,7 @@ def build(argv: list[str], terminal: Terminal) -> typer.Typer:
     for command in catalog.COMMANDS:
         function: Any = _named
         if command == active:  # the flags of the others would be read and thrown away
-            function = _stage(command, _with_placeholder(command, _named_layers(argv, command), argv), terminal)
+            function = _stage(command, _classes(command, argv), terminal)
         app.command(
             command,
             help=HELP[command],
@@ -213,10 +211,10 @@ def _epilog(command: str) -> str:
     return "\n\n".join(lines)
 
 
-def _stage(command: str, layers: list[Layer], terminal: Terminal) -> Any:
+def _stage(command: str, classes: list[tuple[str, type]], terminal: Terminal) -> Any:
     """The function behind a command, with the signature that Typer reads."""
     parameters: dict[str, Parameter] = {}
-    for title, cls in _classes(command, layers):
+    for title, cls in classes:
         for name, parameter in arguments.parameters(cls, title).items():
             parameters.setdefault(name, parameter)  # one flag reaches every section that has the key
 
@@ -274,6 +272,9 @@ def run_stage(settings: Settings, terminal: Terminal, paths: list[str], dry_run:
         raise ConfigError("--overwrite: several machines begin at different times", "remove the directory first")
     join_machines(1 if dry_run else settings.run.num_nodes)
     stage = importlib.import_module(f"dfkd_cli.stages.{settings.command.replace('-', '_')}")
+    from dfkd_cli.stages.inputs import pick_device
+
+    pick_device(settings.run.device, settings.run.devices if settings.command in CHOICES else 1)
     more = {"paths": paths} if paths or settings.command in ("evaluate", "compare") else {}
     try:
         answer = stage.run(settings, terminal, dry_run=dry_run, **more)

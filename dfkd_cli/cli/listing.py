@@ -11,6 +11,7 @@ from typing import Annotated, Any, Literal
 import typer
 
 from dfkd_cli import __version__, catalog
+from dfkd_cli.config import dump_yaml
 from dfkd_cli.errors import ConfigError
 from dfkd_cli.ui import Terminal
 
@@ -79,18 +80,18 @@ def register(app: typer.Typer, terminal: Terminal) -> None:
 
     @app.command("info", help="Show versions and devices, or (with PATH) an artifact and its lineage.")
     def info(
-        path: Annotated[Path | None, typer.Argument(help="model or shard directory", show_default=False)] = None,
+        path: Annotated[Path | None, typer.Argument(help="directory that dfkd wrote", show_default=False)] = None,
         json: AsJson = False,
     ) -> None:
         if path is not None:
-            from dfkd_cli.artifacts.run import describe
+            from dfkd_cli.stages.lineage import describe
 
             facts = describe(path)
         else:
             facts = {"dfkd": __version__, "python": platform.python_version(), "platform": platform.platform()}
             facts |= {name: _version(name) for name in PACKAGES} | {"devices": _devices()}
             facts["recipes"] = str(catalog.recipes_directory())
-        terminal.answer("\n".join(f"{key}: {value}" for key, value in facts.items()))
+        terminal.answer(dump_yaml(facts).rstrip())
         terminal.document({"ok": True, "command": "info", "info": facts})
 
 

@@ -63,7 +63,7 @@ def load_model(directory: Path, allow_code: bool = False) -> tuple[Classifier, d
     Raises:
         ArtifactError: The directory is missing, damaged, from a newer version, or names code without ``allow_code``.
     """
-    record = _read_record(directory)
+    record = read_record(directory)
     weights = directory / WEIGHTS
     if not weights.is_file():
         raise ArtifactError(f"{weights}: no such file", "the model directory is incomplete; make it again")
@@ -83,7 +83,12 @@ def load_model(directory: Path, allow_code: bool = False) -> tuple[Classifier, d
     return Classifier(net, info), record
 
 
-def _read_record(directory: Path) -> dict[str, Any]:
+def read_record(directory: Path) -> dict[str, Any]:
+    """``model.json``.
+
+    Raises:
+        ArtifactError: It is missing, or of another kind or version.
+    """
     if directory.is_file():
         raise ArtifactError(f"{directory}: a file, not a model directory", "give weights with --weights FILE")
     if not (directory / RECORD).is_file():

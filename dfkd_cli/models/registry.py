@@ -30,6 +30,7 @@ def build(spec: str, num_classes: int, input_size: Size, allow_code: bool = Fals
 
     Args:
         spec: A built-in name, ``torchvision:NAME``, ``timm:NAME``, ``package.module:factory`` or ``./file.py:factory``.
+            A factory is called with those of the arguments ``num_classes`` and ``input_size`` that it has.
         num_classes: Number of logits K.
         input_size: Images (C, H, W).
         allow_code: Whether ``spec`` may name code to import. The user's own words may, a stranger's artifact may not.
@@ -85,14 +86,15 @@ def _builtin(name: str, num_classes: int, input_size: Size) -> nn.Module:
     for pattern, family in _families().items():  # wrn-<depth>-<width> stands for many names
         if re.fullmatch(re.sub(r"<\w+>", r"[0-9]+", pattern), name):
             return family(name, num_classes, input_size)
-    raise ConfigError(f"{name}: unknown model", did_you_mean(name, _families()))
+    hint = f"{did_you_mean(name, _families())}; or torchvision:NAME, timm:NAME, FILE.py:factory, a model directory"
+    raise ConfigError(f"{name}: unknown model", hint)
 
 
 def _torchvision(name: str, num_classes: int) -> nn.Module:
     import torchvision.models as zoo
 
     if name not in (known := zoo.list_models(module=zoo)):  # this module: classifiers only
-        raise ConfigError(f"torchvision:{name}: unknown model", _closest(name, known))
+        raise ConfigError(f"torchvision:{name}: unknown model", _closest("torchvision", name, known))
     # These two otherwise return a tuple while training, and warn about their initialisation.
     options = {"aux_logits": False, "init_weights": True} if name in ("googlenet", "inception_v3") else {}
     return zoo.get_model(name, weights=None, num_classes=num_classes, **options)
@@ -105,7 +107,7 @@ def _timm(name: str, num_classes: int, input_size: Size) -> nn.Module:
         raise ConfigError(f"timm:{name}: timm is not installed", "pip install 'dfkd[timm]'") from None
 
     if not timm.is_model(name):
-        raise ConfigError(f"timm:{name}: unknown model", _closest(name, timm.list_models()))
+        raise ConfigError(f"timm:{name}: unknown model", _closest("timm", name, timm.list_models()))
     channels, *image = input_size
     options: dict[str, Any] = {"num_classes": num_classes, "in_chans": channels}
     with _as_config_error(f"timm:{name}: cannot be built"):
@@ -115,9 +117,10 @@ def _timm(name: str, num_classes: int, input_size: Size) -> nn.Module:
         return timm.create_model(name, pretrained=False, **options)
 
 
-def _closest(name: str, known: list[str]) -> str:
+def _closest(source: str, name: str, known: list[str]) -> str:
     """A hint for a catalogue that is too long to be listed."""
-    return f"closest names: {', '.join(difflib.get_close_matches(name, known, n=3, cutoff=0.0))}"
+    close = difflib.get_close_matches(name, known, n=3, cutoff=0.0)
+    return f"closest names: {', '.join(f'{source}:{other}' for other in close)}"
 
 
 def _user_code(source: str, factory: str, num_classes: int, input_size: Size) -> nn.Module:

@@ -68,7 +68,7 @@ def _section(section: Mapping[str, Any], results: Mapping[str, Any]) -> str:
     return "\n".join(
         [
             f"<h2>{escape(section['dataset'])}, teacher {escape(section['teacher'] or rows[0]['model'] or '')}</h2>",
-            f"<p>{escape(table.headline(section, results))}. Means over the seeds, with the sample standard deviation. "
+            f"<p>{escape(table.headline(section))}. Means over the seeds, with the sample standard deviation. "
             "The gap is in percentage points, below zero where the student is worse than its teacher.</p>",
             _table(list(columns), texts),
             failures,

@@ -88,18 +88,26 @@ def failed_cells(section: Mapping[str, Any]) -> list[list[str]]:
     return [[texts.get(column, "") for column in COLUMNS] for texts in known]
 
 
-def headline(section: Mapping[str, Any], results: Mapping[str, Any]) -> str:
-    """One line: test images, teacher, repeats, device, and the time that the whole comparison took."""
+def headline(section: Mapping[str, Any]) -> str:
+    """One line: test images, teacher, repeats, and for how long all runs worked, on what."""
     teacher = section["rows"][0]
     name = f"{section['teacher']} ({teacher['model']})" if section["teacher"] else teacher["model"]
     seeds = {seed for row in section["rows"][1:] for seed in row["seeds"]}
     repeats = f"{len(seeds)} seed{'s' * (len(seeds) != 1)}" if seeds else "no students"
     top1 = _points(teacher["top1"])
-    took = timedelta(seconds=round(results["seconds"]))
+    devices = {run["device"] for row in section["rows"] for run in row["runs"]} - {None}
     return (
-        f"{section['test_images']:,} test images of {section['dataset']}; "
-        f"teacher {name}: top-1 {top1} %; {repeats}; measured on {results['device']} in {took}"
+        f"{section['test_images']:,} test images of {section['dataset']}; teacher {name}: top-1 {top1} %; "
+        f"{repeats}; {worked(section)} of work on {', '.join(sorted(devices)) or 'unknown devices'}"
     )
+
+
+def worked(section: Mapping[str, Any]) -> timedelta:
+    """The time that the runs of a section took in all, as far as it is known; each counts once."""
+    runs = [run for row in section["rows"] for run in row["runs"]]
+    took = {run["path"]: run["seconds"]["training"] for run in runs}
+    took |= {shards["path"]: shards["seconds"] for run in runs for shards in run["shards"]}
+    return timedelta(seconds=round(sum(seconds or 0.0 for seconds in took.values())))
 
 
 def failures(section: Mapping[str, Any]) -> list[str]:
@@ -154,7 +162,7 @@ def markdown(results: Mapping[str, Any], columns: Container[str] = COLUMNS) -> s
     for section in results["sections"]:
         chosen = {name: texts for name, texts in filled(section).items() if name in columns}
         rule = [":--" if name in LEFT else "--:" for name in chosen]
-        lines = [headline(section, results), "", _line(chosen), _line(rule)]
+        lines = [headline(section), "", _line(chosen), _line(rule)]
         lines += [_line(map(_escape, row)) for row in zip(*chosen.values(), strict=True)]
         if pivot := by_size(section):
             rule = [":--"] + ["--:"] * (len(pivot[0]) - 1)

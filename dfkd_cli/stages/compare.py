@@ -177,7 +177,8 @@ def _rehearse(subjects: Subjects, grid: Grid | None, terminal: Terminal) -> dict
     steps = [] if grid is None else grid.steps
     lines = [step.describe() for step in steps] + [f"compare {model.path}" for model in subjects.models]
     terminal.answer("\n".join(lines))
-    terminal.say("dry run: everything fits; nothing was written")
+    what = "everything fits" if grid is None else f"{len(steps)} commands, well-formed; their data was not looked for"
+    terminal.say(f"dry run: {what}; nothing was written")
     planned = [
         {
             **{key: getattr(step, key) for key in ("teacher", "row", "seed")},
@@ -297,7 +298,7 @@ class Meter:
 
 def _show(results: Mapping[str, Any], terminal: Terminal) -> None:
     for section in results["sections"]:
-        terminal.answer(table.headline(section, results))
+        terminal.answer(table.headline(section))
         width = terminal.out.width if terminal.out.is_terminal else None
         terminal.answer(table.terminal_table(section, width))
         if (sizes := table.terminal_by_size(section)) is not None:
@@ -324,10 +325,10 @@ def _best(results: Mapping[str, Any]) -> dict[str, Any]:
 def _check_gate(answer: Mapping[str, Any], least: float | None) -> None:
     """Raise :class:`GateNotMet` when a single student is below."""
     below = [
-        f"{run['path']} {run['measures']['top1']:.2%}"
+        f"{run['path']} {run['measures']['top1']:.6g}"
         for _, row in _students(answer)
         for run in row["runs"]
         if least is not None and run["measures"]["top1"] < least
     ]
     if below:
-        raise GateNotMet(f"top-1 below {least:.2%}: {', '.join(below)}", answer=answer)
+        raise GateNotMet(f"top-1 is below {least:.6g}: {', '.join(below)}", answer=answer)

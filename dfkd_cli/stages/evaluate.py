@@ -23,6 +23,7 @@ from dfkd_cli.data.sources import RealSource
 from dfkd_cli.errors import ArtifactError, ConfigError, GateNotMet
 from dfkd_cli.models.directory import RECORD
 from dfkd_cli.resolve import Settings
+from dfkd_cli.settings import FOREIGN
 from dfkd_cli.stages.inputs import (
     LoadedModel,
     TransferSet,
@@ -69,8 +70,9 @@ def run(settings: Settings, terminal: Terminal, dry_run: bool = False, paths: Se
             terminal.answer(_table(rows, columns))
     if terminal.verbosity >= VERBOSE and (rows := [r for r in ranked if r.get("bn_divergence_layers")]):
         terminal.answer(_layers(rows))
-    _check_gate(results, settings.inputs.min_top1)
-    return {"artifacts": artifacts, "metrics": _headline(subjects, results), "results": results}
+    answer = {"artifacts": artifacts, "metrics": _headline(subjects, results), "results": results}
+    _check_gate(answer, settings.inputs.min_top1)
+    return answer
 
 
 # -- what is measured --------------------------------------------------------------------------------------------------
@@ -212,12 +214,12 @@ def _headline(subjects: list[Subject], results: list[dict[str, Any]]) -> dict[st
     return {name: value for name, value in first.items() if value is None or isinstance(value, (int, float))}
 
 
-def _check_gate(results: list[dict[str, Any]], least: float | None) -> None:
+def _check_gate(answer: dict[str, Any], least: float | None) -> None:
     if least is None:
         return
-    below = [f"{r['path']} {r['top1']:.6g}" for r in results if r["kind"] == "model" and r["top1"] < least]
+    below = [f"{r['path']} {r['top1']:.6g}" for r in answer["results"] if r["kind"] == "model" and r["top1"] < least]
     if below:
-        raise GateNotMet(f"top-1 is below {least}: {', '.join(below)}")
+        raise GateNotMet(f"top-1 is below {least:.6g}: {', '.join(below)}", answer=answer)
 
 
 # -- what is read ------------------------------------------------------------------------------------------------------
@@ -255,14 +257,16 @@ class _Opener:
         self.orphans: list[str] = []
         self.teacher: LoadedModel | None = None
         if self.inputs.teacher is not None or Path(TEACHER, RECORD).is_file():
-            self.teacher = self._load(self.inputs.teacher or TEACHER, self.inputs.weights)
+            self.teacher = self._load(self.inputs.teacher or TEACHER, asked=True)
         self.test_images = functools.cache(
             functools.partial(datasets.load, split="test", data_dir=self.inputs.data_dir)
         )
         self.teacher_exams: dict[str, Exam] = {}
 
-    def _load(self, path: str, weights: str | None = None) -> LoadedModel:
-        return load_teacher(dataclasses.replace(self.inputs, teacher=path, weights=weights), self.allow_code)
+    def _load(self, path: str, asked: bool = False) -> LoadedModel:
+        """A model; what the user says of a foreign teacher's file is about the one that was ``asked`` for."""
+        inputs = dataclasses.replace(self.inputs, teacher=path, **({} if asked else dict.fromkeys(FOREIGN)))
+        return load_teacher(inputs, self.allow_code)
 
     def default_paths(self) -> list[str]:
         """The teacher, then the student, where they are."""

@@ -54,7 +54,7 @@ from dfkd_cli import config
 from dfkd_cli.artifacts.files import digest
 from dfkd_cli.errors import ConfigError, did_you_mean
 from dfkd_cli.resolve import TYPED, Layer, Settings, recipe_layer, resolve
-from dfkd_cli.settings import INPUTS, Run
+from dfkd_cli.settings import FOREIGN, INPUTS, Run
 from dfkd_cli.stages import collect_metadata, distill, synthesize, train_teacher
 from dfkd_cli.ui import Terminal
 from dfkd_cli.workers import Workers
@@ -66,7 +66,6 @@ _OWN = ("teacher", "metadata", "out", "overwrite", "seed")  # what the grid itse
 _NAME = re.compile(r"[A-Za-z0-9][A-Za-z0-9._-]*")
 # The flags of `compare` that reach every stage which has them.
 _PASSED = ("device", "precision", "logger", "allow_code", "data_dir")
-_FOREIGN = ("weights", "input_size", "mean", "std", "num_classes")
 MODELS = ("train-teacher", "distill")  # the commands that make models
 STAGES: dict[str, Callable[[Settings, Terminal], Any]] = {
     "train-teacher": train_teacher.run,
@@ -410,7 +409,7 @@ class _Planner:
         known = config.hints(INPUTS[command]) | config.hints(Run)
         values = config.plain(self.settings.inputs) | config.plain(self.settings.run)
         unset = config.defaults(INPUTS["compare"]) | config.defaults(Run)
-        names = _PASSED if self.given is None else _PASSED + _FOREIGN
+        names = _PASSED if self.given is None else _PASSED + FOREIGN
         return {name: values[name] for name in names if name in known and values[name] != unset[name]}
 
 

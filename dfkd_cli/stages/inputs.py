@@ -21,6 +21,7 @@ from dfkd_cli.models.directory import identity, load_model
 from dfkd_cli.models.registry import build
 from dfkd_cli.models.weights import load_weights
 from dfkd_cli.seeds import derive
+from dfkd_cli.settings import FOREIGN
 
 
 @dataclass
@@ -63,10 +64,9 @@ def load_teacher(inputs: Any, allow_code: bool) -> LoadedModel:
         ConfigError: A foreign model whose input space is not known.
     """
     path = Path(inputs.teacher)
-    if path.is_dir() and inputs.weights is not None:
-        raise ConfigError(
-            f"{path} is a model directory and has weights", "give --weights with a SPEC, not with a directory"
-        )
+    given = [f"--{name.replace('_', '-')}" for name in FOREIGN if getattr(inputs, name) is not None]
+    if path.is_dir() and given:
+        raise ConfigError(f"{path} is a directory, which says what it is", f"leave out {', '.join(given)}")
     if path.is_dir() or (inputs.weights is None and (path.exists() or ":" not in inputs.teacher)):
         if path.is_file():
             raise ArtifactError(
@@ -74,7 +74,7 @@ def load_teacher(inputs: Any, allow_code: bool) -> LoadedModel:
                 "give its architecture and file: --teacher SPEC --weights FILE --input-size C H W --num-classes K",
             )
         if not path.exists():
-            hint = "train one: dfkd train-teacher" if inputs.teacher == "teacher" else "check --teacher"
+            hint = "train one: dfkd train-teacher" if inputs.teacher == "teacher" else "a SPEC needs --weights FILE too"
             raise ArtifactError(f"no teacher at {path}", hint)
         classifier, record = load_model(path, allow_code=allow_code)
         return LoadedModel(classifier, identity(record), record, inputs.teacher)
@@ -144,7 +144,7 @@ def _counted(name: str) -> tuple[str, int | None]:
     if kind not in ("real", "noise", *datasets.DATASETS) or not colon or Path(name).exists():
         return name, None
     if not (count.isdigit() and int(count)):
-        raise ConfigError(f"{name}: {count!r} is not a number of images")
+        raise ConfigError(f"{name}: {count!r} is not a number of images", f"e.g. {kind}:200")
     return kind, int(count)
 
 
@@ -230,8 +230,12 @@ def concatenate(sets: list[TransferSet]) -> Source:
     return sets[0].source if len(sets) == 1 else Concat([s.source for s in sets])
 
 
-def pick_device(name: str) -> torch.device:
+def pick_device(name: str, count: int = 1) -> torch.device:
     """The device that ``--device`` names; ``auto`` is an accelerator where there is one. Arithmetic is float32 in full.
+
+    Args:
+        name: The device.
+        count: How many of them are wanted; of the CPU, any number of processes.
 
     Raises:
         ConfigError: It is not to be had on this machine.
@@ -240,6 +244,8 @@ def pick_device(name: str) -> torch.device:
     if name == "auto":
         name = next(device for device, there in present.items() if there)
     if not present[name]:
-        raise ConfigError(f"--device {name}: not available on this machine", "give --device auto")
+        raise ConfigError(f"--device {name}: not available on this machine", "`dfkd info` lists what is; or auto")
+    if name == "cuda" and count > torch.cuda.device_count():
+        raise ConfigError(f"--devices {count}: this machine has {torch.cuda.device_count()}", "give no more")
     torch.backends.cudnn.allow_tf32 = False  # by default, CUDA's convolutions round their inputs to 10 bits
     return torch.device(name)

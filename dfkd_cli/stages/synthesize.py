@@ -29,14 +29,10 @@ from dfkd_cli.ui import Terminal
 
 PREVIEW = 4, 16  # rows of preview.png, each of as many images of one round
 MADE_FROM_DATA = ("metadata",)  # of what methods need
-# Inputs that some methods need and the others refuse: what is said about it, and what to do.
+# Inputs that some methods need and the others refuse: what is said where it lacks, and to do, and where it is refused.
 OPTIONAL = {
-    "student": ("needs a student", "has no student in the loop", "give or leave out --student"),
-    "metadata": (
-        "needs metadata",
-        "uses no metadata",
-        "give or leave out --metadata DIR; `dfkd collect-metadata` makes it",
-    ),
+    "student": ("a student", "give --student SPEC, such as lenet5-half", "has no student in the loop"),
+    "metadata": ("metadata", "make it: dfkd collect-metadata, then --metadata metadata/", "uses no metadata"),
 }
 
 
@@ -95,10 +91,12 @@ def check_needs(entry: catalog.Entry, teacher: Classifier, inputs: Any) -> None:
         ConfigError: An input that the method has no use for, or none where it needs one.
         ArtifactError: The teacher lacks what the method needs; the message names methods that would work.
     """
-    for name, (lacks, refuses, hint) in OPTIONAL.items():
+    for name, (what, hint, refuses) in OPTIONAL.items():
         given = getattr(inputs, name) is not None
-        if given != (name in entry.needs):
-            raise ConfigError(f"--method {entry.name} {refuses if given else lacks}", hint)
+        if given and name not in entry.needs:
+            raise ConfigError(f"--method {entry.name} {refuses}", f"leave out --{name}")
+        if name in entry.needs and not given:
+            raise ConfigError(f"--method {entry.name} needs {what}", hint)
     if "batchnorm" in entry.needs and not teacher.batch_norms():
         others = [name for name, e in catalog.entries("synthesizers").items() if "batchnorm" not in e.needs]
         raise ArtifactError(

@@ -14,7 +14,7 @@ from dfkd_cli.artifacts.run import RunDirectory
 from dfkd_cli.config import dump_yaml
 from dfkd_cli.errors import ConfigError
 from dfkd_cli.models.classifier import Classifier, ModelInfo
-from dfkd_cli.models.directory import save_model
+from dfkd_cli.models.directory import read_record, save_model
 from dfkd_cli.models.registry import build
 from dfkd_cli.regimes.base import Task
 from dfkd_cli.resolve import Settings
@@ -26,10 +26,20 @@ from dfkd_cli.ui import Terminal
 
 
 def fresh(info: ModelInfo, role: str, seed: int) -> Classifier:
-    """A newly initialised classifier; its weights depend on its role and the seed only."""
+    """A newly initialised classifier; its weights depend on its role and the seed only.
+
+    Args:
+        info: What it is; as ``spec`` also a model directory, whose architecture is taken.
+        role: What it is for.
+        seed: The run's seed.
+    """
+    named = Path(info.spec).is_dir()
+    if named:
+        info = dataclasses.replace(info, spec=read_record(Path(info.spec))["spec"])
     with torch.random.fork_rng(devices=[]):
         torch.manual_seed(derive(role, seed))
-        return Classifier(build(info.spec, info.num_classes, info.input_size, allow_code=True), info)
+        # Code that the user names is run, code that a directory names is not.
+        return Classifier(build(info.spec, info.num_classes, info.input_size, allow_code=not named), info)
 
 
 def train(

@@ -1,0 +1,67 @@
+"""What an artifact is, and from what it was made: ``dfkd info PATH``."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Any
+
+from dfkd_cli.artifacts import metadata
+from dfkd_cli.artifacts.files import read_json, sha256_file
+from dfkd_cli.artifacts.run import RUN
+from dfkd_cli.artifacts.shards import MANIFEST, ShardReader
+from dfkd_cli.errors import ArtifactError, DfkdError
+from dfkd_cli.models import directory, generators
+
+RECORDS = (directory.RECORD, MANIFEST, metadata.RECORD, generators.RECORD, RUN)
+LONG = ("shards", "identity", "artifacts", "parents")  # what is left out of them
+
+
+def describe(path: Path) -> dict[str, Any]:
+    """The records of an artifact, by file, and its ``lineage``.
+
+    Raises:
+        ArtifactError: The path holds no artifact.
+    """
+    if not path.is_dir():
+        raise ArtifactError(f"{path}: no such directory", "give a directory that dfkd wrote")
+    facts: dict[str, Any] = {"path": str(path)}
+    for name in RECORDS:
+        if (path / name).is_file():
+            facts[name] = {key: value for key, value in read_json(path / name).items() if key not in LONG}
+    if len(facts) == 1:
+        raise ArtifactError(f"{path}: no model, shard or metadata directory", "give a directory that dfkd wrote")
+    return facts | {"lineage": lineage(path)}
+
+
+def lineage(path: Path) -> list[dict[str, Any]]:
+    """What a command read to make the artifact, and what that was made from.
+
+    Returns:
+        Of each input its ``role``, ``path`` or ``spec``, and ``sha256`` as recorded; of directories that dfkd wrote
+        also ``found``: ``same``, ``another`` or ``gone``, and where it is the same its own ``lineage``.
+    """
+    parents = read_json(path / RUN).get("parents", []) if (path / RUN).is_file() else []
+    return [parent | _found(parent) for parent in parents]
+
+
+def _found(parent: dict[str, Any]) -> dict[str, Any]:
+    place = Path(parent.get("path") or "")
+    if "path" not in parent or (place.exists() and not any((place / name).is_file() for name in RECORDS)):
+        return {}
+    if not place.exists():
+        return {} if ":" in str(place) else {"found": "gone"}  # a SPEC is no place
+    try:
+        if _identity(place) != parent["sha256"]:
+            return {"found": "another"}
+        return {"found": "same", "lineage": lineage(place)}
+    except (DfkdError, KeyError, TypeError):
+        return {"found": "another"}  # damaged is not the same either
+
+
+def _identity(path: Path) -> str:
+    """The hash by which runs record what lies there."""
+    if (path / directory.RECORD).is_file():
+        return directory.identity(read_json(path / directory.RECORD))
+    if (path / generators.RECORD).is_file():
+        return generators.identity(read_json(path / generators.RECORD))
+    return ShardReader(path).sha256 if (path / MANIFEST).is_file() else sha256_file(path / metadata.RECORD)
