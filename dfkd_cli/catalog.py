@@ -210,7 +210,7 @@ def recipe_items() -> list[dict[str, Any]]:
                 "kind": key.split("/")[0],
                 "needs": about.get("needs", []),
                 "paper": about.get("paper", ""),
-                "summary": about.get("summary", ""),
+                "summary": ": ".join(about[key] for key in ("claim", "summary") if key in about),
             }
         )
     return items
