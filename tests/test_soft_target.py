@@ -100,6 +100,50 @@ def test_classes_are_as_frequent_as_the_distribution_says(weight):
         np.testing.assert_array_less(np.abs(shares - 0.2), 5 * error)
 
 
+def two_layers() -> Classifier:
+    """Two linear layers, of 6 and 3 units: 2x2 images in 3 classes."""
+    with torch.random.fork_rng():
+        torch.manual_seed(2)
+        net = nn.Sequential(nn.Flatten(), nn.Linear(4, 6), nn.ReLU(inplace=True), nn.Linear(6, 3))
+    return Classifier(net, ModelInfo("two", 3, (1, 2, 2), mean=(0.0,), std=(1.0,))).eval()
+
+
+@pytest.mark.parametrize("first", [0, 1, 7])
+@pytest.mark.parametrize("layers", [("1", "logits"), ("logits", "1"), ("1",)])
+def test_images_take_turns_in_the_layer_that_they_have_a_target_in(first, layers, tmp_path):
+    count, tau, sigma, teacher = 5, 2.0, 6.0, two_layers()
+    maker = method(tmp_path, teacher, layers=layers, temperature=tau, sigma=sigma, activation=0)
+    images = torch.randn(count, 1, 2, 2, requires_grad=True)
+    torch.manual_seed(4)
+    labels = maker.targets(first, count)
+    with maker.watching() as maker.seen:
+        value = maker.terms(images, teacher.net(images), labels)["divergence"]
+    weights = {"1": teacher.net[1].weight, "logits": teacher.net[3].weight}
+    x = images.detach().double().numpy().reshape(count, -1)
+    outputs = {
+        "1": x @ teacher.net[1].weight.detach().double().numpy().T + teacher.net[1].bias.detach().double().numpy()
+    }
+    outputs["logits"] = np.maximum(outputs["1"], 0) @ teacher.net[3].weight.detach().double().numpy().T
+    outputs["logits"] += teacher.net[3].bias.detach().double().numpy()
+    torch.manual_seed(4)
+    expected = 0.0
+    for index, name in enumerate(layers):
+        mine = [n for n in range(count) if (first + n) % len(layers) == index]
+        sampled = normal_logits(weights[name].detach(), sigma, len(mine)).double().numpy()
+        expected += sum(formulas.soft_target_loss(outputs[name][[n]], sampled[[i]], tau) for i, n in enumerate(mine))
+        aims = oracles.softmax(sampled / tau) if name == "logits" else np.zeros((len(mine), 3))
+        np.testing.assert_allclose(labels[mine], aims, atol=1e-6)
+    assert value.item() == pytest.approx(expected / count, rel=1e-5)
+    assert maker.make(first, count).targets is None
+    assert method(tmp_path, teacher, activation=0).make(first, count).targets is not None
+
+
+def test_only_linear_layers_have_targets(tmp_path):
+    for layers in (("0",), ("stage1",)):
+        with pytest.raises(ConfigError, match="not a linear layer"):
+            method(tmp_path, conv_teacher(), layers=layers)
+
+
 def test_targets_are_tempered_samples_and_one_for_every_image(tmp_path):
     teacher, tau, sigma = conv_teacher(), 3.0, 8.0
     maker = method(tmp_path, teacher, temperature=tau, sigma=sigma)

@@ -5,13 +5,15 @@ from __future__ import annotations
 import contextlib
 from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, TypeVar
 
 import torch
 from torch import Tensor, nn
 from torch.nn.modules.batchnorm import _BatchNorm
 
 from dfkd_cli.models.classifier import Classifier, probe
+
+K = TypeVar("K")
 
 
 @dataclass(frozen=True)
@@ -23,18 +25,16 @@ class Tap:
 
 
 @contextlib.contextmanager
-def values_at(
-    taps: Mapping[str, Tap], summary: Callable[[Tensor], Tensor] = torch.clone
-) -> Iterator[dict[str, Tensor]]:
+def values_at(taps: Mapping[K, Tap], summary: Callable[[Tensor], Tensor] = torch.clone) -> Iterator[dict[K, Tensor]]:
     """The latest value (B, ...) at each tap by its name, whenever the network runs inside the ``with`` block.
 
     Args:
         taps: Where, by name.
         summary: What is kept of a value. Not the value itself, which what follows may change in place.
     """
-    seen: dict[str, Tensor] = {}
+    seen: dict[K, Tensor] = {}
 
-    def watch(name: str, tap: Tap) -> Any:
+    def watch(name: K, tap: Tap) -> Any:
         if tap.before:
             return tap.layer.register_forward_pre_hook(lambda _, inputs: seen.update({name: summary(inputs[0])}))
         return tap.layer.register_forward_hook(lambda _, __, output: seen.update({name: summary(output)}))

@@ -2,17 +2,19 @@
 
 Wang. Data-Free Knowledge Distillation with Soft Targeted Transfer Set Synthesis. AAAI 2021. arXiv:2104.04868.
 
-    R_ij = w_i . w_j / (|w_i| |w_j|)                       w_k: the classifier's weights of class k, without bias
+    R_ij = w_i . w_j / (|w_i| |w_j|)                       w_k: the weights of unit k of layer l, without bias
     s    ~ N(0, D R D),    y = softmax(s / tau)            once for every image
-    x    = argmin_x  KL( y || softmax(T(x) / tau) ) - a mean |f(x)|        f: the last feature maps; x starts as N(0, 1)
+    x    = argmin_x  KL( y || softmax(T_l(x) / tau) ) - a mean |f(x)|      f: the last feature maps; x starts as N(0, 1)
 
-Targets are not conditioned on a class: an image's class is the argmax of s. R may be singular (more classes than
-features), which is no matter: s is sampled as normal features seen by the unit class weights.
+T_l are the outputs of a linear layer, before its activation; at the ``logits`` a unit is a class. Targets are not
+conditioned on a class: an image's class is the argmax of s. R may be singular (more units than inputs), which is no
+matter: s is sampled as normal inputs seen by the unit weights.
 
 No code was released, and of the paper's details few are known. Ours are:
 
 - D = ``sigma`` I. It is described as learned, but not from what.
-- Targets for the logits alone; the paper takes several layers.
+- ``layers``: images take turns in the layer that they have a target in, which is the logits alone by default. Sets of
+  several layers record no targets, since those of a hidden layer are not classes'.
 - The norm of f is divided by its number of units, so that the weight means the same in every network.
 - ``sigma``, ``temperature``, the weights, learning rate and iterations.
 - ``total_variation`` is no part of the paper and is off.
@@ -22,18 +24,19 @@ from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
 from contextlib import AbstractContextManager
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any
 
 import torch
 import torch.nn.functional as F
-from torch import Tensor
+from torch import Tensor, nn
 
 from dfkd_cli.config import option
-from dfkd_cli.models.activations import values_at
-from dfkd_cli.models.taps import Taps
+from dfkd_cli.errors import ConfigError
+from dfkd_cli.models.activations import Tap, values_at
+from dfkd_cli.models.taps import LOGITS, Taps
 from dfkd_cli.settings import TAPS, TEMPERATURE, ImageOptimization
-from dfkd_cli.synthesizers.base import ImageOptimizer
+from dfkd_cli.synthesizers.base import ImageOptimizer, Impressions
 from dfkd_cli.synthesizers.terms import tempered_divergence, total_variation
 
 
@@ -47,6 +50,7 @@ class Config(ImageOptimization):
     divergence: float = option(1.0, "weight of the divergence from the targets", low=0)
     activation: float = option(0.01, "weight of the reward for large features", low=0)
     taps: tuple[str, ...] = option(("last",), TAPS)
+    layers: tuple[str, ...] = option(("logits",), "where targets are: logits, or the paths of linear layers")
     total_variation: float = option(0.0, "weight of a smoothness prior, squared neighbour differences", low=0)
 
 
@@ -59,28 +63,69 @@ class SoftTarget(ImageOptimizer):
 
     def __init__(self, *arguments: Any, **more: Any) -> None:
         super().__init__(*arguments, **more)
-        self.taps = {}
-        if self.config.activation:
-            taps = Taps(self.teacher)
-            self.taps = {name: taps.find(name) for name in taps.names(self.config.taps)}
+        taps = Taps(self.teacher)
+        self.layers = {name: _linear(taps, name) for name in dict.fromkeys(self.config.layers)}
+        names = taps.names(self.config.taps) if self.config.activation else []
+        self.taps = {("feature", name): taps.find(name) for name in names}
+        self.taps |= {("layer", name): Tap(layer) for name, layer in self.layers.items() if name != LOGITS}
+
+    @property
+    def of_classes(self) -> bool:
+        """Whether every target is one of the logits."""
+        return list(self.layers) == [LOGITS]
 
     def targets(self, first: int, count: int) -> Tensor:
-        """Soft labels."""
-        logits = normal_logits(self.teacher.head().weight.flatten(1).float().cpu(), self.config.sigma, count)
-        return (logits / self.config.temperature).softmax(1)
+        """Soft labels; zeros for images whose target is in a hidden layer. All are kept in ``aims``, by layer."""
+        self.aims: dict[str, tuple[slice, Tensor]] = {}
+        labels = torch.zeros(count, self.teacher.info.num_classes)
+        for index, (name, layer) in enumerate(self.layers.items()):
+            rows = slice((index - first) % len(self.layers), None, len(self.layers))
+            wanted = len(range(count)[rows])
+            drawn = normal_logits(layer.weight.flatten(1).float().cpu(), self.config.sigma, wanted)
+            aim = (drawn / self.config.temperature).softmax(1)
+            self.aims[name] = rows, aim.to(self.device)
+            if name == LOGITS:
+                labels[rows] = aim
+        return labels
 
-    def watching(self) -> AbstractContextManager[Mapping[str, Tensor]]:
-        """The features that shall be large."""
+    def make(self, first: int, count: int) -> Impressions:
+        """Run the inner iterations on one batch."""
+        made = super().make(first, count)
+        return made if self.of_classes else replace(made, targets=None)
+
+    def watching(self) -> AbstractContextManager[Mapping[Any, Tensor]]:
+        """The features that shall be large, and the outputs that have targets."""
         return values_at(self.taps)
 
     def terms(self, images: Tensor, logits: Tensor, targets: Tensor) -> dict[str, Tensor]:
         """The divergence from the targets, and where they are on, the reward (negative) and the smoothness prior."""
-        terms = {"divergence": tempered_divergence(logits, targets, self.config.temperature)}
+        parts = []
+        for name, (rows, aim) in self.aims.items():
+            given = logits if name == LOGITS else self.seen["layer", name].float()
+            if len(aim):  # a batch may be smaller than there are layers
+                share = len(aim) / len(images)
+                parts.append(share * tempered_divergence(given[rows], aim, self.config.temperature))
+        terms = {"divergence": torch.stack(parts).sum()}
         if self.config.activation:
-            terms["activation"] = activation_reward([values.float() for values in self.seen.values()])
+            features = [values.float() for (kind, _), values in self.seen.items() if kind == "feature"]
+            terms["activation"] = activation_reward(features)
         if self.config.total_variation:
             terms["total_variation"] = total_variation(images)
         return terms
+
+
+def _linear(taps: Taps, name: str) -> nn.Linear | nn.Conv2d:
+    """The layer whose outputs have targets.
+
+    Raises:
+        ConfigError: It is not a linear layer of one output for each image.
+    """
+    if name == LOGITS:
+        return taps.classifier.head()
+    layer = taps.find(name).layer
+    if not isinstance(layer, nn.Linear) or len(taps.shape(name)) != 1:
+        raise ConfigError(f"--layers {name}: not a linear layer", "give logits, or the paths of linear layers")
+    return layer
 
 
 def activation_reward(features: Sequence[Tensor]) -> Tensor:
