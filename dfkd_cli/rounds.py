@@ -40,6 +40,7 @@ from dfkd_cli.ui import Progress, Terminal
 
 _PRECISION: dict[str, Any] = {"32": "32-true", "bf16": "bf16-mixed", "16": "16-mixed"}
 CHECKPOINT = Path("checkpoints", "last.ckpt")
+LASTING = 3  # rounds in a row that a concern must have lasted to be said, unless it is there at the end
 
 
 class Learner(pl.LightningModule, ABC):
@@ -49,9 +50,11 @@ class Learner(pl.LightningModule, ABC):
         rounds: How many rounds there are.
         stateless: Rounds do not depend on each other; nothing has to be saved between them.
         teacher: The classifier that is frozen meanwhile, or None.
+        note: What the user should know of this run from the start.
     """
 
     rounds: int
+    note: str | None = None
     teacher: Any
     stateless = False
 
@@ -136,13 +139,17 @@ class _Keeper(Checkpoint):
 
 
 class _Report(Callback):
-    """Progress, one line of it, and concerns: each is said once and recorded."""
+    """Progress, one line of it, and concerns that last: each is said once and recorded."""
 
     def __init__(self, terminal: Terminal, run: RunDirectory) -> None:
         self.terminal, self.run, self.what = terminal, run, run.settings.command
         self.concerns: list[str] = self.run.record.setdefault("concerns", [])
+        self.since: tuple[str | None, int] = None, 0  # what the last rounds had in common, and how many they were
 
     def on_train_start(self, trainer: pl.Trainer, module: pl.LightningModule) -> None:
+        assert isinstance(module, Learner)
+        if module.note is not None:
+            self.terminal.say(module.note)
         self.progress = Progress(self.terminal, self.what, "rounds", trainer.max_epochs or 0, trainer.current_epoch)
 
     def on_train_epoch_end(self, trainer: pl.Trainer, module: pl.LightningModule) -> None:
@@ -151,7 +158,9 @@ class _Report(Callback):
         self.progress.update(trainer.current_epoch + 1, shown)
         assert isinstance(module, Learner)
         concern = module.concern(measures)
-        if concern is not None and concern not in self.concerns:
+        self.since = concern, self.since[1] + 1 if concern == self.since[0] else 1
+        lasting = self.since[1] >= LASTING or trainer.current_epoch + 1 == trainer.max_epochs
+        if concern is not None and lasting and concern not in self.concerns:
             self.concerns.append(concern)
             self.terminal.say(f"warning: round {trainer.current_epoch}: {concern}")
 

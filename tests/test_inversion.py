@@ -375,13 +375,14 @@ def test_the_student_is_trained_on_the_shards_so_far(tmp_path):
     pools = [method.writer.read(index)["images"] for index in range(3)]
     steps = 0
     for index, calls in enumerate(witness.rounds(3)):
-        assert [training for training, *_ in calls] == [False] * 3 + [True] * 4
+        # Three inner steps, a look at the finished images, four steps of the student.
+        assert [training for training, *_ in calls] == [False] * 4 + [True] * 4
         seen = torch.cat([method.teacher.denormalise(images) for training, images, _ in calls if training])
         distance = torch.cdist(seen.flatten(1), torch.cat(pools).flatten(1))
         assert distance.amin(1).max() < 1e-3
         shards = distance.argmin(1) // 2
         assert set(shards.tolist()) == set(range(index + 1)) and len(seen) == 8
-        for _, _, rate in calls[3:]:
+        for _, _, rate in calls[4:]:
             assert rate == pytest.approx(0.3 * (1 + np.cos(np.pi * steps / 12)) / 2, abs=1e-12)
             steps += 1
     assert method.pairs[0][0].param_groups[0]["lr"] == pytest.approx(0, abs=1e-12)
@@ -454,7 +455,8 @@ def test_killed_and_continued_is_the_uninterrupted_run(tmp_path, make_teacher, c
     assert set(STUDENT) <= {file["path"] for file in record["artifacts"]}
     assert ShardReader(tmp_path / "whole").manifest["method"] == "adaptive-deepinversion"
     rows = (tmp_path / "whole" / "metrics.csv").read_text().splitlines()
-    assert rows[0].split(",") == ["round", "cross_entropy", "total_variation", "statistics", "competition", "soft"]
+    terms = ["cross_entropy", "total_variation", "statistics", "competition", "soft"]
+    assert set(rows[0].split(",")) == {"round", *terms, "confidence", "variety", "agreement"}
     assert len(rows) == 13
 
     shard = tmp_path / "whole" / "shard-00003.safetensors"

@@ -320,6 +320,7 @@ def test_meta_gradients_of_a_linear_generator(meta, tmp_path):
     teacher, units, count, steps, lr, latent_lr = flat_network(), 6, 4, 3, 0.01, 0.03
 
     def linear(made: PooledGenerator) -> None:
+        made.student = flat_network()
         made.generator = nn.Sequential(nn.Linear(5, units, bias=False), nn.Unflatten(1, (1, 2, 3)))
         made.generator[0].weight.data.copy_(torch.from_numpy(start))
 

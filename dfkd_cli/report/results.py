@@ -59,6 +59,7 @@ def _row(
         "label": label,
         "role": role,
         "model": first.record.get("spec"),
+        "cotrained": first.provenance.get("command") == "synthesize",
         "data_free": bool(first.provenance.get("data_free")),
         "uses": list(first.provenance.get("uses", ())),
         "series": first.series,

@@ -55,7 +55,7 @@ def cells(row: Mapping[str, Any]) -> list[str]:
     seeds = [str(seed) for seed in row["seeds"] if seed is not None]
     return [
         row["label"],
-        row["model"] or "",
+        (row["model"] or "") + (", in the loop" if row.get("cotrained") else ""),
         _points(row["top1"]),
         "-" if row["published"] is None else f"{100 * row['published']:.2f}",
         _points(row["selected"]),

@@ -69,7 +69,9 @@ class CoTrainer(Synthesizer):
         if c.student_optimizer == "sgd":
             optimizer = torch.optim.SGD(parameters, c.student_lr, momentum=0.9, weight_decay=c.student_weight_decay)
         else:
-            optimizer = torch.optim.Adam(parameters, c.student_lr, weight_decay=c.student_weight_decay, fused=True)
+            # A fused one scales gradients itself in mixed precision, where they could not be clipped before.
+            fused = not c.clip
+            optimizer = torch.optim.Adam(parameters, c.student_lr, weight_decay=c.student_weight_decay, fused=fused)
         return [(optimizer, CosineAnnealingLR(optimizer, T_max=max(self.student_steps, 1)))]
 
     def configure_optimizers(self) -> Any:
@@ -85,6 +87,39 @@ class CoTrainer(Synthesizer):
     def ask_teacher(self, pixels: Tensor) -> Outputs:
         """The teacher's outputs for pixels (B, C, H, W)."""
         return ask(self.teacher, pixels, self.teacher_taps)
+
+    def unchanged(self, pixels: Tensor) -> Outputs | None:
+        """The teacher's outputs for pixels (B, C, H, W), where :meth:`teach` leaves them as they are; else None."""
+        return self.ask_teacher(pixels) if isinstance(self.augment, nn.Identity) else None
+
+    @torch.no_grad()
+    def health(self, pixels: Tensor) -> dict[str, Tensor]:
+        """How images (B, C, H, W) look to the networks, B of at least 1.
+
+        ``confidence``: the teacher's mean highest probability; ``variety``: the number of classes that its answers are
+        spread over, as the exponential of their entropy, divided by the most that there can be; ``agreement``: the
+        share of images for which the student gives the teacher's class.
+        """
+        logits = self.teacher(pixels).float()
+        labels, training = logits.argmax(1), self.student.training
+        agreed = self.student.eval()(pixels).argmax(1) == labels
+        self.student.train(training)
+        shares = torch.bincount(labels, minlength=logits.shape[1]) / len(labels)
+        return {
+            "confidence": logits.softmax(1).amax(1).mean(),
+            "variety": torch.special.entr(shares).sum().exp() / min(logits.shape),
+            "agreement": agreed.float().mean(),
+        }
+
+    def concern(self, measures: Mapping[str, float]) -> str | None:
+        """Images that are all of one class, or of none."""
+        classes = self.teacher.info.num_classes
+        # One class gives 1 / classes or more; two of ten are collapsed too, one of two is not.
+        if measures.get("variety", 1) < max(0.25, 1.1 / classes):
+            return "the teacher sees hardly any variety of classes in the images (variety): they have collapsed"
+        if measures.get("confidence", 1) < 0.1 + 0.9 / classes:
+            return "the teacher is sure of none of the images (confidence): they are noise to it"
+        return None
 
     def student_terms(self, student: Outputs, teacher: Outputs, images: Images) -> dict[str, Tensor]:
         """The named, unweighted terms of the student's loss: how far its softened answers are from the teacher's."""
@@ -160,6 +195,7 @@ class PoolTrainer(CoTrainer):
         """Make a shard against the student as it is, then train the student."""
         self.student.eval()
         made = super().round(index)
+        made = {**made, **self.health(self.writer.read(index)["images"].to(self.device).float())}
         if self.warming_up:
             return made
         self.student.train()

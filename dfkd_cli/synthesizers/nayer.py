@@ -80,6 +80,7 @@ class NAYER(PooledGenerator):
         embeddings = torch.randn(classes, c.embedding_size, generator=random)
         embeddings = torch.eye(classes) if c.embedding == "one-hot" else embeddings
         self.register_buffer("embeddings", embeddings, persistent=False)
+        self.note = f"nayer: {c.embedding} embeddings of the classes stand for a text encoder's"
         self.norm = nn.BatchNorm1d(embeddings.shape[1])
 
     def models(self) -> Mapping[str, Classifier | Generator]:

@@ -61,7 +61,8 @@ class PooledGenerator(PoolTrainer):
         c = self.config
         with torch.random.fork_rng(devices=[]):
             torch.manual_seed(derive("generator", self.seed))
-            self.generator = Generator(self.teacher.info, c.latent, "sigmoid", c.width)
+            generator = Generator(self.teacher.info, c.latent, "sigmoid", c.width)
+        self.generator = generator.to(memory_format=torch.channels_last)
         self.average = AveragedMoments(self.teacher, c.statistics_momentum)
         self.view = pipeline(Augmentation(crop=c.view_crop, flip=c.view_flip), 0.0)
 

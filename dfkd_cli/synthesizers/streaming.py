@@ -74,7 +74,7 @@ class StreamTrainer(CoTrainer):
     def trained(self) -> Sequence[tuple[Optimizer, LRScheduler | None]]:
         """The students and the generators."""
         (student, falling), c = super().trained()[0], self.config
-        generator = torch.optim.Adam(self.generators.parameters(), c.lr, betas=c.betas, fused=True)
+        generator = torch.optim.Adam(self.generators.parameters(), c.lr, betas=c.betas, fused=not c.clip)
         if c.schedule == "constant":
             return [(student, None), (generator, None)]
         return [(student, falling), (generator, CosineAnnealingLR(generator, T_max=c.steps))]
@@ -96,7 +96,7 @@ class StreamTrainer(CoTrainer):
 
     def generate(self, latents: Tensor) -> Tensor:
         """Pixels (B, C, H, W) for latents (B, D), an equal share of them from every generator."""
-        parts = latents.chunk(len(self.generators))
+        parts = latents.tensor_split(len(self.generators))
         return torch.cat([generator(part) for generator, part in zip(self.generators, parts, strict=True)])
 
     def can_continue(self, index: int) -> bool:
@@ -109,15 +109,17 @@ class StreamTrainer(CoTrainer):
         with self.watching() as self.seen:
             teacher = ask(self.teacher, pixels, {**self.teacher_taps, **self.generator_taps})
         terms = self.generator_terms(pixels, teacher)
-        self.descend(1, weighted_sum(terms, self.config))
+        if terms:
+            self.descend(1, weighted_sum(terms, self.config))
+        known: Outputs | None
         pixels, known = pixels.detach(), detached(teacher)
         for step in range(self.config.student_steps):
             if self.config.student_images == "new" or (self.config.student_images == "updated" and step == 0):
                 with torch.no_grad():
                     pixels = self.generate(self.latents() if self.config.student_images == "new" else latents)
-                known = self.ask_teacher(pixels)
+                known = self.unchanged(pixels)
             taught = self.teach(pixels, known)
-        self.last = pixels, known
+        self.last = pixels
         return {name: term.detach() for name, term in terms.items()} | taught
 
     def round(self, index: int) -> Mapping[str, Tensor]:
@@ -131,36 +133,7 @@ class StreamTrainer(CoTrainer):
         for step in range(index * ROUND, min((index + 1) * ROUND, self.config.steps)):
             seed_torch(self.device, "generator step", self.seed, step)
             rows.append(self.iteration())
-        return means(rows) | self.health()
-
-    @torch.no_grad()
-    def health(self) -> dict[str, Tensor]:
-        """How the last images look to the networks.
-
-        ``confidence``: the teacher's mean highest probability; ``variety``: the number of classes that its answers are
-        spread over, as the exponential of their entropy, divided by K; ``agreement``: the share of images for which the
-        student gives the teacher's class.
-        """
-        pixels, teacher = self.last
-        labels = teacher.logits.argmax(1)
-        self.student.eval()
-        agreed = self.student(pixels).argmax(1) == labels
-        self.student.train()
-        shares = torch.bincount(labels, minlength=teacher.logits.shape[1]) / len(labels)
-        return {
-            "confidence": teacher.logits.softmax(1).amax(1).mean(),
-            "variety": torch.special.entr(shares).sum().exp() / len(shares),
-            "agreement": agreed.float().mean(),
-        }
-
-    def concern(self, measures: Mapping[str, float]) -> str | None:
-        """A generator whose images are all of one class, or of none."""
-        classes = self.teacher.info.num_classes
-        if measures.get("variety", 1) * classes < 1 + (classes - 1) / 10:
-            return "the teacher sees hardly more than one class in the generator's images (variety): it has collapsed"
-        if measures.get("confidence", 1) < 2 / classes:
-            return "the teacher is sure of none of the generator's images (confidence): they are noise to it"
-        return None
+        return means(rows) | self.health(self.last)
 
     @torch.no_grad()
     def make(self, first: int, count: int) -> Impressions:
@@ -182,7 +155,9 @@ class Adversary(StreamTrainer):
         """How far the students' logits (B, K) are from the teacher's, 0-d."""
 
     def generator_terms(self, pixels: Tensor, teacher: Outputs) -> dict[str, Tensor]:
-        """The students' mean distance, negative: the generator makes it large."""
+        """The students' mean distance, negative: the generator makes it large. Nothing where that has no weight."""
+        if not self.config.adversarial:
+            return {}
         distances = [self.distance(student(pixels).float(), teacher.logits) for student in self.students]
         return {"adversarial": -torch.stack(distances).mean()}
 
