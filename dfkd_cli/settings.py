@@ -199,6 +199,13 @@ class Rising:
 
 
 @dataclass(frozen=True, kw_only=True)
+class Preceding:
+    """What losses share that are learned before all others: alone, and then no more."""
+
+    pretraining: int = option(30, "epochs in which only this is learned; 0: all the time, beside the rest", low=0)
+
+
+@dataclass(frozen=True, kw_only=True)
 class Compared:
     """What losses between features share."""
 

@@ -6,6 +6,7 @@
 from __future__ import annotations
 
 import math
+from collections.abc import Callable
 
 import numpy as np
 from oracles import Array, softmax
@@ -127,23 +128,29 @@ def pkt(s: Array, t: Array) -> float:
     return float(np.mean([a * np.log(a / b) for a, b in zip(p.ravel(), q.ravel(), strict=True)]))
 
 
-def information_flow(s: Array, t: Array) -> float:
-    """Passalis et al., CVPR 2020: Jeffreys divergence of the neighbours' probabilities, for two kernels."""
+def information_flow(s: Array, t: Array, variant: str) -> float:
+    """Passalis et al., CVPR 2020: Jeffreys divergence of the neighbours' probabilities, for two kernels.
+
+    1e-6 is added to norms, to squared distances, and to every similarity; the paper's sums are over i != j.
+    """
 
     def cosine(x: Array, y: Array) -> float:
-        return (x @ y / np.sqrt((x @ x) * (y @ y)) + 1) / 2
+        return (x @ y / ((np.sqrt(x @ x) + 1e-6) * (np.sqrt(y @ y) + 1e-6)) + 1) / 2
 
     def student_t(x: Array, y: Array) -> float:
         return 1 / (1 + np.sqrt((x - y) @ (x - y) + 1e-6))
 
-    total = 0.0
+    def probabilities(features: Array, kernel: Callable[[Array, Array], float]) -> Array:
+        rows = [[kernel(a.ravel(), b.ravel()) + 1e-6 for b in features] for a in features]
+        if variant == "paper":
+            rows = [row[:i] + row[i + 1 :] for i, row in enumerate(rows)]
+        return np.concatenate([np.array(row) / sum(row) for row in rows])
+
+    total, entries = 0.0, len(s) * (len(s) - (variant == "paper"))
     for kernel in (cosine, student_t):
-        q, p = (
-            np.stack([row / row.sum() for row in np.array([[kernel(a.ravel(), b.ravel()) for b in f] for a in f])])
-            for f in (s, t)
-        )
-        total += kl(p.ravel(), q.ravel()) + kl(q.ravel(), p.ravel())
-    return total / len(s) ** 2
+        q, p = (probabilities(features, kernel) for features in (s, t))
+        total += kl(p, q) + kl(q, p)
+    return total / entries
 
 
 def batch_normalised(maps: Array) -> Array:

@@ -153,6 +153,31 @@ def test_bss_is_the_papers(labelled):
     np.testing.assert_allclose(gradient, residual.mean(0) / 3, atol=1e-12)
 
 
+@pytest.mark.parametrize("standardise", [False, True])
+def test_the_papers_boundary_is_the_mean_over_what_the_code_draws(standardise):
+    student, teacher, images = classifier(1), classifier(2), pixels(24)
+    flat = images.flatten(1).numpy()
+    z_s, z_t = logits(student, flat), logits(teacher, flat)
+    labels = z_t.argmax(1)
+    made = objective(student, teacher, variant="paper", boundary_images=5, standardise=standardise)
+    terms = made(Outputs(student(images)), Outputs(teacher(images).detach()), Images(images))
+    head = teacher.head()
+    weight, bias = head.weight.detach().numpy(), head.bias.detach().numpy()
+    low, high = ((bound - channels(MEAN)) / channels(STD) for bound in (0, 1))
+    chosen, total = losses.boundary_candidates(z_s, z_t, labels, 5), 0.0
+    assert len(chosen) == 5
+    for i in chosen:
+        probabilities = oracles.softmax(z_t[i : i + 1])[0]
+        for k in set(range(CLASSES)) - {labels[i]}:
+            start = (flat[i] - channels(MEAN)) / channels(STD)
+            x = losses.boundary_sample(start, weight, bias, labels[i], k, 0.3, 10, low, high)
+            moved = (x * channels(STD) + channels(MEAN))[None]
+            answers = [logits(network, moved) for network in (teacher, student)]
+            p, q = (oracles.softmax((losses.standardised(z) if standardise else z) / 3) for z in answers)
+            total += probabilities[k] / (1 - probabilities[labels[i]]) * oracles.cross_entropy(p, q)
+    assert terms["boundary"].item() == pytest.approx(total / len(chosen), rel=1e-9)
+
+
 def test_without_candidates_there_is_no_boundary():
     student, teacher, images = classifier(1), classifier(2), pixels(8)
     wrong = (teacher(images).argmax(1) + 1) % CLASSES

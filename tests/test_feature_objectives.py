@@ -4,12 +4,15 @@ from __future__ import annotations
 
 import copy
 import csv
+import dataclasses
 import json
 from collections.abc import Mapping
 from pathlib import Path
+from types import MappingProxyType, SimpleNamespace
 
 import numpy as np
 import objective_oracles as losses
+import oracles
 import pytest
 import torch
 from pipeline import finish, kill_after_saving
@@ -20,12 +23,12 @@ from torch import Tensor, nn
 from dfkd_cli import catalog
 from dfkd_cli.artifacts.files import sha256_file
 from dfkd_cli.config import build
-from dfkd_cli.data.sources import Images
+from dfkd_cli.data.sources import Batches, Images
 from dfkd_cli.errors import ConfigError
 from dfkd_cli.models.classifier import Classifier, ModelInfo
 from dfkd_cli.models.layers import chain, global_pool
-from dfkd_cli.models.taps import Taps
-from dfkd_cli.objectives.base import Objective, Outputs, PairwiseObjective
+from dfkd_cli.models.taps import Taps, find_taps
+from dfkd_cli.objectives.base import Objective, Outputs, PairwiseObjective, ask
 from dfkd_cli.objectives.crd import draw
 from dfkd_cli.objectives.fitnets import regressor
 from dfkd_cli.objectives.ofd import margin, partial_distance
@@ -34,7 +37,7 @@ from dfkd_cli.regimes.base import Task
 from dfkd_cli.regimes.offline import Config, Offline
 from dfkd_cli.resolve import Component, recipe_layer, resolve
 from dfkd_cli.settings import Distill
-from dfkd_cli.stages.calibrate import calibrate
+from dfkd_cli.stages.calibrate import BATCHES, calibrate, check
 from dfkd_cli.stages.distill import connect
 from dfkd_cli.stages.grid import plan
 
@@ -80,10 +83,21 @@ def images(count: int, labels: Tensor | None = None) -> Images:
     return Images(torch.rand(count, *SIZE, generator=generator), labels, torch.arange(count))
 
 
-def offline(names: Mapping[str, float | None], student: Classifier, teacher: Classifier, count: int = 6, **training):
-    """A regime with these objectives, and labelled images for it."""
+def offline(
+    names: Mapping[str, float | None],
+    student: Classifier,
+    teacher: Classifier,
+    count: int = 6,
+    values: Mapping[str, dict] = MappingProxyType({}),
+    **training,
+):
+    """A regime with these objectives and their settings, and labelled images for it."""
     given = images(count, torch.arange(count) % CLASSES)
-    chosen = [Component(e, e.config(), e.weight if w is None else w) for n, w in names.items() for e in [OBJECTIVES[n]]]
+    chosen = [
+        Component(entry, build(entry.config, values.get(name, {})), entry.weight if weight is None else weight)
+        for name, weight in names.items()
+        for entry in [OBJECTIVES[name]]
+    ]
     settings = build(Distill, STILL | {"holdout": 0, "batch_size": count, "warmup": 0} | training)
     objectives = connect(chosen, student, teacher, 0)
     task = Task(student, teacher, Given(given.pixels, given.labels), objectives, settings, 0)
@@ -126,6 +140,15 @@ def test_similarity_preserving(shapes):
 def test_rkd(shapes, scale):
     student, teacher = features(shapes, scale)
     assert terms_of("rkd", student, teacher) == pytest.approx(losses.rkd(student, teacher), rel=1e-6, abs=1e-12)
+
+
+def test_equal_images_of_the_student_pull_no_harder_than_the_smallest_length_allows():
+    student, teacher = (torch.tensor(values, dtype=torch.float32) for values in features(VECTORS[1]))
+    student[1] = student[0]
+    terms = OBJECTIVES["rkd"].load()(OBJECTIVES["rkd"].config()).compare(0, student.requires_grad_(), teacher)
+    sum(terms.values()).backward()
+    assert student.grad.isfinite().all()
+    assert student.grad.abs().max() < 1e7
 
 
 def test_rkd_without_angles_has_none():
@@ -174,11 +197,22 @@ def test_fsp_refuses_what_has_no_flow_or_other_channels():
 
 
 @pytest.mark.parametrize("shapes", MAPS[1:] + VECTORS)
-def test_information_flow(shapes):
-    student, teacher = features(shapes)
-    objective = connected("information-flow", network(1, 3, 4), network(2, 4, 6))
+@pytest.mark.parametrize("variant", ["code", "paper"])
+@pytest.mark.parametrize("scale", [0.001, 1.0])
+def test_information_flow(shapes, variant, scale):
+    student, teacher = (scale * values for values in features(shapes))
+    objective = connected("information-flow", network(1, 3, 4), network(2, 4, 6), variant=variant)
     found = objective.compare(2, torch.tensor(student), torch.tensor(teacher))["flow"].item()
-    assert found == pytest.approx(losses.information_flow(student, teacher), rel=1e-3)
+    assert found == pytest.approx(losses.information_flow(student, teacher, variant), rel=1e-7, abs=1e-18)
+
+
+def test_one_image_has_no_neighbours_but_itself():
+    objective = connected("information-flow", network(1, 3, 4), network(2, 4, 6), variant="paper")
+    student = torch.rand(1, 4, requires_grad=True)
+    flow = objective.compare(2, student, torch.rand(1, 6))["flow"]
+    flow.backward()
+    assert flow.item() == 0
+    assert student.grad.tolist() == [[0] * 4]
 
 
 def test_critical_periods_fade_where_features_are_formed():
@@ -198,8 +232,9 @@ def test_critical_periods_fade_where_features_are_formed():
 )  # fmt: skip
 @pytest.mark.parametrize("variant", ["code", "paper"])
 @pytest.mark.parametrize("relu", [True, False])
-def test_fitnets(student, teacher, stride, padding, variant, relu):
-    maps, target = features([(4, *student), (4, *teacher)])
+@pytest.mark.parametrize("count", [1, 4])
+def test_fitnets(student, teacher, stride, padding, variant, relu, count):
+    maps, target = features([(count, *student), (count, *teacher)])
     objective = OBJECTIVES["fitnets"].load()(build(OBJECTIVES["fitnets"].config, {"variant": variant, "relu": relu}))
     objective.prepare(student, teacher)
     layer = objective.double().regressors[0][0]
@@ -220,42 +255,56 @@ def test_regressors_give_the_teachers_shape(student, teacher, maps):
     assert regressor(student, teacher, relu=True)(x).shape == (2, *maps)
 
 
+@pytest.mark.parametrize(
+    ("count", "sizes"),
+    [(3, [((8, 8), (8, 8)), ((4, 4), (4, 4))]), (1, [((8, 8), (8, 8)), ((4, 4), (4, 4))]),
+     (3, [((8, 8), (4, 4)), ((3, 2), (6, 4))]), (1, [((8, 6), (4, 7)), ((2, 5), (4, 3))])],
+)  # fmt: skip
 @pytest.mark.parametrize("seed", [1, 2])
-def test_ofd(seed):
+def test_ofd(seed, count, sizes):
     student, teacher = network(seed, 3, 4), network(seed + 2, 5, 6)
     norms = [teacher.net.stage1[1], teacher.net.stage2[1]]
     for norm in norms:  # some channels are hardly ever negative, some most of the time
         nn.init.uniform_(norm.bias, -1, 4, generator=torch.Generator().manual_seed(seed))
     objective = connected("ofd", student, teacher.double()).double()
     expected, students, teachers = 0.0, {}, {}
-    for index, shape in enumerate([(8, 8), (4, 4)]):
+    for index, (small, large) in enumerate(sizes):
         name, layer = f"stage{index + 1}.pre", objective.connectors[index][0]
-        maps, target = RNG.normal(size=(3, layer.in_channels, *shape)), RNG.normal(size=(3, layer.out_channels, *shape))
+        maps = RNG.normal(size=(count, layer.in_channels, *small))
+        target = RNG.normal(size=(count, layer.out_channels, *large))
         weight = layer.weight.detach().numpy()
         guess = losses.batch_normalised(losses.convolved(maps, weight, np.zeros(len(weight)), 1, 0))
         gaussians = zip(norms[index].bias.tolist(), norms[index].weight.abs().tolist(), strict=True)
         margins = np.array([losses.margin(*gaussian) for gaussian in gaussians])
-        expected += losses.ofd(guess, target, margins) / 2 ** (1 - index)
+        expected += losses.ofd(*losses.smaller(guess, target), margins) / 2 ** (1 - index)
         students[name], teachers[name] = torch.tensor(maps), torch.tensor(target)
-    logits = torch.zeros(3, CLASSES)
-    found = objective(Outputs(logits, students), Outputs(logits, teachers), images(3))["distance"].item()
+    logits = torch.zeros(count, CLASSES)
+    found = objective(Outputs(logits, students), Outputs(logits, teachers), images(count))["distance"].item()
     assert found == pytest.approx(expected, rel=1e-6)
 
 
-def test_reviewkd():
-    objective = connected("reviewkd", network(1, 3, 4), network(2, 5, 6)).double()
-    shapes = {"stage1": (8, 8), "stage2": (4, 4), "penultimate": (1, 1)}
-    maps = [RNG.normal(size=(4, channels, *shapes[name])) for name, channels in zip(shapes, (3, 4, 4), strict=True)]
-    targets = [RNG.normal(size=(4, channels, *shapes[name])) for name, channels in zip(shapes, (5, 6, 6), strict=True)]
+@pytest.mark.parametrize(
+    ("count", "sizes", "target_sizes"),
+    [(4, [(8, 8), (4, 4), (1, 1)], [(8, 8), (4, 4), (1, 1)]), (4, [(8, 8), (4, 4), (1, 1)], [(4, 4), (8, 2), (1, 1)]),
+     (2, [(4, 6), (2, 3), (1, 1)], [(8, 6), (5, 9), (1, 1)]), (1, [(8, 8), (4, 4)], [(8, 8), (4, 4)]),
+     (1, [(6, 4), (3, 2)], [(3, 8), (9, 4)])],
+)  # fmt: skip
+def test_reviewkd(count, sizes, target_sizes):
+    chosen = {"taps": ["stages"], "teacher_taps": ["stages.pre"]} if len(sizes) == 2 else {}
+    objective = connected("reviewkd", network(1, 3, 4), network(2, 5, 6), **chosen).double()
+    maps, targets = (
+        [RNG.normal(size=(count, width, *shape)) for width, shape in zip(widths, shapes, strict=False)]
+        for widths, shapes in (((3, 4, 4), sizes), ((5, 6, 6), target_sizes))
+    )
     weights = [{key: value.numpy() for key, value in f.state_dict().items()} for f in objective.fusions]
     expected = losses.reviewkd(maps, targets, weights)
-    (names, teacher_names), logits = zip(*objective.pairs, strict=True), torch.zeros(4, CLASSES)
+    (names, teacher_names), logits = zip(*objective.pairs, strict=True), torch.zeros(count, CLASSES)
 
     def outputs(keys, values):
         values = [torch.tensor(value).squeeze((2, 3)) for value in values]
         return Outputs(logits, dict(zip(keys, values, strict=True)))
 
-    found = objective(outputs(names, maps), outputs(teacher_names, targets), images(4))["levels"].item()
+    found = objective(outputs(names, maps), outputs(teacher_names, targets), images(count))["levels"].item()
     assert found == pytest.approx(expected, rel=1e-6)
 
 
@@ -305,6 +354,20 @@ def test_crd_draws_negatives_of_other_classes():
     assert set(relaxed[:, 0].tolist()) == {0, 1, 5}
     same = draw(torch.tensor([1]), torch.tensor([3]), torch.full((3,), 3), 100, relax=False)
     assert set(same[0, 1:].tolist()) == {0, 1, 2}
+
+
+def test_crd_draws_no_negative_twice_where_there_are_enough():
+    classes = torch.tensor([0, 0, 1, 2, -1, 0, 2])
+    for relax in (False, True):
+        drawn = draw(torch.tensor([0, 2, 6]), torch.tensor([0, 1, 2]), classes, 5, relax)[:, 1:]
+        assert set(drawn[0].tolist()) <= {2, 3, 4, 6}  # four, of which one comes again
+        assert sorted(drawn[2].tolist()) == [0, 1, 2, 4, 5]
+        assert len(set(drawn[1].tolist())) == 5
+        assert 2 not in drawn[1]
+    counts = torch.bincount(
+        torch.cat([draw(torch.tensor([2]), torch.tensor([1]), classes, 3, relax=False)[0, 1:] for _ in range(2000)])
+    )
+    np.testing.assert_allclose(counts / 2000, [0.5, 0.5, 0, 0.5, 0.5, 0.5, 0.5], atol=0.05)
 
 
 def test_crd_without_labels_takes_the_teachers_classes():
@@ -424,6 +487,17 @@ def test_the_student_learns_and_the_teacher_does_not(name):
 
 
 @ALL
+def test_every_term_has_its_weight_and_is_there(name):
+    student, teacher = networks(name)
+    weights = dict.fromkeys(OBJECTIVES[name].load().terms, 1.0)
+    learner, images = offline({name: None}, student, teacher, values={name: weights})
+    objective = learner.losses[name]
+    assert set(objective.optional) <= set(objective.terms)
+    found = {term.rpartition(".")[2] for term in learner.loss(images)[1]}
+    assert set(objective.terms) - set(objective.optional) <= found <= set(objective.terms)
+
+
+@ALL
 def test_gradients_are_those_of_the_loss(name):
     student, teacher = networks(name)
     objective = connected(name, student.double(), teacher.double().freeze()).double()
@@ -530,12 +604,17 @@ def test_answers_hook_nothing():
     assert learner.student_taps == learner.teacher_taps == {}
 
 
-def test_strength_multiplies_the_weight():
-    learner, images = offline({"dkd": None}, network(1, 3, 4), network(2, 4, 6))
-    losses_of = []
-    for learner.losses["dkd"].epoch in (0, 19):
-        losses_of.append(learner.loss(images)[0].item())
-    assert losses_of[1] == pytest.approx(20 * losses_of[0], rel=1e-5)
+@pytest.mark.parametrize("hard", [0.0, 1.5])
+def test_strength_multiplies_the_weight(hard):
+    learner, images = offline({"dkd": None}, network(1, 3, 4), network(2, 4, 6), values={"dkd": {"hard": hard}})
+    with torch.no_grad():
+        student, teacher = (net(images.pixels).double().numpy() for net in (learner.student, learner.teacher))
+    labels = images.labels.numpy()
+    parts = losses.dkd(student, teacher, labels, 4.0)
+    soft = parts["target"] + 8 * parts["non_target"]
+    task = hard * oracles.cross_entropy(np.eye(CLASSES)[labels], oracles.softmax(student))
+    for learner.losses["dkd"].epoch, strength in ((0, 1 / 20), (9, 1 / 2), (19, 1), (30, 1)):
+        assert learner.loss(images)[0].item() == pytest.approx(strength * soft + task, rel=1e-4)
 
 
 def test_epochs_are_counted_for_objectives(tmp_path):
@@ -563,6 +642,53 @@ def test_pairs_are_as_many_and_of_the_kind_that_is_compared():
         connected("at", student, teacher, taps="penultimate")
 
 
+@pytest.mark.parametrize("name", ["at", "fitnets", "fsp", "ofd", "reviewkd"])
+def test_features_of_tokens_are_refused(name):
+    objective = OBJECTIVES[name].load()(OBJECTIVES[name].config())
+    for shapes in (((16, 8), (16, 8)), ((8, 4, 4), (16, 8)), ((16, 8), (8,))):
+        with pytest.raises(ConfigError, match=rf"{name} compares feature maps.* not features of shape \(16, 8\)"):
+            objective.prepare(*shapes)
+
+
+def phased(epochs: int = 3, **settings) -> tuple[Offline, Images]:
+    """Flow alone for some epochs of two steps, then answers; a regressor that only counts then."""
+    names, values = {"fsp": 1.0, "response": 1.0, "fitnets": 1.0}, {"fsp": {"pretraining": epochs}}
+    return offline(names, network(1, 3, 4), network(2, 3, 4), values=values, batch_size=3, **settings)
+
+
+@pytest.mark.parametrize(("optimizer", "decay"), [("sgd", 0.1), ("adam", 0.1), ("adamw", 0.1), ("sgd", 0.0)])
+def test_what_a_phase_does_not_depend_on_is_left_alone_in_it(tmp_path, optimizer, decay):
+    settings = {"optimizer": optimizer, "weight_decay": decay, "lr": 0.05}
+    names = {"net.head.weight", "net.head.bias", "fitnets.regressors.0.0.weight"}
+
+    def moved(steps: int) -> set[str]:
+        learner, _ = phased(steps=steps, **settings)
+        state = {**learner.student.state_dict(), **learner.objectives.state_dict()}
+        before = {key: value.clone() for key, value in state.items() if "num_batches" not in key}
+        train(learner, tmp_path / str(steps))
+        return {key for key, value in before.items() if not torch.equal(value, state[key])}
+
+    assert not moved(6) & names
+    assert {"net.stage1.0.weight", "net.stage2.0.weight", "net.stage2.1.bias"} <= moved(6)
+    assert names <= moved(7)
+
+
+def test_in_a_phase_the_flow_is_descended(tmp_path):
+    """One step of gradient descent with weight decay, on what the flow depends on."""
+    learner, _ = phased(steps=1, optimizer="sgd", weight_decay=0.1, momentum=0, nesterov=False, lr=0.5, warmup=0)
+    copied = copy.deepcopy(learner.student)
+    (batch,) = Batches(learner.train_source, 3, 0, torch.device("cpu")).steps(0, 1)
+    copied.train()
+    objective, teacher = learner.losses["fsp"], learner.ask_teacher(batch.pixels)["eval"]
+    student = ask(copied, batch.pixels, find_taps(copied, [own for own, _ in objective.pairs]))
+    objective(student, teacher, batch)["flow"].backward()
+    train(learner, tmp_path / "run")
+    for (name, old), new in zip(copied.named_parameters(), learner.student.parameters(), strict=True):
+        expected = old if old.grad is None else old - 0.5 * (old.grad + 0.1 * old)
+        assert (old.grad is None) == name.startswith("net.head"), name
+        torch.testing.assert_close(new, expected, rtol=1e-4, atol=1e-6)
+
+
 @pytest.mark.parametrize("name", ["fitnets", "reviewkd"])
 def test_one_image_of_one_pixel_cannot_be_normalised(cli, teacher, tmp_path, name):
     args = ["--objective", name, "--taps", "penultimate", "--teacher-taps", "penultimate", "--steps", 1]
@@ -580,8 +706,9 @@ def test_two_classes_cannot_be_decoupled():
 # -- calibration -------------------------------------------------------------------------------------------------------
 
 
-def task(names: Mapping[str, float | None], **training) -> tuple[Task, Offline, Images]:
-    learner, images = offline(names, network(1, 3, 4), network(2, 4, 6), **training)
+def task(names: Mapping[str, float | None], same: bool = False, **training) -> tuple[Task, Offline, Images]:
+    """Of a teacher that is wider, or of the same width."""
+    learner, images = offline(names, network(1, 3, 4), network(2, *((3, 4) if same else (4, 6))), **training)
     objectives = {name: (learner.weights[name], learner.losses[name]) for name in names}
     return (
         Task(learner.student, learner.teacher, learner.source, objectives, learner.training_config, 0),
@@ -618,8 +745,120 @@ def test_without_answers_there_is_nothing_to_compare_with():
 
 
 def test_a_term_that_teaches_nothing_is_an_error():
-    with pytest.raises(ConfigError, match="rkd: the value of distance is 0 on the first batch"):
+    with pytest.raises(ConfigError, match="rkd: the value of distance is 0 on the first batches"):
         calibrate(task({"rkd": None}, count=2)[0])
+
+
+def test_pulls_are_means_over_the_first_batches():
+    found, learner, _ = task({"response": 0.5}, count=15, batch_size=4)
+    values, norms = [], []
+    learner.student.train()
+    for batch in Batches(learner.train_source, 4, 0, torch.device("cpu")).steps(0, BATCHES):
+        learner.zero_grad()
+        student, teacher = learner.student(batch.pixels), learner.teacher(batch.pixels).detach()
+        values.append(oracles.response(student.detach().double().numpy(), teacher.double().numpy(), "kl", 20))
+        direction = oracles.response_gradient(student.detach().double().numpy(), teacher.double().numpy(), 20)
+        student.backward(torch.tensor(direction, dtype=torch.float32))
+        norms.append(gradients(learner).norm().item())
+    (pull,) = calibrate(found)
+    assert pull.batches == BATCHES == len(values)
+    assert np.ptp(values) > 0.01 * np.mean(values)
+    assert pull.value == pytest.approx(np.mean(values), rel=1e-4)
+    assert pull.gradient == pytest.approx(0.5 * np.mean(norms), rel=1e-4)
+
+
+def test_what_is_drawn_while_pulls_are_measured_is_the_seeds():
+    found = []
+    for seed in (1, 2):
+        torch.manual_seed(seed)
+        found.append(calibrate(task({"response": None, "crd": None, "bss": None}, count=12)[0]))
+        state = torch.get_rng_state()
+        assert torch.equal(state, torch.manual_seed(seed).get_state())
+    assert found[0] == found[1]
+
+
+def test_pulls_are_as_strong_as_when_their_terms_begin_to_count():
+    rising = {"dkd": {"hard": 1e-4, "ramp": 4}}
+    plain = {"dkd": {"hard": 1e-4, "ramp": 1}}
+    found, full = (
+        {pull.term: pull for pull in calibrate(task({"dkd": 1.0}, values=values)[0])} for values in (rising, plain)
+    )
+    for term, strength in (("target", 0.25), ("non_target", 0.25), ("hard", 1.0)):
+        assert found[term].strength == strength
+        assert found[term].gradient == pytest.approx(strength * full[term].gradient, rel=1e-5)
+        # What rises does not matter for a suggestion.
+        assert (found[term].suggested or 0) == pytest.approx(full[term].suggested or 0, rel=1e-5)
+        assert (f"x {strength:.4g}, gradient" in str(found[term])) == (strength < 1)
+    assert found["hard"].suggested > 1e-4
+    values = rising | {"fsp": {"pretraining": 2}}
+    later = {pull.term: pull for pull in calibrate(task({"dkd": 1.0, "fsp": 1e-9}, same=True, values=values)[0])}
+    assert (later["flow"].strength, later["target"].strength) == (1, 0.75)  # of four epochs, the third
+    assert later["flow"].suggested is None  # it is alone
+
+
+def test_answers_are_compared_with_whatever_objective_they_are_of():
+    pulls = calibrate(task({"bss": 1.0, "at": 1e-3}, count=12)[0])
+    (attention,) = (pull for pull in pulls if pull.objective == "at")
+    strongest = max(pull.gradient for pull in pulls if pull.objective == "bss")
+    assert attention.gradient * attention.suggested == pytest.approx(strongest, rel=1e-4)
+
+
+class Now(Objective):
+    """A term that is always there and two that are in the batches that ``present`` counts."""
+
+    terms = ("always", "here", "there")
+    optional = ("there",)
+    kind = "test"
+
+    def forward(self, student, teacher, images):
+        self.calls = getattr(self, "calls", 0) + 1
+        names = ["always", *(name for name, calls in self.config.present.items() if self.calls in calls)]
+        return {name: student.logits.square().sum() for name in names}
+
+
+@pytest.mark.parametrize("weight", [1.0, 0.0])
+def test_a_term_that_is_nowhere_is_noticed(weight):
+    def pulls(**present):
+        config = SimpleNamespace(always=1.0, here=weight, there=weight, present=present)
+        found = task({"response": 1.0})[0]
+        return {
+            pull.term: pull for pull in calibrate(dataclasses.replace(found, objectives={"now": (1.0, Now(config))}))
+        }
+
+    if not weight:
+        assert pulls().keys() == {"always"}
+        return
+    with pytest.raises(ConfigError, match="now gives no here on the first batches"):
+        pulls(there=[1, 2, 3])
+    found = pulls(here=[2], there=[])
+    assert [found[name].batches for name in ("always", "here", "there")] == [3, 1, 0]
+    assert str(found["there"]) == "now.there: there was nothing for it in any of the first 3 batches"
+    assert str(found["here"]).endswith("in 1 of 3 batches")
+    assert found["there"].gradient == 0
+    assert found["here"].value > 0
+
+
+@pytest.mark.parametrize(
+    ("names", "pretraining", "training", "said"),
+    [({"response": 0.0, "at": 0.0}, 0, {}, "nothing is learned: no term of response, at has a weight"),
+     ({"fsp": 1.0}, 2, {"epochs": 9}, "fsp is learned alone for 2 epochs, and nothing after them"),
+     ({"fsp": 1.0, "response": 0.0}, 2, {"epochs": 9}, "alone for 2 epochs, and nothing after them"),
+     ({"fsp": 0.0, "response": 1.0}, 2, {"epochs": 9}, "alone for 2 epochs, and has no weight"),
+     ({"fsp": 1.0, "response": 1.0}, 2, {"epochs": 2}, "for 2 epochs, 8 steps of 8, which leaves none for response"),
+     ({"fsp": 1.0, "response": 1.0}, 2, {"steps": 7}, "for 2 epochs, 8 steps of 7, which leaves none for response"),
+     ({"fsp": 1.0, "response": 1.0}, 2, {"steps": 6, "holdout": 0.3}, "6 steps of 6"),
+     ({"fsp": 1.0, "response": 1.0}, 2, {"steps": 7, "holdout": 0.3}, None),
+     ({"fsp": 1.0, "response": 1.0}, 2, {"epochs": 3}, None), ({"fsp": 1.0, "response": 1.0}, 2, {"steps": 9}, None),
+     ({"fsp": 1.0}, 0, {"epochs": 1}, None), ({"response": 1.0, "at": 0.0}, 0, {}, None)],
+)  # fmt: skip
+def test_every_time_of_a_training_has_something_to_learn(names, pretraining, training, said):
+    values = {"fsp": {"pretraining": pretraining}}
+    found = task(names, same=True, values=values, count=17, **{"batch_size": 4} | training)[0]
+    if said is None:
+        check(found)
+        return
+    with pytest.raises(ConfigError, match=said):
+        check(found)
 
 
 # -- the command line --------------------------------------------------------------------------------------------------
@@ -680,7 +919,27 @@ def test_dry_run_stops_at_a_term_that_teaches_nothing(cli, teacher, tmp_path):
     args = ["--objective", "rkd", "--batch-size", 2, "--out", tmp_path / "s", "--dry-run"]
     code, _, err = cli(*distill(teacher, *args))
     assert code == 2
-    assert "distance is 0 on the first batch" in err
+    assert "distance is 0 on the first batches" in err
+
+
+@pytest.mark.parametrize("mode", [[], ["--dry-run"]])
+def test_a_phase_that_leaves_nothing_for_the_others_is_refused(cli, teacher, tmp_path, mode):
+    args = ["--objective", "response", "fsp", "--student", "lenet5", "--batch-size", 16, "--out", tmp_path / "s", *mode]
+    code, _, err = cli(*distill(teacher, *args))
+    assert code == 2
+    assert "fsp is learned alone for 30 epochs" in err
+    assert not (tmp_path / "s").exists()
+    code, _, err = cli(*distill(teacher, *args, "--pretraining", 1, "--epochs", 2))
+    assert code == 0, err
+
+
+def test_two_processes_train_in_phases(teacher, tmp_path):
+    """What does not count yet has no gradient in either, and is waited for by both."""
+    args = ["--objective", "fsp", "response", "fitnets", "--pretraining", 1, "--student", "lenet5", "--epochs", 2]
+    finish(distill(teacher, *args, "--batch-size", 16, "--devices", 2, "--out", "s"), tmp_path)
+    with (tmp_path / "s" / "metrics.csv").open() as file:
+        (row,) = csv.DictReader(file)
+    assert float(row["fsp.flow"]) > 0
 
 
 def test_a_killed_run_continues_with_the_state_of_its_objectives(tmp_path, teacher):

@@ -18,6 +18,7 @@ from torch import Tensor
 from dfkd_cli import catalog
 from dfkd_cli.config import build, hints
 from dfkd_cli.data.sources import Images
+from dfkd_cli.errors import ConfigError
 from dfkd_cli.objectives.base import Objective, Outputs
 from dfkd_cli.objectives.dist import correlation
 from dfkd_cli.objectives.response import Response, soft_loss
@@ -91,8 +92,12 @@ def test_at_high_temperature_kl_is_the_squared_difference_of_centred_logits():
 
 
 def test_direction_is_teacher_to_student():
-    sure, unsure = torch.tensor([[8.0, 0.0]]), torch.tensor([[1.0, 0.0]])
-    assert not torch.isclose(soft_loss(sure, unsure, "kl", 1.0), soft_loss(unsure, sure, "kl", 1.0), rtol=0.1)
+    sure, unsure = np.array([[8.0, 0.0]]), np.array([[1.0, 0.0]])
+    for student, teacher in ((sure, unsure), (unsure, sure)):
+        (p,), (q,) = oracles.softmax(teacher), oracles.softmax(student)
+        expected = p[0] * np.log(p[0] / q[0]) + p[1] * np.log(p[1] / q[1])
+        found = soft_loss(torch.tensor(student), torch.tensor(teacher), "kl", 1.0).item()
+        assert found == pytest.approx(expected, rel=1e-10)
 
 
 @pytest.mark.parametrize("form", FORMS)
@@ -177,11 +182,20 @@ def test_dkd_of_a_sure_teacher_is_finite():
 
 @pytest.mark.parametrize("name", [name for name, entry in OBJECTIVES.items() if "ramp" in hints(entry.config)])
 def test_what_has_a_ramp_rises_over_epochs(name):
+    """But for hard labels: they are the task, which the paper's ramp is not on."""
     rising = objective(name, ramp=4)
-    strengths = []
-    for rising.epoch in range(6):
-        strengths.append(rising.strength("any"))
-    assert strengths == [0.25, 0.5, 0.75, 1, 1, 1]
+    for term in rising.terms:
+        strengths = []
+        for rising.epoch in range(6):
+            strengths.append(rising.strength(term))
+        assert strengths == ([1] * 6 if term == "hard" else [0.25, 0.5, 0.75, 1, 1, 1]), term
+
+
+@pytest.mark.parametrize("name", [n for n, entry in OBJECTIVES.items() if "label_smoothing" in hints(entry.config)])
+def test_smoothing_of_labels_without_a_weight_is_refused(name):
+    with pytest.raises(ConfigError, match=r"--label-smoothing 0\.3 smooths hard labels, which have no weight"):
+        objective(name, label_smoothing=0.3)
+    assert objective(name, label_smoothing=0.3, hard=0.1).config.label_smoothing == 0.3
 
 
 @pytest.mark.parametrize("shape", [(2, 2), (7, 5), (4, 100)])
@@ -255,6 +269,7 @@ def test_a_tiny_run_logs_finite_terms_that_are_configuration_keys(entry, tmp_pat
     sets = ["real:8"] if "labels" in entry.needs else ["noise:8"]
     args = ["--steps", 1, "--batch-size", 4, "--holdout", 0.5, "--out", tmp_path / "s", "--json"]
     args += ["--teacher", make_teacher(spec), "--student", spec, "--transfer-set", *sets]
+    args += ["--pretraining", 0] if "pretraining" in hints(entry.config) else []  # one step has no phases
     code, out, err = cli("distill", "--objective", entry.name, *args)
     assert code == 0, err
     assert json.loads(out)["ok"]
@@ -262,3 +277,28 @@ def test_a_tiny_run_logs_finite_terms_that_are_configuration_keys(entry, tmp_pat
         (row,) = csv.DictReader(file)
     assert {key.rpartition(".")[2] for key in row} - {"round", "agreement"} <= set(hints(entry.config))
     assert all(np.isfinite(float(value)) for value in row.values())
+
+
+@pytest.mark.parametrize(
+    ("sets", "hard", "said"),
+    [(["noise:8"], 1, "hard labels of response: the images have no labels, the teacher's classes are taken"),
+     (["noise:8", "real:8"], 1, "not all transfer sets have labels, so also for real images, the teacher's"),
+     (["real:8"], 1, None), (["noise:8"], 0, None)],
+)  # fmt: skip
+def test_it_is_said_whose_labels_are_taken(sets, hard, said, tmp_path, cli, teacher):
+    args = ["--teacher", teacher, "--steps", 1, "--batch-size", 4, "--out", tmp_path / "s", "--hard", hard]
+    code, _, err = cli("distill", *args, "--transfer-set", *sets)
+    assert code == 0, err
+    shown = " ".join(err.split())  # lines are broken at the width of the terminal
+    assert shown.count("hard labels of response") == (said is not None)
+    assert said is None or said in shown
+
+
+@pytest.mark.parametrize("chosen", [["response=0"], ["response=0", "at=0"], ["response", "--soft", "0"]])
+def test_objectives_without_any_weight_are_refused(chosen, tmp_path, cli, teacher):
+    args = ["--teacher", teacher, "--transfer-set", "noise:8", "--out", tmp_path / "s"]
+    for mode in ([], ["--dry-run"]):
+        code, _, err = cli("distill", *args, *mode, "--objective", *chosen)
+        assert code == 2
+        assert "nothing is learned: no term of response" in err
+    assert not (tmp_path / "s").exists()

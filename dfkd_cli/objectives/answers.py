@@ -2,10 +2,13 @@
 
 from __future__ import annotations
 
+from typing import Any
+
 import torch.nn.functional as F
 from torch import Tensor
 
 from dfkd_cli.data.sources import Images
+from dfkd_cli.errors import ConfigError
 from dfkd_cli.objectives.base import Objective, Outputs
 from dfkd_cli.settings import Answers
 
@@ -32,9 +35,25 @@ def hard_labels(teacher: Outputs, images: Images) -> Tensor:
 
 
 class AnswerObjective(Objective):
-    """An objective between logits. Its ``Config`` extends :class:`dfkd_cli.settings.Answers`."""
+    """An objective between logits. Its ``Config`` extends :class:`dfkd_cli.settings.Answers`.
+
+    Raises:
+        ConfigError: Hard labels are to be smoothed, and have no weight.
+    """
 
     config: Answers
+
+    def __init__(self, config: Any) -> None:
+        super().__init__(config)
+        if config.label_smoothing and not config.hard:
+            raise ConfigError(
+                f"--label-smoothing {config.label_smoothing:g} smooths hard labels, which have no weight",
+                "give --hard too, or leave it out",
+            )
+
+    def strength(self, term: str) -> float:
+        """That of the objective; ``hard`` is the task itself and always counts in full."""
+        return 1.0 if term == "hard" else super().strength(term)
 
     def answers(self, student: Outputs, teacher: Outputs) -> tuple[Tensor, Tensor]:
         """The logits (B, K) to compare, the student's and the teacher's."""

@@ -6,7 +6,8 @@ Zagoruyko, Komodakis. Paying More Attention to Attention. ICLR 2017. arXiv:1612.
     code:   attention = sum_stages mean_{b,hw} (a(f_s) - a(f_t))^2
     paper:  attention = sum_stages mean_b 1/2 ||a(f_s) - a(f_t)||       equation 2, a norm that is not squared
 
-The released code's squared mean is the default, with its weight 1000; with ``variant: paper`` the weight is about 0.1.
+The released code's squared mean is the default, with its weight 1000. The default does not change with the variant:
+``variant: paper`` takes a weight of about 0.1, as in ``--objective at=0.1``.
 Where the maps differ in size, each side of the larger one is pooled to that of the smaller before squaring. The weight
 belongs to 32x32 images: a mean over more positions is smaller.
 """
@@ -30,7 +31,7 @@ from dfkd_cli.settings import Compared
 class Config(Compared):
     """Attention maps."""
 
-    variant: Literal["code", "paper"] = option("code", "mean of squares, or half the norm")
+    variant: Literal["code", "paper"] = option("code", "mean of squares, or half the norm (weight: about 0.1)")
     attention: float = option(1.0, "weight of the attention maps, beside that of the objective", low=0)
 
 
@@ -38,6 +39,7 @@ class AttentionTransfer(PairwiseObjective):
     """Distance of normalised maps of the energy in each position."""
 
     kind = "feature"
+    terms = ("attention",)
     default_weight = 1000.0
     config: Config
 

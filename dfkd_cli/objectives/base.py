@@ -15,7 +15,7 @@ from dfkd_cli.errors import ConfigError
 from dfkd_cli.models.activations import Tap, values_at
 from dfkd_cli.models.classifier import Classifier
 from dfkd_cli.models.taps import Taps
-from dfkd_cli.settings import Rising
+from dfkd_cli.settings import Preceding, Rising
 
 
 @dataclass
@@ -45,6 +45,8 @@ class Objective(nn.Module):
     every term, under the term's name. Trainable parts of its own belong to the module and are trained with the student.
 
     Attributes:
+        terms: The names of all terms. One without a weight may be left out.
+        optional: Those of them that not every batch has.
         default_weight: The weight of the whole objective where the user gives none: its paper's.
         teacher_mode: ``train`` where the teacher's BatchNorm has to use the statistics of the batch.
         pairs: The taps that are compared, each as the student's name and the teacher's.
@@ -54,6 +56,8 @@ class Objective(nn.Module):
 
     kind: ClassVar[str]
     needs: ClassVar[tuple[str, ...]] = ()
+    terms: ClassVar[tuple[str, ...]] = ()
+    optional: ClassVar[tuple[str, ...]] = ()
     default_weight: ClassVar[float] = 1.0
     teacher_mode: ClassVar[Literal["eval", "train"]] = "eval"
     pairs: tuple[tuple[str, str], ...] = ()
@@ -83,12 +87,22 @@ class Objective(nn.Module):
 
     def strength(self, term: str) -> float:
         """What the weight of a term is multiplied by at this time of the training."""
+        if self.phase:
+            return float(self.alone)
         return min((self.epoch + 1) / self.config.ramp, 1.0) if isinstance(self.config, Rising) else 1.0
 
     @property
+    def phase(self) -> int:
+        """For how many epochs, from the first, objectives without a phase do not count; after them, this one does not.
+
+        0: it counts beside the others, throughout.
+        """
+        return self.config.pretraining if isinstance(self.config, Preceding) else 0
+
+    @property
     def alone(self) -> bool:
-        """Whether this epoch is a phase in which objectives that are not alone do not count."""
-        return False
+        """Whether this epoch is in the phase."""
+        return self.epoch < self.phase
 
     @abstractmethod
     def forward(self, student: Outputs, teacher: Outputs, images: Images) -> dict[str, Tensor]:

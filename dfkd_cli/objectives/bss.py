@@ -4,23 +4,26 @@ Heo, Lee, Yun, Choi. AAAI 2019. arXiv:1805.05532.
 
     x <- clip(x - attack_step (g + 1e-4) grad g / ||grad g||),  g = z_b(x) - z_k(x)       `iterations` times at most,
                                         while the teacher's class is b still; x: normalised, clip: to those of [0,1]
-    P(k) = p_k / (1 - p_b)                                      the other class, drawn once for each image
+    P(k) = p_k / (1 - p_b)                                      of the other classes k
     soft     = -sum_k softmax(z_t / tau)_k log softmax(z_s / tau)_k              on the batch
-    boundary = the same on the images x,  mean over them
+    boundary = the same on the images x,  mean over them        code:  one k for each, drawn from P
+                                                                paper: every k, weighed by P(k)
     strength = 1 - 3/4 e of ``soft``, max(1 - 4/3 e, 0) of ``boundary``         e: the finished share of the training
 
-Images start where both networks are right: give the label, or where there is none, agree. Of more than
-``boundary_images``, those are taken whose other probabilities differ most. Of fewer than two there is no ``boundary``:
-BatchNorm may have no use for one.
+Images start where both networks are right: give the label, or where there is none, agree. The released code asks the
+same of both; a former version of it asked the teacher only. Of more than ``boundary_images``, those are taken whose
+other probabilities differ most. Of fewer than two there is no ``boundary``: BatchNorm may have no use for one.
+``variant: paper`` moves each image to every other class: K - 1 times the work, for the mean of what ``code`` draws.
 
-As in the released code: one k is drawn where the paper sums over all, there is no tau^2, and the student's BatchNorm
-sees the new images too. Its weights fall with every epoch, here with every step. They hold ``soft`` as well, so that
-``response`` beside it is for hard labels only; ``hard`` here does the same.
+As in the released code: there is no tau^2, and the student's BatchNorm sees the new images too. Its weights fall with
+every epoch, here with every step. They hold ``soft`` as well, so that ``response`` beside it is for hard labels only;
+``hard`` here does the same.
 """
 
 from __future__ import annotations
 
 from dataclasses import dataclass
+from typing import Literal
 
 import torch
 import torch.nn.functional as F
@@ -44,6 +47,7 @@ class Config(Answers):
     temperature: float = option(3.0, TEMPERATURE, above=0)
     soft: float = option(4.0, "weight of the teacher's answers, falls to a quarter", low=0)
     boundary: float = option(2.0, "weight of the answers at the boundary, falls to zero", low=0)
+    variant: Literal["code", "paper"] = option("code", "images move to a class drawn for each, or to every other class")
     boundary_images: int = option(64, "images of a batch that are moved to the boundary, at most", low=1)
     iterations: int = option(10, "steps towards the boundary, at most", low=1)
     attack_step: float = option(0.3, "length of a step for each unit of the logits' difference", above=0)
@@ -53,6 +57,8 @@ class BSS(AnswerObjective):
     """Answers on the batch, and on images moved across the teacher's decision boundary."""
 
     kind = "boundary"
+    terms = ("soft", "boundary", "hard")
+    optional = ("boundary",)
     config: Config
 
     def connect(self, student: Classifier, teacher: Classifier) -> None:
@@ -68,18 +74,37 @@ class BSS(AnswerObjective):
         labels = hard_labels(teacher, images)
         chosen = candidates(student.logits.detach(), teacher.logits, labels, self.config.boundary_images)
         if len(chosen) > 1 and self.config.boundary * self.strength("boundary"):
-            own, guide = self.networks
-            target = other_class(teacher.logits[chosen], labels[chosen])
-            pixels = across(guide, images.pixels[chosen].detach(), labels[chosen], target, self.config)
-            with torch.no_grad():
-                answers = Outputs(guide(pixels))
-            terms["boundary"] = self.soft(Outputs(own(pixels)), answers)
+            terms["boundary"] = self.boundary(images.pixels[chosen].detach(), teacher.logits[chosen], labels[chosen])
         return terms
+
+    def boundary(self, pixels: Tensor, logits: Tensor, base: Tensor) -> Tensor:
+        """The softened answers' cross-entropy across the boundary, of pixels (B, C, H, W) of classes ``base`` (B,).
+
+        Args:
+            pixels: Images whose teacher's class is ``base``.
+            logits: (B, K) what the teacher says about them.
+            base: Their classes.
+        """
+        own, guide = self.networks
+        if self.config.variant == "paper":
+            rows, target, weights = other_classes(logits, base)
+        else:
+            rows, target = torch.arange(len(base), device=base.device), other_class(logits, base)
+            weights = torch.ones_like(logits[:, 0])
+        moved = across(guide, pixels[rows], base[rows], target, self.config)
+        with torch.no_grad():
+            answers = Outputs(guide(moved))
+        losses = self.cross_entropies(Outputs(own(moved)), answers)
+        return (weights * losses).sum() / len(base)
 
     def soft(self, student: Outputs, teacher: Outputs) -> Tensor:
         """Cross-entropy of the softened answers, mean over images."""
+        return self.cross_entropies(student, teacher).mean()
+
+    def cross_entropies(self, student: Outputs, teacher: Outputs) -> Tensor:
+        """Cross-entropy of the softened answers, for each image (B,)."""
         own, target = (logits / self.config.temperature for logits in self.answers(student, teacher))
-        return F.cross_entropy(own, target.softmax(1))
+        return F.cross_entropy(own, target.softmax(1), reduction="none")
 
 
 def candidates(student: Tensor, teacher: Tensor, labels: Tensor, count: int) -> Tensor:
@@ -91,10 +116,20 @@ def candidates(student: Tensor, teacher: Tensor, labels: Tensor, count: int) -> 
     return ranked[: min(count, int(right.sum()))]
 
 
+def other_shares(logits: Tensor, base: Tensor) -> Tensor:
+    """The probabilities (B, K) of the classes other than ``base``, which has none, from logits (B, K)."""
+    return logits.masked_fill(F.one_hot(base, logits.shape[1]).bool(), -torch.inf).softmax(1)
+
+
 def other_class(logits: Tensor, base: Tensor) -> Tensor:
     """A class (B,) other than ``base``, drawn with the teacher's probabilities from logits (B, K)."""
-    own = F.one_hot(base, logits.shape[1]).bool()
-    return torch.multinomial(logits.masked_fill(own, -torch.inf).softmax(1), 1).squeeze(1)
+    return torch.multinomial(other_shares(logits, base), 1).squeeze(1)
+
+
+def other_classes(logits: Tensor, base: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+    """Every pair of a row of logits (B, K) and a class other than ``base``: both (B (K - 1),), and its probability."""
+    rows, classes = (~F.one_hot(base, logits.shape[1]).bool()).nonzero(as_tuple=True)
+    return rows, classes, other_shares(logits, base)[rows, classes]
 
 
 def across(network: Classifier, pixels: Tensor, base: Tensor, target: Tensor, config: Config) -> Tensor:

@@ -9,10 +9,10 @@ Tian, Krishnan, Isola. ICLR 2020. arXiv:1910.10699.
     m_i <- normalised(momentum m_i + (1 - momentum) v_i)   after the step
 
 As in the released code: Z makes the mean of the first batch's scores 1 / N and then stays; 1e-7 keeps the quotients
-finite; memories start uniform in +- 1 / sqrt(dimensions / 3); negatives are images of other classes, drawn with
-replacement. The positive is the image itself, or with ``variant: relax`` any image of its class. Classes are the true
-labels, or the teacher's answers where a set has none; they are learned as images come along, until when an image counts
-as of another class. Where there is no other class, any image is a negative.
+finite; memories start uniform in +- 1 / sqrt(dimensions / 3); negatives are images of other classes, each at most once
+where there are as many, else with replacement. The positive is the image itself, or with ``variant: relax`` any image
+of its class. Classes are the true labels, or the teacher's answers where a set has none; they are learned as images
+come along, until when an image counts as of another class. Where there is no other class, any image is a negative.
 
 Scores are products with the whole memory, of which the drawn ones are taken: that holds B N numbers, where copies of
 the drawn rows would be B K dimensions. Memories are state and in the checkpoint, not in the student. Processes write
@@ -59,6 +59,7 @@ class CRD(FeatureObjective):
     """Noise-contrastive estimation between each network's embedding and the other's memory."""
 
     kind = "relation"
+    terms = ("contrast",)
     default_weight = 0.8
     config: Config
     memory: Tensor  # (2, N, dimensions): the student's and the teacher's
@@ -119,8 +120,13 @@ def draw(positions: Tensor, own: Tensor, classes: Tensor, count: int, relax: boo
     itself = torch.arange(len(classes), device=classes.device) == positions[:, None]
     alike = itself | (classes == own[:, None])
     positive = torch.multinomial(alike.float(), 1) if relax else positions[:, None]
-    alone = alike.all(1, keepdim=True)
-    return torch.cat([positive, torch.multinomial((~alike | alone).float(), count, replacement=True)], dim=1)
+    others = (~alike | alike.all(1, keepdim=True)).float()
+    enough = others.sum(1) >= count
+    negatives = positive.new_empty(len(others), count)
+    for rows, again in ((enough, False), (~enough, True)):
+        if rows.any():
+            negatives[rows] = torch.multinomial(others[rows], count, replacement=again)
+    return torch.cat([positive, negatives], dim=1)
 
 
 def estimation(scores: Tensor, noise: float) -> Tensor:

@@ -39,6 +39,7 @@ class DIST(AnswerObjective):
     """One minus the correlation of the answers' rows, and of their columns."""
 
     kind = "response"
+    terms = ("inter", "intra", "hard")
     config: Config
 
     def forward(self, student: Outputs, teacher: Outputs, images: Images) -> dict[str, Tensor]:

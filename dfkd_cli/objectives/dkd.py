@@ -5,7 +5,7 @@ Zhao, Cui, Song, Qiu, Liang. CVPR 2022. arXiv:2203.08679.
     p, q = softmax(z_t / tau), softmax(z_s / tau);  b = (p_y, 1 - p_y);  p' = softmax over the classes other than y
     target     = tau^2 KL(b(p) || b(q))
     non_target = tau^2 KL(p' || q')                            sum over classes, mean over the batch
-    strength   = min(e / ramp, 1)                              e: the epoch, counted from 1
+    strength   = min(e / ramp, 1) of both, 1 of hard labels    e: the epoch, counted from 1
 
     Hinton's loss is target + (1 - p_y) * non_target, image by image.
 
@@ -44,6 +44,7 @@ class DKD(AnswerObjective):
     """Binary divergence of the target class, divergence among the others."""
 
     kind = "response"
+    terms = ("target", "non_target", "hard")
     config: Config
 
     def connect(self, student: Classifier, teacher: Classifier) -> None:

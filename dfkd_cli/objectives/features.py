@@ -8,8 +8,6 @@ from torch import Tensor, nn
 
 from dfkd_cli.errors import ConfigError
 
-NORM_EPS = 1e-7
-
 
 def require_maps(objective: str, *shapes: tuple[int, ...]) -> None:
     """Refuse features of one image that are no maps (C, H, W).
@@ -20,6 +18,20 @@ def require_maps(objective: str, *shapes: tuple[int, ...]) -> None:
     for shape in shapes:
         if len(shape) != 3:
             raise ConfigError(f"{objective} compares feature maps, not features of shape {shape}", "give other --taps")
+
+
+def require_maps_or_vectors(objective: str, *shapes: tuple[int, ...]) -> None:
+    """Refuse features of one image that are neither maps (C, H, W) nor vectors (D,), such as tokens (N, C).
+
+    Raises:
+        ConfigError: They are not.
+    """
+    for shape in shapes:
+        if len(shape) not in (1, 3):
+            raise ConfigError(
+                f"{objective} compares feature maps or vectors, not features of shape {shape}",
+                "give other --taps, such as penultimate",
+            )
 
 
 def same_size(student: Tensor, teacher: Tensor) -> tuple[Tensor, Tensor]:
@@ -50,12 +62,12 @@ class BatchNorm(nn.BatchNorm2d):
         return super().forward(input)
 
 
-def cosine_kernel(rows: Tensor) -> Tensor:
-    """Features (B, D) to ``(cos(f_i, f_j) + 1) / 2`` (B, B)."""
-    rows = rows / (torch.linalg.vector_norm(rows, dim=1, keepdim=True) + NORM_EPS)
+def cosine_kernel(rows: Tensor, eps: float) -> Tensor:
+    """Features (B, D) to ``(cos(f_i, f_j) + 1) / 2`` (B, B); ``eps`` is added to the norms."""
+    rows = rows / (torch.linalg.vector_norm(rows, dim=1, keepdim=True) + eps)
     return (rows @ rows.T + 1) / 2
 
 
 def shares(kernel: Tensor) -> Tensor:
-    """Similarities (B, B) as probabilities, each row of sum one."""
+    """Similarities (B, N) as probabilities, each row of sum one."""
     return kernel / kernel.sum(1, keepdim=True)

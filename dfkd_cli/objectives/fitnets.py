@@ -7,7 +7,8 @@ Romero, Ballas, Kahou, Chassang, Gatta, Bengio. ICLR 2015. arXiv:1412.6550.
     paper:  hint = mean_b 1/2 sum_{c,h,w} (r(f_s) - f_t)^2
 
 The whole network is trained at once, as in every published comparison (RepDistiller, whose regressor, mean and weight
-100 these are); the paper trains the lower half alone first. With ``variant: paper`` a term is C H W / 2 times larger.
+100 these are); the paper trains the lower half alone first. With ``variant: paper`` a term is C H W / 2 times larger,
+so that the same pull takes a weight of 200 / (C H W): the default does not change with the variant.
 The convolution brings maps to the teacher's size: 3x3 of stride 2 to the half, transposed 4x4 to the double, else one
 without padding; a teacher's map that is larger in another way is pooled to the student's. Vectors are maps of one
 pixel. ``relu: no`` is for hints that may be negative: before an activation, or the stages of a pre-activation network.
@@ -23,7 +24,7 @@ from torch import Tensor, nn
 
 from dfkd_cli.config import option
 from dfkd_cli.objectives.base import PairwiseObjective
-from dfkd_cli.objectives.features import BatchNorm, as_maps, same_size
+from dfkd_cli.objectives.features import BatchNorm, as_maps, require_maps_or_vectors, same_size
 from dfkd_cli.settings import TAPS, Compared
 
 
@@ -32,7 +33,9 @@ class Config(Compared):
     """Hints."""
 
     taps: tuple[str, ...] = option(("stage2",), TAPS)
-    variant: Literal["code", "paper"] = option("code", "mean of squares, or half their sum for each image")
+    variant: Literal["code", "paper"] = option(
+        "code", "mean of squares, or half their sum for each image (weight: about 200/(CHW))"
+    )
     relu: bool = option(True, "the regressor ends in a ReLU")
     hint: float = option(1.0, "weight of the hints, beside that of the objective", low=0)
 
@@ -41,6 +44,7 @@ class FitNets(PairwiseObjective):
     """Squared error of a regressor for each hint."""
 
     kind = "feature"
+    terms = ("hint",)
     default_weight = 100.0
     config: Config
 
@@ -49,6 +53,7 @@ class FitNets(PairwiseObjective):
         self.regressors = nn.ModuleList()
 
     def prepare(self, student: tuple[int, ...], teacher: tuple[int, ...]) -> None:
+        require_maps_or_vectors("fitnets", student, teacher)
         self.regressors.append(regressor(student, teacher, self.config.relu))
 
     def compare(self, index: int, student: Tensor, teacher: Tensor) -> dict[str, Tensor]:

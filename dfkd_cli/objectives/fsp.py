@@ -6,10 +6,14 @@ Yim, Joo, Bae, Kim. CVPR 2017. doi:10.1109/CVPR.2017.754.
     paper:  flow = sum_k mean_b ||G^s_k - G^t_k||^2          squared Frobenius norm; the larger maps max pooled
     code:   flow = sum_k mean_bij (G^s_k - G^t_k)^2          RepDistiller; the larger maps average pooled
 
-k: every two of the taps that follow each other. Both networks must have the same channels there: a shallower student of
-the same family. The method has two phases: for ``pretraining`` epochs nothing but the flow is learned, then the other
-objectives alone. The optimiser and its learning rate run through both, where the paper starts them anew.
-``pretraining: 0`` learns everything at once, throughout.
+k: every two of the taps that follow each other. The paper has one flow for each of three stages, from its input to its
+output: ``taps: [stem, stages]`` in a network with a ``stem``; the default, which every network has, leaves the first
+out. Both networks must have the same channels there: a shallower student of the same family.
+
+The method has two phases: for ``pretraining`` epochs nothing but the flow is learned, then the other objectives alone.
+In the first, the optimiser leaves what the flow does not depend on, the head among it, as it is: weight decay without a
+gradient would shrink it to nothing. The optimiser and its learning rate run through both phases, where the paper starts
+them anew. ``pretraining: 0`` learns everything at once, throughout.
 """
 
 from __future__ import annotations
@@ -28,24 +32,24 @@ from dfkd_cli.errors import ConfigError
 from dfkd_cli.models.classifier import Classifier
 from dfkd_cli.objectives.base import FeatureObjective, Outputs
 from dfkd_cli.objectives.features import require_maps
-from dfkd_cli.settings import Compared
+from dfkd_cli.settings import Compared, Preceding
 
 
 @dataclass(frozen=True, kw_only=True)
-class Config(Compared):
+class Config(Compared, Preceding):
     """Flow between layers."""
 
     variant: Literal["code", "paper"] = option(
         "code", "mean of squares and average pooling, or their sum and max pooling"
     )
     flow: float = option(1.0, "weight of the flow, beside that of the objective", low=0)
-    pretraining: int = option(30, "epochs in which only the flow is learned; 0: all the time, beside the rest", low=0)
 
 
 class FSP(FeatureObjective):
     """Squared distance of the Gram matrices between consecutive places."""
 
     kind = "relation"
+    terms = ("flow",)
     config: Config
 
     def connect(self, student: Classifier, teacher: Classifier) -> None:
@@ -60,13 +64,6 @@ class FSP(FeatureObjective):
                 f"fsp needs the same channels in both networks, not {student[0]} and {teacher[0]}",
                 "choose a shallower student of the teacher's family, or other --taps",
             )
-
-    @property
-    def alone(self) -> bool:
-        return self.epoch < self.config.pretraining
-
-    def strength(self, term: str) -> float:
-        return 1.0 if self.alone or not self.config.pretraining else 0.0
 
     def forward(self, student: Outputs, teacher: Outputs, images: Images) -> dict[str, Tensor]:
         """Term ``flow``."""

@@ -4,11 +4,13 @@ Passalis, Tzelepi, Tefas. CVPR 2020. arXiv:2005.00727.
 
     p_ij = K_ij / sum_j K_ij,  for K = (cos(f_i, f_j) + 1) / 2 and for K = 1 / (1 + ||f_i - f_j||)
     D_l  = sum_K mean_ij (p^t_ij - p^s_ij) (log p^t_ij - log p^s_ij)             Jeffreys divergence, at place l
+    code:   over all i, j;  paper:  over i != j, in both sums
     flow = sum_l a_l D_l,  a_l = 1 at the last place, critical * decay^k before      k: finished epochs
 
-Layers before the last are formed in a critical period at the start and left alone afterwards. The sum is over all
-entries, the diagonal among them, and 1e-6 keeps roots and logarithms finite, as in the released code. It trains without
-labels and is judged by retrieval; as a classifier's loss it goes with ``response``.
+Layers before the last are formed in a critical period at the start and left alone afterwards. As in the released code,
+1e-6 is added to squared distances below their root and to the norms in the cosine. Ours is the 1e-6 added to kernels,
+which keeps logarithms finite where a cosine is -1. It trains without labels and is judged by retrieval; as a
+classifier's loss it goes with ``response``.
 
 The paper's auxiliary teacher, as deep as the student, is a student of ``--objective pkt``: give its directory as
 ``--teacher``. The released code makes a new optimiser in every epoch, which is not done here.
@@ -17,6 +19,7 @@ The paper's auxiliary teacher, as deep as the student, is a student of ``--objec
 from __future__ import annotations
 
 from dataclasses import dataclass
+from typing import Literal
 
 import torch
 from torch import Tensor
@@ -34,6 +37,7 @@ class Config(Compared):
     """Neighbours at every stage."""
 
     taps: tuple[str, ...] = option(("stages", "penultimate"), TAPS)
+    variant: Literal["code", "paper"] = option("code", "whether an image is its own neighbour: yes, or no")
     critical: float = option(100.0, "weight of all places but the last in the first epoch", low=0)
     decay: float = option(0.7, "what that weight is multiplied by in each epoch", above=0, high=1)
     flow: float = option(1.0, "weight of all places, beside that of the objective", low=0)
@@ -43,25 +47,35 @@ class InformationFlow(PairwiseObjective):
     """Jeffreys divergence of the neighbours' probabilities at several places, with critical periods."""
 
     kind = "information"
+    terms = ("flow",)
     config: Config
 
     def compare(self, index: int, student: Tensor, teacher: Tensor) -> dict[str, Tensor]:
         last = index + 1 == len(self.pairs)
         weight = 1.0 if last else self.config.critical * self.config.decay**self.epoch
         own, target = student.flatten(1), teacher.flatten(1)
-        divergences = [
-            jeffreys(shares(kernel(own) + EPS), shares(kernel(target) + EPS)) for kernel in (cosine_kernel, t_kernel)
-        ]
+        divergences = []
+        for kernel in (cosine_kernel, t_kernel):
+            kernels = kernel(own, EPS), kernel(target, EPS)
+            if self.config.variant == "paper":
+                kernels = others(kernels[0]), others(kernels[1])
+            divergences.append(jeffreys(*(shares(values + EPS) for values in kernels)))
         return {"flow": weight * torch.stack(divergences).sum()}
 
 
-def t_kernel(rows: Tensor) -> Tensor:
-    """Features (B, D) to ``1 / (1 + ||f_i - f_j||)`` (B, B)."""
+def others(kernel: Tensor) -> Tensor:
+    """Similarities (B, B) without those of an image with itself, (B, B - 1)."""
+    count = len(kernel)
+    return kernel[~torch.eye(count, dtype=torch.bool, device=kernel.device)].view(count, count - 1)
+
+
+def t_kernel(rows: Tensor, eps: float) -> Tensor:
+    """Features (B, D) to ``1 / (1 + ||f_i - f_j||)`` (B, B); ``eps`` is added to the squares of the distances."""
     squares = rows.square().sum(1)
     distances = (squares[:, None] + squares - 2 * rows @ rows.T).clamp_min(0)
-    return 1 / (1 + (distances + EPS).sqrt())
+    return 1 / (1 + (distances + eps).sqrt())
 
 
 def jeffreys(q: Tensor, p: Tensor) -> Tensor:
-    """Divergence of one from the other and back, of probabilities (B, B), mean over all entries."""
-    return ((p - q) * (p.log() - q.log())).mean()
+    """Divergence of one from the other and back, of probabilities (B, N), mean over all entries; 0 of none."""
+    return ((p - q) * (p.log() - q.log())).sum() / max(p.numel(), 1)

@@ -45,6 +45,7 @@ class OFD(PairwiseObjective):
 
     kind = "feature"
     needs = ("batchnorm",)
+    terms = ("distance",)
     default_weight = 1e-3
     teacher_mode = "train"
     config: Config

@@ -36,9 +36,10 @@ class PKT(PairwiseObjective):
     """Divergence of the probabilities that images are neighbours."""
 
     kind = "information"
+    terms = ("neighbours",)
     default_weight = 30000.0
     config: Config
 
     def compare(self, index: int, student: Tensor, teacher: Tensor) -> dict[str, Tensor]:
-        q, p = (shares(cosine_kernel(features.flatten(1))) for features in (student, teacher))
+        q, p = (shares(cosine_kernel(features.flatten(1), EPS)) for features in (student, teacher))
         return {"neighbours": (p * ((p + EPS) / (q + EPS)).log()).mean()}

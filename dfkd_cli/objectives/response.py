@@ -45,6 +45,7 @@ class Response(AnswerObjective):
     """KL divergence at temperature, cross-entropy or logit error, and an optional hard-label term."""
 
     kind = "response"
+    terms = ("soft", "hard")
     config: Config
 
     def forward(self, student: Outputs, teacher: Outputs, images: Images) -> dict[str, Tensor]:

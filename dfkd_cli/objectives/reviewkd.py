@@ -26,7 +26,7 @@ from dfkd_cli.config import option
 from dfkd_cli.data.sources import Images
 from dfkd_cli.models.classifier import Classifier
 from dfkd_cli.objectives.base import FeatureObjective, Outputs
-from dfkd_cli.objectives.features import BatchNorm, as_maps
+from dfkd_cli.objectives.features import BatchNorm, as_maps, require_maps_or_vectors
 from dfkd_cli.settings import TAPS, Compared, Rising
 
 WIDEST = 512  # channels of what is handed from level to level
@@ -47,6 +47,7 @@ class ReviewKD(FeatureObjective):
     """Hierarchical distance between the teacher's levels and the student's fused ones."""
 
     kind = "feature"
+    terms = ("levels",)
     config: Config
 
     def __init__(self, config: Config) -> None:
@@ -54,6 +55,7 @@ class ReviewKD(FeatureObjective):
         self.shapes: list[tuple[tuple[int, ...], tuple[int, ...]]] = []
 
     def prepare(self, student: tuple[int, ...], teacher: tuple[int, ...]) -> None:
+        require_maps_or_vectors("reviewkd", student, teacher)
         self.shapes.append((student, teacher))
 
     def connect(self, student: Classifier, teacher: Classifier) -> None:

@@ -25,7 +25,9 @@ from dfkd_cli.config import option
 from dfkd_cli.objectives.base import PairwiseObjective
 from dfkd_cli.settings import TAPS, Compared
 
-EPS = 1e-6  # no pair is closer: the released code's 1e-12 for squares
+# No pair is closer: the released code's 1e-12 for squares. It divides directions by their lengths down to 1e-12, where
+# two images with equal features, such as dead ones, would get gradients of that inverse.
+EPS = 1e-6
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -41,6 +43,7 @@ class RKD(PairwiseObjective):
     """Huber loss between the networks' relative distances, and between their angles."""
 
     kind = "relation"
+    terms = ("distance", "angle")
     config: Config
 
     def compare(self, index: int, student: Tensor, teacher: Tensor) -> dict[str, Tensor]:

@@ -33,6 +33,7 @@ class SimilarityPreserving(PairwiseObjective):
     """Squared distance of the matrices of inner products between images."""
 
     kind = "relation"
+    terms = ("similarity",)
     default_weight = 3000.0
     config: Config
 

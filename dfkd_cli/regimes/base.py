@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from abc import abstractmethod
 from collections import Counter
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any, ClassVar
 
@@ -29,6 +29,12 @@ from dfkd_cli.settings import Training
 
 MEASURED_AT_ONCE = 500  # images
 ROUND = 200  # steps of one round: enough for Lightning's own cost not to show, few enough to lose little in a kill
+
+
+def length(training: Training, images: int) -> tuple[int, int]:
+    """The steps of one epoch over so many images, and of the whole training."""
+    per_epoch = max(images // training.batch_size, 1)
+    return per_epoch, training.steps or training.epochs * per_epoch
 
 
 @dataclass
@@ -57,10 +63,14 @@ class Regime(Learner):
 
     A subclass says in ``needs`` what it asks for (``"teacher"``, ``"labels"``), has a ``Config`` in its file, and gives
     the loss of a batch in :meth:`loss`.
+
+    Attributes:
+        idle: Parameters that the loss of the latest batch does not depend on: neither moved nor decayed.
     """
 
     kind: ClassVar[str]
     needs: ClassVar[tuple[str, ...]] = ()
+    idle: Sequence[nn.Parameter] = ()
 
     def __init__(self, task: Task, config: Any) -> None:
         super().__init__()
@@ -78,8 +88,7 @@ class Regime(Learner):
             with torch.random.fork_rng(devices=[]):
                 torch.manual_seed(derive(f"images of {name}", task.seed))
                 objective.expect(len(self.train_source))
-        per_epoch = max(len(self.train_source) // task.training.batch_size, 1)
-        self.steps = task.training.steps or task.training.epochs * per_epoch
+        _, self.steps = length(task.training, len(self.train_source))
         self.rounds = -(-self.steps // ROUND)
 
     @abstractmethod
@@ -145,6 +154,8 @@ class Regime(Learner):
             loss, terms = self.loss(images)
             optimizer.zero_grad()
             self.manual_backward(loss)
+            for parameter in self.idle:
+                parameter.grad = None  # a gradient of zero would leave it to the weight decay and to old momentum
             optimizer.step()
             schedule.step()
             self.after_step()

@@ -1,69 +1,135 @@
-"""How strongly each term of a distillation pulls at the student before it has learned anything."""
+"""Whether a distillation has something to learn at all times, and how strongly each term pulls at a new student."""
 
 from __future__ import annotations
 
 import math
 from dataclasses import dataclass, replace
+from statistics import fmean
 
 import torch
 from torch import Tensor, nn
 
-from dfkd_cli.data.sources import Batches
+from dfkd_cli.data.sources import Batches, split
 from dfkd_cli.errors import ConfigError
-from dfkd_cli.regimes.base import Task
+from dfkd_cli.objectives.answers import AnswerObjective
+from dfkd_cli.regimes.base import Task, length
 from dfkd_cli.regimes.offline import Config, Offline
+from dfkd_cli.seeds import seed_torch
 
+BATCHES = 3  # the first ones: enough for a chance term not to mislead
 FAR = 10.0  # times as strong, or as weak, as the answers: worth a suggestion
 
 
 @dataclass(frozen=True)
 class Pull:
-    """A term on the first batch.
+    """A term on the first batches, means over those that have it; each in the epoch in which it begins to count.
 
     Attributes:
         objective, term: Which one.
-        value: Unweighted.
+        value: Unweighted; 0 where no batch has it.
         weight: The objective's times the term's.
-        gradient: Norm of the weighted term's gradient in the student's parameters.
-        suggested: A weight of the term with which it would pull as hard as the answers, where it is far from that.
+        strength: What the weight is multiplied by in that epoch.
+        gradient: Norm of the gradient of the term, weighted and multiplied so, in the student's parameters.
+        batches: How many of the batches have it.
+        suggested: A weight of the term with which it would pull as hard as the answers, where it is far from that. The
+            strength is left out of the comparison: it is there to change.
     """
 
     objective: str
     term: str
     value: float
     weight: float
+    strength: float
     gradient: float
+    batches: int
     suggested: float | None = None
 
     def __str__(self) -> str:
-        line = f"{self.objective}.{self.term}: {self.value:.4g} x {self.weight:.4g}, gradient {self.gradient:.4g}"
+        name = f"{self.objective}.{self.term}"
+        if not self.batches:
+            return f"{name}: there was nothing for it in any of the first {BATCHES} batches"
+        factors = f"{self.value:.4g} x {self.weight:.4g}" + (f" x {self.strength:.4g}" if self.strength != 1 else "")
+        line = f"{name}: {factors}, gradient {self.gradient:.4g}"
+        if self.batches < BATCHES:
+            line += f", in {self.batches} of {BATCHES} batches"
         if self.suggested is None:
             return line
         return f"{line}; far from the answers: try --set objective.{self.objective}.{self.term}={self.suggested:.2g}"
 
 
-def calibrate(task: Task) -> list[Pull]:
-    """Measure every term of a task on its first batch, not augmented, on the CPU.
+def check(task: Task) -> None:
+    """Make sure that a training with objectives always has something to learn.
 
     Raises:
-        ConfigError: A term with a weight is zero or not finite, or does not depend on the student.
+        ConfigError: No term has a weight; or of an objective that is learned alone at first, there is nothing to learn
+            in its phase or after it, or no time for what comes after it.
+    """
+    weighted = {name: objective for name, (_, objective) in task.objectives.items() if _weights(task, name)}
+    if not weighted:
+        raise ConfigError(
+            f"nothing is learned: no term of {', '.join(task.objectives)} has a weight", "give a weight above 0"
+        )
+    first, longest = max(task.objectives.items(), key=lambda item: item[1][1].phase)
+    phase = longest[1].phase
+    if not phase:
+        return
+    what = f"{first} is learned alone for {phase} epochs"
+    if not any(objective.phase for objective in weighted.values()):
+        raise ConfigError(f"{what}, and has no weight", "give it a weight above 0, or leave it out")
+    after = [name for name, objective in weighted.items() if not objective.phase]
+    shorter = f"--set objective.{first}.pretraining"
+    if not after:
+        raise ConfigError(f"{what}, and nothing after them", f"add --objective response, or {shorter}=0")
+    per_epoch, steps = length(task.training, len(split(task.source, task.training.holdout, task.seed)[0]))
+    if phase * per_epoch >= steps:
+        raise ConfigError(
+            f"{what}, {phase * per_epoch} steps of {steps}, which leaves none for {', '.join(after)}",
+            f"raise --epochs or --steps, or lower {shorter}",
+        )
+
+
+def _weights(task: Task, name: str) -> dict[str, float]:
+    """The weights of an objective's terms, times its own, that are not 0."""
+    weight, objective = task.objectives[name]
+    weights = {term: weight * getattr(objective.config, term) for term in objective.terms}
+    return {term: value for term, value in weights.items() if value}
+
+
+def calibrate(task: Task) -> list[Pull]:
+    """Measure every term of a task on its first batches, not augmented, on the CPU.
+
+    Raises:
+        ConfigError: A term with a weight is missing, zero or not finite, or does not depend on the student.
     """
     learner = Offline(task, Config())
     cpu = torch.device("cpu")
-    (images,) = Batches(learner.train_source, task.training.batch_size, task.seed, cpu).steps(0, 1)
-    learner.student.train()
-    with torch.no_grad():
-        teacher = learner.ask_teacher(images.pixels)
-    student = learner.ask_student(images.pixels)
+    batches = Batches(learner.train_source, task.training.batch_size, task.seed, cpu)
+    start = max(objective.phase for objective in learner.losses.values())
+    for objective in learner.losses.values():
+        objective.epoch = 0 if objective.phase else start
+        objective.progress = objective.epoch * batches.steps_per_epoch / learner.steps
     parameters = [p for p in learner.student.parameters() if p.requires_grad]
+    learner.student.train()
+    found: dict[tuple[str, str], list[tuple[float, float]]] = {}
+    with torch.random.fork_rng(devices=[]):
+        for step, images in enumerate(batches.steps(0, BATCHES)):
+            seed_torch(cpu, "step", task.seed, step, 0)
+            with torch.no_grad():
+                teacher = learner.ask_teacher(images.pixels)
+            student = learner.ask_student(images.pixels)
+            for name, terms in learner.terms(student, teacher, images).items():
+                for term in terms.keys() & _weights(task, name).keys():
+                    numbers = terms[term].item(), _gradient(terms[term], parameters)
+                    found.setdefault((name, term), []).append(numbers)
     pulls = []
-    for name, terms in learner.terms(student, teacher, images).items():
-        for term, value in terms.items():
-            own = getattr(learner.losses[name].config, term)
-            weight = learner.weights[name] * own
-            if weight:
-                pulls.append(Pull(name, term, value.item(), weight, weight * _gradient(value, parameters)))
-                _check(pulls[-1])
+    for name, objective in learner.losses.items():
+        for term, weight in _weights(task, name).items():
+            if strength := objective.strength(term):
+                measured = found.get((name, term), [])
+                value, gradient = (fmean([pair[side] for pair in measured] or [0.0]) for side in (0, 1))
+                pull = Pull(name, term, value, weight, strength, weight * strength * gradient, len(measured))
+                _check(pull, optional=term in objective.optional)
+                pulls.append(pull)
     return _suggest(pulls, task)
 
 
@@ -75,26 +141,40 @@ def _gradient(value: Tensor, parameters: list[nn.Parameter]) -> float:
     return float(nn.utils.get_total_norm(g for g in gradients if g is not None))
 
 
-def _check(pull: Pull) -> None:
+def _check(pull: Pull, optional: bool) -> None:
+    hint = "check its taps, its weight and --batch-size, or leave it out"
+    if not pull.batches:
+        if optional:
+            return
+        raise ConfigError(f"{pull.objective} gives no {pull.term} on the first batches, which has a weight", hint)
     for what, number in (("value", pull.value), ("gradient", pull.gradient)):
         if number == 0 or not math.isfinite(number):
             raise ConfigError(
-                f"{pull.objective}: the {what} of {pull.term} is {number:g} on the first batch, so it teaches nothing",
-                "check its taps, its weight and --batch-size, or leave it out",
+                f"{pull.objective}: the {what} of {pull.term} is {number:g} on the first batches, "
+                "so it teaches nothing",
+                hint,
             )
 
 
 def _suggest(pulls: list[Pull], task: Task) -> list[Pull]:
-    """Add suggestions to the terms that are far from the strongest one between answers."""
-    answers = [p.gradient for p in pulls if task.objectives[p.objective][1].kind == "response"]
-    if not answers:
-        return pulls
-    strongest = max(answers)
+    """Add suggestions to the terms that are far from the strongest one between answers that counts when they do."""
+    objectives = {name: objective for name, (_, objective) in task.objectives.items()}
+
+    def full(pull: Pull) -> float:
+        return pull.gradient / pull.strength
+
     found = []
     for pull in pulls:
-        ratio = strongest / pull.gradient
-        if max(ratio, 1 / ratio) > FAR:
-            own = getattr(task.objectives[pull.objective][1].config, pull.term)
-            pull = replace(pull, suggested=own * ratio)
+        phased = objectives[pull.objective].phase > 0
+        answers = [
+            full(other)
+            for other in pulls
+            if isinstance(objectives[other.objective], AnswerObjective)
+            and (objectives[other.objective].phase > 0) == phased
+        ]
+        if pull.batches and any(answers):
+            ratio = max(answers) / full(pull)
+            if max(ratio, 1 / ratio) > FAR:
+                pull = replace(pull, suggested=getattr(objectives[pull.objective].config, pull.term) * ratio)
         found.append(pull)
     return found

@@ -20,7 +20,7 @@ from dfkd_cli.objectives.base import Objective
 from dfkd_cli.regimes.base import Task
 from dfkd_cli.resolve import Component, Settings
 from dfkd_cli.seeds import derive
-from dfkd_cli.stages.calibrate import calibrate
+from dfkd_cli.stages.calibrate import calibrate, check
 from dfkd_cli.stages.inputs import (
     LoadedModel,
     TransferSet,
@@ -62,6 +62,18 @@ class Job:
         return Task(self.student, self.teacher.classifier, source, self.objectives, inputs, settings.run.seed)
 
     @property
+    def stand_in(self) -> str | None:
+        """What is said where hard labels have a weight and are not the images' own."""
+        hard = [name for name, (weight, one) in self.objectives.items() if weight and getattr(one.config, "hard", 0)]
+        labelled = [s for s in self.sets if s.source.labelled]
+        if not hard or len(labelled) == len(self.sets):
+            return None
+        whose = (
+            "not all transfer sets have labels, so also for real images" if labelled else "the images have no labels"
+        )
+        return f"hard labels of {', '.join(hard)}: {whose}, the teacher's classes are taken"
+
+    @property
     def uses(self) -> list[str]:
         """What was made from real images and used for the transfer sets."""
         return sorted({use for s in self.sets for use in s.uses})
@@ -70,9 +82,13 @@ class Job:
 def run(settings: Settings, terminal: Terminal, dry_run: bool = False) -> dict[str, Any]:
     """Train a student. Unless a transfer set is real, no dataset can be opened meanwhile."""
     with opened(settings) as job:
+        task = job.task(settings)
+        if task.objectives:
+            check(task)
+        if stand_in := job.stand_in:
+            terminal.say(stand_in)
         if not dry_run:
             return learn(settings, job, terminal)
-        task = job.task(settings)
         pulls = calibrate(task) if task.objectives else []
         answer = rehearse(settings, lambda small, quiet: learn(small, job, quiet), terminal)
     for pull in pulls:
