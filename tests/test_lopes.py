@@ -552,8 +552,8 @@ def test_that_metadata_was_used_is_said_wherever_the_images_or_the_student_are_s
     assert [result["uses"] for result in json.loads(out)["results"]] == [["metadata"], ["metadata"], []]
     assert "USES" in cli("evaluate", "student")[1]
     for path in ("shards", "student"):
-        assert "'uses': ['metadata']" in cli("info", path)[1]
-    assert "'kind': 'metadata'" in cli("info", "metadata")[1]
+        assert "uses:\n  - metadata" in cli("info", path)[1]
+    assert "kind: metadata" in cli("info", "metadata")[1]
 
 
 # -- grids -------------------------------------------------------------------------------------------------------------
