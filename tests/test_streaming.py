@@ -213,7 +213,8 @@ def test_collapse_is_told_from_variety(classes, batch, seen, word, tmp_path):
     answers = torch.tensor(list(seen))[torch.arange(batch) % len(seen)]
     for sure, expected in ((30.0, word), (0.0, word or "confidence")):
         pixels = sure * torch.eye(classes)[answers] + 1e-3 * torch.eye(classes)[answers]
-        measures = {name: float(value) for name, value in method.health(pixels.view(batch, 1, 1, classes)).items()}
+        health = method.health(pixels.view(batch, 1, 1, classes), pixels)
+        measures = {name: float(value) for name, value in health.items()}
         concern = method.concern(measures)
         assert (concern is None) if expected is None else (f"({expected})" in concern), (sure, measures)
 

@@ -93,14 +93,13 @@ class CoTrainer(Synthesizer):
         return self.ask_teacher(pixels) if isinstance(self.augment, nn.Identity) else None
 
     @torch.no_grad()
-    def health(self, pixels: Tensor) -> dict[str, Tensor]:
-        """How images (B, C, H, W) look to the networks, B of at least 1.
+    def health(self, pixels: Tensor, logits: Tensor) -> dict[str, Tensor]:
+        """How images (B, C, H, W), B of at least 1, and the teacher's logits for them (B, K) look.
 
         ``confidence``: the teacher's mean highest probability; ``variety``: the number of classes that its answers are
         spread over, as the exponential of their entropy, divided by the most that there can be; ``agreement``: the
         share of images for which the student gives the teacher's class.
         """
-        logits = self.teacher(pixels).float()
         labels, training = logits.argmax(1), self.student.training
         agreed = self.student.eval()(pixels).argmax(1) == labels
         self.student.train(training)
@@ -195,7 +194,9 @@ class PoolTrainer(CoTrainer):
         """Make a shard against the student as it is, then train the student."""
         self.student.eval()
         made = super().round(index)
-        made = {**made, **self.health(self.writer.read(index)["images"].to(self.device).float())}
+        shard = self.writer.read(index)
+        health = self.health(shard["images"].to(self.device).float(), shard["logits"].to(self.device))
+        made = {**made, **health}
         if self.warming_up:
             return made
         self.student.train()

@@ -133,7 +133,7 @@ class StreamTrainer(CoTrainer):
         for step in range(index * ROUND, min((index + 1) * ROUND, self.config.steps)):
             seed_torch(self.device, "generator step", self.seed, step)
             rows.append(self.iteration())
-        return means(rows) | self.health(self.last)
+        return means(rows) | self.health(self.last, self.ask_teacher(self.last).logits)
 
     @torch.no_grad()
     def make(self, first: int, count: int) -> Impressions:
