@@ -78,3 +78,30 @@ def numerical_gradient(function: Callable[[Array], float], x: Array, step: float
         shift[index] = step
         gradient[index] = (function(x + shift) - function(x - shift)) / (2 * step)
     return gradient
+
+
+class Adam:
+    """Algorithm 1 of Kingma and Ba, ICLR 2015, one step at a time."""
+
+    def __init__(self, betas: tuple[float, float] = (0.9, 0.999)) -> None:
+        self.betas, self.steps = betas, 0
+        self.first: Array | float = 0.0
+        self.second: Array | float = 0.0
+
+    def step(self, x: Array, gradient: Array, lr: float) -> Array:
+        (a, b), self.steps = self.betas, self.steps + 1
+        self.first = a * self.first + (1 - a) * gradient
+        self.second = b * self.second + (1 - b) * gradient**2
+        corrected = self.first / (1 - a**self.steps), self.second / (1 - b**self.steps)
+        return x - lr * corrected[0] / (np.sqrt(corrected[1]) + 1e-8)
+
+
+class Momentum:
+    """Gradient descent with momentum 0.9 and weight decay, as Sutskever et al., ICML 2013, in PyTorch's form."""
+
+    def __init__(self, decay: float) -> None:
+        self.decay, self.velocity = decay, 0.0
+
+    def step(self, x: Array, gradient: Array, lr: float) -> Array:
+        self.velocity = 0.9 * self.velocity + gradient + self.decay * x
+        return x - lr * self.velocity

@@ -19,6 +19,7 @@ import torch
 from lightning.pytorch.callbacks import Callback
 from oracles import Array
 from pipeline import finish, kill_after_saving
+from synthesis_oracles import Adam
 from torch import Tensor, nn
 
 from dfkd_cli.artifacts.run import RunDirectory
@@ -298,22 +299,6 @@ def test_an_interrupted_run_continues_bit_for_bit(name, tmp_path):
 # -- what a batch leaves to the next -----------------------------------------------------------------------------------
 
 
-class Adam:
-    """Algorithm 1 of Kingma and Ba, ICLR 2015, one step at a time."""
-
-    def __init__(self, lr: float, betas: tuple[float, float]) -> None:
-        self.lr, self.betas, self.steps = lr, betas, 0
-        self.first: Array | float = 0.0
-        self.second: Array | float = 0.0
-
-    def step(self, x: Array, gradient: Array) -> Array:
-        (a, b), self.steps = self.betas, self.steps + 1
-        self.first = a * self.first + (1 - a) * gradient
-        self.second = b * self.second + (1 - b) * gradient**2
-        corrected = self.first / (1 - a**self.steps), self.second / (1 - b**self.steps)
-        return x - self.lr * corrected[0] / (np.sqrt(corrected[1]) + 1e-8)
-
-
 @pytest.mark.parametrize("meta", ["fomaml", "reptile"])
 def test_meta_gradients_of_a_linear_generator(meta, tmp_path):
     """Two rounds of three inner steps by hand: x = z W^T, a linear teacher, cross-entropy alone."""
@@ -333,16 +318,11 @@ def test_meta_gradients_of_a_linear_generator(meta, tmp_path):
 
     classifier = teacher.net[2]
     weight, bias = (p.detach().double().numpy() for p in (classifier.weight, classifier.bias))
-    theta, outer, kept = start, Adam(lr * steps, (0.5, 0.999)), []
+    theta, outer, kept = start, Adam((0.5, 0.999)), []
     for index in range(2):
         torch.manual_seed(derive("shard", 0, index))
         labels, z = torch.randint(4, (count,)).numpy(), torch.randn(count, 5).double().numpy()
-        inner, of_inner, of_z, total = (
-            theta,
-            Adam(lr, (0.5, 0.999)),
-            Adam(latent_lr, (0.5, 0.999)),
-            np.zeros_like(theta),
-        )
+        inner, of_inner, of_z, total = theta, Adam((0.5, 0.999)), Adam((0.5, 0.999)), np.zeros_like(theta)
         losses, images = [], []
         for _ in range(steps):
             x = z @ inner.T
@@ -353,9 +333,9 @@ def test_meta_gradients_of_a_linear_generator(meta, tmp_path):
             gradient = 0.7 * (p - np.eye(4)[labels]) / count @ weight / 0.5 / np.sqrt(1 + 1e-5)
             of_theta = gradient.T @ z
             total = total + of_theta
-            z, inner = of_z.step(z, gradient @ inner), of_inner.step(inner, of_theta)
+            z, inner = of_z.step(z, gradient @ inner, latent_lr), of_inner.step(inner, of_theta, lr)
         kept.append(images[int(np.argmin(losses))])
-        theta = outer.step(theta, total if meta == "fomaml" else theta - inner)
+        theta = outer.step(theta, total if meta == "fomaml" else theta - inner, lr * steps)
     np.testing.assert_allclose(images_of(made).flatten(1), np.concatenate(kept), atol=2e-5)
     np.testing.assert_allclose(made.generator[0].weight.detach(), theta, atol=2e-5)
     assert np.abs(theta - start).max() > 0.03
