@@ -7,6 +7,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
+from lightning.pytorch.callbacks import Callback
 
 from dfkd_cli import catalog
 from dfkd_cli.artifacts.metadata import Metadata
@@ -23,12 +24,12 @@ from dfkd_cli.synthesizers.base import Synthesizer
 from dfkd_cli.ui import Terminal
 
 
-def work(learner: Learner, directory: Path) -> None:
+def work(learner: Learner, directory: Path, *callbacks: Callback) -> None:
     """All rounds of a learner, as a command does them in its directory."""
     run = RunDirectory(directory, resolve("synthesize", [("", {"method": "noise", "device": "cpu"})]), [], {})
     run.claim()
     with run.guard():
-        fit(learner, run, Terminal(silent=True))
+        fit(learner, run, Terminal(silent=True), callbacks)
 
 
 def random_images(info: ModelInfo, count: int, chunk: int = 1000) -> RealSource:

@@ -12,16 +12,20 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+import lightning.pytorch as pl
 import numpy as np
 import pytest
 import stand_ins
 import torch
+from lightning.pytorch.callbacks import Callback
 from oracles import Array, softmax
 from synthesis_oracles import Adam, Momentum, gaussian_kl, numerical_gradient
 from torch import nn
 
 from dfkd_cli.models.classifier import Classifier, ModelInfo
+from dfkd_cli.rounds import CHECKPOINT
 from dfkd_cli.seeds import derive
+from dfkd_cli.synthesizers.streaming import ROUND
 
 SIZE, CLASSES, LATENT, BATCH, STEPS = (1, 2, 3), 4, 3, 6, 3
 UNITS, MAPS = 6, 2
@@ -196,7 +200,7 @@ def test_iterations_are_the_papers(name, rule, values, norm, tmp_path):
         latents = torch.randn(BATCH, LATENT).double().numpy()
         x = images(latents)
         weighted(losses.generator(x, students))
-        by_pixels = numerical_gradient(quietly(lambda pixels: losses.generator(pixels, students)), x)
+        by_pixels = numerical_gradient(quietly(lambda pixels, s=students: losses.generator(pixels, s)), x)
         parts = zip(np.array_split(by_pixels, len(generators)), np.array_split(latents, len(generators)), strict=True)
         gradients = clipped([of_x.T @ z for of_x, z in parts], c.clip)
         lr = rate(c.lr, step / STEPS)
@@ -225,6 +229,31 @@ def test_iterations_are_the_papers(name, rule, values, norm, tmp_path):
     for key, term in seen.items():
         per_iteration = np.reshape(term, (STEPS, -1))[:, -1]  # a student's last step stands for its iteration
         np.testing.assert_allclose(float(row[key]), per_iteration.mean(), rtol=1e-3, atol=1e-6, err_msg=key)
+
+
+@pytest.mark.parametrize(("name", "values", "norm"), [(case[0], *case[2:]) for case in CASES])
+def test_an_interrupted_run_continues_bit_for_bit(name, values, norm, tmp_path):
+    class Stop(Callback):
+        def on_train_epoch_start(self, trainer: pl.Trainer, module: pl.LightningModule) -> None:
+            if trainer.current_epoch == 2:
+                trainer.save_checkpoint(tmp_path / "stopped" / CHECKPOINT)
+                raise ZeroDivisionError
+
+    def made(directory: str) -> Any:
+        torch.manual_seed(2)
+        return method(name, {**values, "steps": 2 * ROUND + 3}, norm, tmp_path / directory)
+
+    whole = made("whole")
+    stand_ins.work(whole, tmp_path / "whole")
+    with pytest.raises(ZeroDivisionError):
+        stand_ins.work(made("stopped"), tmp_path / "stopped", Stop())
+    resumed = made("stopped")
+    torch.manual_seed(99)
+    stand_ins.work(resumed, tmp_path / "stopped")
+    state = resumed.state_dict()
+    assert all(torch.equal(value, state[key]) for key, value in whole.state_dict().items())
+    for path in [*(tmp_path / "whole").glob("shard-*"), tmp_path / "whole" / "metrics.csv"]:
+        assert path.read_bytes() == (tmp_path / "stopped" / path.name).read_bytes(), path.name
 
 
 def method(name: str, values: dict[str, Any], norm: bool, directory: Path) -> Any:

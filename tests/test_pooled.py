@@ -5,8 +5,6 @@ from __future__ import annotations
 import copy
 import csv
 import itertools
-import json
-import signal
 from collections.abc import Callable
 from pathlib import Path
 
@@ -18,15 +16,12 @@ import safetensors.torch
 import torch
 from lightning.pytorch.callbacks import Callback
 from oracles import Array
-from pipeline import finish, kill_after_saving
 from synthesis_oracles import Adam
 from torch import Tensor, nn
 
 from dfkd_cli.artifacts.run import RunDirectory
 from dfkd_cli.artifacts.shards import ShardWriter
-from dfkd_cli.cli.app import main
 from dfkd_cli.models.classifier import Classifier, ModelInfo
-from dfkd_cli.models.generators import load_generator
 from dfkd_cli.models.statistics import AveragedMoments, Moments, batch_moments
 from dfkd_cli.resolve import resolve
 from dfkd_cli.rounds import CHECKPOINT, fit
@@ -417,58 +412,3 @@ def test_generators_life(tmp_path):
     run("nayer", tmp_path, Watch(), num_images=60, **values)
     same = [torch.allclose(a, b, atol=1e-3) for a, b in itertools.pairwise(weights)]
     assert same == [True, False, True, False, True, True, False, True, True]  # rounds 2, 4, 7
-
-
-# -- the command -------------------------------------------------------------------------------------------------------
-
-SMALL = ["--device", "cpu", "--student", "resnet8", "--width", "0.25", "--view-crop", "1", "--crop", "1",
-         "--no-view-flip", "--no-flip", "--student-lr", "0.1"]  # fmt: skip
-OWN = {"cmi": ["--iterations", "12", "--negatives", "60"], "fast-dfkd": [], "nayer": ["--latent", "50"]}
-
-
-@pytest.fixture(scope="module")
-def digits(tmp_path_factory) -> Path:
-    """A ResNet-8 that reads digits of 8x8 pixels, and what a student learns of it from noise."""
-    path = tmp_path_factory.mktemp("digits")
-    handlers = {number: signal.getsignal(number) for number in (signal.SIGINT, signal.SIGTERM)}
-    small = ["--model", "resnet8", "--input-size", "1", "8", "8", "--epochs", "6", "--batch-size", "64"]
-    assert main(["train-teacher", "--out", str(path / "teacher"), *small, "--device", "cpu"]) == 0
-    plain = ["--rotate", "0", "--translate", "0", "--scale", "0", "--noise", "0", "--optimizer", "sgd", "--lr", "0.1"]
-    models = ["--teacher", str(path / "teacher"), "--student", "resnet8", "--out", str(path / "noise")]
-    noise = ["--transfer-set", "noise:480", "--steps", "120", "--batch-size", "64"]
-    assert main(["distill", *models, *noise, *plain, "--device", "cpu"]) == 0
-    for number, handler in handlers.items():
-        signal.signal(number, handler)
-    return path
-
-
-def test_killed_and_resumed_equals_uninterrupted(digits, tmp_path, cli):
-    """kill -9 between two rounds, in a process of its own."""
-    steps = ["--num-images", "100", "--batch-size", "20", "--student-steps", "10", "--student-batch-size", "8"]
-    arguments = ["synthesize", "--method", "fast-dfkd", "--teacher", str(digits / "teacher"), *steps, *SMALL]
-    code, _, err = cli(*arguments, "--out", tmp_path / "whole")
-    assert code == 0, err
-    killed = [*arguments, "--out", "killed"]
-    kill_after_saving(killed, tmp_path, tmp_path / "killed" / CHECKPOINT)
-    assert json.loads((tmp_path / "killed" / "run.json").read_text())["status"] != "complete"
-    finish(killed, tmp_path)
-    names = ["manifest.json", "metrics.csv", "student/model.safetensors", "generator/generator.safetensors"]
-    for name in names:
-        assert (tmp_path / "whole" / name).read_bytes() == (tmp_path / "killed" / name).read_bytes(), name
-    load_generator(tmp_path / "killed" / "generator")
-
-
-@pytest.mark.parametrize("name", NAMES)
-def test_student_in_the_loop_beats_one_taught_with_noise(name, digits, tmp_path, cli):
-    steps = ["--num-images", 480, "--batch-size", 60, "--student-steps", 20, "--student-batch-size", 64]
-    out = tmp_path / "shards"
-    code, _, err = cli(
-        "synthesize", "--method", name, "--teacher", digits / "teacher", "--out", out, *steps, *SMALL, *OWN[name],
-        "--iterations", 10, "--warmup-share", 0.25,
-    )  # fmt: skip
-    assert code == 0, err
-    models = [out / "student", digits / "noise"]
-    code, answer, err = cli("evaluate", *models, "--teacher", digits / "teacher", "--device", "cpu", "--json")
-    assert code == 0, err
-    ours, noise = (result["top1"] for result in json.loads(answer)["results"])
-    assert ours > noise + 0.1

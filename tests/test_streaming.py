@@ -10,11 +10,9 @@ import numpy as np
 import pytest
 import stand_ins
 import torch
-from pipeline import finish, kill_after_saving
 from torch import nn
 
 from dfkd_cli import catalog
-from dfkd_cli.artifacts.files import sha256_file
 from dfkd_cli.artifacts.shards import ShardWriter
 from dfkd_cli.config import build
 from dfkd_cli.errors import ArtifactError
@@ -143,18 +141,6 @@ def test_a_generator_directory_gives_the_same_images(tmp_path):
 
 
 # -- the loop ----------------------------------------------------------------------------------------------------------
-
-
-def test_killed_and_continued_is_uninterrupted(tmp_path, make_teacher):
-    arguments = ["synthesize", "--method", "zskt", "--teacher", str(make_teacher("lenet5")), *SMALL, "--steps", "60"]
-    arguments += ["--student-steps", "2", "--seed", "3"]
-    results = [f"{part}.safetensors" for part in ("student/model", "generator/generator")]
-    results += ["manifest.json", "metrics.csv"]
-    finish([*arguments, "--out", "whole"], tmp_path)
-    kill_after_saving([*arguments, "--out", "killed"], tmp_path, tmp_path / "killed" / "checkpoints" / "last.ckpt")
-    finish([*arguments, "--out", "killed"], tmp_path)
-    for name in results:
-        assert sha256_file(tmp_path / "killed" / name) == sha256_file(tmp_path / "whole" / name), name
 
 
 def test_what_lasts_is_said_once_and_recorded(tmp_path, make_teacher, cli, monkeypatch):

@@ -1,0 +1,75 @@
+"""Every method with a student in the loop, as a command: the student learns more than from noise, and resumes."""
+
+from __future__ import annotations
+
+import json
+import signal
+from pathlib import Path
+
+import pytest
+from pipeline import finish, kill_after_saving
+
+from dfkd_cli.cli.app import main
+from dfkd_cli.models.generators import load_generator
+from dfkd_cli.rounds import CHECKPOINT
+
+COMMON = ["--device", "cpu", "--student", "resnet8", "--width", "0.25", "--student-lr", "0.1"]
+STREAMED = [*COMMON, "--num-images", "64", "--batch-size", "64", "--latent", "50", "--student-optimizer", "sgd"]
+POOLED = [*COMMON, "--student-batch-size", "64", "--view-crop", "1", "--crop", "1", "--no-view-flip", "--no-flip"]
+POOL = [*POOLED, "--num-images", "480", "--batch-size", "60", "--student-steps", "20", "--iterations", "10"]
+METHODS = {
+    "dafl": [*STREAMED, "--steps", "100", "--student-steps", "2"],
+    "dfad": [*STREAMED, "--steps", "60", "--student-steps", "2"],
+    "zskt": [*STREAMED, "--steps", "100", "--student-steps", "4", "--student-temperature", "4"],
+    "dfq": [*STREAMED, "--steps", "60", "--student-steps", "2"],
+    "cmi": [*POOL, "--warmup-share", "0.25", "--iterations", "12", "--negatives", "60"],
+    "fast-dfkd": [*POOL, "--warmup-share", "0.25"],
+    "nayer": [*POOL, "--warmup-share", "0.25", "--latent", "50"],
+}
+
+
+@pytest.fixture(scope="module")
+def digits(tmp_path_factory) -> Path:
+    """A ResNet-8 that reads digits of 8x8 pixels, and what a student learns of it from noise."""
+    path = tmp_path_factory.mktemp("digits")
+    handlers = {number: signal.getsignal(number) for number in (signal.SIGINT, signal.SIGTERM)}
+    small = ["--model", "resnet8", "--input-size", "1", "8", "8", "--epochs", "6", "--batch-size", "64"]
+    assert main(["train-teacher", "--out", str(path / "teacher"), *small, "--device", "cpu"]) == 0
+    plain = ["--rotate", "0", "--translate", "0", "--scale", "0", "--noise", "0", "--optimizer", "sgd", "--lr", "0.1"]
+    models = ["--teacher", str(path / "teacher"), "--student", "resnet8", "--out", str(path / "noise")]
+    noise = ["--transfer-set", "noise:480", "--steps", "120", "--batch-size", "64"]
+    assert main(["distill", *models, *noise, *plain, "--device", "cpu"]) == 0
+    for number, handler in handlers.items():
+        signal.signal(number, handler)
+    return path
+
+
+@pytest.mark.parametrize("name", METHODS)
+def test_student_in_the_loop_beats_one_taught_with_noise(name, digits, tmp_path, cli):
+    teacher, out = digits / "teacher", tmp_path / "shards"
+    code, _, err = cli("synthesize", "--method", name, "--teacher", teacher, "--out", out, *METHODS[name])
+    assert code == 0, err
+    models = [out / "student", digits / "noise"]
+    code, answer, err = cli("evaluate", *models, "--teacher", teacher, "--device", "cpu", "--json")
+    assert code == 0, err
+    ours, noise = (result["top1"] for result in json.loads(answer)["results"])
+    assert ours > noise + 0.1
+
+
+@pytest.mark.parametrize(
+    ("name", "more"),
+    [
+        ("fast-dfkd", [*POOLED, "--num-images", "100", "--batch-size", "20", "--student-steps", "10"]),
+        ("zskt", [*STREAMED, "--steps", "60", "--student-steps", "2"]),
+    ],
+)
+def test_killed_and_continued_is_uninterrupted(name, more, digits, tmp_path):
+    """kill -9 between two rounds, in a process of its own."""
+    arguments = ["synthesize", "--method", name, "--teacher", str(digits / "teacher"), *more, "--seed", "3"]
+    finish([*arguments, "--out", "whole"], tmp_path)
+    kill_after_saving([*arguments, "--out", "killed"], tmp_path, tmp_path / "killed" / CHECKPOINT)
+    assert json.loads((tmp_path / "killed" / "run.json").read_text())["status"] != "complete"
+    finish([*arguments, "--out", "killed"], tmp_path)
+    for file in ["manifest.json", "metrics.csv", "student/model.safetensors", "generator/generator.safetensors"]:
+        assert (tmp_path / "whole" / file).read_bytes() == (tmp_path / "killed" / file).read_bytes(), file
+    load_generator(tmp_path / "killed" / "generator")
