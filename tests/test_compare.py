@@ -812,6 +812,49 @@ def test_a_typed_teacher_is_not_one_of_several(here, cli):
     assert not (here / "several").exists()
 
 
+def test_a_students_student_is_ranked_by_the_grids_teacher(tmp_path, monkeypatch, cli):
+    """Also where that teacher is a student itself, and with images made from it."""
+    monkeypatch.chdir(tmp_path)
+    small = {"steps": 2, "batch_size": 4}
+    noise, made = {"transfer_set": ["noise:8"]}, {"method": "zskd", "num_images": 4, "iterations": 1}
+    rows = {
+        "second": {"taught_by": "first", "distill": {**noise, "temperature": 2}},
+        "first": {"distill": noise},
+        "third": {"taught_by": "second", "synthesize": made},
+        "points": {"taught_by": "loop", "shards": "third", "sizes": [2]},
+        "loop": {
+            "synthesize": {"method": "dfad", "num_images": 4, **small, "width": 0.05, "latent": 4},
+            "cotrained": True,
+        },
+    }
+    (tmp_path / "grid.yaml").write_text(json.dumps({"grid": {"seeds": [0, 1], "student": small, "rows": rows}}))
+    assert cli("train-teacher", "--steps", "2", "--batch-size", "4", "--out", "root")[0] == 0
+    assert cli("distill", "--teacher", "root", "--transfer-set", "noise:4", "--steps", "1", "--out", "given")[0] == 0
+    code, _, err = cli("compare", "--recipe", "grid.yaml", "--teacher", "given", "--out", "grid")
+    assert code == 0, err
+    (section,) = results_in(tmp_path / "grid")["sections"]
+    teacher, *students = section["rows"]
+    assert [run["path"] for run in teacher["runs"]] == ["given"]
+    assert {row["label"] for row in students} == {"first", "second", "third", "loop", "points@2"}
+    for row in students:
+        assert [run["teacher"] for run in row["runs"]] == [teacher["runs"][0]["sha256"]] * 2
+    taught = {
+        "second": "first/seed{}/student",
+        "third": "second/seed{}/student",
+        "points@2": "loop/seed{}/shards/student",
+    }
+    for row, place in taught.items():
+        for seed in range(2):
+            record = json.loads(Path("grid", "runs", row, f"seed{seed}", "student", "run.json").read_text())
+            parent = next(parent for parent in record["parents"] if parent["role"] == "teacher")
+            assert parent["path"] == str(Path("grid", "runs", place.format(seed)))
+    assert cli("compare", "grid", "--out", "again")[0] == 0
+    assert {row["label"] for row in results_in(tmp_path / "again")["sections"][0]["rows"]} > set(taught)
+    (tmp_path / "grid.yaml").write_text((tmp_path / "grid.yaml").read_text().replace('"first", "d', '"loop", "d'))
+    code, _, err = cli("compare", "--recipe", "grid.yaml", "--teacher", "given", "--out", "grid")
+    assert code == 2 and "taught_by: first -> loop" in err, err
+
+
 @pytest.mark.parametrize(
     "old, new, words",
     [
@@ -829,6 +872,9 @@ def test_a_typed_teacher_is_not_one_of_several(here, cli):
         ("{num_images: 8}", "[8]", "grid.synthesize: must be a mapping"),
         ("{num_images: 8}", "{recipe: nothing-of-the-kind}", "unknown recipe"),
         ("{shards: zskd,", "{teachers: [lenet5], shards: zskd,", "the grid has one"),
+        ("hot: {shards: zskd,", "hot: {taught_by: zksd, shards: zskd,", "did you mean 'zskd'"),
+        ("hot: {shards: zskd,", "hot: {taught_by: growing, shards: zskd,", "row 'growing' has no student of seed 0"),
+        ("hot: {shards: zskd,", "hot: {taught_by: zskd-hot, shards: zskd,", "rows that wait for each other"),
     ],
 )
 def test_a_wrong_grid_is_refused_before_anything_runs(tmp_path, monkeypatch, cli, old, new, words):

@@ -13,7 +13,8 @@ which keeps logarithms finite where a cosine is -1. It trains without labels and
 classifier's loss it goes with ``response``.
 
 The paper's auxiliary teacher, as deep as the student, is a student of ``--objective pkt``: give its directory as
-``--teacher``. The released code makes a new optimiser in every epoch, which is not done here.
+``--teacher``, or in a grid its row as ``taught_by``. The released code makes a new optimiser in every epoch, which is
+not done here.
 """
 
 from __future__ import annotations

@@ -92,6 +92,11 @@ class Model:
         return self.provenance.get("teacher")
 
     @property
+    def leads(self) -> bool:
+        """Whether it is the teacher of a grid, whoever taught it."""
+        return self.group is not None and self.row is None
+
+    @property
     def settings(self) -> dict[str, Any]:
         """All that made it, but for seeds and teacher: equal settings are repeats of one another."""
         return {

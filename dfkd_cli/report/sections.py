@@ -32,10 +32,13 @@ class Section:
         return [*self.teachers.values(), *self.members]
 
     def teacher_of(self, model: Model) -> Model:
-        """The teacher that a model is measured against."""
+        """The teacher that a model is measured against: of a student's student the first."""
         if model.sha256 in self.teachers:
             return model
-        return self.teachers[model.teacher or next(iter(self.teachers))]
+        if model.teacher is None:
+            return next(iter(self.teachers.values()))
+        above = (member for member in self.members if member.sha256 == model.teacher)
+        return self.teachers.get(model.teacher) or self.teacher_of(next(above))
 
 
 def arrange(models: Sequence[Model], dataset: str | None, allow_code: bool) -> list[Section]:
@@ -53,10 +56,12 @@ def arrange(models: Sequence[Model], dataset: str | None, allow_code: bool) -> l
     sections: dict[str, Section] = {}
     heads = {model.teacher for model in models}
     for model in models:
-        if model.teacher is not None:
+        if model.teacher is not None and not model.leads:
             teacher = _teacher_of(model, models, allow_code)
             if teacher is None and model.sha256 in heads:
                 continue  # here as a teacher, whoever taught it
+            while teacher is not None and teacher.row is not None:  # a student's student: a grid has one ranking
+                teacher = _teacher_of(teacher, models, allow_code)
             if teacher is None:
                 raise ArtifactError(
                     f"{model.path}: its teacher (sha256 {model.teacher[:12]}...) is not to be found",
@@ -65,7 +70,8 @@ def arrange(models: Sequence[Model], dataset: str | None, allow_code: bool) -> l
             _section(sections, model, teacher, dataset).members.append(model)
     taught = [*sections.values()]
     for model in models:
-        if model.teacher is None and not any(model.sha256 in section.teachers for section in sections.values()):
+        placed = any(model.sha256 in section.teachers for section in sections.values())
+        if (model.teacher is None or model.leads) and not placed:
             fitting = [section for section in taught if model.group is None and _fits(model, section, dataset)]
             if len(fitting) == 1:
                 fitting[0].members.append(model)

@@ -113,6 +113,7 @@ def learn(settings: Settings, job: Job, terminal: Terminal) -> dict[str, Any]:
         "uses": job.uses,
         "seed": settings.run.seed,
         "teacher": teacher.sha256,
+        "line": list(teacher.line),
         "transfer_set": [{k: v for k, v in s.parent.items() if k in ("spec", "sha256")} for s in job.sets],
         "num_images": len(task.source),
     }

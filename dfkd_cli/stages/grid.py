@@ -16,6 +16,8 @@
                                                                               images, from the first 1000, ...
         loop: {synthesize: {method: METHOD}, cotrained: true}                 the student in the method's loop, not
                                                                               one that is distilled afterwards
+        second: {taught_by: zskd, shards: zskd}                               a student of the student of another row,
+                                                                              ranked by the grid's teacher all the same
 
 A student in the loop has the architecture that the row would distill, unless ``synthesize`` names another.
 
@@ -61,7 +63,7 @@ from dfkd_cli.workers import Workers
 
 _COMMON = ("metadata", "synthesize", "student")  # what rows have in common: all of them, or those of one teacher
 _KEYS = ("seeds", "teacher", "teachers", *_COMMON, "rows")
-_ROW_KEYS = ("teachers", "synthesize", "cotrained", "shards", "distill", "sizes", "seeds")
+_ROW_KEYS = ("teachers", "synthesize", "cotrained", "shards", "taught_by", "distill", "sizes", "seeds")
 _OWN = ("teacher", "metadata", "out", "overwrite", "seed")  # what the grid itself decides for every command
 _NAME = re.compile(r"[A-Za-z0-9][A-Za-z0-9._-]*")
 # The flags of `compare` that reach every stage which has them.
@@ -85,6 +87,7 @@ class Step:
         settings: The command.
         teacher: The name of its teacher among several; empty for the only one.
         series: The curve that the row is a point of, or None.
+        taught_by: The row whose student is the teacher, or empty.
         cotrained: Whether the student that a synthesis trains along is the row's.
         published: What a paper reports as top-1 of the model that is made, a share, or None.
     """
@@ -94,6 +97,7 @@ class Step:
     settings: Settings
     teacher: str = ""
     series: str | None = None
+    taught_by: str = ""
     cotrained: bool = False
     published: float | None = None
 
@@ -159,13 +163,14 @@ def plan(settings: Settings, out: Path) -> Grid:
         return [_Planner(settings, grid, root, name, teachers) for name in teachers]
 
     given = {planner.name: planner.given for planner in planners(out) if planner.given is not None}
-    identity = [
-        {**step.settings.plain(volatile=False), "row": step.row}
-        for planner in planners(Path())
-        for step in planner.steps()
-    ]
-    for values in identity:
-        values.pop("teacher", None)  # a path: the teacher's hash counts
+    identity = []
+    for planner in planners(Path()):
+        for step in planner.steps():
+            values = {**step.settings.plain(volatile=False), "row": step.row}
+            values.pop("teacher", None)  # a path: the teacher's hash counts
+            if step.taught_by:
+                values["taught_by"] = step.taught_by
+            identity.append(values)
     steps = [step for planner in planners(out / "runs") for step in planner.steps()]
     return Grid(tuple(_published(_mapping(settings.about, "about"), steps)), given, digest(identity))
 
@@ -303,8 +308,8 @@ class _Planner:
         return mine
 
     def steps(self) -> Iterator[Step]:
-        """The commands; rows that use another row's shards come last."""
-        names = sorted(self.rows, key=lambda name: "shards" in self.rows[name])
+        """The commands; rows that use what another row makes come after it."""
+        names = sorted(self.rows, key=self._depth)
         rows = [step for name in names for seed in self._seeds(name) for step in self._row(name, seed)]
         uses_metadata = any(step.settings.command == "synthesize" and step.settings.inputs.metadata for step in rows)
         for seed in self.seeds if self.per_seed else self.seeds[:1]:
@@ -315,6 +320,15 @@ class _Planner:
                 values = {"teacher": self._teacher(seed), "out": self._metadata(seed), **more}
                 yield self._step("", seed, "collect-metadata", self.metadata, values)
         yield from rows
+
+    def _depth(self, name: str, above: tuple[str, ...] = ()) -> int:
+        """How many rows stand between this one and a row that uses no other's results."""
+        if name in above:
+            raise ConfigError(
+                f"grid.rows.{name}: rows that wait for each other: {', '.join(above)}", "break the circle"
+            )
+        sources = [str(self.rows[name][key]) for key in ("shards", "taught_by") if key in self.rows[name]]
+        return 1 + max((self._depth(row, (*above, name)) for row in sources if row in self.rows), default=-1)
 
     def _row(self, name: str, seed: int) -> Iterator[Step]:
         row, where = self.rows[name], f"grid.rows.{name}"
@@ -328,6 +342,9 @@ class _Planner:
             yield self._synthesis(name, seed, {**common, "out": shards}, resolve("distill", layers).inputs.student)
         if self._cotrained(name):
             return
+        taught_by = str(row.get("taught_by", ""))
+        if taught_by:
+            common["teacher"] = self._student(name, taught_by, seed)
         if shards is not None:
             # What the row itself names joins its shards; a transfer set from further away is a default.
             named = layers[-1][1].get("transfer_set", [])
@@ -335,12 +352,13 @@ class _Planner:
         elif not any("transfer_set" in layer for _, layer in layers):
             raise ConfigError(f"{where}: nothing to distill from", "give synthesize, shards, or distill.transfer_set")
         if "sizes" not in row:
-            yield self._step(name, seed, "distill", layers, {**common, "out": self._place(name, seed, "student")})
+            step = self._step(name, seed, "distill", layers, {**common, "out": self._place(name, seed, "student")})
+            yield dataclasses.replace(step, taught_by=taught_by)
         else:
             for size in sorted(set(config.convert(row["sizes"], tuple[int, ...], f"{where}.sizes"))):
                 values = {**common, "num_images": size, "out": self._place(f"{name}@{size}", seed, "student")}
                 point = self._step(f"{name}@{size}", seed, "distill", layers, values)
-                yield dataclasses.replace(point, series=name)
+                yield dataclasses.replace(point, series=name, taught_by=taught_by)
 
     def _synthesis(self, name: str, seed: int, values: Mapping[str, Any], student: str) -> Step:
         """A row's synthesize, with what its method needs."""
@@ -362,7 +380,7 @@ class _Planner:
         cotrained: bool = config.convert(row.get("cotrained", False), bool, f"{where}.cotrained")
         if cotrained and "synthesize" not in row:
             raise ConfigError(f"{where}.cotrained: a student is trained along with a synthesis", "give synthesize")
-        for key in ("distill", "sizes"):
+        for key in ("distill", "sizes", "taught_by"):
             if cotrained and key in row:
                 hint = f"another row with `shards: {name}` distills from its shards"
                 raise ConfigError(f"{where}: has both cotrained and {key}", hint)
@@ -387,6 +405,16 @@ class _Planner:
             raise ConfigError(f"grid.rows.{name}.shards: no row {owner!r} with synthesize{which}", hint)
         return owner
 
+    def _student(self, name: str, row: str, seed: int) -> str:
+        """The directory of the student of ``row``, which teaches the student of row ``name``."""
+        where = f"grid.rows.{name}.taught_by"
+        if row not in self.rows:
+            raise ConfigError(f"{where}: no row {row!r}", did_you_mean(row, self.rows))
+        if "sizes" in self.rows[row] or seed not in self._seeds(row):
+            raise ConfigError(f"{where}: row {row!r} has no student of seed {seed}", "choose a row with one per seed")
+        shards = self._place(row, seed, "shards")
+        return str(Path(shards, "student")) if self._cotrained(row) else self._place(row, seed, "student")
+
     def _place(self, row: str, seed: int, what: str) -> str:
         return str(self.root / row / f"seed{seed}" / what)
 
@@ -401,15 +429,16 @@ class _Planner:
         return str(self.root / "metadata" / f"seed{seed}" if self.per_seed else self.root / "metadata")
 
     def _step(self, row: str, seed: int, command: str, layers: list[Layer], values: Mapping[str, Any]) -> Step:
-        layers = [*layers, (TYPED, self._passed(command)), ("", {**values, "overwrite": False})]
+        foreign = self.given is not None and values.get("teacher") == self.given
+        layers = [*layers, (TYPED, self._passed(command, foreign)), ("", {**values, "overwrite": False})]
         return Step(row, seed, resolve(command, layers), self.name)
 
-    def _passed(self, command: str) -> dict[str, Any]:
-        """The flags given to ``compare`` that the command has too."""
+    def _passed(self, command: str, foreign: bool) -> dict[str, Any]:
+        """The flags given to ``compare`` that the command has too; of a foreign teacher only where it is the one."""
         known = config.hints(INPUTS[command]) | config.hints(Run)
         values = config.plain(self.settings.inputs) | config.plain(self.settings.run)
         unset = config.defaults(INPUTS["compare"]) | config.defaults(Run)
-        names = _PASSED if self.given is None else _PASSED + FOREIGN
+        names = _PASSED + FOREIGN if foreign else _PASSED
         return {name: values[name] for name in names if name in known and values[name] != unset[name]}
 
 

@@ -45,6 +45,13 @@ class LoadedModel:
         """The dataset it was trained on, as far as its record says."""
         return self.record.get("provenance", {}).get("dataset")
 
+    @property
+    def line(self) -> tuple[str, ...]:
+        """Its own hash, that of its teacher where it was a student, of that one's teacher...: images of all fit it."""
+        provenance = self.record.get("provenance", {})
+        taught_by = [provenance["teacher"]] if "teacher" in provenance else []
+        return (self.sha256, *provenance.get("line", taught_by))
+
     def real_data(self, data_dir: str | None = None) -> list[str]:
         """Directories that hold real images, as far as the teacher's record and the command know."""
         # A dataset's name is no directory, even where one happens to be called like it.
@@ -179,7 +186,7 @@ def open_transfer_set(name: str, teacher: LoadedModel, data_dir: str | None, see
 
     Raises:
         ConfigError: Not a transfer set.
-        ArtifactError: Missing or damaged, or made for another teacher.
+        ArtifactError: Missing or damaged, or made from another teacher (its teacher's will do).
     """
     kind, count = _counted(name)
     info = teacher.classifier.info
@@ -199,7 +206,7 @@ def open_transfer_set(name: str, teacher: LoadedModel, data_dir: str | None, see
     ours = _ours(name, info, seed)
     if ours is not None:
         found, made_from = ours
-        if made_from != teacher.sha256:
+        if made_from not in teacher.line:
             raise ArtifactError(f"{name} was made from another teacher", "give the --teacher it was made from")
         return found
     folder = FolderSource(path, info.input_size)
