@@ -46,8 +46,8 @@ def dist(s: Array, t: Array, tau: float) -> dict[str, float]:
     return {"inter": tau**2 * inter, "intra": tau**2 * intra}
 
 
-def pooled(maps: Array, height: int, width: int) -> Array:
-    """Average pooling to a size: cell i covers floor(i H / h) to ceil((i + 1) H / h)."""
+def pooled(maps: Array, height: int, width: int, reduce: Callable[..., Array] = np.mean) -> Array:
+    """Pooling to a size, by averaging: cell i covers floor(i H / h) to ceil((i + 1) H / h)."""
     count, channels, rows, columns = maps.shape
     out = np.empty((count, channels, height, width))
     for i, j in np.ndindex(height, width):
@@ -57,13 +57,13 @@ def pooled(maps: Array, height: int, width: int) -> Array:
             i * rows // height : -(-(i + 1) * rows // height),
             j * columns // width : -(-(j + 1) * columns // width),
         ]
-        out[:, :, i, j] = part.mean((2, 3))
+        out[:, :, i, j] = reduce(part, axis=(2, 3))
     return out
 
 
-def smaller(s: Array, t: Array) -> tuple[Array, Array]:
+def smaller(s: Array, t: Array, reduce: Callable[..., Array] = np.mean) -> tuple[Array, Array]:
     size = min(s.shape[2], t.shape[2]), min(s.shape[3], t.shape[3])
-    return pooled(s, *size), pooled(t, *size)
+    return pooled(s, *size, reduce), pooled(t, *size, reduce)
 
 
 def attention_map(image: Array) -> Array:
@@ -171,6 +171,17 @@ def convolved(maps: Array, weight: Array, bias: Array, stride: int, padding: int
     return out
 
 
+def transposed(maps: Array, weight: Array, bias: Array, stride: int, padding: int) -> Array:
+    """A transposed convolution: each position adds its kernel to where a convolution would have read it."""
+    high, wide = weight.shape[2:]
+    rows, columns = (maps.shape[2] - 1) * stride + high, (maps.shape[3] - 1) * stride + wide
+    out = np.zeros((len(maps), weight.shape[1], rows, columns))
+    for i, j in np.ndindex(maps.shape[2:]):
+        window = out[:, :, i * stride : i * stride + high, j * stride : j * stride + wide]
+        window += np.einsum("bc,cohw->bohw", maps[:, :, i, j], weight)
+    return out[:, :, padding : rows - padding, padding : columns - padding] + bias[:, None, None]
+
+
 def hint(guess: Array, t: Array, variant: str) -> float:
     """Romero et al., ICLR 2015, equation 3, or its mean over all entries."""
     squares = [((a - b) ** 2).sum() / 2 for a, b in zip(guess, t, strict=True)]
@@ -209,20 +220,14 @@ def reviewkd(maps: list[Array], targets: list[Array], weights: list[dict[str, Ar
     return total
 
 
-def max_pooled(maps: Array, height: int, width: int) -> Array:
-    high, wide = maps.shape[2] // height, maps.shape[3] // width
-    return maps.reshape(*maps.shape[:2], height, high, width, wide).max((3, 5))
-
-
 def fsp(s: list[Array], t: list[Array], variant: str) -> float:
-    """Yim et al., CVPR 2017, equations 1 and 3, from places of one size or a multiple of it."""
+    """Yim et al., CVPR 2017, equations 1 and 3."""
     total = 0.0
     for k in range(len(s) - 1):
         matrices = []
-        for first, second in ((s[k], s[k + 1]), (t[k], t[k + 1])):
-            size = second.shape[2:]
-            first = max_pooled(first, *size) if variant == "paper" else pooled(first, *size)
-            matrices.append(np.einsum("bist,bjst->bij", first, second) / (size[0] * size[1]))
+        for pair in ((s[k], s[k + 1]), (t[k], t[k + 1])):
+            first, second = smaller(*pair, np.max if variant == "paper" else np.mean)
+            matrices.append(np.einsum("bist,bjst->bij", first, second) / first[0, 0].size)
         squares = (matrices[0] - matrices[1]) ** 2
         total += squares.sum() / len(squares) if variant == "paper" else squares.mean()
     return float(total)

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import math
+
 import numpy as np
 import objective_oracles as losses
 import oracles
@@ -16,23 +18,23 @@ from dfkd_cli.models.classifier import Classifier, ModelInfo
 from dfkd_cli.objectives.base import Outputs
 from dfkd_cli.objectives.bss import BSS, Config, across, candidates, other_class
 
-CLASSES, SIZE, MEAN, STD = 4, (2, 3, 3), (0.375, 0.625), (0.25, 0.5)
+CLASSES, SIZE, MEAN, STD = 4, (2, 3, 4), (0.375, 0.625, 0.5), (0.25, 0.5, 0.125)
 ENTRY = catalog.find("objectives", "bss", "objective")
 
 
-def classifier(seed: int, *hidden: nn.Module, width: int = 18) -> Classifier:
+def classifier(seed: int, *hidden: nn.Module, width: int = 24, size: tuple[int, int, int] = SIZE) -> Classifier:
     with torch.random.fork_rng():
         torch.manual_seed(seed)
         net = nn.Sequential(*hidden, nn.Flatten(), nn.Linear(width, CLASSES))
-    return Classifier(net, ModelInfo("test", CLASSES, SIZE, MEAN, STD)).double()
+    return Classifier(net, ModelInfo("test", CLASSES, size, MEAN[: size[0]], STD[: size[0]])).double()
 
 
-def pixels(count: int) -> Tensor:
-    return torch.rand(count, *SIZE, dtype=torch.float64, generator=torch.Generator().manual_seed(1))
+def pixels(count: int, size: tuple[int, int, int] = SIZE) -> Tensor:
+    return torch.rand(count, *size, dtype=torch.float64, generator=torch.Generator().manual_seed(1))
 
 
-def channels(values: tuple[float, ...]) -> np.ndarray:
-    return np.repeat(values, 9)
+def channels(values: tuple[float, ...], size: tuple[int, int, int] = SIZE) -> np.ndarray:
+    return np.repeat(values[: size[0]], size[1] * size[2])
 
 
 def logits(network: Classifier, flat: np.ndarray) -> np.ndarray:
@@ -51,30 +53,31 @@ def objective(student: Classifier, teacher: Classifier, **values) -> BSS:
 # -- the attack --------------------------------------------------------------------------------------------------------
 
 
+@pytest.mark.parametrize("size", [SIZE, (3, 5, 2), (1, 1, 7)])
 @pytest.mark.parametrize("iterations", [1, 3, 10])
 @pytest.mark.parametrize("step", [0.3, 2.0])
-def test_images_move_as_in_the_paper(iterations, step):
-    teacher, images = classifier(0), pixels(12)
-    flat = images.flatten(1).numpy()
-    base = logits(teacher, flat).argmax(1)
+def test_images_move_as_in_the_paper(size, iterations, step):
+    teacher, images = classifier(0, width=math.prod(size), size=size), pixels(12, size)
+    mean, std = channels(MEAN, size), channels(STD, size)
+    start = (images.flatten(1).numpy() - mean) / std
+    head = teacher.head()
+    weight, bias = head.weight.detach().numpy(), head.bias.detach().numpy()
+    base = (start @ weight.T + bias).argmax(1)
     target = (base + 1 + np.arange(12) % 3) % CLASSES
     found = across(
         teacher, images, torch.tensor(base), torch.tensor(target), Config(iterations=iterations, attack_step=step)
     )
-    head = teacher.head()
-    weight, bias = head.weight.detach().numpy(), head.bias.detach().numpy()
-    low, high = ((bound - channels(MEAN)) / channels(STD) for bound in (0, 1))
-    start = (flat - channels(MEAN)) / channels(STD)
+    low, high = -mean / std, (1 - mean) / std
     moved = [
         losses.boundary_sample(x, weight, bias, b, k, step, iterations, low, high)
         for x, b, k in zip(start, base, target, strict=True)
     ]
-    np.testing.assert_allclose(found.flatten(1), np.stack(moved) * channels(STD) + channels(MEAN), atol=1e-10)
+    np.testing.assert_allclose(found.flatten(1), np.stack(moved) * std + mean, atol=1e-10)
     assert not found.requires_grad
 
 
 def test_the_teachers_answer_changes_just_across_the_boundary():
-    teacher = classifier(3, nn.Conv2d(2, 8, 3, padding=1), nn.Tanh(), width=72).freeze()
+    teacher = classifier(3, nn.Conv2d(2, 8, 3, padding=1), nn.Tanh(), width=96).freeze()
     images = pixels(40)
     answers = teacher(images)
     base, target = answers.argmax(1), answers.topk(2).indices[:, 1]
@@ -178,11 +181,13 @@ def test_the_papers_boundary_is_the_mean_over_what_the_code_draws(standardise):
     assert terms["boundary"].item() == pytest.approx(total / len(chosen), rel=1e-9)
 
 
-def test_without_candidates_there_is_no_boundary():
-    student, teacher, images = classifier(1), classifier(2), pixels(8)
-    wrong = (teacher(images).argmax(1) + 1) % CLASSES
-    terms = objective(student, teacher)(Outputs(student(images)), Outputs(teacher(images)), Images(images, wrong))
-    assert terms.keys() == {"soft"}
+@pytest.mark.parametrize(("count", "right"), [(1, 1), (8, 0), (8, 1), (8, 2)])
+def test_the_boundary_takes_two_images_of_which_both_networks_are_right(count, right):
+    student, teacher, images = classifier(2), classifier(2), pixels(count)
+    labels = teacher(images).argmax(1)
+    labels[right:] = (labels[right:] + 1) % CLASSES
+    terms = objective(student, teacher)(Outputs(student(images)), Outputs(teacher(images)), Images(images, labels))
+    assert terms.keys() == ({"soft", "boundary"} if right > 1 else {"soft"})
 
 
 def test_weights_fall_over_the_training():

@@ -24,6 +24,7 @@ from dfkd_cli.objectives.dist import correlation
 from dfkd_cli.objectives.response import Response, soft_loss
 
 OBJECTIVES = catalog.entries("objectives")
+ANSWERS = [name for name, entry in OBJECTIVES.items() if "standardise" in hints(entry.config)]
 FORMS = ("kl", "ce", "mse")
 RNG = np.random.default_rng(0)
 
@@ -76,10 +77,11 @@ def test_equal_answers_cost_nothing():
         assert abs(soft_loss(logits, logits.clone(), form, 20.0)) < 1e-12
 
 
-@pytest.mark.parametrize("form", ["kl", "ce"])
-def test_answers_do_not_change_when_all_logits_are_shifted(form):
-    student, teacher = (torch.tensor(logits) for logits in pair())
-    torch.testing.assert_close(soft_loss(student + 7, teacher - 3, form, 4.0), soft_loss(student, teacher, form, 4.0))
+@pytest.mark.parametrize(("name", "values"), [*((name, {}) for name in ANSWERS), ("response", {"form": "ce"})])
+def test_answers_do_not_change_when_all_logits_of_an_image_are_shifted(name, values):
+    student, teacher = pair()
+    shifted = (logits + RNG.normal(scale=5, size=(4, 1)) for logits in (student, teacher))
+    assert terms_of(name, *shifted, **values) == pytest.approx(terms_of(name, student, teacher, **values), rel=1e-9)
 
 
 def test_at_high_temperature_kl_is_the_squared_difference_of_centred_logits():
@@ -100,12 +102,17 @@ def test_direction_is_teacher_to_student():
         assert found == pytest.approx(expected, rel=1e-10)
 
 
-@pytest.mark.parametrize("form", FORMS)
-def test_extreme_logits_stay_finite(form):
-    student = torch.tensor([[1e4, -1e4, 0.0]], requires_grad=True)
-    loss = soft_loss(student, torch.tensor([[-1e4, 1e4, 0.0]]), form, 1.0)
-    loss.backward()
-    assert loss.isfinite()
+@pytest.mark.parametrize(
+    ("name", "values"),
+    [*((name, {"standardise": z}) for name in ANSWERS for z in (False, True)),
+     *(("response", {"form": form}) for form in FORMS[1:])],
+)  # fmt: skip
+def test_extreme_logits_stay_finite(name, values):
+    student = torch.tensor([[1e4, -1e4, 0.0], [0.0, 200.0, -200.0]], requires_grad=True)
+    teacher = torch.tensor([[-1e4, 1e4, 0.0], [300.0, -300.0, 0.0]])
+    terms = objective(name, temperature=1.0, hard=1.0, **values)(Outputs(student), Outputs(teacher), labelled())
+    sum(terms.values()).backward()
+    assert all(term.isfinite() for term in terms.values())
     assert student.grad.isfinite().all()
 
 
@@ -140,6 +147,8 @@ def test_hard_term_without_labels_takes_the_teachers_class():
 
 
 def objective(name: str, **values) -> Objective:
+    """One that asks the networks nothing more."""
+    values |= {"boundary": 0.0} if name == "bss" else {}
     return OBJECTIVES[name].load()(build(OBJECTIVES[name].config, values))
 
 
@@ -172,12 +181,16 @@ def test_dkd_without_labels_takes_the_teachers_classes():
     assert terms_of("dkd", student, teacher) != terms_of("dkd", student, teacher, teacher.argmin(1))
 
 
-def test_dkd_of_a_sure_teacher_is_finite():
-    student = torch.tensor([[-200.0, 200.0, 0.0]], requires_grad=True)
-    terms = objective("dkd")(Outputs(student), Outputs(torch.tensor([[300.0, -300.0, 0.0]])), labelled())
-    sum(terms.values()).backward()
-    assert all(term.isfinite() for term in terms.values())
-    assert student.grad.isfinite().all()
+def test_dkd_decouples_the_target_from_the_others():
+    student, teacher = pair()
+    found = terms_of("dkd", student, teacher, [9] * 4)
+    surer, elsewhere = student.copy(), student.copy()
+    surer[:, 9] += 2
+    elsewhere[:, :9] = elsewhere[:, [1, 2, 3, 4, 5, 6, 7, 8, 0]]
+    for changed, same, other in ((surer, "non_target", "target"), (elsewhere, "target", "non_target")):
+        terms = terms_of("dkd", changed, teacher, [9] * 4)
+        assert terms[same] == pytest.approx(found[same], rel=1e-9)
+        assert terms[other] != pytest.approx(found[other], rel=1e-2)
 
 
 @pytest.mark.parametrize("name", [name for name, entry in OBJECTIVES.items() if "ramp" in hints(entry.config)])
@@ -198,7 +211,7 @@ def test_smoothing_of_labels_without_a_weight_is_refused(name):
     assert objective(name, label_smoothing=0.3, hard=0.1).config.label_smoothing == 0.3
 
 
-@pytest.mark.parametrize("shape", [(2, 2), (7, 5), (4, 100)])
+@pytest.mark.parametrize("shape", [(1, 10), (2, 2), (7, 5), (4, 100)])
 @pytest.mark.parametrize("tau", [1.0, 4.0])
 def test_dist_is_the_papers(shape, tau):
     student, teacher = pair(*shape)
@@ -218,9 +231,29 @@ def test_correlation_is_blind_to_scale_and_shift():
     torch.testing.assert_close(correlation(a, -a), torch.tensor(-1.0))
 
 
-@pytest.mark.parametrize("name", ["response", "dkd", "dist"])
-def test_standardised_answers_are_compared_as_z_scores(name):
-    student, teacher = pair()
+@pytest.mark.parametrize("alike", [True, False])
+def test_dist_costs_nothing_where_probabilities_are_the_teachers_in_other_units(alike):
+    """Units of the whole batch, or of each image: then the classes correlate, and the images do not."""
+    teacher = RNG.normal(size=(6, 10))
+    scale = np.full((6, 1), 0.3) if alike else np.linspace(0.1, 0.9, 6)[:, None]
+    student = np.log(scale * oracles.softmax(teacher) + (1 - scale) / 10)
+    found = terms_of("dist", student, teacher, temperature=1.0)
+    assert found["inter"] == pytest.approx(0, abs=1e-4)
+    assert (found["intra"] == pytest.approx(0, abs=1e-4)) == alike
+
+
+@pytest.mark.parametrize("shape", [(1, 2), (1, 10), (7, 5), (4, 100)])
+@pytest.mark.parametrize("tau", [1.0, 3.0])
+def test_bss_has_softened_answers_without_the_square_of_the_temperature(shape, tau):
+    student, teacher = pair(*shape)
+    expected = oracles.response(student, teacher, "ce", tau) / tau**2
+    assert terms_of("bss", student, teacher, temperature=tau) == {"soft": pytest.approx(expected, rel=1e-9)}
+
+
+@pytest.mark.parametrize("name", ANSWERS)
+@pytest.mark.parametrize("shape", [(1, 3), (4, 10), (3, 100)])
+def test_standardised_answers_are_compared_as_z_scores(name, shape):
+    student, teacher = pair(*shape)
     scores = losses.standardised(student), losses.standardised(teacher)
     found = terms_of(name, student, teacher, standardise=True, temperature=2.0)
     assert found == pytest.approx(terms_of(name, *scores, temperature=2.0), rel=1e-9)
@@ -229,12 +262,14 @@ def test_standardised_answers_are_compared_as_z_scores(name):
     )
 
 
-def test_hard_labels_are_learned_from_plain_logits():
-    student, teacher = pair()
-    labels = np.array([3, 1, 4, 1])
-    for name in ("response", "dkd", "dist"):
-        found = terms_of(name, student, teacher, labels, standardise=True, hard=1.0, label_smoothing=0.2)
-        assert found["hard"] == pytest.approx(oracles.smoothed_cross_entropy(student, labels, 0.2), rel=1e-9)
+@pytest.mark.parametrize("name", ANSWERS)
+@pytest.mark.parametrize("shape", [(1, 3), (4, 10), (3, 100)])
+def test_hard_labels_are_learned_from_plain_logits(name, shape):
+    student, teacher = pair(*shape)
+    labels = RNG.integers(shape[1], size=shape[0])
+    for given, classes in ((labels, labels), (None, teacher.argmax(1))):
+        found = terms_of(name, student, teacher, given, standardise=True, hard=1.0, label_smoothing=0.2)
+        assert found["hard"] == pytest.approx(oracles.smoothed_cross_entropy(student, classes, 0.2), rel=1e-9)
 
 
 # -- what every objective promises -------------------------------------------------------------------------------------
