@@ -31,6 +31,7 @@ tr.failed td { color: #a40e26; }
 .failure { color: #a40e26; margin-top: 10px; overflow-wrap: anywhere; }
 .cards { display: grid; grid-template-columns: repeat(auto-fill, minmax(min(520px, 100%), 1fr)); gap: 16px; }
 figure { margin: 0; padding: 12px; border: 1px solid var(--line); border-radius: 8px; }
+figure + figure { margin-top: 4px; }
 figcaption { font-size: 13px; color: var(--soft); overflow-wrap: anywhere; } figcaption b { color: var(--ink); }
 img { max-width: 100%; height: auto; display: block; margin: 0 auto 6px; }
 img.pixels { width: 100%; image-rendering: pixelated; }
@@ -138,8 +139,8 @@ def _galleries(shards: Iterable[Mapping[str, Any]]) -> str:
         caption = f"<b>{escape(facts['method'])}</b>{escape(used)}{seed}: {facts['count']:,} images{confidence}<br>"
         caption += "".join(f"<b>Warning:</b> {escape(concern)}<br>" for concern in facts["concerns"])
         caption += f"<code>{escape(facts['path'])}</code>"
-        cards.append(_figure(preview.read_bytes(), caption, f"images of {facts['path']}", "pixels"))
-        cards.append(_terms(facts))
+        images = _figure(preview.read_bytes(), caption, f"images of {facts['path']}", "pixels")
+        cards.append(f"<div>{images}{_terms(facts)}</div>")
     if not cards:
         return ""
     note = "<p>From the first rounds, on top, to the last. Each image is stretched to the full range by itself.</p>"
@@ -147,9 +148,9 @@ def _galleries(shards: Iterable[Mapping[str, Any]]) -> str:
 
 
 def _terms(facts: Mapping[str, Any]) -> str:
-    """The loss terms that the images of each round ended with, beside them; nothing where none were optimised."""
+    """The loss terms that the images of each round ended with, below them; nothing where none were optimised."""
     drawn = charts.curves([read_curves(Path(facts["path"], "metrics.csv"))])
-    caption = f"<b>{escape(facts['method'])}</b>: loss terms, unweighted, over the rounds"
+    caption = "Its loss terms, unweighted, over the rounds"
     return _figure(drawn, caption, f"loss terms of {facts['path']}") if drawn else ""
 
 
