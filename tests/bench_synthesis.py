@@ -107,9 +107,11 @@ def inversion(teacher: Classifier, config: Any) -> Loss:
 def smooth(teacher: Classifier, config: Any) -> Loss:
     """Inception: the cross-entropy and the squared distance to the blurred image."""
     size = 2 * min(int(-(-3 * config.blur // 1)), 31) + 1
+    lines = torch.eye(teacher.info.input_size[1])[None]  # of square images
+    blur = gaussian_blur(lines, [1, size], [config.blur, config.blur])[0]  # as a matrix, the fastest on a CPU
 
     def loss(images: Tensor, targets: Tensor) -> Tensor:
-        rough = (images - gaussian_blur(images, [size, size], [config.blur, config.blur])).square().sum() / len(images)
+        rough = (images - blur @ images @ blur.T).square().sum() / len(images)
         return F.cross_entropy(teacher.net(images) / config.temperature, targets) + config.smoothness * rough
 
     return loss
