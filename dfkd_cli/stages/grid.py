@@ -17,7 +17,8 @@
         loop: {synthesize: {method: METHOD}, cotrained: true}                 the student in the method's loop, not
                                                                               one that is distilled afterwards
         second: {taught_by: zskd, shards: zskd}                               a student of the student of another row,
-                                                                              ranked by the grid's teacher all the same
+                                                                              measured against the grid's teacher all
+                                                                              the same; its seconds are its own alone
 
 A student in the loop has the architecture that the row would distill, unless ``synthesize`` names another.
 
