@@ -34,8 +34,8 @@ format: .venv/.done ## Format the code
 kill-test: .venv/.done ## Kill the pipeline at twenty random moments: twenty times the same hashes
 	OMP_NUM_THREADS=1 DFKD_KILLS=20 $(BIN)/python -m pytest tests/test_kills.py -k killed_pipeline
 
-bench: .venv/.done ## Time a synthesis round against its bare loop
-	$(BIN)/python tests/bench_synthesis.py
+bench: .venv/.done ## Time every method's round against its bare loop; half an hour
+	OMP_NUM_THREADS=1 $(BIN)/python tests/bench_synthesis.py
 
 readme: .venv/.done ## Write the tables of README.md anew from results/
 	$(BIN)/python -m dfkd_cli.report.readme README.md

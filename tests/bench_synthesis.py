@@ -1,6 +1,6 @@
 """What a method costs against the loop it cannot avoid.
 
-    python tests/bench_synthesis.py [--method NAME ...] [--rounds 5] [--iterations 50] [--batch-size 200] [--model SPEC]
+    python tests/bench_synthesis.py [--method NAME ...] [--rounds 3] [--iterations 30] [--batch-size 200] [--model SPEC]
 
 Both sides in one process, in turn, same networks and batches. The bare loop has no names, no Lightning, nothing to
 write; ours is the whole of ``fit`` with everything it does. Prints the ratio of each pair and the median.
@@ -32,6 +32,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 from torchvision.transforms.v2.functional import gaussian_blur
 
+from dfkd_cli import catalog
 from dfkd_cli.artifacts.run import RunDirectory
 from dfkd_cli.artifacts.shards import ShardWriter
 from dfkd_cli.data.sources import Images, Source
@@ -303,18 +304,17 @@ def ours(teacher: Classifier, settings: Settings, rounds: int) -> float:
         return time.perf_counter() - start
 
 
-def settled(name: str, a: argparse.Namespace, short: bool = False) -> Settings:
-    """The method's own defaults, at the size that is asked for."""
-    iterations = 2 if short else a.iterations
-    values: dict[str, Any] = {"method": name, "device": "cpu", "batch_size": a.batch_size}
+def settled(name: str, batch_size: int, iterations: int, width: float) -> Settings:
+    """The method's own defaults, at this size."""
+    values: dict[str, Any] = {"method": name, "device": "cpu", "batch_size": batch_size}
     if BARE[name] in (stream, pool):
-        values["width"] = a.width
+        values["width"] = width
     if BARE[name] is stream:
         values["steps"] = iterations
     else:
         values["iterations"] = iterations
     if BARE[name] in (pool, optimise_and_teach):
-        values |= {"student_steps": iterations, "student_batch_size": a.batch_size}
+        values |= {"student_steps": iterations, "student_batch_size": batch_size}
     if BARE[name] is pool:
         values["warmup_share"] = 0.0
     return resolve("synthesize", [("", values)])
@@ -326,20 +326,17 @@ def main() -> None:
     parser.add_argument("--method", nargs="+", choices=list(BARE), default=list(BARE))
     parser.add_argument("--model", help="default: lenet5, or resnet8 where BatchNorm is needed")
     parser.add_argument("--width", type=float, default=0.25, help="of the generator")
-    for name, default in {"rounds": 5, "iterations": 50, "batch-size": 200, "pairs": 7, "channels": 1}.items():
+    parser.add_argument("--batch-size", type=int, help="default: 200, or 64 where BatchNorm is needed")
+    for name, default in {"rounds": 3, "iterations": 30, "pairs": 3, "channels": 1}.items():
         parser.add_argument(f"--{name}", type=int, default=default)
     a = parser.parse_args()
     above = []
     for name in a.method:
-        settings, warm = settled(name, a), settled(name, a, short=True)
-        model = a.model or ("resnet8" if "batchnorm" in settings.method.entry.needs else "lenet5")
-        say(
-            {
-                "bench": "synthesis",
-                "work": vars(a) | {"method": name, "model": model},
-                "threads": torch.get_num_threads(),
-            }
-        )
+        slow = "batchnorm" in catalog.entries("synthesizers")[name].needs
+        model, size = a.model or ("resnet8" if slow else "lenet5"), a.batch_size or (64 if slow else 200)
+        settings, warm = (settled(name, size, iterations, a.width) for iterations in (a.iterations, 2))
+        work = vars(a) | {"method": name, "model": model, "batch_size": size}
+        say({"bench": "synthesis", "work": work, "threads": torch.get_num_threads()})
         BARE[name](fresh(model, a.channels), warm.method.config, 1)  # imports and first calls
         ours(fresh(model, a.channels), warm, 1)
         ratios = []
