@@ -3,9 +3,12 @@
 from __future__ import annotations
 
 import copy
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
+import lightning.pytorch as pl
+import pytest
 import torch
 from lightning.pytorch.callbacks import Callback
 
@@ -18,7 +21,7 @@ from dfkd_cli.data.datasets import Dataset
 from dfkd_cli.data.sources import RealSource
 from dfkd_cli.models.classifier import Classifier, ModelInfo
 from dfkd_cli.resolve import resolve
-from dfkd_cli.rounds import Learner, fit
+from dfkd_cli.rounds import CHECKPOINT, Learner, fit
 from dfkd_cli.stages.collect_metadata import collect
 from dfkd_cli.synthesizers.base import Synthesizer
 from dfkd_cli.ui import Terminal
@@ -30,6 +33,32 @@ def work(learner: Learner, directory: Path, *callbacks: Callback) -> None:
     run.claim()
     with run.guard():
         fit(learner, run, Terminal(silent=True), callbacks)
+
+
+def check_interruption(run: Callable[..., Learner], directory: Path) -> tuple[Learner, Learner]:
+    """All rounds of a learner at once, and stopped before round 2 and continued: the same state, shards and curves.
+
+    Args:
+        run: ``run(directory, *callbacks)`` makes the learner and does its rounds.
+        directory: Where both are run.
+    """
+
+    class Stop(Callback):
+        def on_train_epoch_start(self, trainer: pl.Trainer, module: pl.LightningModule) -> None:
+            if trainer.current_epoch == 2:
+                trainer.save_checkpoint(directory / "stopped" / CHECKPOINT)
+                raise ZeroDivisionError
+
+    whole = run(directory / "whole")
+    with pytest.raises(ZeroDivisionError):
+        run(directory / "stopped", Stop())
+    torch.manual_seed(99)
+    resumed = run(directory / "stopped")
+    state = resumed.state_dict()
+    assert all(torch.equal(value, state[key]) for key, value in whole.state_dict().items())
+    for path in [*(directory / "whole").glob("shard-*"), directory / "whole" / "metrics.csv"]:
+        assert path.read_bytes() == (directory / "stopped" / path.name).read_bytes(), path.name
+    return whole, resumed
 
 
 def random_images(info: ModelInfo, count: int, chunk: int = 1000) -> RealSource:

@@ -5,14 +5,12 @@ The oracle has the papers' losses, differentiates them numerically, and takes th
 
 from __future__ import annotations
 
-import copy
 import csv
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-import lightning.pytorch as pl
 import numpy as np
 import pytest
 import stand_ins
@@ -23,7 +21,6 @@ from synthesis_oracles import Adam, Momentum, gaussian_kl, numerical_gradient
 from torch import nn
 
 from dfkd_cli.models.classifier import Classifier, ModelInfo
-from dfkd_cli.rounds import CHECKPOINT
 from dfkd_cli.seeds import derive
 from dfkd_cli.synthesizers.streaming import ROUND
 
@@ -165,7 +162,7 @@ CASES: list[tuple[str, type[Rule], dict[str, Any], bool]] = [
 def test_iterations_are_the_papers(name, rule, values, norm, tmp_path):
     torch.manual_seed(1)
     made = method(name, values, norm, tmp_path)
-    c, nets = made.config, [copy.deepcopy(net) for net in (made.teacher, *made.students)]
+    c, nets = made.config, (made.teacher, *made.students)
     teacher, *students = (np.concatenate([p.detach().double().numpy().ravel() for p in n.parameters()]) for n in nets)
     if norm:
         layer = made.teacher.net[1]
@@ -180,12 +177,11 @@ def test_iterations_are_the_papers(name, rule, values, norm, tmp_path):
     of_students = [Adam() if adam else Momentum(c.student_weight_decay) for _ in students]
     seen: dict[str, list[float]] = {}
 
-    def weighted(terms: dict[str, float]) -> float:
+    def note(terms: dict[str, float]) -> None:
         for key, value in terms.items():
             seen.setdefault(key, []).append(value)
-        return sum(getattr(c, key) * value for key, value in terms.items())
 
-    def quietly(function: Callable[[Array], dict[str, float]]) -> Callable[[Array], float]:
+    def weighted(function: Callable[[Array], dict[str, float]]) -> Callable[[Array], float]:
         return lambda x: sum(getattr(c, key) * value for key, value in function(x).items())
 
     def images(latents: Array) -> Array:
@@ -199,8 +195,8 @@ def test_iterations_are_the_papers(name, rule, values, norm, tmp_path):
         torch.manual_seed(derive("generator step", 0, step))
         latents = torch.randn(BATCH, LATENT).double().numpy()
         x = images(latents)
-        weighted(losses.generator(x, students))
-        by_pixels = numerical_gradient(quietly(lambda pixels, s=students: losses.generator(pixels, s)), x)
+        note(losses.generator(x, students))
+        by_pixels = numerical_gradient(weighted(lambda pixels, s=students: losses.generator(pixels, s)), x)
         parts = zip(np.array_split(by_pixels, len(generators)), np.array_split(latents, len(generators)), strict=True)
         gradients = clipped([of_x.T @ z for of_x, z in parts], c.clip)
         lr = rate(c.lr, step / STEPS)
@@ -211,8 +207,8 @@ def test_iterations_are_the_papers(name, rule, values, norm, tmp_path):
             elif c.student_images == "new":
                 x = images(torch.randn(BATCH, LATENT).double().numpy())
             terms = [losses.student(x, theta) for theta in students]
-            weighted({key: np.mean([each[key] for each in terms]) for key in terms[0]})
-            of_theta = [numerical_gradient(quietly(lambda w, x=x: losses.student(x, w)), theta) for theta in students]
+            note({key: np.mean([each[key] for each in terms]) for key in terms[0]})
+            of_theta = [numerical_gradient(weighted(lambda w, x=x: losses.student(x, w)), theta) for theta in students]
             lr = rate(c.student_lr, (step + inner / c.student_steps) / STEPS)
             of_theta = clipped(of_theta, c.clip)
             if adam and c.student_weight_decay:
@@ -233,27 +229,14 @@ def test_iterations_are_the_papers(name, rule, values, norm, tmp_path):
 
 @pytest.mark.parametrize(("name", "values", "norm"), [(case[0], *case[2:]) for case in CASES])
 def test_an_interrupted_run_continues_bit_for_bit(name, values, norm, tmp_path):
-    class Stop(Callback):
-        def on_train_epoch_start(self, trainer: pl.Trainer, module: pl.LightningModule) -> None:
-            if trainer.current_epoch == 2:
-                trainer.save_checkpoint(tmp_path / "stopped" / CHECKPOINT)
-                raise ZeroDivisionError
+    def run(directory: Path, *callbacks: Callback) -> Any:
+        with torch.random.fork_rng(devices=[]):
+            torch.manual_seed(2)
+            made = method(name, {**values, "steps": 2 * ROUND + 3}, norm, directory)
+        stand_ins.work(made, directory, *callbacks)
+        return made
 
-    def made(directory: str) -> Any:
-        torch.manual_seed(2)
-        return method(name, {**values, "steps": 2 * ROUND + 3}, norm, tmp_path / directory)
-
-    whole = made("whole")
-    stand_ins.work(whole, tmp_path / "whole")
-    with pytest.raises(ZeroDivisionError):
-        stand_ins.work(made("stopped"), tmp_path / "stopped", Stop())
-    resumed = made("stopped")
-    torch.manual_seed(99)
-    stand_ins.work(resumed, tmp_path / "stopped")
-    state = resumed.state_dict()
-    assert all(torch.equal(value, state[key]) for key, value in whole.state_dict().items())
-    for path in [*(tmp_path / "whole").glob("shard-*"), tmp_path / "whole" / "metrics.csv"]:
-        assert path.read_bytes() == (tmp_path / "stopped" / path.name).read_bytes(), path.name
+    stand_ins.check_interruption(run, tmp_path)
 
 
 def method(name: str, values: dict[str, Any], norm: bool, directory: Path) -> Any:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import copy
 import csv
+import functools
 import itertools
 from collections.abc import Callable
 from pathlib import Path
@@ -13,6 +14,7 @@ import numpy as np
 import oracles
 import pytest
 import safetensors.torch
+import stand_ins
 import torch
 from lightning.pytorch.callbacks import Callback
 from oracles import Array
@@ -24,7 +26,7 @@ from dfkd_cli.artifacts.shards import ShardWriter
 from dfkd_cli.models.classifier import Classifier, ModelInfo
 from dfkd_cli.models.statistics import AveragedMoments, Moments, batch_moments
 from dfkd_cli.resolve import resolve
-from dfkd_cli.rounds import CHECKPOINT, fit
+from dfkd_cli.rounds import fit
 from dfkd_cli.seeds import derive
 from dfkd_cli.synthesizers.cmi import Memory, contrastive_loss, initialise
 from dfkd_cli.synthesizers.fast_dfkd import reset_first_layer
@@ -272,23 +274,9 @@ def test_pool_is_labelled_in_range_and_as_large_as_wanted(name, tmp_path):
 
 @pytest.mark.parametrize("name", NAMES)
 def test_an_interrupted_run_continues_bit_for_bit(name, tmp_path):
-    class Stop(Callback):
-        def on_train_epoch_start(self, trainer: pl.Trainer, module: pl.LightningModule) -> None:
-            if trainer.current_epoch == 2:
-                trainer.save_checkpoint(tmp_path / "stopped" / CHECKPOINT)
-                raise ZeroDivisionError
-
     values = {"num_images": 30, "warmup_share": 0.2}
-    whole = run(name, tmp_path / "whole", **values)
-    with pytest.raises(ZeroDivisionError):
-        run(name, tmp_path / "stopped", Stop(), **values)
-    torch.manual_seed(99)
-    resumed = run(name, tmp_path / "stopped", **values)
+    whole, resumed = stand_ins.check_interruption(functools.partial(run, name, **values), tmp_path)
     assert torch.equal(images_of(whole), images_of(resumed))
-    state = resumed.state_dict()
-    assert all(torch.equal(value, state[key]) for key, value in whole.state_dict().items())
-    for path in [*(tmp_path / "whole").glob("shard-*"), tmp_path / "whole" / "metrics.csv"]:
-        assert path.read_bytes() == (tmp_path / "stopped" / path.name).read_bytes(), path.name
 
 
 # -- what a batch leaves to the next -----------------------------------------------------------------------------------
