@@ -43,7 +43,8 @@ class Settings:
         """Plain values that give the same settings when read as a recipe.
 
         Args:
-            volatile: Whether to include what does not change the result.
+            volatile: Whether to include what may differ when a run continues. A grid may: its runs have identities of
+                their own.
         """
         values: dict[str, Any] = {"command": self.command}
         for flag, chosen in self.components.items():
@@ -54,10 +55,9 @@ class Settings:
         for section in (self.inputs, self.run):
             dropped = {f.name for f in dataclasses.fields(section) if f.metadata.get("volatile") and not volatile}
             values |= {k: v for k, v in config.plain(section).items() if k not in dropped}
-        if self.about is not None and volatile:
-            values["about"] = dict(self.about)
-        if self.grid is not None:
-            values["grid"] = dict(self.grid)
+        for name, section in (("about", self.about), ("grid", self.grid)):
+            if section is not None and volatile:
+                values[name] = dict(section)
         return values
 
     def completed(self, identity: Mapping[str, Any]) -> dict[str, Any]:

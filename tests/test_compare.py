@@ -437,8 +437,21 @@ def test_a_grid_killed_in_the_middle_ends_as_if_it_had_not_been(tmp_path, monkey
     code, _, err = cli("compare", "--recipe", "killed/config.yaml", "--out", "killed")
     assert (code, "already complete" in err) == (0, True)
     (tmp_path / "grid.yaml").write_text(GRID.replace("temperature: 2", "temperature: 3"))
+    for option in ((), ("--dry-run",)):
+        code, _, err = cli("compare", "--recipe", "grid.yaml", "--out", "killed", *option)
+        place = Path("killed", "runs", "zskd-hot", "seed0", "student")
+        assert (code, f"{place} holds another run: objective.response.temperature: 2.0 -> 3.0" in err) == (2, True), err
+
+    grown = GRID + "    colder: {shards: zskd, seeds: [0], distill: {temperature: 3}}\n"
+    (tmp_path / "grid.yaml").write_text(grown.replace("    growing: {shards: zskd, sizes: [6, 4], seeds: [1]}\n", ""))
     code, _, err = cli("compare", "--recipe", "grid.yaml", "--out", "killed")
-    assert (code, "another run" in err) == (2, True)
+    assert code == 0, err
+    (section,) = results_in(tmp_path / "killed")["sections"]
+    assert {row["label"] for row in section["rows"]} == {"teacher", "zskd", "zskd-hot", "colder"}
+    kept = students(tmp_path / "killed")
+    assert {name: sha for name, sha in kept.items() if name in whole} == whole
+    assert stamps == {name: (tmp_path / "killed" / "runs" / name).stat().st_mtime_ns for name in finished}
+    assert len(kept) == len(whole) + 1
 
 
 def test_two_commands_of_a_grid_at_a_time_make_what_one_makes(tmp_path, monkeypatch, cli):
@@ -545,9 +558,7 @@ def test_published_numbers_and_wall_time_reach_every_table(here, cli):
     for name in ("table.md", "report.html"):
         text = (here / "published" / name).read_text()
         assert all(word in text for word in ("PUBLISHED %", "87.65", took)), name
-    (here / "published.yaml").write_text(json.dumps({"about": {"published": {"real": 87.6}}, "grid": grid}))
-    code, _, err = cli(*command)
-    assert (code, "already complete" in err) == (0, True), "what a paper reports decides nothing"
+    assert "already complete" in cli(*command)[2]
 
     (here / "kept").mkdir()
     shutil.copy(here / "published" / "results.json", here / "kept" / "tiny.json")
@@ -566,6 +577,12 @@ def test_published_numbers_and_wall_time_reach_every_table(here, cli):
     assert line.split(" | ")[1:4] == ["lenet5-half", f"{mean:.2f} ± {sd:.2f}", "87.65"]
     assert fill(text, here) == text
     assert fill(text.replace("87.65", "87.66"), here) == text
+
+    written = {path: path.stat().st_mtime_ns for path in (here / "published" / "runs").rglob("*") if path.is_file()}
+    (here / "published.yaml").write_text(json.dumps({"about": {"published": {"real": 87.6}}, "grid": grid}))
+    assert cli(*command)[0] == 0
+    assert "87.60" in (here / "published" / "table.md").read_text()
+    assert {path: path.stat().st_mtime_ns for path in written} == written, "what a paper reports decides no run"
 
 
 def test_tables_of_the_readme_are_made_from_the_kept_results():

@@ -31,17 +31,14 @@ class RunDirectory:
         path: The directory.
         settings: The command's settings.
         parents: What the command reads: ``{"role": ..., "path": ..., "sha256": ...}`` each.
-        facts: More for ``run.json`` that does not decide identity, e.g. ``{"data_free": True}``.
+        facts: More for ``run.json`` that does not decide identity, e.g. ``{"data_free": True}``. A finished run with
+            other facts is continued: the rows of a comparison may have become more.
     """
 
     def __init__(self, path: Path, settings: Settings, parents: list[dict[str, Any]], facts: Mapping[str, Any]) -> None:
-        self.path, self.settings = path, settings
+        self.path, self.settings, self.facts = path, settings, facts
         hashed = [{k: v for k, v in parent.items() if k != "path"} for parent in parents]
-        # Paths to parents are not part of a run's identity: their hashes are.
-        own = {
-            k: v for k, v in settings.plain(volatile=False).items() if k not in ("teacher", "transfer_set", "weights")
-        }
-        self.identity = {**own, "parents": hashed}
+        self.identity = {**_own(settings), "parents": hashed}
         self.record: dict[str, Any] = {
             "schema": 1,
             "command": settings.command,
@@ -68,18 +65,13 @@ class RunDirectory:
         """
         previous, afresh = self._previous(), self.settings.run.overwrite
         if previous is not None and not afresh:
-            identity = previous.get("identity", {})
-            completed = self.settings.completed(identity).items() if identity else ()
-            known = {key: value for key, value in completed if key in identity or key in self.identity}
-            different = differences(known, self.identity)
-            if different and self._begun():
-                # Of another command or method everything differs.
-                decisive = [one for one in different if one.startswith(("command:", "method:"))]
+            different = _conflicts(previous, self.settings, self.identity)
+            if different and _begun(self.path):
                 raise ConfigError(
-                    f"{self.path} holds another run: {'; '.join(decisive or different)}",
-                    "choose another --out, or give --overwrite",
+                    f"{self.path} holds another run: {different}", "choose another --out, or give --overwrite"
                 )
-            if previous.get("status") == "done" and _whole(self.path, previous):
+            same = all(previous.get(name, fact) == fact for name, fact in self.facts.items())
+            if same and previous.get("status") == "done" and _whole(self.path, previous):
                 self.record = previous
                 return True
             afresh = bool(different)
@@ -98,11 +90,6 @@ class RunDirectory:
         write_atomic(self.path / "config.yaml", dump_yaml(replayable).encode())
         self.save()
         return False
-
-    def _begun(self) -> bool:
-        """Whether the directory holds more than the records of a run that failed before its first round."""
-        own = (RUN, "config.yaml", "metrics.csv")
-        return any(not item.name.startswith(".") and item.name not in own for item in self.path.iterdir())
 
     def _previous(self) -> dict[str, Any] | None:
         try:
@@ -172,6 +159,35 @@ class RunDirectory:
         finally:
             if self._lock is not None:
                 self._lock.close()
+
+
+def conflicts(path: Path, settings: Settings) -> str:
+    """What differs between the settings and the run that ``path`` holds, whatever each reads; empty if nothing."""
+    previous = read_json(path / RUN) if (path / RUN).is_file() and _begun(path) else {}
+    identity = {key: value for key, value in previous.get("identity", {}).items() if key != "parents"}
+    return _conflicts({"identity": identity}, settings, _own(settings)) if identity else ""
+
+
+def _begun(path: Path) -> bool:
+    """Whether a directory holds more than the records of a run that failed before its first round."""
+    own = (RUN, "config.yaml", "metrics.csv")
+    return any(not item.name.startswith(".") and item.name not in own for item in path.iterdir())
+
+
+def _own(settings: Settings) -> dict[str, Any]:
+    """The settings that decide a result. Paths to parents are none of them: the parents' hashes are."""
+    values = settings.plain(volatile=False)
+    return {key: value for key, value in values.items() if key not in ("teacher", "transfer_set", "weights")}
+
+
+def _conflicts(previous: Mapping[str, Any], settings: Settings, identity: Mapping[str, Any]) -> str:
+    """What differs between a recorded run's identity and this one, for the user."""
+    recorded = previous.get("identity", {})
+    completed = settings.completed(recorded).items() if recorded else ()
+    different = differences({key: value for key, value in completed if key in recorded or key in identity}, identity)
+    # Of another command or method everything differs.
+    decisive = [one for one in different if one.startswith(("command:", "method:"))]
+    return "; ".join(decisive or different)
 
 
 def differences(old: Mapping[str, Any], new: Mapping[str, Any], prefix: str = "") -> list[str]:

@@ -12,7 +12,7 @@ import torch
 from torch import Tensor
 
 from dfkd_cli.artifacts.files import read_json, write_atomic, write_json
-from dfkd_cli.artifacts.run import RunDirectory
+from dfkd_cli.artifacts.run import RunDirectory, conflicts
 from dfkd_cli.artifacts.shards import MANIFEST
 from dfkd_cli.data import datasets
 from dfkd_cli.data.datasets import Dataset
@@ -54,15 +54,22 @@ class Subjects:
 
 
 def run(settings: Settings, terminal: Terminal, dry_run: bool = False, paths: Sequence[str] = ()) -> dict[str, Any]:
-    """Compare what ``paths`` hold and what the grid makes. Both are only read."""
+    """Compare what ``paths`` hold and what the grid makes. Both are only read.
+
+    A grid may have changed since ``--out`` was made, as long as no run that is there would be another one: new rows are
+    run, the others are kept.
+    """
     settings = settings.replace(paths=tuple(paths) or settings.inputs.paths)
     out = Path(settings.run.out or "comparison")
     grid = None if settings.grid is None else plan(settings, out)
     subjects = _open(settings, grid, terminal)
     _arrange(subjects, settings)  # what does not fit is found before anything is written
+    if grid is not None and not settings.run.overwrite:
+        _check_runs(grid)
     if dry_run:
         return _rehearse(subjects, grid, terminal)
-    directory = RunDirectory(out, settings, _parents(subjects, grid), {})
+    facts = {} if grid is None else {"grid": grid.sha256}
+    directory = RunDirectory(out, settings, _parents(subjects), facts)
     if directory.claim():
         terminal.say(f"{out} is already complete")
         results = read_json(out / RESULTS)
@@ -165,11 +172,18 @@ def _arrange(subjects: Subjects, settings: Settings) -> list[Section]:
     return arrange(subjects.models, settings.inputs.dataset, settings.run.allow_code)
 
 
-def _parents(subjects: Subjects, grid: Grid | None) -> list[dict[str, Any]]:
-    """What decides the result, by hash."""
+def _check_runs(grid: Grid) -> None:
+    """Refuse a grid in whose place runs with other settings lie."""
+    for step in grid.steps:
+        if different := conflicts(step.out, step.settings):
+            hint = "choose another --out, or remove this directory: the rest is kept"
+            raise ConfigError(f"{step.out} holds another run: {different}", hint)
+
+
+def _parents(subjects: Subjects) -> list[dict[str, Any]]:
+    """What decides the result, by hash; a grid's runs have identities of their own."""
     found = [{"role": "model", "path": str(m.path), "sha256": m.sha256} for m in subjects.models]
-    found += [{"role": "shards", "path": str(s.path), "sha256": s.sha256} for s in subjects.shards]
-    return found if grid is None else [*found, {"role": "grid", "sha256": grid.sha256}]
+    return [*found, *({"role": "shards", "path": str(s.path), "sha256": s.sha256} for s in subjects.shards)]
 
 
 def _rehearse(subjects: Subjects, grid: Grid | None, terminal: Terminal) -> dict[str, Any]:

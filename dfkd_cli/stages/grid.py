@@ -138,7 +138,7 @@ class Grid:
     Attributes:
         steps: Teacher by teacher: itself, its metadata, then row by row.
         given: The path or SPEC of each teacher that was there before, by its name, which is empty for the only one.
-        sha256: Stands for every setting that decides the result; where the directories lie is none of them.
+        sha256: Stands for all that decides the tables; where the directories lie does not.
     """
 
     steps: tuple[Step, ...]
@@ -163,17 +163,18 @@ def plan(settings: Settings, out: Path) -> Grid:
     def planners(root: Path) -> list[_Planner]:
         return [_Planner(settings, grid, root, name, teachers) for name in teachers]
 
+    def steps(root: Path) -> tuple[Step, ...]:
+        found = [step for planner in planners(root) for step in planner.steps()]
+        return tuple(_published(_mapping(settings.about, "about"), found))
+
     given = {planner.name: planner.given for planner in planners(out) if planner.given is not None}
     identity = []
-    for planner in planners(Path()):
-        for step in planner.steps():
-            values = {**step.settings.plain(volatile=False), "row": step.row}
-            values.pop("teacher", None)  # a path: the teacher's hash counts
-            if step.taught_by:
-                values["taught_by"] = step.taught_by
-            identity.append(values)
-    steps = [step for planner in planners(out / "runs") for step in planner.steps()]
-    return Grid(tuple(_published(_mapping(settings.about, "about"), steps)), given, digest(identity))
+    for step in steps(Path()):
+        more = {key: getattr(step, key) for key in ("row", "taught_by", "published") if getattr(step, key)}
+        values = step.settings.plain(volatile=False) | more
+        values.pop("teacher", None)  # a path: the teacher's hash counts
+        identity.append(values)
+    return Grid(steps(out / "runs"), given, digest(identity))
 
 
 def _published(about: Mapping[str, Any], steps: Sequence[Step]) -> Iterator[Step]:
