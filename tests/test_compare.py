@@ -869,7 +869,7 @@ def test_a_students_student_is_ranked_by_the_grids_teacher(tmp_path, monkeypatch
     assert {row["label"] for row in results_in(tmp_path / "again")["sections"][0]["rows"]} > set(taught)
     (tmp_path / "grid.yaml").write_text((tmp_path / "grid.yaml").read_text().replace('"first", "d', '"loop", "d'))
     code, _, err = cli("compare", "--recipe", "grid.yaml", "--teacher", "given", "--out", "grid")
-    assert code == 2 and "taught_by: first -> loop" in err, err
+    assert code == 4 and "second/seed0/student holds another run: another teacher" in err, err
 
 
 @pytest.mark.parametrize(

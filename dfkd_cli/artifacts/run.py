@@ -67,9 +67,8 @@ class RunDirectory:
         if previous is not None and not afresh:
             different = _conflicts(previous, self.settings, self.identity)
             if different and _begun(self.path):
-                raise ConfigError(
-                    f"{self.path} holds another run: {different}", "choose another --out, or give --overwrite"
-                )
+                hint = "choose another --out, or remove this directory, as --overwrite does"
+                raise ConfigError(f"{self.path} holds another run: {different}", hint)
             same = all(previous.get(name, fact) == fact for name, fact in self.facts.items())
             if same and previous.get("status") == "done" and _whole(self.path, previous):
                 self.record = previous

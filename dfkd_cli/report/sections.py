@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import dataclass, field
+from pathlib import Path
 
 from dfkd_cli.errors import ArtifactError, ConfigError
 from dfkd_cli.models.directory import RECORD
@@ -19,12 +20,14 @@ class Section:
         name: What a grid with several teachers calls this one; empty elsewhere.
         teachers: By hash; several only where every row is repeated with a teacher per seed.
         members: Students, and baselines that had no teacher.
+        heads: The teacher that a student is measured against, by the student's path: of a student's student the first.
     """
 
     dataset: str
     name: str = ""
     teachers: dict[str, Model] = field(default_factory=dict)
     members: list[Model] = field(default_factory=list)
+    heads: dict[Path, Model] = field(default_factory=dict)
 
     @property
     def models(self) -> list[Model]:
@@ -32,13 +35,10 @@ class Section:
         return [*self.teachers.values(), *self.members]
 
     def teacher_of(self, model: Model) -> Model:
-        """The teacher that a model is measured against: of a student's student the first."""
+        """The teacher that a model is measured against: a teacher itself, a baseline the first."""
         if model.sha256 in self.teachers:
             return model
-        if model.teacher is None:
-            return next(iter(self.teachers.values()))
-        above = (member for member in self.members if member.sha256 == model.teacher)
-        return self.teachers.get(model.teacher) or self.teacher_of(next(above))
+        return self.heads.get(model.path) or next(iter(self.teachers.values()))
 
 
 def arrange(models: Sequence[Model], dataset: str | None, allow_code: bool) -> list[Section]:
@@ -55,19 +55,22 @@ def arrange(models: Sequence[Model], dataset: str | None, allow_code: bool) -> l
     """
     sections: dict[str, Section] = {}
     heads = {model.teacher for model in models}
+    known = {model.sha256: model for model in reversed(models)}
     for model in models:
         if model.teacher is not None and not model.leads:
-            teacher = _teacher_of(model, models, allow_code)
+            teacher = _teacher_of(model, known, allow_code)
             if teacher is None and model.sha256 in heads:
                 continue  # here as a teacher, whoever taught it
             while teacher is not None and teacher.row is not None:  # a student's student: a grid has one ranking
-                teacher = _teacher_of(teacher, models, allow_code)
+                teacher = _teacher_of(teacher, known, allow_code)
             if teacher is None:
                 raise ArtifactError(
                     f"{model.path}: its teacher (sha256 {model.teacher[:12]}...) is not to be found",
                     "give it too: dfkd compare TEACHER STUDENT, or with --teacher",
                 )
-            _section(sections, model, teacher, dataset).members.append(model)
+            section = _section(sections, model, teacher, dataset)
+            section.members.append(model)
+            section.heads[model.path] = teacher
     taught = [*sections.values()]
     for model in models:
         placed = any(model.sha256 in section.teachers for section in sections.values())
@@ -89,18 +92,16 @@ def _section(sections: dict[str, Section], model: Model, teacher: Model, dataset
     return section
 
 
-def _teacher_of(student: Model, models: Sequence[Model], allow_code: bool) -> Model | None:
-    """Among the models, where the student says, or in ``teacher/``."""
-    wanted = student.teacher
-    for model in models:
-        if model.sha256 == wanted:
-            return model
-    recorded = [parent for parent in student.run.get("parents", []) if parent["role"] == "teacher"]
-    for parent in [*recorded, {"path": "teacher", "sha256": wanted}]:
-        place = find(parent, student.path, RECORD)
-        if place is not None:
-            return read_model(place, allow_code)
-    return None
+def _teacher_of(student: Model, known: dict[str, Model], allow_code: bool) -> Model | None:
+    """Among the known models, by hash, or where the student says, or in ``teacher/``: then it is known as well."""
+    wanted = str(student.teacher)
+    if wanted not in known:
+        recorded = [parent for parent in student.run.get("parents", []) if parent["role"] == "teacher"]
+        candidates = [*recorded, {"path": "teacher", "sha256": wanted}]
+        places = (find(parent, student.path, RECORD) for parent in candidates)
+        if (place := next(filter(None, places), None)) is not None:
+            known[wanted] = read_model(place, allow_code)
+    return known.get(wanted)
 
 
 def _fits(baseline: Model, section: Section, dataset: str | None) -> bool:

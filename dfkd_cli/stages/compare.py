@@ -176,7 +176,7 @@ def _check_runs(grid: Grid) -> None:
     """Refuse a grid in whose place runs with other settings lie."""
     for step in grid.steps:
         if different := conflicts(step.out, step.settings):
-            hint = "choose another --out, or remove this directory: the rest is kept"
+            hint = "choose another --out, or remove this directory: the others are kept"
             raise ConfigError(f"{step.out} holds another run: {different}", hint)
 
 

@@ -353,14 +353,14 @@ class _Planner:
             common["transfer_set"] = [shards, *([named] if isinstance(named, str) else named)]
         elif not any("transfer_set" in layer for _, layer in layers):
             raise ConfigError(f"{where}: nothing to distill from", "give synthesize, shards, or distill.transfer_set")
-        if "sizes" not in row:
-            step = self._step(name, seed, "distill", layers, {**common, "out": self._place(name, seed, "student")})
-            yield dataclasses.replace(step, taught_by=taught_by)
-        else:
-            for size in sorted(set(config.convert(row["sizes"], tuple[int, ...], f"{where}.sizes"))):
-                values = {**common, "num_images": size, "out": self._place(f"{name}@{size}", seed, "student")}
-                point = self._step(f"{name}@{size}", seed, "distill", layers, values)
-                yield dataclasses.replace(point, series=name, taught_by=taught_by)
+        points: dict[str, dict[str, Any]] = {name: {}}
+        if "sizes" in row:
+            sizes = sorted(set(config.convert(row["sizes"], tuple[int, ...], f"{where}.sizes")))
+            points = {f"{name}@{size}": {"num_images": size} for size in sizes}
+        for point, more in points.items():
+            values = {**common, **more, "out": self._place(point, seed, "student")}
+            step = self._step(point, seed, "distill", layers, values)
+            yield dataclasses.replace(step, series=name if "sizes" in row else None, taught_by=taught_by)
 
     def _synthesis(self, name: str, seed: int, values: Mapping[str, Any], student: str) -> Step:
         """A row's synthesize, with what its method needs."""
