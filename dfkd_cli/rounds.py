@@ -48,6 +48,7 @@ class Learner(pl.LightningModule, ABC):
 
     Attributes:
         rounds: How many rounds there are.
+        unit: What progress counts.
         stateless: Rounds do not depend on each other; nothing has to be saved between them.
         teacher: The classifier that is frozen meanwhile, or None.
         note: What the user should know of this run from the start.
@@ -57,6 +58,7 @@ class Learner(pl.LightningModule, ABC):
     note: str | None = None
     teacher: Any
     stateless = False
+    unit = "rounds"
 
     def __init__(self) -> None:
         super().__init__()
@@ -66,6 +68,10 @@ class Learner(pl.LightningModule, ABC):
     @abstractmethod
     def round(self, index: int) -> Mapping[str, Tensor]:
         """Do one round. Returns the named loss terms and measures to log, 0-d."""
+
+    def done(self, rounds: int) -> int:
+        """How many units are done after so many rounds."""
+        return rounds
 
     def concern(self, measures: Mapping[str, float]) -> str | None:
         """What a round's measures say is going wrong, in words, or None: the work goes on."""
@@ -150,13 +156,14 @@ class _Report(Callback):
         assert isinstance(module, Learner)
         if module.note is not None:
             self.terminal.say(module.note)
-        self.progress = Progress(self.terminal, self.what, "rounds", trainer.max_epochs or 0, trainer.current_epoch)
+        total, before = module.done(module.rounds), module.done(trainer.current_epoch)
+        self.progress = Progress(self.terminal, self.what, module.unit, total, before)
 
     def on_train_epoch_end(self, trainer: pl.Trainer, module: pl.LightningModule) -> None:
         measures = {name: float(value) for name, value in trainer.callback_metrics.items()}
         shown = " ".join(f"{name} {value:.4g}" for name, value in list(measures.items())[:3])
-        self.progress.update(trainer.current_epoch + 1, shown)
         assert isinstance(module, Learner)
+        self.progress.update(module.done(trainer.current_epoch + 1), shown)
         concern = module.concern(measures)
         self.since = concern, self.since[1] + 1 if concern == self.since[0] else 1
         lasting = self.since[1] >= LASTING or trainer.current_epoch + 1 == trainer.max_epochs

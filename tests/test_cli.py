@@ -227,7 +227,8 @@ def test_paths_may_have_spaces_and_any_letters_and_stdout_is_one_document(dfkd, 
     assert answer["artifacts"] == {"shards": "aus gabe/ü 1"}
     assert (answer["schema"], answer["ok"], answer["command"]) == (1, True, "synthesize")
     assert (answer["metrics"]["count"], answer["seconds"] > 0) == (4, True)
-    assert "synthesize 2/2" in done.stderr
+    assert "synthesize 4/4" in done.stderr
+    assert "images/s" in done.stderr
     assert ESCAPE not in done.stderr
     ShardReader(tmp_path / "aus gabe" / "ü 1").verify()
     monkeypatch.chdir(tmp_path)

@@ -71,6 +71,7 @@ class Regime(Learner):
     kind: ClassVar[str]
     needs: ClassVar[tuple[str, ...]] = ()
     idle: Sequence[nn.Parameter] = ()
+    unit = "steps"
 
     def __init__(self, task: Task, config: Any) -> None:
         super().__init__()
@@ -90,6 +91,9 @@ class Regime(Learner):
                 objective.expect(len(self.train_source))
         _, self.steps = length(task.training, len(self.train_source))
         self.rounds = -(-self.steps // ROUND)
+
+    def done(self, rounds: int) -> int:
+        return min(rounds * ROUND, self.steps)
 
     @abstractmethod
     def loss(self, images: Images) -> tuple[Tensor, dict[str, Tensor]]:

@@ -56,6 +56,7 @@ class Synthesizer(Learner):
     kind: ClassVar[str]
     needs: ClassVar[tuple[str, ...]] = ()
     stateless = True
+    unit = "images"
 
     def __init__(
         self, teacher: Classifier, config: Any, num_images: int, seed: int, writer: ShardWriter, processes: int = 1
@@ -68,6 +69,9 @@ class Synthesizer(Learner):
         self.writer, self.processes = writer, processes
         self.todo = writer.missing() if self.stateless else list(range(writer.count))
         self.rounds = -(-len(self.todo) // processes)
+
+    def done(self, rounds: int) -> int:
+        return sum(self._count(shard) for shard in self.todo[: rounds * self.processes])
 
     @abstractmethod
     def make(self, first: int, count: int) -> Impressions:
@@ -97,11 +101,14 @@ class Synthesizer(Learner):
             return {}
         shard = self.todo[position]
         seed_torch(self.device, "shard", self.seed, shard)
-        first = shard * self.config.batch_size
-        made = self.make(first, min(self.config.batch_size, self.num_images - first))
+        made = self.make(shard * self.config.batch_size, self._count(shard))
         self.check_finite(made.terms, shard)
         self._store(shard, made)
         return made.terms
+
+    def _count(self, shard: int) -> int:
+        """The images of a shard."""
+        return min(self.config.batch_size, self.num_images - shard * self.config.batch_size)
 
     @torch.no_grad()
     def _store(self, shard: int, made: Impressions) -> None:

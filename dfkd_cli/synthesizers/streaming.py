@@ -44,6 +44,7 @@ class StreamTrainer(CoTrainer):
     config: GeneratorTraining
     end: ClassVar[End] = "tanh"
     epsilon: ClassVar[float] = 1e-5
+    unit = "iterations"
     generator_taps: Mapping[str, Tap] = {}
 
     def __init__(self, *arguments: Any, **more: Any) -> None:
@@ -64,6 +65,9 @@ class StreamTrainer(CoTrainer):
     @property
     def student_steps(self) -> int:
         return self.config.steps * self.config.student_steps
+
+    def done(self, rounds: int) -> int:
+        return min(rounds * ROUND, self.config.steps)  # writing shards is next to nothing
 
     def models(self) -> Mapping[str, Classifier | Generator]:
         """The first student and the first generator."""
