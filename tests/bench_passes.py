@@ -61,8 +61,9 @@ def main() -> None:
     def networks(memory_format: torch.memory_format) -> list[nn.Module]:
         teacher, student = fresh(a.model, a.channels), fresh(a.model, a.channels).requires_grad_(True).train()
         torch.manual_seed(0)
-        made = [teacher, student, Generator(teacher.info, LATENT, "sigmoid", a.width)]
-        return [network.to(a.device, memory_format=memory_format) for network in made]
+        generator = Generator(teacher.info, LATENT, "sigmoid", a.width)
+        trained = [network.to(a.device, memory_format=memory_format) for network in (student, generator)]
+        return [teacher.to(a.device), *trained]  # the teacher of one channel is not channels last
 
     last, first = torch.channels_last, torch.contiguous_format
     ways = {
