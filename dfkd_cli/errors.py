@@ -2,8 +2,9 @@
 
 from __future__ import annotations
 
+import contextlib
 import difflib
-from collections.abc import Iterable, Mapping
+from collections.abc import Iterable, Iterator, Mapping
 from typing import Any
 
 
@@ -72,6 +73,17 @@ class Interrupted(BaseException):
         super().__init__(f"signal {signum}")
         self.signum = signum
         self.exit_code = 128 + signum
+
+
+@contextlib.contextmanager
+def memory_can_end() -> Iterator[None]:
+    """Make memory that was not to be had, on CPU or accelerator, a :class:`RunFailed`."""
+    try:
+        yield
+    except (MemoryError, RuntimeError) as error:  # torch has a class of its own for accelerators only
+        if isinstance(error, MemoryError) or any(w in str(error) for w in ("out of memory", "can't allocate memory")):
+            raise RunFailed("out of memory", "lower --batch-size; what was finished is kept") from None
+        raise
 
 
 def did_you_mean(name: str, known: Iterable[str]) -> str:

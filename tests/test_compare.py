@@ -483,20 +483,23 @@ def test_a_row_that_fails_does_not_lose_the_others(here, cli):
     grid = {"seeds": [0], "student": {"steps": 2, "batch_size": 4}}
     grid["rows"] = {
         "bad": {"distill": {"transfer_set": ["later"]}},
+        "large": {"synthesize": {"method": "dfad", "num_images": 4, "latent": 10**13}, "cotrained": True},
         "real": {"distill": {"transfer_set": ["real:20"]}},
     }
     (here / "bad.yaml").write_text(json.dumps({"command": "compare", "grid": grid}))
     command = ("compare", "student0", "--recipe", "bad.yaml", "--teacher", "teacher", "--out", "partly")
     code, out, err = cli(*command)
-    assert (code, "failed: bad" in err) == (4, True)
+    assert (code, "failed: bad, large" in err) == (4, True)
     assert "no transfer set at later" in out
     (section,) = results_in(here / "partly")["sections"]
     images = {row["label"]: row["num_images"] for row in section["rows"]}
     assert images == {"teacher": None, "real": 20, "zskd -> response": 32}
-    assert [(f["row"], f["code"]) for f in section["failed"]] == [("bad", "artifact")]
+    assert [(f["row"], f["code"]) for f in section["failed"]] == [("bad", "artifact"), ("large", "run_failed")]
     for name in ("table.md", "report.html"):
         assert "no transfer set at later" in (here / "partly" / name).read_text()
     shutil.copytree(here / "shards0", here / "later")
+    del grid["rows"]["large"]
+    (here / "bad.yaml").write_text(json.dumps({"command": "compare", "grid": grid}))
     code, _, err = cli(*command)
     assert code == 0, err
     (section,) = results_in(here / "partly")["sections"]

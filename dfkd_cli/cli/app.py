@@ -15,7 +15,7 @@ import typer
 
 from dfkd_cli import catalog
 from dfkd_cli.cli import arguments, listing
-from dfkd_cli.errors import ConfigError, DfkdError, Interrupted, RunFailed
+from dfkd_cli.errors import ConfigError, DfkdError, Interrupted, memory_can_end
 from dfkd_cli.processes import first_process, join_machines, stop_on_signals
 from dfkd_cli.resolve import TYPED, Layer, Settings, assignments, choose, recipe_layer, resolve
 from dfkd_cli.settings import CHOICES, INPUTS, Run
@@ -276,11 +276,7 @@ def run_stage(settings: Settings, terminal: Terminal, paths: list[str], dry_run:
 
     pick_device(settings.run.device, settings.run.devices if settings.command in CHOICES else 1)
     more = {"paths": paths} if paths or settings.command in ("evaluate", "compare") else {}
-    try:
+    with memory_can_end():
         answer = stage.run(settings, terminal, dry_run=dry_run, **more)
-    except (MemoryError, RuntimeError) as error:  # torch has a class of its own for accelerators only
-        if isinstance(error, MemoryError) or any(w in str(error) for w in ("out of memory", "can't allocate memory")):
-            raise RunFailed("out of memory", "lower --batch-size; what was finished is kept") from None
-        raise
     answer = {"ok": True, "command": settings.command, **answer, "seconds": round(time.monotonic() - start, 3)}
     terminal.document(answer)

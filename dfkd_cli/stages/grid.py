@@ -55,7 +55,7 @@ from typing import Any
 
 from dfkd_cli import config
 from dfkd_cli.artifacts.files import digest
-from dfkd_cli.errors import ConfigError, did_you_mean
+from dfkd_cli.errors import ConfigError, did_you_mean, memory_can_end
 from dfkd_cli.resolve import TYPED, Layer, Settings, recipe_layer, resolve
 from dfkd_cli.settings import FOREIGN, INPUTS, Run
 from dfkd_cli.stages import collect_metadata, distill, synthesize, train_teacher
@@ -489,4 +489,5 @@ def _carry_out(values: dict[str, Any], verbosity: int, silent: bool) -> None:
     """Run a command, perhaps in another process: settings reach it as the plain values of a recipe."""
     command = values.pop("command")
     quiet = Terminal(verbosity, as_json=True, silent=silent)  # stdout is for the comparison
-    STAGES[command](resolve(command, [("", values)]), quiet)
+    with memory_can_end():  # of one command: the others go on
+        STAGES[command](resolve(command, [("", values)]), quiet)
