@@ -237,6 +237,11 @@ def test_non_finite_loss(here: Path, cli) -> None:
     assert json.loads(Path("student/run.json").read_text())["status"] == "failed"
 
 
+def test_too_little_memory(here: Path, cli) -> None:
+    command = ["synthesize", "--method", "dfad", "--latent", "10000000000000", "--out", "huge"]
+    one_line(cli(*command, "--student", "lenet5-half"), 4, "out of memory", "--batch-size")
+
+
 def test_no_network(here: Path, dfkd) -> None:
     """A dataset that is nowhere and cannot be downloaded; a proxy that refuses stands for a missing network."""
     with socket.socket() as closed:
