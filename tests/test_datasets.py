@@ -6,6 +6,7 @@ import os
 import subprocess
 import sys
 import threading
+from dataclasses import replace
 from pathlib import Path
 
 import numpy as np
@@ -18,7 +19,9 @@ from sklearn.datasets import load_digits
 from dfkd_cli.data import datasets
 from dfkd_cli.data.datasets import DATASETS, class_balanced, load
 from dfkd_cli.data.seal import DataSealed, dataset_roots, sealed
+from dfkd_cli.data.sources import Batches, RealSource
 from dfkd_cli.errors import ArtifactError, ConfigError
+from dfkd_cli.models.classifier import ModelInfo
 
 REAL_DATA = Path(os.environ.get("DFKD_DATA") or Path(__file__).parents[2] / "shared" / "data")
 needs_mnist = pytest.mark.skipif(not (REAL_DATA / "MNIST" / "raw").is_dir(), reason="MNIST is not on this machine")
@@ -52,6 +55,15 @@ def make_tree(root: Path, shape: tuple[int, ...] = (6, 8), train: int = 5, test:
 
 def everything(dataset: datasets.Dataset) -> torch.Tensor:
     return dataset.images(torch.arange(len(dataset)))
+
+
+def contents(dataset: datasets.Dataset) -> dict[bytes, str]:
+    """The class of each image."""
+    labels = dataset.labels.tolist()
+    return {
+        image.numpy().tobytes(): dataset.classes[label]
+        for image, label in zip(everything(dataset), labels, strict=True)
+    }
 
 
 # -- digits ------------------------------------------------------------------------------------------------------------
@@ -104,8 +116,8 @@ def test_data_dir_comes_before_the_environment(monkeypatch, tmp_path):
     tree = make_tree(tmp_path / "mine" / "mnist", (28, 28))
     found = load("mnist", "test", data_dir=str(tmp_path / "mine"))
     assert found.classes == ("cat", "dog") and found.image_shape == (1, 32, 32)
-    pixels = np.array(Image.open(tree / "test" / "cat" / "0.png"))
-    np.testing.assert_array_equal(found.images(torch.tensor([0]))[0, 0], np.pad(pixels, 2))
+    files = (tree / "test").rglob("*.png")
+    assert contents(found) == {np.pad(np.array(Image.open(file)), 2).tobytes(): file.parent.name for file in files}
 
 
 def test_download_failure_is_one_line_with_a_way_out(tmp_path, capfd):
@@ -140,9 +152,22 @@ def test_directory_pixels_and_labels(tmp_path, shape, expected):
     root = make_tree(tmp_path, shape)
     train = load(str(root), "train")
     assert (len(train), train.image_shape, train.classes) == (10, expected, ("cat", "dog"))
-    assert train.labels.tolist() == [0] * 5 + [1] * 5
-    pixels = np.array(Image.open(root / "train" / "dog" / "3.png")).reshape(6, 8, -1).transpose(2, 0, 1)
-    np.testing.assert_array_equal(train.images(torch.tensor([8]))[0], pixels)
+    files = {
+        np.array(Image.open(file)).reshape(6, 8, -1).transpose(2, 0, 1).tobytes(): file.parent.name
+        for file in (root / "train").rglob("*.png")
+    }
+    assert contents(train) == files
+
+
+@pytest.mark.parametrize("budget", [100, 1 << 30])
+def test_classes_are_mixed_however_large_the_set(tmp_path, monkeypatch, budget):
+    """On disk images lie class by class; in every stretch of a set that is too large for the memory there are all."""
+    monkeypatch.setattr(datasets, "_MEMORY_BUDGET", budget)
+    dataset = load(str(make_tree(tmp_path, train=100)), "train")
+    source = RealSource(dataset, chunk=20)
+    for images in Batches(source, 20, 0, torch.device("cpu"), memory=40 * source.bytes_per_image).steps(0, 10):
+        assert set(images.true_labels.tolist()) == {0, 1}
+    assert torch.equal(load(str(tmp_path), "train").labels, dataset.labels)
 
 
 def test_lazy_decoding_gives_the_same_images(tmp_path, monkeypatch):
@@ -156,19 +181,52 @@ def test_lazy_decoding_gives_the_same_images(tmp_path, monkeypatch):
     assert in_memory.mean_std() == lazy.mean_std()
 
 
+def test_labels_are_counted_as_the_model_counts_them(tmp_path):
+    """A tree's classes are in the order of the alphabet; a model may have learned them in another."""
+    dataset = load(str(make_tree(tmp_path)), "train")
+
+    def model(*classes: str) -> ModelInfo:
+        return ModelInfo("lenet5", len(classes), (1, 6, 8), (0.0,), (1.0,), classes)
+
+    assert dataset.labelled_for(model("cat", "dog"), "m") is dataset
+    assert dataset.labelled_for(replace(model("cat", "dog"), classes=None), "m") is dataset
+    assert dataset.labelled_for(model("Katze", "Hund"), "m") is dataset
+    other = dataset.labelled_for(model("dog", "cat"), "m")
+    assert other.classes == ("dog", "cat")
+    assert contents(other) == contents(dataset)
+    assert other.labels.tolist() == (1 - dataset.labels).tolist()
+    for classes, words in ((("bird", "cat"), "m has no classes dog"), (("cat", "dog", "emu"), "2 classes, m 3")):
+        with pytest.raises(ArtifactError, match=words):
+            dataset.labelled_for(model(*classes), "m")
+
+
+def test_sixteen_bits_are_brought_to_eight(tmp_path):
+    """As X-rays come; Pillow alone would make white of nearly all of it."""
+    deep = np.arange(48, dtype=np.uint16).reshape(6, 8) * 1394
+    for half in ("train", "test"):
+        (tmp_path / half / "a").mkdir(parents=True)
+        Image.fromarray(deep).save(tmp_path / half / "a" / "0.png")
+    dataset = load(str(tmp_path), "train")
+    assert dataset.image_shape == (1, 6, 8)
+    np.testing.assert_array_equal(everything(dataset)[0, 0], np.rint(deep / 257))
+    Image.fromarray(deep.astype(np.float32)).save(tmp_path / "train" / "a" / "0.tiff")
+    with pytest.raises(ArtifactError, match=r"0\.tiff: .* no known range"):
+        load(str(tmp_path), "train")
+
+
 def test_other_sizes_are_resized_and_cropped_in_the_centre(tmp_path):
     root = make_tree(tmp_path, (4, 4))
     wide = np.zeros((8, 24))
     wide[:, 6:18] = 200  # the centre square and what the resizing filter reads beside it
     write_image(root / "train" / "dog" / "9.png", wide)
-    assert (load(str(root), "train").images(torch.tensor([10])) == 200).all()
+    assert sum(bool((image == 200).all()) for image in everything(load(str(root), "train"))) == 1
 
 
 def test_requested_shape(tmp_path):
     root = make_tree(tmp_path, (6, 6, 3))
-    gray = load(str(root), "train", image_shape=(1, 12, 12)).images(torch.tensor([2]))
-    file = Image.open(root / "train" / "cat" / "2.png")
-    np.testing.assert_allclose(gray.double().mean(), np.array(file.convert("L")).mean(), atol=2)
+    gray = everything(load(str(root), "train", image_shape=(1, 12, 12)))
+    means = [np.array(Image.open(file).convert("L")).mean() for file in (root / "train").rglob("*.png")]
+    np.testing.assert_allclose(sorted(gray.double().mean((1, 2, 3)).tolist()), sorted(means), atol=2)
     digits, rgb = load("digits", "test"), load("digits", "test", image_shape=(3, 16, 16))
     some = torch.arange(4)
     images = rgb.images(some)

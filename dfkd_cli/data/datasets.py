@@ -7,11 +7,11 @@ import io
 import math
 import pickle
 import socket
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
-from typing import Literal
+from typing import Literal, TypeVar
 
 import numpy as np
 import torch
@@ -24,6 +24,7 @@ from torchvision.transforms.v2 import functional as transforms
 
 from dfkd_cli.data import seal
 from dfkd_cli.errors import ArtifactError, ConfigError, did_you_mean
+from dfkd_cli.models.classifier import ModelInfo
 
 DATASETS = {
     "digits": "1,797 handwritten digits, gray, 8x8 shown at 32x32, bundled with scikit-learn",
@@ -34,6 +35,7 @@ DATASETS = {
     "svhn": "99,289 house-number digits, RGB, 32x32",
 }
 
+T = TypeVar("T")
 Split = Literal["train", "test"]
 Shape = tuple[int, int, int]
 
@@ -95,6 +97,30 @@ class Dataset:
         """The images at ``indices`` (n,) as uint8 (n, C, H, W), 0 to 255."""
         return _fit(self.pixels[indices], self.image_shape)
 
+    def labelled_for(self, info: ModelInfo, model: str) -> Dataset:
+        """The same images with labels as a model counts its classes, as far as it knows their names.
+
+        Args:
+            info: What the model's record says.
+            model: Whose it is, for messages.
+
+        Raises:
+            ArtifactError: Another number of classes, or only some of their names are the model's.
+        """
+        hint = "give the --dataset that it was made for"
+        if len(self.classes) != info.num_classes:
+            raise ArtifactError(
+                f"dataset {self.name} has {len(self.classes)} classes, {model} {info.num_classes}", hint
+            )
+        names = info.classes or self.classes
+        strange = set(self.classes) - set(names)
+        if self.classes == names or len(strange) == len(names):  # the same, or other names for all of them
+            return self
+        if strange:
+            raise ArtifactError(f"dataset {self.name}: {model} has no classes {', '.join(sorted(strange))}", hint)
+        order = torch.tensor([names.index(name) for name in self.classes])
+        return replace(self, classes=names, labels=order[self.labels])
+
     def mean_std(self) -> tuple[tuple[float, ...], tuple[float, ...]]:
         """Mean and standard deviation of each channel, pixels being 0 to 1.
 
@@ -136,8 +162,8 @@ def load(
         DataSealed: Data-free code runs.
     """
     seal.check(f"dataset {name!r}")
-    if image_shape and image_shape[0] not in (1, 3):
-        raise ArtifactError(f"dataset {name!r}: images can have 1 or 3 channels, not {image_shape[0]}")
+    if image_shape:
+        _check_channels(f"dataset {name!r}", image_shape)
     pixels: Tensor | ImageFiles
     if name == "digits":
         pixels, labels, classes = _load_digits(split)
@@ -256,35 +282,58 @@ def _load_tree(
         raise ArtifactError(f"{root}: not in both train/ and test/: {', '.join(sorted(differing))}")
 
     shape = image_shape or _first_shape(samples["train"][0][0], channels)
-    files = ImageFiles([path for path, _ in samples[split]], shape)
-    return files, torch.tensor([label for _, label in samples[split]]), tuple(classes[split])
+    paths, labels = zip(*_mixed(samples[split]), strict=True)
+    return ImageFiles(list(paths), shape), torch.tensor(labels), tuple(classes[split])
+
+
+def _mixed(files: Sequence[T]) -> list[T]:
+    """The files in an order that looks random and is always the same.
+
+    On disk they lie class by class, and sets that are too large for the memory are read in stretches.
+    """
+    return [files[index] for index in np.random.default_rng(0).permutation(len(files))]
 
 
 def image_files(folder: Path, shape: Shape) -> ImageFiles:
-    """Every image file below ``folder``, in the order of their names.
+    """Every image file below ``folder``.
 
     Raises:
-        ArtifactError: There is none.
+        ArtifactError: There is none, or images cannot have that shape.
     """
-    paths = sorted(str(path) for path in folder.rglob("*") if path.suffix.lower() in IMG_EXTENSIONS)
+    _check_channels(str(folder), shape)
+    paths = sorted(str(path) for path in folder.rglob("*") if path.suffix.lower() in IMG_EXTENSIONS and path.is_file())
     if not paths:
         raise ArtifactError(f"{folder}: no image files in it", "give a folder of images or a shard directory")
-    return ImageFiles(paths, shape)
+    return ImageFiles(_mixed(paths), shape)
+
+
+def _check_channels(name: str, shape: Shape) -> None:
+    if shape[0] not in (1, 3):
+        raise ArtifactError(f"{name}: images can have 1 or 3 channels, not {shape[0]}")
 
 
 def _first_shape(path: str, channels: int | None) -> Shape:
     with _readable(path), Image.open(path) as image:
-        return channels or (1 if image.mode == "L" else 3), image.height, image.width
+        return channels or (1 if Image.getmodebase(image.mode) == "L" else 3), image.height, image.width
 
 
 def _decode(path: str, shape: Shape) -> Tensor:
     """Read one image file to uint8 ``shape``: its shortest side is resized and its centre kept."""
     channels, height, width = shape
     with _readable(path), Image.open(path) as file:
-        image = file.convert("L" if channels == 1 else "RGB")
+        image = _eight_bits(file).convert("L" if channels == 1 else "RGB")
     if image.size != (width, height):
         image = ImageOps.fit(image, (width, height), Image.Resampling.BILINEAR)
     return torch.from_numpy(np.array(image)).view(height, width, channels).permute(2, 0, 1)
+
+
+def _eight_bits(image: Image.Image) -> Image.Image:
+    """An image whose pixels are 0 to 255. Pillow itself would cut off what is larger."""
+    if image.mode.startswith("I;16") or (image.mode == "I" and image.format == "PNG"):  # PNG has no more than 16 bits
+        return Image.fromarray(((np.asarray(image).astype(np.int64) + 128) // 257).astype(np.uint8))
+    if image.mode in ("I", "F"):
+        raise ValueError(f"pixels of mode {image.mode} have no known range; convert them to 8 or 16 bits")
+    return image
 
 
 @contextlib.contextmanager

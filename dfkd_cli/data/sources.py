@@ -172,7 +172,8 @@ class FolderSource(Source):
         self.parts = torch.split(torch.arange(len(self.files)), chunk)
         self.sizes = [len(part) for part in self.parts]
         self.shape, self.dtype = shape, torch.uint8
-        self.sha256 = digest([[os.path.relpath(path, folder), sha256_file(Path(path))] for path in self.files.paths])
+        paths = sorted(self.files.paths)
+        self.sha256 = digest([[os.path.relpath(path, folder), sha256_file(Path(path))] for path in paths])
 
     def chunk(self, index: int) -> Images:
         return Images(self.files[self.parts[index]])

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
+from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
@@ -104,7 +105,7 @@ def read_record(directory: Path) -> dict[str, Any]:
     return record
 
 
-def read_info(record: dict[str, Any]) -> ModelInfo:
+def read_info(record: Mapping[str, Any]) -> ModelInfo:
     """What a record in JSON says about a network, or about the input of one."""
     classes = record.get("classes")
     return ModelInfo(

@@ -19,7 +19,7 @@ from dfkd_cli.data.datasets import Dataset
 from dfkd_cli.data.sources import RealSource
 from dfkd_cli.errors import ArtifactError, ConfigError, GateNotMet, RunFailed
 from dfkd_cli.models.classifier import Classifier
-from dfkd_cli.models.directory import load_model
+from dfkd_cli.models.directory import load_model, read_info
 from dfkd_cli.report import html, table
 from dfkd_cli.report.entries import Model, ShardSet, read_model, read_run, read_shards
 from dfkd_cli.report.results import rows
@@ -246,14 +246,13 @@ def _results(
 
 
 def _test_images(section: Section, data_dir: str | None) -> Dataset:
-    record = section.models[0].record
-    test = datasets.load(section.dataset, "test", data_dir=data_dir, image_shape=tuple(record["input_size"]))
-    for model in section.models:
-        if model.record["num_classes"] != len(test.classes):
-            raise ArtifactError(
-                f"{model.path} has {model.record['num_classes']} classes, {section.dataset} {len(test.classes)}",
-                "give the --dataset it was made for",
-            )
+    first, *others = section.models
+    info = read_info(first.record)
+    test = datasets.load(section.dataset, "test", data_dir=data_dir, image_shape=info.input_size)
+    test = test.labelled_for(info, str(first.path))
+    for model in others:
+        if test.labelled_for(read_info(model.record), str(model.path)) is not test:
+            raise ArtifactError(f"{model.path} counts its classes in another order than {first.path}", "leave it out")
     return test
 
 

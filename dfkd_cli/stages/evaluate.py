@@ -301,12 +301,7 @@ class _Opener:
 
     def _exam(self, model: LoadedModel, dataset: str) -> Exam:
         info = model.classifier.info
-        images = self.test_images(dataset, image_shape=info.input_size)
-        if len(images.classes) != info.num_classes:
-            raise ArtifactError(
-                f"dataset {dataset} has {len(images.classes)} classes, {model.path} {info.num_classes}",
-                "give the --dataset that it was made for",
-            )
+        images = self.test_images(dataset, image_shape=info.input_size).labelled_for(info, model.path)
         return Exam(model, images, self.device, self.inputs.batch_size)
 
     def _shards(self, path: str) -> ShardSubject | ImagesSubject:

@@ -130,9 +130,7 @@ def real_images(teacher: LoadedModel, name: str, data_dir: str | None, count: in
     """
     info = teacher.classifier.info
     images = datasets.load(name, "train", data_dir=data_dir, image_shape=info.input_size)
-    if len(images.classes) != info.num_classes:
-        raise ArtifactError(f"{name} has {len(images.classes)} classes, the teacher {info.num_classes}")
-    return _some(images, count, seed)
+    return _some(images.labelled_for(info, "the teacher"), count, seed)
 
 
 def _some(images: datasets.Dataset, count: int | None, seed: int) -> RealSource:
