@@ -4,11 +4,12 @@ from __future__ import annotations
 
 import dataclasses
 from collections.abc import Mapping
+from pathlib import Path
 from typing import Any
 
 from dfkd_cli import catalog, config
 from dfkd_cli.errors import ConfigError, did_you_mean
-from dfkd_cli.settings import CHOICES, INPUTS, Run
+from dfkd_cli.settings import CHOICES, INPUTS, OUT, Run
 
 TYPED = "--"  # where typed flags come from
 Layer = tuple[str, Mapping[str, Any]]  # where the values come from (a prefix for messages), and the values
@@ -38,6 +39,11 @@ class Settings:
     def method(self) -> Component:
         """The synthesizer or training regime."""
         return self.components["method"][0]
+
+    @property
+    def out(self) -> Path:
+        """The directory that the command writes; ``evaluate`` writes one only where it is named."""
+        return Path(self.run.out or OUT[self.command])
 
     def plain(self, *, volatile: bool = True) -> dict[str, Any]:
         """Plain values that give the same settings when read as a recipe.

@@ -23,6 +23,7 @@ from typing import Any
 
 import lightning.pytorch as pl
 import torch
+from lightning.fabric.plugins.environments.lightning import LightningEnvironment
 from lightning.fabric.utilities.exceptions import MisconfigurationException
 from lightning.pytorch.callbacks import Callback, Checkpoint
 from lightning.pytorch.loggers import Logger
@@ -260,13 +261,13 @@ def trainer_for(run: RunDirectory, loggers: list[Logger], **more: Any) -> pl.Tra
         except ModuleNotFoundError:
             raise ConfigError("tensorboard is not installed", "pip install 'dfkd[tensorboard]'") from None
     try:
-        return pl.Trainer(
+        trainer = pl.Trainer(
             accelerator=settings.device,
             devices=settings.devices,
             num_nodes=settings.num_nodes,
             strategy=_Independent() if settings.devices * settings.num_nodes > 1 else "auto",
             precision=_PRECISION[settings.precision],
-            plugins=[_AtomicCheckpoints()],
+            plugins=[_AtomicCheckpoints(), LightningEnvironment()],
             logger=loggers,
             log_every_n_steps=1,
             enable_progress_bar=False,
@@ -275,6 +276,9 @@ def trainer_for(run: RunDirectory, loggers: list[Logger], **more: Any) -> pl.Tra
             use_distributed_sampler=False,
             **more,
         )
+        # Of this run: Lightning takes it from whatever launcher's environment this process is in.
+        rank_zero_only.rank = trainer.global_rank  # type: ignore[attr-defined]  # a function's attribute
+        return trainer
     except (MisconfigurationException, ValueError, RuntimeError) as error:
         raise ConfigError(f"--device {settings.device} --precision {settings.precision}: {error}") from None
 

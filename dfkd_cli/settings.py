@@ -128,7 +128,7 @@ class GeneratorTraining(CoTraining):
     batch_size: int = option(256, "images of one step; also the images of one shard", low=2)
     latent: int = option(100, "numbers that the generator makes an image from", low=1)
     lr: float = option(1e-3, "the generator's Adam learning rate", above=0)
-    betas: tuple[float, float] = option((0.9, 0.999), "the generator's Adam betas", low=0, high=1)
+    betas: tuple[float, float] = option((0.9, 0.999), "the generator's Adam betas, below 1", low=0, high=0.99999)
     schedule: Literal["constant", "cosine"] = option("cosine", "learning rates of generator and student")
     width: float = option(1.0, "the generator's numbers of maps, times this", above=0)
     generators: int = option(1, "generators, which share the images of a step", low=1)
@@ -165,7 +165,7 @@ class PooledGeneration(PoolTraining):
     batch_size: int = option(256, "images made together; also the images of one shard", low=1)
     iterations: int = option(200, "inner steps on one batch of images", low=1)
     lr: float = option(1e-3, "Adam learning rate of the generator", above=0)
-    betas: tuple[float, float] = option((0.5, 0.999), "Adam's betas", low=0, high=1)
+    betas: tuple[float, float] = option((0.5, 0.999), "Adam's betas, below 1", low=0, high=0.99999)
     latent: int = option(256, "numbers that the generator makes an image from", low=1)
     width: float = option(1.0, "multiplies the generator's maps", above=0)
     view_crop: int = option(
@@ -343,6 +343,13 @@ class Run:
     allow_code: bool = option(False, "run the Python file or module that an artifact names", volatile=True)
 
 
+OUT = {
+    "train-teacher": "teacher",
+    "collect-metadata": "metadata",
+    "synthesize": "shards",
+    "distill": "student",
+    "compare": "comparison",
+}
 INPUTS: dict[str, type] = {
     "train-teacher": TrainTeacher,
     "collect-metadata": CollectMetadata,

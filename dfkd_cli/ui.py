@@ -6,6 +6,7 @@ import json
 import sys
 import time
 from collections.abc import Mapping
+from datetime import timedelta
 from types import MappingProxyType
 from typing import Any, TextIO
 
@@ -107,7 +108,7 @@ class Progress:
             self.bar.update(self.task, completed=done, note=note)
         elif now - self.last >= self.interval or done >= self.total:
             self.last = now
-            left = time.strftime("%H:%M:%S", time.gmtime((self.total - done) / speed)) if speed else "--:--:--"
+            left = timedelta(seconds=round((self.total - done) / speed)) if speed else "-:--:--"
             self.terminal.say(f"{self.what} {done}/{self.total} {note}, {left} left")
 
     def close(self) -> None:

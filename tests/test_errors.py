@@ -260,6 +260,8 @@ def test_dry_run_writes_nothing_and_finds_errors(here: Path, cli) -> None:
     assert "temperature: 20.0" in out
     assert sorted(here.rglob("*")) == before
     one_line(cli("distill", "--teacher", "nowhere", "--dry-run"), 3, "nowhere")
+    one_line(cli("distill", "--out", "teacher", "--dry-run"), 2, "teacher is not empty and was not made by dfkd")
+    one_line(cli("distill", "--out", "shards", "--dry-run"), 2, "shards holds another run: command: synthesize ->")
 
 
 # -- the data-free promise --------------------------------------------------------------------------------------------
@@ -335,6 +337,32 @@ def test_numbers_of_other_launchers_mean_nothing(here: Path, dfkd) -> None:
     others = {"SLURM_PROCID": "1", "RANK": "1", "NODE_RANK": "1", "LOCAL_RANK": "1"}
     result = dfkd("ls", "--json", cwd=here, env=others)
     assert json.loads(result.stdout)["ok"] is True
+    others = {"RANK": "1", "SLURM_PROCID": "1", "SLURM_NTASKS": "2", "SLURM_JOB_NAME": "many", "SLURM_JOB_ID": "4"}
+    result = dfkd("distill", "--steps", "1", "--out", "beside", cwd=here, env=others)
+    assert result.returncode == 0, result.stderr
+    assert Path("beside/metrics.csv").read_text().count("\n") == 2
+
+
+def test_what_is_read_is_not_overwritten(here: Path, cli) -> None:
+    assert cli("distill", "--steps", "1")[0] == 0
+    kept = Path("student/model.safetensors").read_bytes()
+    again = ["distill", "--teacher", "student", "--transfer-set", "noise:8", "--steps", "1", "--overwrite"]
+    one_line(cli(*again, "--out", "student/"), 2, "student is read and would be overwritten", "choose another --out")
+    one_line(cli("evaluate", "student", "--out", "./student", "--overwrite"), 2, "student is read")
+    assert Path("student/model.safetensors").read_bytes() == kept
+    assert cli(*again, "--out", "student/next")[0] == 0
+    Path("student/next/left").touch()
+    assert cli(*again, "--out", "student/next")[0] == 0  # inside of what is read, not the other way round
+    assert not Path("student/next/left").exists()
+
+
+def test_half_precision_is_for_accelerators(here: Path, cli) -> None:
+    one_line(cli("distill", "--precision", "16", "--device", "cpu"), 2, "--precision 16", "bf16")
+
+
+def test_an_optimiser_needs_betas_below_one(here: Path, cli) -> None:
+    for method in ("dafl", "cmi", "deepinversion"):
+        one_line(cli("synthesize", "--method", method, "--betas", "0.5", "1", "--out", "b"), 2, "--betas", "0.99999")
 
 
 def test_a_damaged_checkpoint_says_so(here: Path, cli) -> None:

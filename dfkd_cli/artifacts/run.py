@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import contextlib
+import os
 import shutil
 import sys
 import time
@@ -63,48 +64,38 @@ class RunDirectory:
         Raises:
             ConfigError: It holds something else, another process works in it, or it cannot be written.
         """
-        previous, afresh = self._previous(), self.settings.run.overwrite
+        afresh = self.settings.run.overwrite
+        previous = _previous(self.path, afresh)
         if previous is not None and not afresh:
-            different = _conflicts(previous, self.settings, self.identity)
-            if different and _begun(self.path):
-                hint = "choose another --out, or remove this directory, as --overwrite does"
-                raise ConfigError(f"{self.path} holds another run: {different}", hint)
-            same = all(previous.get(name, fact) == fact for name, fact in self.facts.items())
+            afresh = _is_another(self.path, previous.get("identity", {}), self.settings, self.identity)
+            same = not afresh and all(previous.get(name, fact) == fact for name, fact in self.facts.items())
             if same and previous.get("status") == "done" and _whole(self.path, previous):
                 self.record = previous
                 return True
-            afresh = bool(different)
             if not afresh:
                 self.record |= {k: previous[k] for k in ("started", "seconds", "concerns") if k in previous}
         if not records():
             return False
         self._take_lock()
         if afresh:
+            self._spare_parents()
             for item in sorted(self.path.iterdir(), key=lambda item: item.name == RUN):  # last: it makes the rest ours
                 if item.name != LOCK:
                     shutil.rmtree(item) if item.is_dir() and not item.is_symlink() else item.unlink()
-        for left_by_a_kill in self.path.glob(".*.tmp"):
-            left_by_a_kill.unlink()
+        for pattern in (".*.tmp", "*/.*.tmp"):
+            for left_by_a_kill in self.path.glob(pattern):
+                left_by_a_kill.unlink()
         replayable = {key: value for key, value in self.settings.plain().items() if key != "overwrite"}
         write_atomic(self.path / "config.yaml", dump_yaml(replayable).encode())
         self.save()
         return False
 
-    def _previous(self) -> dict[str, Any] | None:
-        try:
-            present = [p for p in self.path.iterdir() if not p.name.startswith(".")] if self.path.exists() else []
-        except NotADirectoryError:
-            raise ConfigError(f"{self.path} is a file", "choose another --out") from None
-        if (self.path / RUN).exists():
-            try:
-                return read_json(self.path / RUN)
-            except ArtifactError:
-                if self.settings.run.overwrite:
-                    return {}
-                raise ConfigError(f"{self.path / RUN} is damaged", "give --overwrite to start afresh") from None
-        if present and [p.name for p in present] != ["config.yaml"]:
-            raise ConfigError(f"{self.path} is not empty and was not made by dfkd", "choose another --out")
-        return None
+    def _spare_parents(self) -> None:
+        """Refuse to clear the directory of what the command reads."""
+        for parent in self.record["parents"]:
+            place = Path(parent.get("path", os.devnull)).resolve()
+            if place.is_relative_to(self.path.resolve()):
+                raise ConfigError(f"{parent['path']} is read and would be overwritten", "choose another --out")
 
     def _take_lock(self) -> None:
         try:
@@ -160,17 +151,30 @@ class RunDirectory:
                 self._lock.close()
 
 
-def conflicts(path: Path, settings: Settings) -> str:
-    """What differs between the settings and the run that ``path`` holds, whatever each reads; empty if nothing."""
-    previous = read_json(path / RUN) if (path / RUN).is_file() and _begun(path) else {}
-    identity = {key: value for key, value in previous.get("identity", {}).items() if key != "parents"}
-    return _conflicts({"identity": identity}, settings, _own(settings)) if identity else ""
+def check_free(path: Path, settings: Settings) -> None:
+    """Raise :class:`ConfigError` where a directory cannot be this run's, whatever it will read."""
+    previous = _previous(path, settings.run.overwrite)
+    if previous and not settings.run.overwrite:
+        recorded = {key: value for key, value in previous.get("identity", {}).items() if key != "parents"}
+        _is_another(path, recorded, settings, _own(settings))
 
 
-def _begun(path: Path) -> bool:
-    """Whether a directory holds more than the records of a run that failed before its first round."""
-    own = (RUN, "config.yaml", "metrics.csv")
-    return any(not item.name.startswith(".") and item.name not in own for item in path.iterdir())
+def _previous(path: Path, afresh: bool) -> dict[str, Any] | None:
+    """The ``run.json`` of a directory, None where there is none."""
+    try:
+        present = [item for item in path.iterdir() if not item.name.startswith(".")] if path.exists() else []
+    except NotADirectoryError:
+        raise ConfigError(f"{path} is a file", "choose another --out") from None
+    if (path / RUN).exists():
+        try:
+            return read_json(path / RUN)
+        except ArtifactError:
+            if afresh:
+                return {}
+            raise ConfigError(f"{path / RUN} is damaged", "give --overwrite to start afresh") from None
+    if present and [item.name for item in present] != ["config.yaml"]:
+        raise ConfigError(f"{path} is not empty and was not made by dfkd", "choose another --out")
+    return None
 
 
 def _own(settings: Settings) -> dict[str, Any]:
@@ -179,14 +183,22 @@ def _own(settings: Settings) -> dict[str, Any]:
     return {key: value for key, value in values.items() if key not in ("teacher", "transfer_set", "weights")}
 
 
-def _conflicts(previous: Mapping[str, Any], settings: Settings, identity: Mapping[str, Any]) -> str:
-    """What differs between a recorded run's identity and this one, for the user."""
-    recorded = previous.get("identity", {})
+def _is_another(path: Path, recorded: Mapping[str, Any], settings: Settings, identity: Mapping[str, Any]) -> bool:
+    """Whether the run that is recorded in a directory is another one, which failed before its first round.
+
+    Raises:
+        ConfigError: It is another one, and there is something to lose.
+    """
     completed = settings.completed(recorded).items() if recorded else ()
     different = differences({key: value for key, value in completed if key in recorded or key in identity}, identity)
-    # Of another command or method everything differs.
-    decisive = [one for one in different if one.startswith(("command:", "method:"))]
-    return "; ".join(decisive or different)
+    records_only = (RUN, "config.yaml", "metrics.csv")
+    begun = any(not item.name.startswith(".") and item.name not in records_only for item in path.iterdir())
+    if different and begun:
+        # Of another command or method everything differs.
+        decisive = [one for one in different if one.startswith(("command:", "method:"))]
+        hint = "choose another --out, or remove this directory, as --overwrite does"
+        raise ConfigError(f"{path} holds another run: {'; '.join(decisive or different)}", hint)
+    return bool(different)
 
 
 def differences(old: Mapping[str, Any], new: Mapping[str, Any], prefix: str = "") -> list[str]:

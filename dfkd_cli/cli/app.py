@@ -274,7 +274,9 @@ def run_stage(settings: Settings, terminal: Terminal, paths: list[str], dry_run:
     stage = importlib.import_module(f"dfkd_cli.stages.{settings.command.replace('-', '_')}")
     from dfkd_cli.stages.inputs import pick_device
 
-    pick_device(settings.run.device, settings.run.devices if settings.command in CHOICES else 1)
+    device = pick_device(settings.run.device, settings.run.devices if settings.command in CHOICES else 1)
+    if device.type == "cpu" and settings.run.precision == "16":
+        raise ConfigError("--precision 16: not on a CPU", "give --precision bf16, or 32, which is faster on most")
     more = {"paths": paths} if paths or settings.command in ("evaluate", "compare") else {}
     with memory_can_end():
         answer = stage.run(settings, terminal, dry_run=dry_run, **more)

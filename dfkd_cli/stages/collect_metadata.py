@@ -5,7 +5,6 @@ from __future__ import annotations
 import itertools
 import math
 from collections.abc import Callable, Mapping, Sequence
-from pathlib import Path
 from typing import Any
 
 import torch
@@ -36,7 +35,7 @@ def run(settings: Settings, terminal: Terminal, dry_run: bool = False) -> dict[s
         raise ConfigError(f"{inputs.teacher}: the teacher's record names no dataset", "give --dataset NAME or DIR")
     images = real_images(teacher, dataset, inputs.data_dir, inputs.num_images, settings.run.seed)
     parents = [teacher.parent("teacher"), {"role": "dataset", "spec": dataset}]
-    directory = RunDirectory(Path(settings.run.out or "metadata"), settings, parents, {"data_free": False})
+    directory = RunDirectory(settings.out, settings, parents, {"data_free": False})
     if directory.claim():
         terminal.say(f"{directory.path} is already complete")
     else:

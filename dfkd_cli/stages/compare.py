@@ -12,7 +12,7 @@ import torch
 from torch import Tensor
 
 from dfkd_cli.artifacts.files import read_json, write_atomic, write_json
-from dfkd_cli.artifacts.run import RunDirectory, conflicts
+from dfkd_cli.artifacts.run import RunDirectory, check_free
 from dfkd_cli.artifacts.shards import MANIFEST
 from dfkd_cli.data import datasets
 from dfkd_cli.data.datasets import Dataset
@@ -60,12 +60,13 @@ def run(settings: Settings, terminal: Terminal, dry_run: bool = False, paths: Se
     run, the others are kept.
     """
     settings = settings.replace(paths=tuple(paths) or settings.inputs.paths)
-    out = Path(settings.run.out or "comparison")
+    out = settings.out
     grid = None if settings.grid is None else plan(settings, out)
     subjects = _open(settings, grid, terminal)
     _arrange(subjects, settings)  # what does not fit is found before anything is written
-    if grid is not None and not settings.run.overwrite:
-        _check_runs(grid)
+    check_free(out, settings)
+    for step in () if grid is None or settings.run.overwrite else grid.steps:
+        check_free(step.out, step.settings)
     if dry_run:
         return _rehearse(subjects, grid, terminal)
     facts = {} if grid is None else {"grid": grid.sha256}
@@ -170,14 +171,6 @@ def _models(steps: Sequence[Step], allow_code: bool) -> list[Model]:
 
 def _arrange(subjects: Subjects, settings: Settings) -> list[Section]:
     return arrange(subjects.models, settings.inputs.dataset, settings.run.allow_code)
-
-
-def _check_runs(grid: Grid) -> None:
-    """Refuse a grid in whose place runs with other settings lie."""
-    for step in grid.steps:
-        if different := conflicts(step.out, step.settings):
-            hint = "choose another --out, or remove this directory: the others are kept"
-            raise ConfigError(f"{step.out} holds another run: {different}", hint)
 
 
 def _parents(subjects: Subjects) -> list[dict[str, Any]]:

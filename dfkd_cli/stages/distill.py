@@ -6,7 +6,6 @@ import contextlib
 import dataclasses
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
-from pathlib import Path
 from typing import Any
 
 import torch
@@ -101,7 +100,7 @@ def learn(settings: Settings, job: Job, terminal: Terminal) -> dict[str, Any]:
     task, teacher = job.task(settings), job.teacher
     parents = [teacher.parent("teacher"), *(s.parent for s in job.sets)]
     facts = {"data_free": job.data_free, "uses": job.uses, "num_images": len(task.source)}
-    directory = RunDirectory(Path(settings.run.out or "student"), settings, parents, facts)
+    directory = RunDirectory(settings.out, settings, parents, facts)
 
     def score(model: Classifier) -> dict[str, float]:
         return {"agreement_on_transfer_set": agreement(model, teacher.classifier, task.source)}

@@ -105,7 +105,7 @@ class Step:
     @property
     def out(self) -> Path:
         """The directory that the command writes."""
-        return Path(str(self.settings.run.out))
+        return self.settings.out
 
     @property
     def model(self) -> Path | None:

@@ -48,7 +48,7 @@ def run(settings: Settings, terminal: Terminal, dry_run: bool = False) -> dict[s
         given, parents = open_inputs(settings.inputs, teacher, settings.run.seed)
     with sealed("synthesize is data-free", teacher.real_data()):
         directory = RunDirectory(
-            Path(settings.run.out or "shards"),
+            settings.out,
             settings,
             [teacher.parent("teacher"), *parents],
             {"data_free": True, "uses": uses(settings.method.entry)},

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-from pathlib import Path
 from typing import Any
 
 from dfkd_cli.artifacts.run import RunDirectory
@@ -24,7 +23,7 @@ def run(settings: Settings, terminal: Terminal, dry_run: bool = False) -> dict[s
     dataset = datasets.load(inputs.dataset, "train", data_dir=inputs.data_dir, image_shape=inputs.input_size)
     mean, std = dataset.mean_std()
     info = ModelInfo(inputs.model, len(dataset.classes), dataset.image_shape, mean, std, dataset.classes)
-    directory = RunDirectory(Path(settings.run.out or "teacher"), settings, [], {"data_free": False})
+    directory = RunDirectory(settings.out, settings, [], {"data_free": False})
     student = fresh(info, "teacher", settings.run.seed)
     task = Task(student, None, RealSource(dataset), {}, inputs, settings.run.seed)
 

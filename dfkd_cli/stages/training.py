@@ -10,7 +10,7 @@ from typing import Any
 
 import torch
 
-from dfkd_cli.artifacts.run import RunDirectory
+from dfkd_cli.artifacts.run import RunDirectory, check_free
 from dfkd_cli.config import dump_yaml
 from dfkd_cli.errors import ConfigError
 from dfkd_cli.models.classifier import Classifier, ModelInfo
@@ -20,6 +20,7 @@ from dfkd_cli.regimes.base import Task
 from dfkd_cli.resolve import Settings
 from dfkd_cli.rounds import fit
 from dfkd_cli.seeds import derive
+from dfkd_cli.settings import OUT
 from dfkd_cli.stages.inputs import pick_device
 from dfkd_cli.stages.snapshots import SNAPSHOTS, Snapshots
 from dfkd_cli.ui import Terminal
@@ -89,6 +90,8 @@ def train(
 def rehearse(settings: Settings, stage: Callable[..., Any], terminal: Terminal) -> dict[str, Any]:
     """``--dry-run``: the command itself, shrunk to one small step on the CPU, in a directory that is thrown away."""
     pick_device(settings.run.device)
+    if settings.run.out is not None or settings.command in OUT:
+        check_free(settings.out, settings)
     small = {
         "steps": 1, "batch_size": 2, "num_images": 2, "iterations": 1, "coarse_iterations": 1, "student_steps": 1,
     }  # fmt: skip
