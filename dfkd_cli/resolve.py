@@ -9,7 +9,7 @@ from typing import Any
 
 from dfkd_cli import catalog, config
 from dfkd_cli.errors import ConfigError, did_you_mean
-from dfkd_cli.settings import CHOICES, INPUTS, OUT, Run
+from dfkd_cli.settings import CHOICES, FOREIGN, INPUTS, OUT, Run
 
 TYPED = "--"  # where typed flags come from
 Layer = tuple[str, Mapping[str, Any]]  # where the values come from (a prefix for messages), and the values
@@ -105,6 +105,9 @@ def resolve(command: str, layers: list[Layer]) -> Settings:
     for source, layer in layers:
         if command == "compare":
             about = layer.get("about", about)
+        if "teacher" in layer and layer["teacher"] != values["inputs",].get("teacher"):
+            for name in FOREIGN:  # what was said of another teacher
+                values["inputs",].pop(name, None)
         flat = _flatten(layer, chosen)
         for path, value in sorted(flat.items(), key=lambda item: len(item[0])):  # short forms first: specifics win
             if path == ("grid",) and command == "compare":
@@ -197,6 +200,8 @@ def recipe_layer(name: str, command: str) -> Layer:
     values = catalog.read_recipe(path)
     if values.get("command", command) != command:
         raise ConfigError(f"{path} is a recipe for {values['command']}, not for {command}")
+    if values.pop("allow_code", False):
+        raise ConfigError(f"{path}: no recipe may allow code to be run", "leave it out, and type --allow-code")
     return f"{path}: ", values
 
 

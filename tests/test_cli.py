@@ -344,14 +344,21 @@ def test_lineage_tells_what_is_still_there(cli, teacher, tmp_path, monkeypatch):
     assert cli("synthesize", "--method", "noise", "--num-images", "4")[0] == 0
     assert cli("distill", "--steps", "1", "--batch-size", "2")[0] == 0
 
-    def lineage():
-        return json.loads(cli("info", "student", "--json")[1])["info"]["lineage"]
+    def lineage(path="student"):
+        return json.loads(cli("info", str(path), "--json")[1])["info"]["lineage"]
 
     first, shards = lineage()
     made_from = {"role": "teacher", "path": "teacher", "sha256": first["sha256"], "found": "same", "lineage": []}
     assert first == made_from
     assert (shards["role"], shards["path"], shards["found"]) == ("transfer-set", "shards", "same")
     assert shards["lineage"] == [made_from]
+    with monkeypatch.context() as elsewhere:
+        elsewhere.chdir("/")
+        assert lineage(tmp_path / "student") == [first, shards]
+    weights = Path("teacher/model.safetensors").read_bytes()
+    Path("teacher/model.safetensors").write_bytes(weights[:-1] + bytes([weights[-1] ^ 1]))
+    assert [parent["found"] for parent in lineage()] == ["another", "same"]
+    Path("teacher/model.safetensors").write_bytes(weights)
     record = json.loads(Path("teacher/model.json").read_text())
     Path("teacher/model.json").write_text(json.dumps({**record, "mean": [0.9]}))
     shutil.rmtree("shards")

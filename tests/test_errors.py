@@ -15,6 +15,7 @@ from pathlib import Path
 
 import pytest
 import torch
+from torchvision.utils import save_image
 
 from dfkd_cli.data import datasets, seal
 
@@ -313,8 +314,6 @@ def test_seal_is_on_while_synthesizing_and_off_afterwards(here: Path, cli, monke
 
 
 def test_a_folder_of_images_is_not_called_data_free(here: Path, cli) -> None:
-    from torchvision.utils import save_image
-
     Path("pictures").mkdir()
     for i in range(4):
         save_image(torch.rand(1, 32, 32), f"pictures/{i}.png")
@@ -448,3 +447,100 @@ def test_a_device_that_is_not_there_leaves_nothing(here: Path, cli) -> None:
 )
 def test_hints_name_what_is_meant(arguments: list[str], words: list[str], here: Path, cli) -> None:
     one_line(cli(*arguments), 2, *words)
+
+
+NET = """
+from torch import nn
+def build(num_classes, input_size):
+    return nn.Sequential(nn.AvgPool2d(WIDTH), nn.Flatten(), nn.Linear(FEATURES, num_classes))
+"""
+
+
+def own_net(width: int) -> None:
+    Path("net.py").write_text(NET.replace("WIDTH", str(width)).replace("FEATURES", str((32 // width) ** 2)))
+
+
+def test_what_a_network_is_decides_and_not_how_it_is_called(here: Path, cli) -> None:
+    """Code that changed is another run; a directory that is called like a built-in network is none."""
+    own_net(4)
+    command = ["distill", "--steps", "1", "--out", "s"]
+    assert cli(*command, "--student", "./net.py:build")[0] == 0
+    assert "already complete" in cli(*command, "--student", "./net.py:build")[2]
+    own_net(8)
+    one_line(cli(*command, "--student", "./net.py:build"), 2, "holds another run: another architecture")
+    # Its architecture, which is code, is a directory's word and not the user's.
+    again = ["distill", "--steps", "1", "--out", "again", "--student", "s"]
+    one_line(cli(*again), 3, "--allow-code")
+    assert cli(*again, "--allow-code")[0] == 0
+    Path("lenet5-half").mkdir()
+    assert cli("distill", "--steps", "1", "--out", "lenet5-half", "--student", "lenet5-half")[0] == 0
+
+
+def test_a_dataset_that_changed_is_another_one(here: Path, cli) -> None:
+    for place in ("train/a", "train/b", "test/a", "test/b"):
+        Path("photos", place).mkdir(parents=True)
+        save_image(torch.rand(1, 32, 32), f"photos/{place}/0.png")
+    command = ["train-teacher", "--dataset", "photos", "--steps", "1", "--out", "of-photos"]
+    learn = ["distill", "--teacher", "of-photos", "--transfer-set", "real", "--steps", "1", "--out", "s"]
+    assert (cli(*command)[0], cli(*learn)[0]) == (0, 0)
+    assert "already complete" in cli(*command)[2]
+    save_image(torch.rand(1, 32, 32), "photos/train/a/1.png")
+    one_line(cli(*command), 2, "holds another run: another dataset")
+    one_line(cli(*learn), 2, "holds another run: another transfer-set")
+
+
+def test_another_teacher_needs_nothing_that_a_recipe_says_of_its_own(here: Path, cli) -> None:
+    Path("net.yaml").write_text("teacher: ./net.py:build\nweights: net.safetensors\ninput_size: [1, 4, 4]\n")
+    command = ["distill", "--recipe", "net.yaml", "--teacher", "teacher", "--steps", "1"]
+    assert cli(*command)[0] == 0
+    one_line(cli(*command, "--input-size", "1", "4", "4"), 2, "leave out --input-size")
+
+
+def test_no_recipe_allows_code(here: Path, cli) -> None:
+    assert cli("distill", "--steps", "1", "--allow-code")[0] == 0
+    assert "allow_code" not in Path("student/config.yaml").read_text()
+    Path("stranger.yaml").write_text("student: lenet5\nallow_code: true\n")
+    one_line(cli("distill", "--recipe", "stranger.yaml"), 2, "stranger.yaml: no recipe may allow code", "--allow-code")
+
+
+def test_artifacts_among_datasets_are_refused_and_no_bug(here: Path, cli) -> None:
+    one_line(cli("distill", "--data-dir", "."), 2, "where datasets are looked for", "work outside of it")
+
+
+@pytest.mark.parametrize(
+    "change",
+    [{"dtype": "nn"}, {"shards": []}, {"num_classes": "10"}, {"shape": [1, 32]}, {"shape": [1, 32, -1]}],
+    ids=str,
+)
+def test_a_strange_manifest_is_damaged(here: Path, cli, change: dict) -> None:
+    manifest = json.loads(Path("shards/manifest.json").read_text())
+    Path("shards/manifest.json").write_text(json.dumps(manifest | change))
+    one_line(cli("distill"), 3, "manifest.json is damaged")
+
+
+def test_strange_records_and_files_are_one_line(here: Path, cli) -> None:
+    Path("photos").mkdir()
+    Path("photos/folder.png").mkdir()
+    Path("photos/gone.png").symlink_to("nowhere.png")
+    one_line(cli("distill", "--transfer-set", "photos"), 3, "no image files")
+    one_line(cli("distill", "--transfer-set", "noise:²"), 2, "'²' is not a number of images")
+    record = json.loads(Path("teacher/model.json").read_text())
+    Path("teacher/model.json").write_text(json.dumps({**record, "provenance": []}))
+    one_line(cli("distill"), 3, "provenance is damaged")
+
+
+def test_images_of_four_channels(here: Path, cli) -> None:
+    """Multispectral images, and a network for them: impressions of it, but no files of such images."""
+    Path("net.py").write_text(NET.replace("WIDTH", "4").replace("FEATURES", "16"))
+    torch.manual_seed(0)
+    net = torch.nn.Sequential(torch.nn.AvgPool2d(4), torch.nn.Flatten(), torch.nn.Linear(16, 3))
+    torch.save(net.state_dict(), "net.pth")
+    foreign = ["--teacher", "net.py:build", "--weights", "net.pth", "--num-classes", "3", "--input-size", "4", "8", "8"]
+    small = ["--num-images", "4", "--iterations", "1"]
+    code, _, err = cli("synthesize", "--method", "class-impressions", *foreign, *small, "--out", "made")
+    assert code == 0, err
+    assert Path("made/preview.png").is_file()
+    Path("photos").mkdir()
+    save_image(torch.rand(3, 8, 8), "photos/0.png")
+    command = ["distill", *foreign, "--student", "./net.py:build", "--transfer-set", "photos"]
+    one_line(cli(*command), 3, "1 or 3 channels, not 4")

@@ -85,7 +85,8 @@ class RunDirectory:
         for pattern in (".*.tmp", "*/.*.tmp"):
             for left_by_a_kill in self.path.glob(pattern):
                 left_by_a_kill.unlink()
-        replayable = {key: value for key, value in self.settings.plain().items() if key != "overwrite"}
+        only_typed = ("overwrite", "allow_code")
+        replayable = {key: value for key, value in self.settings.plain().items() if key not in only_typed}
         write_atomic(self.path / "config.yaml", dump_yaml(replayable).encode())
         self.save()
         return False

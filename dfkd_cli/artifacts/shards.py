@@ -152,7 +152,12 @@ class ShardReader:
             self.num_classes: int = manifest["num_classes"]
             self.teacher: str = manifest["teacher"]["sha256"]
             files = [str(Path(row["file"])) for row in manifest["shards"]]
+            numbers = [*self.sizes, *self.shape, self.num_classes]
+            if not (self.sizes and all(isinstance(number, int) and number > 0 for number in numbers)):
+                raise TypeError
             if not all(isinstance(row["sha256"], str) for row in manifest["shards"]):
+                raise TypeError
+            if len(self.shape) != 3 or not isinstance(self.dtype, torch.dtype):
                 raise TypeError
         except (KeyError, TypeError, AttributeError):
             raise ArtifactError(f"{directory}: {MANIFEST} is damaged", REMAKE) from None

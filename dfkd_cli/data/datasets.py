@@ -11,7 +11,7 @@ from collections.abc import Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass, replace
 from pathlib import Path
-from typing import Literal, TypeVar
+from typing import Any, Literal, TypeVar
 
 import numpy as np
 import torch
@@ -22,6 +22,7 @@ from torch.nn.functional import interpolate, pad
 from torchvision.datasets.folder import IMG_EXTENSIONS, find_classes, make_dataset
 from torchvision.transforms.v2 import functional as transforms
 
+from dfkd_cli.artifacts.files import digest
 from dfkd_cli.data import seal
 from dfkd_cli.errors import ArtifactError, ConfigError, did_you_mean
 from dfkd_cli.models.classifier import ModelInfo
@@ -179,6 +180,15 @@ def load(
     if isinstance(pixels, ImageFiles) and len(labels) * math.prod(pixels.shape) <= _MEMORY_BUDGET:
         pixels = pixels[torch.arange(len(labels))]
     return Dataset(name, split, classes, image_shape or native_shape, labels, pixels)
+
+
+def contents(name: str) -> list[dict[str, Any]]:
+    """What a dataset is read from, as a run's parents: of a directory the names and sizes of its files."""
+    if name in DATASETS:
+        return []
+    files = sorted(path for path in Path(name).rglob("*") if path.is_file())
+    sizes = [[path.relative_to(name).as_posix(), path.stat().st_size] for path in files]
+    return [{"role": "dataset", "path": name, "sha256": digest(sizes)}]
 
 
 def class_balanced(labels: Tensor, count: int, seed: int) -> Tensor:

@@ -17,7 +17,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from dfkd_cli.errors import DfkdError
+from dfkd_cli.errors import ConfigError, DfkdError
 
 
 class DataSealed(DfkdError):
@@ -70,6 +70,15 @@ def check(what: str) -> None:
         raise _broken(what, seals[-1])
 
 
+def _misplaced(path: str, place: str) -> ConfigError | None:
+    """What to say of a file that is sealed only because datasets lie around the working directory."""
+    here = os.path.join(os.path.realpath("."), "")
+    if not (here.startswith(place) and path.startswith(here)):
+        return None
+    hint = "work outside of it, or give datasets a directory of their own: DFKD_DATA, --data-dir"
+    return ConfigError(f"{path}: lies in {place}, where datasets are looked for", hint)
+
+
 def _broken(what: str, seal: _Seal) -> DataSealed:
     hint = "the code that opened it is at fault; a file that is no dataset belongs outside of the data directories"
     return DataSealed(f"{what} was opened although {seal.reason}", hint)
@@ -92,5 +101,6 @@ def _on_event(event: str, args: tuple[Any, ...]) -> None:
         return
     path = os.path.join(os.path.realpath(os.fsdecode(args[0])), "")
     for seal in _active:
-        if path.startswith(seal.places):
-            raise _broken(os.fsdecode(args[0]), seal)
+        for place in seal.places:
+            if path.startswith(place):
+                raise _misplaced(path, place) or _broken(os.fsdecode(args[0]), seal)

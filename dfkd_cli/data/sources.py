@@ -92,6 +92,9 @@ class Source(ABC):
     def chunk(self, index: int) -> Images:
         """Load one chunk."""
 
+    def use(self, device: torch.device) -> None:  # noqa: B027  # most read them
+        """Make images on a device from now on, where they are made and not read."""
+
     def __len__(self) -> int:
         return sum(self.sizes)
 
@@ -142,6 +145,9 @@ class GeneratorSource(Source):
         self.sizes = [min(chunk, count - start) for start in range(0, count, chunk)]
         self.shape, self.dtype = generator.info.input_size, torch.float32
 
+    def use(self, device: torch.device) -> None:
+        self.generator.to(device)
+
     def chunk(self, index: int) -> Images:
         drawn = torch.Generator().manual_seed(derive("latents", self.seed, index))
         latents = torch.randn(self.batch, self.generator.latent, generator=drawn)
@@ -188,6 +194,11 @@ class Concat(Source):
         self.shape = parts[0].shape
         self.dtype = parts[0].dtype if len({p.dtype for p in parts}) == 1 else torch.float32
         self.labelled = all(part.labelled for part in parts)
+        self.parts = parts
+
+    def use(self, device: torch.device) -> None:
+        for part in self.parts:
+            part.use(device)
 
     def chunk(self, index: int) -> Images:
         part, local = self.owners[index]
@@ -213,6 +224,9 @@ class Subset(Source):
         self.sizes = [len(part) for _, part in self.rows]
         self.shape, self.dtype = source.shape, source.dtype
         self.labelled = source.labelled
+
+    def use(self, device: torch.device) -> None:
+        self.source.use(device)
 
     def chunk(self, index: int) -> Images:
         chunk, rows = self.rows[index]
@@ -256,6 +270,7 @@ class Batches:
         self.capacity = max(memory // source.bytes_per_image, max(source.sizes))
         self.starts = np.cumsum([0, *source.sizes]).tolist()
         self._windows: dict[tuple[int, ...], Images] = {}
+        source.use(device)
 
     def steps(self, start: int, stop: int) -> Iterator[Images]:
         """The batches of steps ``start`` to ``stop``, counted over all epochs."""

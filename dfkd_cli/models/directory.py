@@ -98,6 +98,8 @@ def read_record(directory: Path) -> dict[str, Any]:
     record = read_json(directory / RECORD)
     if record.get("kind") != "model":
         raise ArtifactError(f"{directory}: holds {record.get('kind')!r}, not a model")
+    if not isinstance(record.get("provenance", {}), dict):
+        raise ArtifactError(f"{directory / RECORD}: its provenance is damaged", "make the model again")
     if record.get("schema") != SCHEMA:
         raise ArtifactError(
             f"{directory}: model schema {record.get('schema')!r}, this version reads {SCHEMA}", "update dfkd"

@@ -41,7 +41,12 @@ def build(spec: str, num_classes: int, input_size: Size, allow_code: bool = Fals
     """
     source, colon, name = spec.partition(":")
     if not colon:
-        net = _builtin(spec, num_classes, input_size)
+        build_one = family(spec)
+        if build_one is None:
+            near = did_you_mean(spec, _families())
+            hint = f"{near}; or torchvision:NAME, timm:NAME, FILE.py:factory, a model directory"
+            raise ConfigError(f"{spec}: unknown model", hint)
+        net = build_one(spec, num_classes, input_size)
     elif source == "torchvision":
         net = _torchvision(name, num_classes)
     elif source == "timm":
@@ -82,12 +87,18 @@ def _families() -> dict[str, Callable[[str, int, Size], nn.Module]]:
     return {name: file.build for file in files for name in getattr(file, "NAMES", ())}
 
 
-def _builtin(name: str, num_classes: int, input_size: Size) -> nn.Module:
-    for pattern, family in _families().items():  # wrn-<depth>-<width> stands for many names
+def family(name: str) -> Callable[[str, int, Size], nn.Module] | None:
+    """What builds a built-in name, or None where it is none."""
+    for pattern, build_one in _families().items():  # wrn-<depth>-<width> stands for many names
         if re.fullmatch(re.sub(r"<\w+>", r"[0-9]+", pattern), name):
-            return family(name, num_classes, input_size)
-    hint = f"{did_you_mean(name, _families())}; or torchvision:NAME, timm:NAME, FILE.py:factory, a model directory"
-    raise ConfigError(f"{name}: unknown model", hint)
+            return build_one
+    return None
+
+
+def code_file(spec: str) -> Path | None:
+    """The file whose code a SPEC names, or None."""
+    source, colon, _ = spec.partition(":")
+    return Path(source) if colon and source.endswith(".py") else None
 
 
 def _torchvision(name: str, num_classes: int) -> nn.Module:

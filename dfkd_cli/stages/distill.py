@@ -29,7 +29,7 @@ from dfkd_cli.stages.inputs import (
     open_transfer_set,
 )
 from dfkd_cli.stages.measures import agreement
-from dfkd_cli.stages.training import fresh, rehearse, train
+from dfkd_cli.stages.training import architecture, fresh, rehearse, train
 from dfkd_cli.ui import Terminal
 
 
@@ -98,7 +98,7 @@ def run(settings: Settings, terminal: Terminal, dry_run: bool = False) -> dict[s
 def learn(settings: Settings, job: Job, terminal: Terminal) -> dict[str, Any]:
     """Train the student of a job into its model directory."""
     task, teacher = job.task(settings), job.teacher
-    parents = [teacher.parent("teacher"), *(s.parent for s in job.sets)]
+    parents = [teacher.parent("teacher"), *(s.parent for s in job.sets), *architecture(settings.inputs.student)]
     facts = {"data_free": job.data_free, "uses": job.uses, "num_images": len(task.source)}
     directory = RunDirectory(settings.out, settings, parents, facts)
 
@@ -134,7 +134,8 @@ def opened(settings: Settings) -> Iterator[Job]:
         if data_free:
             seals.enter_context(sealed("the transfer set is data-free", teacher.real_data(inputs.data_dir)))
         sets = [open_transfer_set(name, teacher, inputs.data_dir, seed) for name in inputs.transfer_set]
-        student = fresh(dataclasses.replace(teacher.classifier.info, spec=inputs.student), "student", seed)
+        info = dataclasses.replace(teacher.classifier.info, spec=inputs.student)
+        student = fresh(info, "student", seed, settings.run.allow_code)
         objectives = connect(settings.components["objective"], student, teacher.classifier, seed)
         yield Job(teacher, sets, data_free, student, objectives)
 

@@ -432,7 +432,7 @@ class _Planner:
 
     def _step(self, row: str, seed: int, command: str, layers: list[Layer], values: Mapping[str, Any]) -> Step:
         foreign = self.given is not None and values.get("teacher") == self.given
-        layers = [*layers, (TYPED, self._passed(command, foreign)), ("", {**values, "overwrite": False})]
+        layers = [*layers, ("", {**values, "overwrite": False}), (TYPED, self._passed(command, foreign))]
         return Step(row, seed, resolve(command, layers), self.name)
 
     def _passed(self, command: str, foreign: bool) -> dict[str, Any]:

@@ -148,7 +148,7 @@ def _counted(name: str) -> tuple[str, int | None]:
     kind, colon, count = name.partition(":")
     if kind not in ("real", "noise", *datasets.DATASETS) or not colon or Path(name).exists():
         return name, None
-    if not (count.isdigit() and int(count)):
+    if not (count.isdecimal() and int(count)):
         raise ConfigError(f"{name}: {count!r} is not a number of images", f"e.g. {kind}:200")
     return kind, int(count)
 
@@ -196,7 +196,10 @@ def open_transfer_set(name: str, teacher: LoadedModel, data_dir: str | None, see
         if teacher.dataset is None:
             raise ConfigError(f"transfer set {name}: the teacher's record names no dataset", "use shards or a folder")
         real = real_images(teacher, teacher.dataset, data_dir, count, seed)
-        return TransferSet(real, {"role": "transfer-set", "spec": f"{name} {teacher.dataset}"})
+        parent = {"role": "transfer-set", "spec": f"{name} {teacher.dataset}"}
+        for content in datasets.contents(teacher.dataset):
+            parent["sha256"] = content["sha256"]
+        return TransferSet(real, parent)
     path = Path(name)
     if not path.is_dir():
         hint = "make it: dfkd synthesize --method zskd" if name.rstrip("/") == "shards" else "check --transfer-set"
@@ -220,9 +223,13 @@ def _ours(name: str, info: ModelInfo, seed: int) -> tuple[TransferSet, str] | No
         source: Source = ShardSource(reader)
     elif (path / generators.RECORD).exists():
         generator, record = generators.load_generator(path)
-        made = record["provenance"]
-        sha256, made_from, uses = generators.identity(record), made["teacher"], ()
-        source = GeneratorSource(generator, made["num_images"], made["config"]["batch_size"], seed)
+        sha256, uses = generators.identity(record), ()
+        try:
+            made = record["provenance"]
+            made_from = str(made["teacher"])
+            source = GeneratorSource(generator, made["num_images"], made["config"]["batch_size"], seed)
+        except (KeyError, TypeError, ValueError) as error:
+            raise ArtifactError(f"{name}: its provenance is damaged: {error}", "make the generator again") from None
     else:
         return None
     if source.shape != info.input_size:

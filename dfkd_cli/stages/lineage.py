@@ -41,27 +41,33 @@ def lineage(path: Path) -> list[dict[str, Any]]:
         also ``found``: ``same``, ``another`` or ``gone``, and where it is the same its own ``lineage``.
     """
     parents = read_json(path / RUN).get("parents", []) if (path / RUN).is_file() else []
-    return [parent | _found(parent) for parent in parents]
+    return [parent | _found(parent, path) for parent in parents]
 
 
-def _found(parent: dict[str, Any]) -> dict[str, Any]:
-    place = Path(parent.get("path") or "")
-    if "path" not in parent or (place.exists() and not any((place / name).is_file() for name in RECORDS)):
+def _found(parent: dict[str, Any], child: Path) -> dict[str, Any]:
+    if "path" not in parent:
         return {}
-    if not place.exists():
-        return {} if ":" in str(place) else {"found": "gone"}  # a SPEC is no place
+    # Relative to where the command ran: here, or, as a rule, beside the child.
+    places = [Path(parent["path"]), child.resolve().parent / parent["path"]]
+    place = next((place for place in places if place.exists()), None)
+    if place is None:
+        return {} if ":" in parent["path"] else {"found": "gone"}  # a SPEC is no place
+    if not any((place / name).is_file() for name in RECORDS):
+        return {}
     try:
         if _identity(place) != parent["sha256"]:
             return {"found": "another"}
         return {"found": "same", "lineage": lineage(place)}
-    except (DfkdError, KeyError, TypeError):
+    except (DfkdError, OSError, KeyError, TypeError):
         return {"found": "another"}  # damaged is not the same either
 
 
 def _identity(path: Path) -> str:
     """The hash by which runs record what lies there."""
-    if (path / directory.RECORD).is_file():
-        return directory.identity(read_json(path / directory.RECORD))
-    if (path / generators.RECORD).is_file():
-        return generators.identity(read_json(path / generators.RECORD))
+    for kind in (directory, generators):
+        if (path / kind.RECORD).is_file():
+            record = read_json(path / kind.RECORD)
+            if sha256_file(path / kind.WEIGHTS) != record["weights"]["sha256"]:
+                raise ArtifactError(f"{path}: its weights are damaged")
+            return kind.identity(record)
     return ShardReader(path).sha256 if (path / MANIFEST).is_file() else sha256_file(path / metadata.RECORD)

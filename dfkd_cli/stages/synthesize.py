@@ -24,7 +24,7 @@ from dfkd_cli.models.generators import Generator, save_generator
 from dfkd_cli.resolve import Settings
 from dfkd_cli.rounds import fit, write_csv
 from dfkd_cli.stages.inputs import LoadedModel, load_teacher
-from dfkd_cli.stages.training import fresh, rehearse
+from dfkd_cli.stages.training import architecture, fresh, rehearse
 from dfkd_cli.ui import Terminal
 
 PREVIEW = 4, 16  # rows of preview.png, each of as many images of one round
@@ -45,7 +45,7 @@ def run(settings: Settings, terminal: Terminal, dry_run: bool = False) -> dict[s
     with sealed("synthesize is data-free"):
         teacher = load_teacher(settings.inputs, settings.run.allow_code)
         check_needs(settings.method.entry, teacher.classifier, settings.inputs)
-        given, parents = open_inputs(settings.inputs, teacher, settings.run.seed)
+        given, parents = open_inputs(settings, teacher)
     with sealed("synthesize is data-free", teacher.real_data()):
         directory = RunDirectory(
             settings.out,
@@ -68,16 +68,19 @@ def uses(entry: catalog.Entry) -> list[str]:
     return [need for need in entry.needs if need in MADE_FROM_DATA]
 
 
-def open_inputs(inputs: Any, teacher: LoadedModel, seed: int) -> tuple[dict[str, Any], list[dict[str, Any]]]:
+def open_inputs(settings: Settings, teacher: LoadedModel) -> tuple[dict[str, Any], list[dict[str, Any]]]:
     """Open what is given beside the teacher: arguments of the method, and parents of the run. A student is a new one.
 
     Raises:
         ArtifactError: Missing, damaged, or of another teacher.
     """
+    inputs, how = settings.inputs, settings.run
     given: dict[str, Any] = {}
     parents = []
     if inputs.student is not None:
-        given["student"] = fresh(dataclasses.replace(teacher.classifier.info, spec=inputs.student), "student", seed)
+        info = dataclasses.replace(teacher.classifier.info, spec=inputs.student)
+        given["student"] = fresh(info, "student", how.seed, how.allow_code)
+        parents += architecture(inputs.student)
     if inputs.metadata is not None:
         given["metadata"], sha256 = read_metadata(Path(inputs.metadata), teacher.sha256)
         parents.append({"role": "metadata", "path": inputs.metadata, "sha256": sha256})
@@ -157,10 +160,13 @@ def _make(
 def write_preview(path: Path, reader: ShardReader) -> None:
     """A PNG grid of images from the first round, on top, to the last; the first of each, from evenly spaced rounds.
 
-    Each image is stretched to the full range of grey: impressions may leave [0,1].
+    Each image is stretched to the full range: impressions may leave [0,1]. What is neither grey nor RGB is shown as the
+    mean of its channels.
     """
     rows, columns = PREVIEW
     shards = torch.linspace(0, len(reader.sizes) - 1, min(rows, len(reader.sizes))).round().int().tolist()
     images = torch.cat([reader.read(shard)["images"][: rows // len(shards) * columns] for shard in shards])
-    grid = make_grid(images.float(), nrow=columns, padding=2, normalize=True, scale_each=True, pad_value=1.0)
+    images = images.float()
+    images = images if images.shape[1] in (1, 3) else images.mean(1, keepdim=True)
+    grid = make_grid(images, nrow=columns, padding=2, normalize=True, scale_each=True, pad_value=1.0)
     write_atomic(path, encode_png(grid.mul(255).round().byte()).numpy().tobytes())

@@ -11,7 +11,7 @@ from dfkd_cli.models.classifier import Classifier, ModelInfo
 from dfkd_cli.regimes.base import Task
 from dfkd_cli.resolve import Settings
 from dfkd_cli.stages.measures import top1
-from dfkd_cli.stages.training import fresh, rehearse, train
+from dfkd_cli.stages.training import architecture, fresh, rehearse, train
 from dfkd_cli.ui import Terminal
 
 
@@ -23,8 +23,9 @@ def run(settings: Settings, terminal: Terminal, dry_run: bool = False) -> dict[s
     dataset = datasets.load(inputs.dataset, "train", data_dir=inputs.data_dir, image_shape=inputs.input_size)
     mean, std = dataset.mean_std()
     info = ModelInfo(inputs.model, len(dataset.classes), dataset.image_shape, mean, std, dataset.classes)
-    directory = RunDirectory(settings.out, settings, [], {"data_free": False})
-    student = fresh(info, "teacher", settings.run.seed)
+    parents = [*architecture(inputs.model), *datasets.contents(inputs.dataset)]
+    directory = RunDirectory(settings.out, settings, parents, {"data_free": False})
+    student = fresh(info, "teacher", settings.run.seed, settings.run.allow_code)
     task = Task(student, None, RealSource(dataset), {}, inputs, settings.run.seed)
 
     def score(model: Classifier) -> dict[str, float]:
