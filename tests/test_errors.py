@@ -539,6 +539,8 @@ def test_images_of_four_channels(here: Path, cli) -> None:
     small = ["--num-images", "4", "--iterations", "1"]
     code, _, err = cli("synthesize", "--method", "class-impressions", *foreign, *small, "--out", "made")
     assert code == 0, err
+    spelled = ["--teacher", "./net.py:build", *foreign[2:]]
+    assert cli("distill", *spelled, "--student", "net.py:build", "--transfer-set", "made", "--steps", "1")[0] == 0
     assert Path("made/preview.png").is_file()
     Path("photos").mkdir()
     save_image(torch.rand(3, 8, 8), "photos/0.png")

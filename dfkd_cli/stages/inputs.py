@@ -18,7 +18,7 @@ from dfkd_cli.errors import ArtifactError, ConfigError
 from dfkd_cli.models import generators
 from dfkd_cli.models.classifier import Classifier, ModelInfo
 from dfkd_cli.models.directory import identity, load_model
-from dfkd_cli.models.registry import build
+from dfkd_cli.models.registry import build, code_file
 from dfkd_cli.models.weights import load_weights
 from dfkd_cli.seeds import derive
 from dfkd_cli.settings import FOREIGN
@@ -96,7 +96,9 @@ def _foreign(inputs: Any) -> LoadedModel:
         raise ConfigError(f"teacher {inputs.teacher}: its file does not say its input", f"give {' and '.join(missing)}")
     channels = inputs.input_size[0]
     mean, std = inputs.mean or (0.0,) * channels, inputs.std or (1.0,) * channels
-    info = ModelInfo(inputs.teacher, inputs.num_classes, inputs.input_size, mean, std)
+    file, (_, colon, factory) = code_file(inputs.teacher), inputs.teacher.partition(":")
+    spec = inputs.teacher if file is None else f"{file}{colon}{factory}"  # without a leading ./
+    info = ModelInfo(spec, inputs.num_classes, inputs.input_size, mean, std)
     with torch.random.fork_rng(devices=[]):
         net = build(info.spec, info.num_classes, info.input_size, allow_code=True)  # the user's own words
     if not Path(inputs.weights).is_file():
