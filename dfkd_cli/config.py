@@ -7,7 +7,9 @@ command line its flags (``bn_scale`` is ``--bn-scale``), recipes their keys, and
 from __future__ import annotations
 
 import contextlib
+import copy
 import dataclasses
+import functools
 import math
 import types
 import typing
@@ -42,7 +44,8 @@ def option(
     return dataclasses.field(default=default, metadata=metadata)
 
 
-def hints(cls: type) -> dict[str, Any]:
+@functools.cache
+def hints(cls: type) -> Mapping[str, Any]:
     """The resolved type of every field of a configuration class."""
     types_of = typing.get_type_hints(cls)
     return {field.name: types_of[field.name] for field in dataclasses.fields(cls)}
@@ -203,6 +206,12 @@ _UniqueKeys.add_constructor(yaml.resolver.BaseResolver.DEFAULT_MAPPING_TAG, _map
 
 def parse_yaml(text: str, where: str) -> dict[str, Any]:
     """Read a YAML mapping with plain values only."""
+    return copy.deepcopy(_parsed(text, where))
+
+
+@functools.lru_cache
+def _parsed(text: str, where: str) -> dict[str, Any]:
+    """The grids read the same few recipes hundreds of times."""
     try:
         values = yaml.load(text, Loader=_UniqueKeys)
     except yaml.YAMLError as error:

@@ -437,7 +437,7 @@ class _Planner:
 
     def _passed(self, command: str, foreign: bool) -> dict[str, Any]:
         """The flags given to ``compare`` that the command has too; of a foreign teacher only where it is the one."""
-        known = config.hints(INPUTS[command]) | config.hints(Run)
+        known = {*config.hints(INPUTS[command]), *config.hints(Run)}
         values = config.plain(self.settings.inputs) | config.plain(self.settings.run)
         unset = config.defaults(INPUTS["compare"]) | config.defaults(Run)
         names = _PASSED + FOREIGN if foreign else _PASSED
