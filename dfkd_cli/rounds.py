@@ -35,7 +35,7 @@ from torch.utils.data import DataLoader, TensorDataset
 
 from dfkd_cli.artifacts.files import write_atomic
 from dfkd_cli.artifacts.run import RunDirectory
-from dfkd_cli.errors import ArtifactError, ConfigError, RunFailed
+from dfkd_cli.errors import ArtifactError, ConfigError, RunFailed, memory_can_end
 from dfkd_cli.processes import records
 from dfkd_cli.ui import Progress, Terminal
 
@@ -50,6 +50,7 @@ class Learner(pl.LightningModule, ABC):
     Attributes:
         rounds: How many rounds there are.
         unit: What progress counts.
+        scaled: Every gradient goes through Lightning, which scales losses where small ones would vanish in 16 bits.
         stateless: Rounds do not depend on each other; nothing has to be saved between them.
         teacher: The classifier that is frozen meanwhile, or None.
         note: What the user should know of this run from the start.
@@ -59,6 +60,7 @@ class Learner(pl.LightningModule, ABC):
     note: str | None = None
     teacher: Any
     stateless = False
+    scaled = True
     unit = "rounds"
 
     def __init__(self) -> None:
@@ -86,7 +88,8 @@ class Learner(pl.LightningModule, ABC):
         """One round; stops the run when a term is not finite."""
         failure = None
         try:
-            terms = self.round(self.current_epoch)
+            with memory_can_end():
+                terms = self.round(self.current_epoch)
             self.check_finite(terms, self.current_epoch)
         except RunFailed as error:
             failure = error
@@ -291,6 +294,8 @@ def fit(learner: Learner, run: RunDirectory, terminal: Terminal, callbacks: Sequ
         ArtifactError: The checkpoint of an earlier process is damaged.
     """
     path = run.path / CHECKPOINT
+    if run.settings.run.precision == "16" and not learner.scaled:
+        raise ConfigError("--precision 16: gradients of images would vanish in it", "give --precision bf16")
     if not learner.rounds:
         return
     loggers: list[Logger] = [] if learner.stateless else [MetricsFile(run.path / "metrics.csv")]

@@ -28,6 +28,8 @@ from dfkd_cli.data import datasets
 from dfkd_cli.models.directory import load_model
 from dfkd_cli.report.readme import fill
 from dfkd_cli.report.results import spread
+from dfkd_cli.resolve import recipe_layer, resolve
+from dfkd_cli.stages.grid import plan
 
 SMALL = ("--steps", "2", "--batch-size", "8")
 EVERYTHING = ("student0", "student1", "real", "baseline", "shards0")
@@ -269,6 +271,8 @@ def test_a_gate_closes_after_everything_was_written(here, cli):
     code, out, err = cli("compare", "student0", "--out", "gate", "--fail-below", "0")
     assert (code, "already complete" in err) == (0, True)
     assert "zskd -> response" in out
+    code, _, err = cli("compare", "baseline", "--out", "no-student", "--fail-below", "0.999")
+    assert (code, "there is no student" in err) == (2, True)
 
 
 def test_measures_are_taken_once(here, compared, cli):
@@ -284,6 +288,13 @@ def test_measures_are_taken_once(here, compared, cli):
     assert (here / "once" / "report.html").is_file()
     code, _, err = cli("compare", "student1", "teacher", "--out", "once")
     assert (code, "holds another run" in err) == (2, True)
+
+
+def test_a_copy_is_no_repeat(here, cli):
+    shutil.copytree("student0", "copy")
+    assert cli("compare", "student0", "copy", "teacher", "--out", "copies")[0] == 0
+    (row,) = (row for row in results_in(here / "copies")["sections"][0]["rows"] if row["role"] == "student")
+    assert (len(row["runs"]), row["top1"]["sd"]) == (1, None)
 
 
 def test_students_of_two_teachers_are_never_ranked_together(here, cli):
@@ -870,6 +881,9 @@ def test_a_students_student_is_ranked_by_the_grids_teacher(tmp_path, monkeypatch
             assert parent["path"] == str(Path("grid", "runs", place.format(seed)))
     assert cli("compare", "grid", "--out", "again")[0] == 0
     assert {row["label"] for row in results_in(tmp_path / "again")["sections"][0]["rows"]} > set(taught)
+    steps = plan(resolve("compare", [recipe_layer("grid.yaml", "compare")]), Path("grid")).steps
+    loop, points = (next(s for s in steps if s.row == row and s.seed == 0) for row in ("loop", "points@2"))
+    assert points.waits_for({loop.out}) and not loop.waits_for({points.out})  # its teacher lies in the loop's shards
     (tmp_path / "grid.yaml").write_text((tmp_path / "grid.yaml").read_text().replace('"first", "d', '"loop", "d'))
     code, _, err = cli("compare", "--recipe", "grid.yaml", "--teacher", "given", "--out", "grid")
     assert code == 4 and "second/seed0/student holds another run: another teacher" in err, err
@@ -895,6 +909,11 @@ def test_a_students_student_is_ranked_by_the_grids_teacher(tmp_path, monkeypatch
         ("hot: {shards: zskd,", "hot: {taught_by: zksd, shards: zskd,", "did you mean 'zskd'"),
         ("hot: {shards: zskd,", "hot: {taught_by: growing, shards: zskd,", "row 'growing' has no student of seed 0"),
         ("hot: {shards: zskd,", "hot: {taught_by: zskd-hot, shards: zskd,", "rows that wait for each other"),
+        (
+            "zskd: {synthesize",
+            "zskd: {seeds: [1], synthesize",
+            "row 'zskd' has no shards of seed 0 -- give `seeds: [1]`",
+        ),
     ],
 )
 def test_a_wrong_grid_is_refused_before_anything_runs(tmp_path, monkeypatch, cli, old, new, words):

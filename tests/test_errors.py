@@ -17,7 +17,14 @@ import pytest
 import torch
 from torchvision.utils import save_image
 
+from dfkd_cli.artifacts.run import RunDirectory
+from dfkd_cli.artifacts.shards import ShardWriter
 from dfkd_cli.data import datasets, seal
+from dfkd_cli.errors import ConfigError
+from dfkd_cli.models.directory import load_model
+from dfkd_cli.resolve import resolve
+from dfkd_cli.rounds import fit
+from dfkd_cli.ui import Terminal
 
 SMALL = ["--num-images", "20", "--batch-size", "10", "--iterations", "1"]
 
@@ -357,6 +364,13 @@ def test_what_is_read_is_not_overwritten(here: Path, cli) -> None:
 
 def test_half_precision_is_for_accelerators(here: Path, cli) -> None:
     one_line(cli("distill", "--precision", "16", "--device", "cpu"), 2, "--precision 16", "bf16")
+    half = ("", {"method": "zskd", "precision": "16", "device": "cpu", "num_images": 2, "iterations": 1})
+    settings = resolve("synthesize", [half])
+    teacher, _ = load_model(Path("teacher"))
+    writer = ShardWriter(Path("half"), {"shape": [1, 32, 32], "dtype": "float16"}, 1)
+    learner = settings.method.entry.load()(teacher, settings.method.config, 2, 0, writer)
+    with pytest.raises(ConfigError, match="gradients of images would vanish"):
+        fit(learner, RunDirectory(Path("half"), settings, [], {}), Terminal(silent=True))
 
 
 def test_an_optimiser_needs_betas_below_one(here: Path, cli) -> None:
@@ -527,6 +541,21 @@ def test_strange_records_and_files_are_one_line(here: Path, cli) -> None:
     record = json.loads(Path("teacher/model.json").read_text())
     Path("teacher/model.json").write_text(json.dumps({**record, "provenance": []}))
     one_line(cli("distill"), 3, "provenance is damaged")
+
+
+def test_an_artifact_that_is_its_own_parent(here: Path, cli) -> None:
+    assert cli("distill", "--steps", "1")[0] == 0
+    run = json.loads(Path("student/run.json").read_text())
+    sha256 = json.loads(cli("info", "shards", "--json")[1])["info"]["lineage"][0]["sha256"]
+    shards = json.loads(Path("shards/run.json").read_text())
+    own = next(parent for parent in run["parents"] if parent["path"] == "shards")
+    Path("shards/run.json").write_text(json.dumps({**shards, "parents": [own]}))
+    (parent,) = json.loads(cli("info", "shards", "--json")[1])["info"]["lineage"]
+    assert (parent["found"], parent["lineage"], len(sha256)) == ("same", [], 64)
+    for parents in ({}, ["x"], [{"path": "shards"}], [{"role": "teacher", "path": 3}]):
+        Path("student/run.json").write_text(json.dumps({**run, "parents": parents}))
+        one_line(cli("info", "student"), 3, "run.json: damaged")
+        one_line(cli("compare", "student", "--out", "c"), 3, "run.json: damaged")
 
 
 def test_images_of_four_channels(here: Path, cli) -> None:

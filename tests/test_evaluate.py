@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 import itertools
 import json
 import shutil
@@ -15,6 +16,7 @@ import torch
 from stand_ins import random_images
 from torch import nn
 from torchvision.io import write_png
+from torchvision.utils import save_image
 
 from dfkd_cli.artifacts.shards import MANIFEST, ShardReader, ShardWriter
 from dfkd_cli.cli.app import main
@@ -599,6 +601,34 @@ def test_a_teacher_that_is_not_the_recorded_one(here, cli):
     with torch.no_grad():
         answers = torch.cat([teacher(reader.read(i)["images"].float()) for i in range(len(reader.sizes))])
     assert shown["class_histogram"] == answers.argmax(1).bincount(minlength=10).tolist() != shards["class_histogram"]
+
+
+def test_agreement_is_of_classes_and_not_of_their_numbers(here, cli):
+    """The same network, its classes counted backwards, agrees with itself everywhere."""
+    model, _ = load_model(here / "teacher")
+    with torch.no_grad():
+        for parameter in model.head().parameters():
+            parameter.copy_(parameter.flip(0))
+    info = dataclasses.replace(model.info, classes=model.info.classes[::-1])
+    save_model(here / "reversed", Classifier(model.net, info), metrics={}, provenance={"dataset": "digits"})
+    code, out, err = cli("evaluate", "teacher", "reversed", "--teacher", "teacher", "--json")
+    assert code == 0, err
+    teacher, other = json.loads(out)["results"]
+    assert other["top1"] == teacher["top1"] < 1
+    assert other["agreement"] == 1
+
+
+def test_images_that_changed_are_measured_anew(here, cli):
+    for place in ("train/0", "train/1", "test/0", "test/1"):
+        Path("photos", place).mkdir(parents=True)
+        save_image(torch.rand(1, 32, 32), f"photos/{place}/0.png")
+    make_model(here / "two", "lenet5-half", classes=2)
+    command = ["evaluate", "two", "--dataset", "photos", "--out", "measured"]
+    assert cli(*command)[0] == 0
+    assert "already complete" in cli(*command)[2]
+    save_image(torch.rand(1, 32, 32), "photos/test/0/1.png")
+    code, _, err = cli(*command)
+    assert (code, "another dataset" in err) == (2, True)
 
 
 def test_a_teacher_alone(here, cli):

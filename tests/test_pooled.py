@@ -172,6 +172,18 @@ def test_memory_forgets_the_oldest_first():
     assert len({tuple(memory.sample(5).flatten().tolist()) for _ in range(20)}) > 5
 
 
+def test_only_layers_that_run_are_averaged():
+    """Networks with auxiliary heads have BatchNorm layers that do not run in evaluation."""
+    teacher = network(0)
+    teacher.net.add_module("idle", nn.BatchNorm2d(3))
+    teacher.net.forward = lambda x: nn.Sequential(*list(teacher.net.children())[:-1])(x)
+    average = AveragedMoments(teacher, 0.5)
+    with batch_moments(teacher) as seen:
+        teacher(torch.rand(4, *teacher.info.input_size))
+    average.update(seen)
+    assert set(average.blend(seen)) == set(seen) < {name for name, _ in teacher.net.named_modules()}
+
+
 def test_averaged_moments_take_each_batch_once():
     teacher, r = network(0), 0.9
     average = AveragedMoments(teacher, r).double()

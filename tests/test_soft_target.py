@@ -139,7 +139,7 @@ def test_images_take_turns_in_the_layer_that_they_have_a_target_in(first, layers
 
 
 def test_only_linear_layers_have_targets(tmp_path):
-    for layers in (("0",), ("stage1",)):
+    for layers in (("0",), ("stage1",), ("penultimate",)):  # the last one is what goes into a layer
         with pytest.raises(ConfigError, match="not a linear layer"):
             method(tmp_path, conv_teacher(), layers=layers)
 

@@ -12,7 +12,7 @@ import torch
 from torch import Tensor, nn
 from torch.autograd.function import once_differentiable
 
-from dfkd_cli.models.classifier import Classifier
+from dfkd_cli.models.classifier import Classifier, probe
 
 DEAD = 1e-5  # recorded variance of a channel that never told images apart
 
@@ -125,7 +125,9 @@ class AveragedMoments(nn.Module):
     def __init__(self, classifier: Classifier, momentum: float) -> None:
         super().__init__()
         self.momentum = momentum
-        self.sizes = {name: len(theirs.mean) for name, theirs in recorded_moments(classifier).items()}
+        with batch_moments(classifier) as seen:  # some layers may not run, such as those of auxiliary heads
+            probe(classifier.net, classifier.info.input_size)
+        self.sizes = {name: len(moments.mean) for name, moments in seen.items()}
         self.register_buffer("average", torch.zeros(2, sum(self.sizes.values())))
         self.register_buffer("updates", torch.zeros((), dtype=torch.int64))
 

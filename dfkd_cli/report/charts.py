@@ -9,7 +9,8 @@ from typing import Any
 from matplotlib.figure import Figure
 from matplotlib.ticker import MaxNLocator, NullFormatter
 
-MEASURES = ("accuracy", "agreement")  # columns of metrics.csv that are shares; the others are losses
+# Columns of metrics.csv that are shares; the others are losses.
+MEASURES = ("accuracy", "agreement", "confidence", "variety")
 _COLOURS = {"teacher": "#57606a", "free": "#0b62c4", "real": "#9a6700"}
 _LINE: dict[str, Any] = {"markersize": 2.5, "linewidth": 1.2, "alpha": 0.8}
 _INK, _GRID = "#24292f", "#d8dee4"

@@ -11,6 +11,7 @@ from typing import Any
 from dfkd_cli.artifacts.files import digest, read_json, sha256_file
 from dfkd_cli.artifacts.run import RUN
 from dfkd_cli.artifacts.shards import MANIFEST, ShardReader
+from dfkd_cli.errors import ArtifactError
 from dfkd_cli.models.directory import RECORD, identity, load_model
 
 
@@ -189,7 +190,10 @@ def read_curves(path: Path) -> dict[str, list[float]]:
         return {}
     with path.open(newline="") as file:
         rows = list(csv.DictReader(file))
-    return {name: [float(row[name] or "nan") for row in rows] for name in (rows[0] if rows else ())}
+    try:
+        return {name: [float(row[name] or "nan") for row in rows] for name in (rows[0] if rows else ())}
+    except (TypeError, ValueError):
+        raise ArtifactError(f"{path}: not a table of numbers", "make the directory again") from None
 
 
 def settings_of(run: Mapping[str, Any]) -> dict[str, Any]:
@@ -203,8 +207,23 @@ def _sum(seconds: Sequence[float | None]) -> float | None:
 
 
 def read_run(path: Path) -> dict[str, Any]:
-    """The ``run.json`` of a directory, or an empty mapping where it has none."""
-    return read_json(path / RUN) if (path / RUN).is_file() else {}
+    """The ``run.json`` of a directory, or an empty mapping where it has none.
+
+    Raises:
+        ArtifactError: It is damaged.
+    """
+    if not (path / RUN).is_file():
+        return {}
+    run = {"parents": [], "identity": {}} | read_json(path / RUN)
+    parents = run["parents"] if isinstance(run["parents"], list) else [None]
+    if not isinstance(run["identity"], dict) or not all(map(_is_parent, parents)):
+        raise ArtifactError(f"{path / RUN}: damaged", "make the directory again")
+    return run
+
+
+def _is_parent(value: Any) -> bool:
+    texts = {"role": "", "path": "", "spec": "", "sha256": ""}
+    return isinstance(value, dict) and "role" in value and all(isinstance((texts | value)[key], str) for key in texts)
 
 
 def _sha256(path: Path) -> str:

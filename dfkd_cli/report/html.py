@@ -150,7 +150,7 @@ def _galleries(shards: Iterable[Mapping[str, Any]]) -> str:
 def _terms(facts: Mapping[str, Any]) -> str:
     """The loss terms that the images of each round ended with, below them; nothing where none were optimised."""
     drawn = charts.curves([read_curves(Path(facts["path"], "metrics.csv"))])
-    caption = "Its loss terms, unweighted, over the rounds"
+    caption = "Its loss terms, unweighted, and what is watched, over the rounds"
     return _figure(drawn, caption, f"loss terms of {facts['path']}") if drawn else ""
 
 

@@ -30,7 +30,9 @@ def rows(section: Section, measured: Mapping[Path, Measures]) -> list[dict[str, 
     """
     groups: dict[str, list[Model]] = {}
     for model in section.members:
-        groups.setdefault(model.key, []).append(model)
+        group = groups.setdefault(model.key, [])
+        if model.sha256 not in {other.sha256 for other in group}:  # a copy is no repeat
+            group.append(model)
     labels = _labels([group[0] for group in groups.values()])
     teachers = list(section.teachers.values())
     made = [_row("teacher", "teacher", teachers, section, measured)]

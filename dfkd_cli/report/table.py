@@ -95,7 +95,8 @@ def headline(section: Mapping[str, Any]) -> str:
     seeds = {seed for row in section["rows"][1:] for seed in row["seeds"]}
     repeats = f"{len(seeds)} seed{'s' * (len(seeds) != 1)}" if seeds else "no students"
     top1 = _points(teacher["top1"])
-    devices = {run["device"] for row in section["rows"] for run in row["runs"]} - {None}
+    runs = [run for row in section["rows"] for run in row["runs"]]
+    devices = {made["device"] for run in runs for made in (run, *run["shards"])} - {None}
     return (
         f"{section['test_images']:,} test images of {section['dataset']}; teacher {name}: top-1 {top1} %; "
         f"{repeats}; {worked(section)} of work on {', '.join(sorted(devices)) or 'unknown devices'}"

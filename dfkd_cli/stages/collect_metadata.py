@@ -12,6 +12,7 @@ from torch import Tensor
 
 from dfkd_cli.artifacts.metadata import LayerStatistics, Metadata, write_metadata
 from dfkd_cli.artifacts.run import RunDirectory
+from dfkd_cli.data import datasets
 from dfkd_cli.data.sources import Source
 from dfkd_cli.errors import ConfigError, RunFailed
 from dfkd_cli.models.activations import outputs_of, pre_activations
@@ -34,7 +35,8 @@ def run(settings: Settings, terminal: Terminal, dry_run: bool = False) -> dict[s
     if dataset is None:
         raise ConfigError(f"{inputs.teacher}: the teacher's record names no dataset", "give --dataset NAME or DIR")
     images = real_images(teacher, dataset, inputs.data_dir, inputs.num_images, settings.run.seed)
-    parents = [teacher.parent("teacher"), {"role": "dataset", "spec": dataset}]
+    content = datasets.contents(dataset) or [{"role": "dataset", "spec": dataset}]
+    parents = [teacher.parent("teacher"), *content]
     directory = RunDirectory(settings.out, settings, parents, {"data_free": False})
     if directory.claim():
         terminal.say(f"{directory.path} is already complete")

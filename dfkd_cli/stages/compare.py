@@ -61,16 +61,18 @@ def run(settings: Settings, terminal: Terminal, dry_run: bool = False, paths: Se
     """
     settings = settings.replace(paths=tuple(paths) or settings.inputs.paths)
     out = settings.out
+    if settings.grid is not None and settings.run.seed:
+        raise ConfigError(f"--seed {settings.run.seed}: the grid has seeds of its own", "change grid.seeds")
     grid = None if settings.grid is None else plan(settings, out)
     subjects = _open(settings, grid, terminal)
-    _arrange(subjects, settings)  # what does not fit is found before anything is written
+    sections = _arrange(subjects, settings)  # what does not fit is found before anything is written
     check_free(out, settings)
     for step in () if grid is None or settings.run.overwrite else grid.steps:
         check_free(step.out, step.settings)
     if dry_run:
         return _rehearse(subjects, grid, terminal)
     facts = {} if grid is None else {"grid": grid.sha256}
-    directory = RunDirectory(out, settings, _parents(subjects), facts)
+    directory = RunDirectory(out, settings, _parents(subjects, sections), facts)
     if directory.claim():
         terminal.say(f"{out} is already complete")
         results = read_json(out / RESULTS)
@@ -173,10 +175,11 @@ def _arrange(subjects: Subjects, settings: Settings) -> list[Section]:
     return arrange(subjects.models, settings.inputs.dataset, settings.run.allow_code)
 
 
-def _parents(subjects: Subjects) -> list[dict[str, Any]]:
+def _parents(subjects: Subjects, sections: Sequence[Section]) -> list[dict[str, Any]]:
     """What decides the result, by hash; a grid's runs have identities of their own."""
     found = [{"role": "model", "path": str(m.path), "sha256": m.sha256} for m in subjects.models]
-    return [*found, *({"role": "shards", "path": str(s.path), "sha256": s.sha256} for s in subjects.shards)]
+    found += [{"role": "shards", "path": str(s.path), "sha256": s.sha256} for s in subjects.shards]
+    return found + [content for section in sections for content in datasets.contents(section.dataset)]
 
 
 def _rehearse(subjects: Subjects, grid: Grid | None, terminal: Terminal) -> dict[str, Any]:
@@ -267,10 +270,11 @@ class Meter:
 
     def measure(self, model: Model, teacher: Model, test: Dataset) -> dict[str, Any]:
         """What is measured of a model, its agreement with the teacher included."""
-        key = f"{model.sha256} {teacher.sha256} {test.name}"
+        images = " ".join([test.name, *(content["sha256"] for content in datasets.contents(test.name))])
+        key = f"{model.sha256} {teacher.sha256} {images}"
         if key not in self.known:
             measures, classes = self._examine(model, test)
-            teacher_key = f"{teacher.sha256} {test.name}"
+            teacher_key = f"{teacher.sha256} {images}"
             if teacher_key not in self.given:
                 self.given[teacher_key] = classes if model is teacher else self._examine(teacher, test)[1]
             measures["agreement"] = share(classes == self.given[teacher_key])
@@ -330,6 +334,8 @@ def _best(results: Mapping[str, Any]) -> dict[str, Any]:
 
 def _check_gate(answer: Mapping[str, Any], least: float | None) -> None:
     """Raise :class:`GateNotMet` when a single student is below."""
+    if least is not None and not _students(answer):
+        raise ConfigError("--fail-below: there is no student to pass it", "give a student, or leave it out")
     below = [
         f"{run['path']} {run['measures']['top1']:.6g}"
         for _, row in _students(answer)

@@ -111,7 +111,12 @@ class ModelSubject:
     def parents(self) -> list[dict[str, Any]]:
         """What is read, as a run records it."""
         teacher = [] if self.teacher is None else [self.teacher.model.parent("teacher")]
-        return [*teacher, self.exam.model.parent("model")]
+        return [*teacher, self.exam.model.parent("model"), *datasets.contents(self.exam.dataset.name)]
+
+    def _as_teacher(self, given: Tensor) -> Tensor:
+        """Answers (N,), each as the class of the same name is counted by the teacher."""
+        own, theirs = self.exam.dataset.classes, self.teacher.dataset.classes if self.teacher else ()
+        return torch.tensor([theirs.index(name) for name in own])[given] if set(own) == set(theirs) else given
 
     def measure(self) -> dict[str, Any]:
         """One entry of the results."""
@@ -124,7 +129,7 @@ class ModelSubject:
             "dataset": self.exam.dataset.name,
             "count": len(self.exam.dataset),
             **measures,
-            "agreement": None if self.teacher is None else share(given == self.teacher.outcome[1]),
+            "agreement": None if self.teacher is None else share(self._as_teacher(given) == self.teacher.outcome[1]),
             **cost(model, self.exam.device),
             "device": self.exam.device.type,
         }

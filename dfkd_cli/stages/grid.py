@@ -49,7 +49,7 @@ from __future__ import annotations
 
 import dataclasses
 import re
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Collection, Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -119,12 +119,12 @@ class Step:
         """The row, or ``teacher``; after its teacher where there are several: ``resnet/zskd``."""
         return qualified(self.teacher, self.row or "teacher")
 
-    @property
-    def reads(self) -> set[str]:
-        """What it reads, directories of other steps among them."""
+    def waits_for(self, unfinished: Collection[Path]) -> bool:
+        """Whether it reads something in one of the directories."""
         inputs = self.settings.inputs
         found = [getattr(inputs, name, None) for name in ("teacher", "metadata")]
-        return {*filter(None, found), *(getattr(inputs, "transfer_set", None) or ())}
+        reads = [*filter(None, found), *(getattr(inputs, "transfer_set", None) or ())]
+        return any(Path(name).is_relative_to(out) for name in reads for out in unfinished)
 
     def describe(self) -> str:
         """One line for the user."""
@@ -405,6 +405,9 @@ class _Planner:
             hint = did_you_mean(owner, owners) if owners else "no row has synthesize"
             which = f" and teacher {self.name}" if self.name else ""
             raise ConfigError(f"grid.rows.{name}.shards: no row {owner!r} with synthesize{which}", hint)
+        if missing := set(self._seeds(name)) - set(self._seeds(owner)):
+            hint = f"give `seeds: {list(self._seeds(owner))}` to {name}"
+            raise ConfigError(f"grid.rows.{name}.shards: row {owner!r} has no shards of seed {min(missing)}", hint)
         return owner
 
     def _student(self, name: str, row: str, seed: int) -> str:
@@ -458,22 +461,22 @@ def run_grid(grid: Grid, terminal: Terminal, save: Callable[[], None], processes
     """
     failed: dict[tuple[str, int], dict[str, Any]] = {}
     waiting = dict(enumerate(grid.steps, 1))
-    unfinished = {str(step.out) for step in grid.steps}
+    unfinished = {step.out for step in grid.steps}
     silent = terminal.silent or processes > 1  # nobody could tell the lines of several commands apart
     with Workers(processes) as workers:
         while waiting or workers.busy:
             for number, step in list(waiting.items()):
                 if (step.name, step.seed) in failed:
                     del waiting[number]  # no shards to distill from
-                    unfinished.discard(str(step.out))  # nobody must wait for it
-                elif workers.busy < processes and not step.reads & unfinished:
+                    unfinished.discard(step.out)  # nobody must wait for it
+                elif workers.busy < processes and not step.waits_for(unfinished):
                     del waiting[number]
                     terminal.say(f"[{number}/{len(grid.steps)}] {step.describe()}")
                     workers.submit(step, _carry_out, step.settings.plain(), terminal.verbosity, silent)
             if not workers.busy:
                 continue  # what was waiting had failed before
             step, error = workers.next()
-            unfinished.discard(str(step.out))
+            unfinished.discard(step.out)
             if error is not None:
                 if not step.row:
                     raise error

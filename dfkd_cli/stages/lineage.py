@@ -2,15 +2,17 @@
 
 from __future__ import annotations
 
+import contextlib
 from pathlib import Path
 from typing import Any
 
 from dfkd_cli.artifacts import metadata
-from dfkd_cli.artifacts.files import read_json, sha256_file
+from dfkd_cli.artifacts.files import digest, read_json, sha256_file
 from dfkd_cli.artifacts.run import RUN
 from dfkd_cli.artifacts.shards import MANIFEST, ShardReader
 from dfkd_cli.errors import ArtifactError, DfkdError
 from dfkd_cli.models import directory, generators
+from dfkd_cli.report.entries import read_run
 
 RECORDS = (directory.RECORD, MANIFEST, metadata.RECORD, generators.RECORD, RUN)
 LONG = ("shards", "identity", "artifacts", "parents")  # what is left out of them
@@ -33,33 +35,38 @@ def describe(path: Path) -> dict[str, Any]:
     return facts | {"lineage": lineage(path)}
 
 
-def lineage(path: Path) -> list[dict[str, Any]]:
+def lineage(path: Path, below: tuple[Path, ...] = ()) -> list[dict[str, Any]]:
     """What a command read to make the artifact, and what that was made from.
+
+    Args:
+        path: The artifact.
+        below: What was made from it, where that is being described.
 
     Returns:
         Of each input its ``role``, ``path`` or ``spec``, and ``sha256`` as recorded; of directories that dfkd wrote
         also ``found``: ``same``, ``another`` or ``gone``, and where it is the same its own ``lineage``.
     """
-    parents = read_json(path / RUN).get("parents", []) if (path / RUN).is_file() else []
-    return [parent | _found(parent, path) for parent in parents]
+    if path.resolve() in below:
+        return []
+    line = (*below, path.resolve())
+    return [parent | _found(parent, path, line) for parent in read_run(path).get("parents", [])]
 
 
-def _found(parent: dict[str, Any], child: Path) -> dict[str, Any]:
+def _found(parent: dict[str, Any], child: Path, line: tuple[Path, ...]) -> dict[str, Any]:
     if "path" not in parent:
         return {}
     # Relative to where the command ran: here, or, as a rule, beside the child.
-    places = [Path(parent["path"]), child.resolve().parent / parent["path"]]
-    place = next((place for place in places if place.exists()), None)
-    if place is None:
+    bases = (Path(), child.resolve().parent)
+    places = [base / parent["path"] for base in bases if (base / parent["path"]).exists()]
+    if not places:
         return {} if ":" in parent["path"] else {"found": "gone"}  # a SPEC is no place
-    if not any((place / name).is_file() for name in RECORDS):
-        return {}
-    try:
-        if _identity(place) != parent["sha256"]:
-            return {"found": "another"}
-        return {"found": "same", "lineage": lineage(place)}
-    except (DfkdError, OSError, KeyError, TypeError):
-        return {"found": "another"}  # damaged is not the same either
+    ours = [place for place in places if any((place / name).is_file() for name in RECORDS)]
+    for place in ours:
+        with contextlib.suppress(DfkdError, OSError, KeyError, TypeError):  # damaged is not the same either
+            identity = digest(directory.read_record(place)["spec"]) if parent["role"] == "architecture" else None
+            if (identity or _identity(place)) == parent["sha256"]:
+                return {"found": "same", "lineage": lineage(place, line)}
+    return {"found": "another"} if ours else {}
 
 
 def _identity(path: Path) -> str:

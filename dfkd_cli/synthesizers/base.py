@@ -136,6 +136,7 @@ class ImageOptimizer(Synthesizer):
     """
 
     kind = "images"
+    scaled = False
     normalised: ClassVar[bool] = False
 
     @abstractmethod

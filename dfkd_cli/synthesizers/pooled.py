@@ -54,6 +54,7 @@ class PooledGenerator(PoolTrainer):
     """
 
     kind: ClassVar[str]
+    scaled = False
     config: PooledGeneration
 
     def __init__(self, *arguments: Any, **more: Any) -> None:

@@ -122,8 +122,9 @@ def _linear(taps: Taps, name: str) -> nn.Linear | nn.Conv2d:
     """
     if name == LOGITS:
         return taps.classifier.head()
-    layer = taps.find(name).layer
-    if not isinstance(layer, nn.Linear) or len(taps.shape(name)) != 1:
+    tap = taps.find(name)
+    layer = tap.layer
+    if tap.before or not isinstance(layer, nn.Linear) or len(taps.shape(name)) != 1:
         raise ConfigError(f"--layers {name}: not a linear layer", "give logits, or the paths of linear layers")
     return layer
 
