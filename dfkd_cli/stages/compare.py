@@ -222,7 +222,10 @@ def _results(
         lost.setdefault(failure["teacher"], []).append(failure)
     for section in sections:
         test = _test_images(section, settings.inputs.data_dir)
-        measured = {model.path: meter.measure(model, section.teacher_of(model), test) for model in section.models}
+        images = " ".join([test.name, *(content["sha256"] for content in datasets.contents(test.name))])
+        measured = {
+            model.path: meter.measure(model, section.teacher_of(model), test, images) for model in section.models
+        }
         facts = {"teacher": section.name, "dataset": section.dataset, "test_images": len(test)}
         made = {"rows": rows(section, measured), "failed": lost.pop(section.name, [])}
         blocks.append({**facts, "classes": list(test.classes), **made})
@@ -268,9 +271,8 @@ class Meter:
         self.costs: dict[Any, dict[str, Any]] = {}  # of each architecture: repeats over seeds cost the same
         self.done = 0
 
-    def measure(self, model: Model, teacher: Model, test: Dataset) -> dict[str, Any]:
-        """What is measured of a model, its agreement with the teacher included."""
-        images = " ".join([test.name, *(content["sha256"] for content in datasets.contents(test.name))])
+    def measure(self, model: Model, teacher: Model, test: Dataset, images: str) -> dict[str, Any]:
+        """What is measured of a model on images that ``images`` stands for, its agreement with the teacher included."""
         key = f"{model.sha256} {teacher.sha256} {images}"
         if key not in self.known:
             measures, classes = self._examine(model, test)
