@@ -318,6 +318,10 @@ class Compare(ForeignModel):
     """Inputs of ``compare``."""
 
     paths: tuple[str, ...] | None = option(None, "model, shard or comparison directories", volatile=True)
+    # Volatile: a grid may grow in its directory, and its own hash counts.
+    rows: tuple[str, ...] | None = option(
+        None, "of a grid only these rows, ROW or TEACHER/ROW, and what they are made from", volatile=True
+    )
     teacher: str | None = option(None, "teacher: model directory or SPEC (default: the one each student records)")
     dataset: str | None = option(None, "dataset to test on (default: the teacher's)")
     data_dir: str | None = option(None, "where datasets lie", volatile=True)

@@ -465,6 +465,46 @@ def test_a_grid_killed_in_the_middle_ends_as_if_it_had_not_been(tmp_path, monkey
     assert len(kept) == len(whole) + 1
 
 
+def test_chosen_rows_of_a_grid_are_run_alone_and_are_the_same_in_the_whole(tmp_path, monkeypatch, cli):
+    monkeypatch.chdir(tmp_path)
+    (tmp_path / "grid.yaml").write_text(GRID)
+    assert cli("compare", "--recipe", "grid.yaml", "--out", "whole")[0] == 0
+    command = ["compare", "--recipe", "grid.yaml", "--out", "parts"]
+    code, _, err = cli(*command, "--rows", "growing")
+    assert code == 0, err
+    first = students(tmp_path / "parts")
+    assert {row["label"] for row in results_in(tmp_path / "parts")["sections"][0]["rows"]} == {
+        "teacher", "growing@4", "growing@6",
+    }  # fmt: skip
+    made = {path.parent.relative_to(tmp_path / "parts" / "runs") for path in tmp_path.glob("parts/runs/**/run.json")}
+    places = ("teacher", "zskd/seed1/shards", "growing@4/seed1/student", "growing@6/seed1/student")
+    assert made == {Path(place) for place in places}
+    assert "rows:\n- growing" in (tmp_path / "parts" / "config.yaml").read_text()
+    code, _, err = cli(*command, "--rows", "growing")
+    assert (code, "already complete" in err) == (0, True), err
+    code, _, err = cli(*command)
+    assert code == 0, err
+    assert students(tmp_path / "parts") == students(tmp_path / "whole")
+    assert first.items() < students(tmp_path / "whole").items()
+
+
+@pytest.mark.parametrize(
+    "rows, steps",
+    [
+        (["zskd-hot"], ["teacher", "zskd 0 synthesize", "zskd-hot 0", "zskd 1 synthesize", "zskd-hot 1"]),
+        (["zskd"], ["teacher", "zskd 0 synthesize", "zskd 0", "zskd 1 synthesize", "zskd 1"]),
+    ],
+)
+def test_chosen_rows_bring_what_they_are_made_from(tmp_path, monkeypatch, cli, rows, steps):
+    monkeypatch.chdir(tmp_path)
+    (tmp_path / "grid.yaml").write_text(GRID)
+    code, out, err = cli("compare", "--recipe", "grid.yaml", "--dry-run", "--json", "--rows", *rows)
+    assert code == 0, err
+    planned = json.loads(out)["plan"]
+    short = {"train-teacher": "teacher", "synthesize": "{row} {seed} synthesize", "distill": "{row} {seed}"}
+    assert sorted(short[step["config"]["command"]].format(**step) for step in planned) == sorted(steps)
+
+
 def test_two_commands_of_a_grid_at_a_time_make_what_one_makes(tmp_path, monkeypatch, cli):
     """Killed, continued and stopped, continued by one process: each time the others end too, and the same is made."""
     monkeypatch.chdir(tmp_path)
@@ -834,6 +874,46 @@ def test_a_teacher_that_is_not_used_is_refused(here, cli):
     (here / "unused.yaml").write_text(json.dumps({"grid": grid}))
     code, _, err = cli("compare", "--recipe", "unused.yaml", "--dry-run")
     assert (code, "grid.teachers.b: no row is run with it" in err) == (2, True)
+
+
+def test_rows_may_be_chosen_for_one_of_several_teachers(here, cli):
+    text = """
+command: compare
+grid:
+  teachers:
+    given: {path: teacher}
+    own: {recipe: digits}
+  rows:
+    zskd: {synthesize: {method: zskd}}
+    noise: {synthesize: {method: noise}}
+"""
+    (here / "several.yaml").write_text(text)
+    for rows, places in (
+        (["given/zskd"], ["given/zskd/seed0/shards", "given/zskd/seed0/student"]),
+        (["own/noise"], ["own/teacher", "own/noise/seed0/shards", "own/noise/seed0/student"]),
+        (
+            ["noise"],
+            [f"{t}/noise/seed0/{w}" for t in ("given", "own") for w in ("shards", "student")] + ["own/teacher"],
+        ),
+    ):
+        settings = resolve("compare", [recipe_layer("several.yaml", "compare")]).replace(rows=tuple(rows))
+        grid = plan(settings, Path("out"))
+        assert sorted(str(step.out) for step in grid.steps) == sorted(f"out/runs/{place}" for place in places)
+        assert set(grid.given) == ({"given"} if any("given" in place for place in places) else set())
+
+
+@pytest.mark.parametrize(
+    "arguments, words",
+    [
+        (["--recipe", "grid.yaml", "--rows", "zksd"], "--rows: the grid has no row 'zksd' -- did you mean 'zskd'?"),
+        (["student0", "--rows", "zskd"], "--rows: there is no grid"),
+    ],
+)
+def test_rows_that_are_not_there_are_refused(here, cli, arguments, words):
+    (here / "grid.yaml").write_text(GRID)
+    code, _, err = cli("compare", *arguments, "--out", "rows")
+    assert (code, words in err) == (2, True), err
+    assert not (here / "rows").exists()
 
 
 def test_a_typed_teacher_is_not_one_of_several(here, cli):

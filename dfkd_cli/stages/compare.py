@@ -63,6 +63,8 @@ def run(settings: Settings, terminal: Terminal, dry_run: bool = False, paths: Se
     out = settings.out
     if settings.grid is not None and settings.run.seed:
         raise ConfigError(f"--seed {settings.run.seed}: the grid has seeds of its own", "change grid.seeds")
+    if settings.grid is None and settings.inputs.rows is not None:
+        raise ConfigError("--rows: there is no grid to choose rows of", "give --recipe with a grid, or leave it out")
     grid = None if settings.grid is None else plan(settings, out)
     subjects = _open(settings, grid, terminal)
     sections = _arrange(subjects, settings)  # what does not fit is found before anything is written

@@ -119,6 +119,12 @@ class Step:
         """The row, or ``teacher``; after its teacher where there are several: ``resnet/zskd``."""
         return qualified(self.teacher, self.row or "teacher")
 
+    @property
+    def row_names(self) -> tuple[str, str]:
+        """What the row of the recipe is called, of a curve's point too: without and with its teacher."""
+        row = self.series or self.row
+        return row, qualified(self.teacher, row)
+
     def waits_for(self, unfinished: Collection[Path]) -> bool:
         """Whether it reads something in one of the directories."""
         inputs = self.settings.inputs
@@ -165,16 +171,32 @@ def plan(settings: Settings, out: Path) -> Grid:
 
     def steps(root: Path) -> tuple[Step, ...]:
         found = [step for planner in planners(root) for step in planner.steps()]
-        return tuple(_published(_mapping(settings.about, "about"), found))
+        return _only(settings.inputs.rows, list(_published(_mapping(settings.about, "about"), found)))
 
-    given = {planner.name: planner.given for planner in planners(out) if planner.given is not None}
-    identity = []
+    identity, chosen = [], set()
     for step in steps(Path()):
         more = {key: getattr(step, key) for key in ("row", "taught_by", "published") if getattr(step, key)}
         values = step.settings.plain(volatile=False) | more
         values.pop("teacher", None)  # a path: the teacher's hash counts
         identity.append(values)
+        chosen.add(step.teacher)
+    given = {p.name: p.given for p in planners(out) if p.given is not None and p.name in chosen}
     return Grid(steps(out / "runs"), given, digest(identity))
+
+
+def _only(rows: Sequence[str] | None, steps: Sequence[Step]) -> tuple[Step, ...]:
+    """The steps of these rows, by :attr:`Step.row_names`, and those that they wait for; of all rows where None."""
+    if rows is None:
+        return tuple(steps)
+    known = {name for step in steps if step.row for name in step.row_names}
+    for row in rows:
+        if row not in known:
+            raise ConfigError(f"--rows: the grid has no row {row!r}", did_you_mean(row, known))
+    chosen: list[Step] = []
+    for step in reversed(steps):  # what a step waits for stands before it
+        if not {*step.row_names}.isdisjoint(rows) or any(later.waits_for([step.out]) for later in chosen):
+            chosen.insert(0, step)
+    return tuple(chosen)
 
 
 def _published(about: Mapping[str, Any], steps: Sequence[Step]) -> Iterator[Step]:
