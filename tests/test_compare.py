@@ -851,6 +851,11 @@ def test_every_teacher_has_metadata_and_settings_of_its_own(here, cli):
         ("  teachers:", "  teacher: other\n  teachers:", "both teacher and teachers"),
         ("teachers: [large]", "teachers: [larg]", "did you mean 'large'"),
         ("teachers: [large]", "teachers: []", "grid.rows.bad.teachers"),
+        ("teachers: [large]", "teachers: {}", "grid.rows.bad.teachers"),
+        ("teachers: [large]", "teachers: {larg: }", "did you mean 'large'"),
+        ("teachers: [large]", "teachers: {large: {shards: zskd}}", "grid.rows.bad.teachers.large.shards: unknown key"),
+        ("teachers: [large]", "teachers: {large: {distill: 3}}", "grid.rows.bad.teachers.large.distill: must be"),
+        ("teachers: [large]", "teachers: {large: {synthesize: {lr: 1}}}", "large.synthesize: the row has none"),
         ("    zskd: {", "    zskd: {teachers: [large], ", "no row 'zskd' with synthesize and teacher small"),
         ("    large:", "    ../large:", "not a name for a row or a teacher"),
         ("{model: lenet5-half, ", "{path: other, ", "grid.teachers.small.steps: the teacher is already there"),
@@ -874,6 +879,39 @@ def test_a_teacher_that_is_not_used_is_refused(here, cli):
     (here / "unused.yaml").write_text(json.dumps({"grid": grid}))
     code, _, err = cli("compare", "--recipe", "unused.yaml", "--dry-run")
     assert (code, "grid.teachers.b: no row is run with it" in err) == (2, True)
+
+
+def test_a_row_may_be_other_with_one_teacher_key_by_key(here):
+    text = """
+command: compare
+grid:
+  teachers:
+    given: teacher
+    second: baseline
+    third: teacher
+  student: {epochs: 7, lr: 0.5}
+  rows:
+    zskd:
+      synthesize: {method: zskd, iterations: 9, beta: [2, 1]}
+      distill: {steps: 5}
+      teachers: {given: {synthesize: {iterations: 4}, distill: {steps: 6, lr: 0.25}}, second: }
+    soft:
+      synthesize: {recipe: zskd-digits}
+      teachers: {given: , third: {synthesize: {recipe: class-impressions-digits}}}
+"""
+    (here / "own.yaml").write_text(text)
+    steps = plan(resolve("compare", [recipe_layer("own.yaml", "compare")]), Path("out")).steps
+    made = {(s.teacher, s.row, s.settings.command): s.settings for s in steps}
+    assert len(made) == len(steps) == 8
+    synthesis, learning = ({t: made[t, "zskd", c] for t in ("given", "second")} for c in ("synthesize", "distill"))
+    assert {t: (s.method.config.iterations, s.method.config.beta) for t, s in synthesis.items()} == {
+        "given": (4, (2.0, 1.0)), "second": (9, (2.0, 1.0)),
+    }  # fmt: skip
+    assert {t: (s.inputs.steps, s.inputs.lr, s.inputs.epochs) for t, s in learning.items()} == {
+        "given": (6, 0.25, 7), "second": (5, 0.5, 7),
+    }  # fmt: skip
+    names = {t: made[t, "soft", "synthesize"].method.entry.name for t in ("given", "third")}
+    assert names == {"given": "zskd", "third": "class-impressions"}
 
 
 def test_rows_may_be_chosen_for_one_of_several_teachers(here, cli):

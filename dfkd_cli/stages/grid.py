@@ -26,8 +26,9 @@ A mapping of settings may name a ``recipe`` of its command. What the grid itself
 over what all have in common.
 
 Several teachers stand side by side in ``teachers`` instead of ``teacher``. Every row is then run with each of them, or
-with those that it names; each has a directory, a ranking and metadata of its own. What only one teacher's rows have in
-common stands under that teacher, and wins over what all rows have in common:
+with those that it names, and may say for each what is other with it, key by key; each has a directory, a ranking and
+metadata of its own. What only one teacher's rows have in common stands under that teacher, and wins over what all rows
+have in common:
 
     grid:
       teachers:
@@ -37,6 +38,9 @@ common stands under that teacher, and wins over what all rows have in common:
       rows:
         zskd: {synthesize: {recipe: zskd-mnist}}
         soft-target: {teachers: [lenet5], synthesize: {method: soft-target}}
+        dafl:
+          synthesize: {method: dafl}
+          teachers: {lenet5: {synthesize: {features: fc1}}, resnet: {}}       also distill
 
 What papers report for the rows, or for the teacher, top-1 in per cent, stands in the recipe's head and is shown beside
 what is measured; it decides nothing:
@@ -253,6 +257,20 @@ def _mapping(value: Any, where: str, known: tuple[str, ...] | None = None) -> Ma
     return value or {}
 
 
+def _with_own(row: Mapping[str, Any], own: Any, where: str) -> Mapping[str, Any]:
+    """A row with what it says for one teacher, which takes the place of the same keys.
+
+    Raises:
+        ConfigError: The row has nothing of the kind without it.
+    """
+    changed = {}
+    for key, value in _mapping(own, where, ("synthesize", "distill")).items():
+        if key == "synthesize" and key not in row:
+            raise ConfigError(f"{where}.{key}: the row has none for all teachers", "give it to the row")
+        changed[key] = {**_mapping(row.get(key), key), **_mapping(value, f"{where}.{key}")}
+    return {**row, **changed}
+
+
 def _layers(command: str, *sections: tuple[str, Any], own: tuple[str, ...] = _OWN) -> list[Layer]:
     """Mappings of settings as layers: first the recipes they name, then what they say themselves.
 
@@ -321,12 +339,15 @@ class _Planner:
             where = f"grid.rows.{name}"
             row = _mapping(value, where, _ROW_KEYS)
             _check_name(str(name), where)
-            chosen = config.convert(row.get("teachers", list(teachers)), tuple[str, ...], f"{where}.teachers")
+            chosen = row.get("teachers", list(teachers))
+            special = chosen if isinstance(chosen, Mapping) else {}
+            names = list(special) if special else chosen
+            chosen = config.convert(names, tuple[str, ...], f"{where}.teachers")
             for unknown in set(chosen) - set(teachers):
                 hint = did_you_mean(unknown, teachers) if self.name else "the grid has one: leave it out"
                 raise ConfigError(f"{where}.teachers: no teacher {unknown!r}", hint)
             if self.name in chosen:
-                mine[str(name)] = row
+                mine[str(name)] = _with_own(row, special.get(self.name), f"{where}.teachers.{self.name}")
         if not mine:
             raise ConfigError(f"grid.teachers.{self.name}: no row is run with it", "leave it out, or name it in a row")
         return mine
