@@ -1020,6 +1020,7 @@ def test_a_students_student_is_ranked_by_the_grids_teacher(tmp_path, monkeypatch
         ("{shards: zskd,", "{", "nothing to distill from"),
         ("distill: {temperature", "distil: {temperature", "did you mean 'distill'"),
         ("zskd-hot: {", "../zskd: {", "not a name for a row"),
+        ("sizes: [6, 4]", "sizes: [9, 4]", "grid.rows.growing: a student from 9 images, of 8"),
         ("{num_images: 8}", "{num_images: 8, out: x}", "grid.synthesize.out"),
         ("{num_images: 8}", "[8]", "grid.synthesize: must be a mapping"),
         ("{num_images: 8}", "{recipe: nothing-of-the-kind}", "unknown recipe"),

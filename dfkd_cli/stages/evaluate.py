@@ -121,6 +121,8 @@ class ModelSubject:
     def measure(self) -> dict[str, Any]:
         """One entry of the results."""
         model, (measures, given) = self.exam.model.classifier, self.exam.outcome
+        costs = cost(model, self.exam.device)
+        model.cpu()  # many models are measured, one after the other
         return {
             "path": self.path,
             "kind": "model",
@@ -130,7 +132,7 @@ class ModelSubject:
             "count": len(self.exam.dataset),
             **measures,
             "agreement": None if self.teacher is None else share(self._as_teacher(given) == self.teacher.outcome[1]),
-            **cost(model, self.exam.device),
+            **costs,
             "device": self.exam.device.type,
         }
 

@@ -257,6 +257,16 @@ def _mapping(value: Any, where: str, known: tuple[str, ...] | None = None) -> Ma
     return value or {}
 
 
+def _check_sizes(steps: Sequence[Step]) -> None:
+    """Refuse a point of a curve that wants more images than its shards will have, before they are made."""
+    made = {str(step.out): step.settings.inputs.num_images for step in steps if step.settings.command == "synthesize"}
+    for step in steps:
+        wanted, sets = step.settings.inputs.num_images, getattr(step.settings.inputs, "transfer_set", ())
+        if sets and wanted is not None and made.keys() >= set(sets) and wanted > (there := sum(made[s] for s in sets)):
+            where = f"grid.rows.{step.series or step.row}"
+            raise ConfigError(f"{where}: a student from {wanted} images, of {there}", "give synthesize more num_images")
+
+
 def _with_own(row: Mapping[str, Any], own: Any, where: str) -> Mapping[str, Any]:
     """A row with what it says for one teacher, which takes the place of the same keys.
 
@@ -356,6 +366,7 @@ class _Planner:
         """The commands; rows that use what another row makes come after it."""
         names = sorted(self.rows, key=self._depth)
         rows = [step for name in names for seed in self._seeds(name) for step in self._row(name, seed)]
+        _check_sizes(rows)
         uses_metadata = any(step.settings.command == "synthesize" and step.settings.inputs.metadata for step in rows)
         for seed in self.seeds if self.per_seed else self.seeds[:1]:
             more = {"seed": seed} if self.per_seed else {}
