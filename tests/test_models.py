@@ -16,7 +16,7 @@ from dfkd_cli.errors import ArtifactError, ConfigError
 from dfkd_cli.models import cifar_resnet, lenet
 from dfkd_cli.models.classifier import Classifier, ModelInfo, probe
 from dfkd_cli.models.directory import identity, load_model, save_model
-from dfkd_cli.models.layers import HalvingMaxPool
+from dfkd_cli.models.layers import FirstConv2d, HalvingMaxPool
 from dfkd_cli.models.registry import build
 from dfkd_cli.models.weights import load_weights
 
@@ -72,6 +72,35 @@ def test_pooling_without_gradients_gives_the_same_bits_in_the_same_layout(layout
     assert pooled.stride() == library.stride()
     with_gradients = HalvingMaxPool()(images.requires_grad_())
     assert torch.equal(with_gradients.nan_to_num(99.0), pooled.nan_to_num(99.0))
+
+
+@pytest.mark.parametrize("layout", [torch.contiguous_format, torch.channels_last])
+@pytest.mark.parametrize("size", [(8, 8), (7, 9), (3, 2)])
+def test_pooling_gives_the_same_gradients_also_where_pixels_are_equal(layout, size):
+    images = torch.randint(3, (3, 5, *size)).float().to(memory_format=layout).requires_grad_()
+    weights = torch.randn(3, 5, size[0] // 2, size[1] // 2)
+    expected, given = (
+        torch.autograd.grad((pool(images) * weights).sum(), images)[0] for pool in (nn.MaxPool2d(2), HalvingMaxPool())
+    )
+    assert torch.equal(given, expected)
+    assert given.stride() == images.stride()
+
+
+@pytest.mark.parametrize("bias", [True, False])
+@pytest.mark.parametrize("channels, kernel, padding", [(1, 5, 0), (1, 3, 1), (1, (3, 5), (2, 1)), (2, 3, 1)])
+def test_the_first_convolution_has_the_gradients_of_any_other(channels, kernel, padding, bias):
+    layer = FirstConv2d(channels, 4, kernel, padding=padding, bias=bias).double()
+    library = nn.Conv2d(channels, 4, kernel, padding=padding, bias=bias).double()
+    library.load_state_dict(layer.state_dict())
+    images = torch.randn(3, channels, 9, 8, dtype=torch.float64, requires_grad=True)
+    for with_images, with_parameters in ((True, False), (True, True), (False, True)):
+        results = []
+        for convolution in (layer, library):
+            inputs = [images] * with_images + list(convolution.parameters()) * with_parameters
+            output = convolution(images)
+            results.append([output, *torch.autograd.grad(output.pow(3).sum(), inputs)])
+        for given, expected in zip(*results, strict=True):
+            torch.testing.assert_close(given, expected, rtol=1e-12, atol=1e-10)
 
 
 def test_alexnet_parameter_count_by_layer():

@@ -14,7 +14,7 @@ from __future__ import annotations
 
 from torch import Tensor, nn
 
-from dfkd_cli.models.layers import chain, global_pool, init_convolutions
+from dfkd_cli.models.layers import FirstConv2d, chain, global_pool, init_convolutions
 
 NAMES = (
     "resnet8", "resnet14", "resnet20", "resnet32", "resnet44", "resnet56", "resnet110",
@@ -59,7 +59,7 @@ def build(name: str, num_classes: int, input_size: tuple[int, int, int]) -> nn.M
         widths = (32, 64, 128, 256) if wide else (16, 16, 32, 64)  # the stem, then each stage
     net = chain(
         stem=nn.Sequential(
-            nn.Conv2d(input_size[0], widths[0], 3, padding=1, bias=False), nn.BatchNorm2d(widths[0]), nn.ReLU()
+            FirstConv2d(input_size[0], widths[0], 3, padding=1, bias=False), nn.BatchNorm2d(widths[0]), nn.ReLU()
         ),
         **{
             f"stage{i}": _stage(count, widths[i - 1], widths[i], stride=1 if i == 1 else 2)

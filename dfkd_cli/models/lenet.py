@@ -17,7 +17,7 @@ import math
 
 from torch import nn
 
-from dfkd_cli.models.layers import HalvingMaxPool, chain, require_size
+from dfkd_cli.models.layers import FirstConv2d, HalvingMaxPool, chain, require_size
 
 NAMES = ("lenet5", "lenet5-half", "lenet5-half-dafl")
 
@@ -35,7 +35,7 @@ def build(name: str, num_classes: int, input_size: tuple[int, int, int]) -> nn.M
     channels, *sides = input_size
     positions = math.prod(((side - 4) // 2 - 4) // 2 for side in sides)
     return chain(
-        stage1=nn.Sequential(nn.Conv2d(channels, filters1, 5), nn.ReLU(), HalvingMaxPool()),
+        stage1=nn.Sequential(FirstConv2d(channels, filters1, 5), nn.ReLU(), HalvingMaxPool()),
         stage2=nn.Sequential(nn.Conv2d(filters1, filters2, 5), nn.ReLU(), HalvingMaxPool()),
         flatten=nn.Flatten(),
         fc1=nn.Sequential(nn.Linear(filters2 * positions, units1), nn.ReLU()),

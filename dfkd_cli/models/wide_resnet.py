@@ -11,7 +11,7 @@ from __future__ import annotations
 from torch import Tensor, nn
 
 from dfkd_cli.errors import ConfigError
-from dfkd_cli.models.layers import chain, global_pool, init_convolutions
+from dfkd_cli.models.layers import FirstConv2d, chain, global_pool, init_convolutions
 
 NAMES = ("wrn-<depth>-<width>",)
 
@@ -42,7 +42,7 @@ def build(name: str, num_classes: int, input_size: tuple[int, int, int]) -> nn.M
         raise ConfigError(f"{name}: no such network", "wrn-<depth>-<width> has depth 10, 16, 22, ..., width 1, 2, ...")
     blocks = (depth - 4) // 6
     net = chain(
-        stem=nn.Conv2d(input_size[0], 16, 3, padding=1, bias=False),
+        stem=FirstConv2d(input_size[0], 16, 3, padding=1, bias=False),
         stage1=_stage(blocks, 16, 16 * width, stride=1),
         stage2=_stage(blocks, 16 * width, 32 * width, stride=2),
         stage3=_stage(blocks, 32 * width, 64 * width, stride=2),
