@@ -272,8 +272,7 @@ def fresh(spec: str, channels: int) -> Classifier:
     """An untrained teacher, the same for both sides."""
     torch.manual_seed(0)
     info = ModelInfo(spec, 10, (channels, 32, 32), (0.0,) * channels, (1.0,) * channels)
-    teacher = Classifier(build(spec, 10, info.input_size), info).freeze()
-    return teacher.to(memory_format=torch.channels_last) if channels > 1 else teacher
+    return Classifier(build(spec, 10, info.input_size), info).freeze().lay_out()
 
 
 class Noise(Source):

@@ -110,6 +110,14 @@ class Classifier(nn.Module):
         """Set the mode; a frozen classifier stays in evaluation mode."""
         return super().train(mode and not self.frozen)
 
+    def lay_out(self) -> Classifier:
+        """Its weights in the layout in which passes are quicker: channels last where there is BatchNorm.
+
+        On CPUs that makes steps of ResNets 1.2 to 1.4 times faster, LeNet's and AlexNet's slower; convolutions in half
+        precision on GPUs gain too.
+        """
+        return self.to(memory_format=torch.channels_last if self.batch_norms() else torch.contiguous_format)
+
     @property
     def num_parameters(self) -> int:
         """Number of trainable and frozen parameters, each counted once."""

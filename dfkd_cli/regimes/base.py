@@ -76,11 +76,8 @@ class Regime(Learner):
     def __init__(self, task: Task, config: Any) -> None:
         super().__init__()
         self.config, self.training_config, self.seed, self.source = config, task.training, task.seed, task.source
-        # Channels last makes these steps 1.2 to 1.4 times faster on CPUs (LeNet, ResNet), and convolutions on GPUs too.
-        self.student = task.student.to(memory_format=torch.channels_last)
-        self.teacher = None
-        if task.teacher is not None:
-            self.teacher = task.teacher.freeze().to(memory_format=torch.channels_last)
+        self.student = task.student.lay_out()
+        self.teacher = None if task.teacher is None else task.teacher.freeze().lay_out()
         self.weights = {name: weight for name, (weight, _) in task.objectives.items()}
         self.losses = {name: objective for name, (_, objective) in task.objectives.items()}
         self.objectives = nn.ModuleDict(self.losses)  # what is trained with the student and saved with its state

@@ -62,9 +62,7 @@ class Synthesizer(Learner):
         self, teacher: Classifier, config: Any, num_images: int, seed: int, writer: ShardWriter, processes: int = 1
     ) -> None:
         super().__init__()
-        self.teacher = teacher.freeze()
-        if teacher.info.input_size[0] > 1:  # 1.2 times faster, but 0.8 times where one channel gets the gradient
-            self.teacher.to(memory_format=torch.channels_last)
+        self.teacher = teacher.freeze().lay_out()
         self.config, self.num_images, self.seed = config, num_images, seed
         self.writer, self.processes = writer, processes
         self.todo = writer.missing() if self.stateless else list(range(writer.count))

@@ -44,7 +44,7 @@ class CoTrainer(Synthesizer):
 
     def __init__(self, *arguments: Any, student: Classifier, **more: Any) -> None:
         super().__init__(*arguments, **more)
-        self.student = student.to(memory_format=torch.channels_last)
+        self.student = student.lay_out()
         self.rivals = nn.ModuleList()
         self.student_taps: list[Mapping[str, Tap]] = [{}]
 

@@ -57,7 +57,7 @@ class StreamTrainer(CoTrainer):
                 build(self.student.info.spec, info.num_classes, info.input_size, True) for _ in range(1, c.students)
             ]
         self.generators = nn.ModuleList(generators).to(memory_format=torch.channels_last)
-        self.rivals.extend(Classifier(net, self.student.info) for net in rivals).to(memory_format=torch.channels_last)
+        self.rivals.extend(Classifier(net, self.student.info).lay_out() for net in rivals)
         self.student_taps *= c.students
         self.training_rounds = -(-self.config.steps // ROUND)
         self.rounds = self.training_rounds + self.writer.count
