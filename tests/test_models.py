@@ -70,8 +70,6 @@ def test_pooling_without_gradients_gives_the_same_bits_in_the_same_layout(layout
     assert torch.equal(pooled.nan_to_num(99.0), library.nan_to_num(99.0))
     assert pooled.shape == library.shape
     assert pooled.stride() == library.stride()
-    with_gradients = HalvingMaxPool()(images.requires_grad_())
-    assert torch.equal(with_gradients.nan_to_num(99.0), pooled.nan_to_num(99.0))
 
 
 @pytest.mark.parametrize("layout", [torch.contiguous_format, torch.channels_last])
@@ -87,12 +85,13 @@ def test_pooling_gives_the_same_gradients_also_where_pixels_are_equal(layout, si
 
 
 @pytest.mark.parametrize("bias", [True, False])
-@pytest.mark.parametrize("channels, kernel, padding", [(1, 5, 0), (1, 3, 1), (1, (3, 5), (2, 1)), (2, 3, 1)])
-def test_the_first_convolution_has_the_gradients_of_any_other(channels, kernel, padding, bias):
-    layer = FirstConv2d(channels, 4, kernel, padding=padding, bias=bias).double()
-    library = nn.Conv2d(channels, 4, kernel, padding=padding, bias=bias).double()
+@pytest.mark.parametrize("layout", [torch.contiguous_format, torch.channels_last])
+@pytest.mark.parametrize("channels, kernel, padding", [(1, 5, 0), (1, 3, 1), (1, 3, 2), (2, 3, 1)])
+def test_the_first_convolution_has_the_gradients_of_any_other(channels, kernel, padding, layout, bias):
+    layer = FirstConv2d(channels, 4, kernel, padding=padding, bias=bias).double().to(memory_format=layout)
+    library = nn.Conv2d(channels, 4, kernel, padding=padding, bias=bias).double().to(memory_format=layout)
     library.load_state_dict(layer.state_dict())
-    images = torch.randn(3, channels, 9, 8, dtype=torch.float64, requires_grad=True)
+    images = torch.randn(3, channels, 9, 8, dtype=torch.float64).to(memory_format=layout).requires_grad_()
     for with_images, with_parameters in ((True, False), (True, True), (False, True)):
         results = []
         for convolution in (layer, library):

@@ -113,8 +113,8 @@ class Classifier(nn.Module):
     def lay_out(self) -> Classifier:
         """Its weights in the layout in which passes are quicker: channels last where there is BatchNorm.
 
-        On CPUs that makes steps of ResNets 1.2 to 1.4 times faster, LeNet's and AlexNet's slower; convolutions in half
-        precision on GPUs gain too.
+        On CPUs that makes steps of ResNets 1.2 to 1.4 times faster, and LeNet's slower; convolutions in half precision
+        on GPUs gain too.
         """
         return self.to(memory_format=torch.channels_last if self.batch_norms() else torch.contiguous_format)
 

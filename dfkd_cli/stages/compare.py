@@ -71,6 +71,8 @@ def run(settings: Settings, terminal: Terminal, dry_run: bool = False, paths: Se
     check_free(out, settings)
     for step in () if grid is None or settings.run.overwrite else grid.steps:
         check_free(step.out, step.settings)
+    if settings.inputs.rows is not None:
+        terminal.say("only the rows that --rows names are shown; without it all are, and those are not run again")
     if dry_run:
         return _rehearse(subjects, grid, terminal)
     facts = {} if grid is None else {"grid": grid.sha256}

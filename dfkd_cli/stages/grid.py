@@ -26,9 +26,9 @@ A mapping of settings may name a ``recipe`` of its command. What the grid itself
 over what all have in common.
 
 Several teachers stand side by side in ``teachers`` instead of ``teacher``. Every row is then run with each of them, or
-with those that it names, and may say for each what is other with it, key by key; each has a directory, a ranking and
-metadata of its own. What only one teacher's rows have in common stands under that teacher, and wins over what all rows
-have in common:
+with those alone that it names, and may say for each what is other with it, key by key; each has a directory, a ranking
+and metadata of its own. What only one teacher's rows have in common stands under that teacher, and wins over what all
+rows have in common:
 
     grid:
       teachers:
@@ -41,6 +41,8 @@ have in common:
         dafl:
           synthesize: {method: dafl}
           teachers: {lenet5: {synthesize: {features: fc1}}, resnet: {}}       also distill
+
+``--rows zskd resnet/noise`` runs and shows these rows alone, and makes what they are made from.
 
 What papers report for the rows, or for the teacher, top-1 in per cent, stands in the recipe's head and is shown beside
 what is measured; it decides nothing:
@@ -258,26 +260,31 @@ def _mapping(value: Any, where: str, known: tuple[str, ...] | None = None) -> Ma
 
 
 def _check_sizes(steps: Sequence[Step]) -> None:
-    """Refuse a point of a curve that wants more images than its shards will have, before they are made."""
+    """Refuse a student from more images than its shards will have, before they are made."""
     made = {str(step.out): step.settings.inputs.num_images for step in steps if step.settings.command == "synthesize"}
     for step in steps:
-        wanted, sets = step.settings.inputs.num_images, getattr(step.settings.inputs, "transfer_set", ())
-        if sets and wanted is not None and made.keys() >= set(sets) and wanted > (there := sum(made[s] for s in sets)):
-            where = f"grid.rows.{step.series or step.row}"
-            raise ConfigError(f"{where}: a student from {wanted} images, of {there}", "give synthesize more num_images")
+        wanted, sets = step.settings.inputs.num_images, getattr(step.settings.inputs, "transfer_set", None)
+        if not sets or wanted is None or not made.keys() >= set(sets):
+            continue
+        there = sum(made[name] for name in sets)
+        if wanted > there:
+            where = qualified(step.teacher, step.series or step.row)
+            raise ConfigError(f"row {where}: a student from {wanted} images, of {there}", "synthesize more num_images")
 
 
-def _with_own(row: Mapping[str, Any], own: Any, where: str) -> Mapping[str, Any]:
+def _with_own(row: Mapping[str, Any], teacher: str, where: str) -> Mapping[str, Any]:
     """A row with what it says for one teacher, which takes the place of the same keys.
 
     Raises:
         ConfigError: The row has nothing of the kind without it.
     """
-    changed = {}
-    for key, value in _mapping(own, where, ("synthesize", "distill")).items():
+    teachers = row.get("teachers")
+    own, changed = teachers.get(teacher) if isinstance(teachers, Mapping) else None, {}
+    for key, value in _mapping(own, f"{where}.teachers.{teacher}", ("synthesize", "distill")).items():
         if key == "synthesize" and key not in row:
-            raise ConfigError(f"{where}.{key}: the row has none for all teachers", "give it to the row")
-        changed[key] = {**_mapping(row.get(key), key), **_mapping(value, f"{where}.{key}")}
+            raise ConfigError(f"{where}.teachers.{teacher}.{key}: the row has none for all", "give it to the row")
+        special = _mapping(value, f"{where}.teachers.{teacher}.{key}")
+        changed[key] = {**_mapping(row.get(key), f"{where}.{key}"), **special}
     return {**row, **changed}
 
 
@@ -350,14 +357,13 @@ class _Planner:
             row = _mapping(value, where, _ROW_KEYS)
             _check_name(str(name), where)
             chosen = row.get("teachers", list(teachers))
-            special = chosen if isinstance(chosen, Mapping) else {}
-            names = list(special) if special else chosen
-            chosen = config.convert(names, tuple[str, ...], f"{where}.teachers")
+            chosen = list(chosen) if isinstance(chosen, Mapping) else chosen
+            chosen = config.convert(chosen, tuple[str, ...], f"{where}.teachers")
             for unknown in set(chosen) - set(teachers):
                 hint = did_you_mean(unknown, teachers) if self.name else "the grid has one: leave it out"
                 raise ConfigError(f"{where}.teachers: no teacher {unknown!r}", hint)
             if self.name in chosen:
-                mine[str(name)] = _with_own(row, special.get(self.name), f"{where}.teachers.{self.name}")
+                mine[str(name)] = _with_own(row, self.name, where)
         if not mine:
             raise ConfigError(f"grid.teachers.{self.name}: no row is run with it", "leave it out, or name it in a row")
         return mine
