@@ -62,7 +62,7 @@ def test_parameter_count(spec, classes, size, expected):
 
 @pytest.mark.parametrize("layout", [torch.contiguous_format, torch.channels_last])
 @pytest.mark.parametrize("size", [(8, 8), (7, 9), (3, 2)])
-def test_pooling_without_gradients_gives_the_same_bits_in_the_same_layout(layout, size):
+def test_pooling_gives_the_same_bits_in_the_same_layout(layout, size):
     images = torch.randn(3, 5, *size).to(memory_format=layout)
     images[0, 0, 0, 0], images[1, 1, 1, 1] = float("nan"), -float("inf")
     library = nn.MaxPool2d(2)(images)
@@ -70,6 +70,8 @@ def test_pooling_without_gradients_gives_the_same_bits_in_the_same_layout(layout
     assert torch.equal(pooled.nan_to_num(99.0), library.nan_to_num(99.0))
     assert pooled.shape == library.shape
     assert pooled.stride() == library.stride()
+    with_gradients = HalvingMaxPool()(images.requires_grad_())
+    assert torch.equal(with_gradients.nan_to_num(99.0), library.nan_to_num(99.0))
 
 
 @pytest.mark.parametrize("layout", [torch.contiguous_format, torch.channels_last])
