@@ -110,6 +110,15 @@ def test_generators_make_images_of_the_teachers_size(size, end):
         torch.testing.assert_close(images.std((0, 2, 3)), torch.tensor(info.std), atol=1e-3, rtol=0)
 
 
+def test_a_sigmoid_starts_at_the_teachers_mean():
+    info = ModelInfo("x", 10, (3, 8, 8), (0.12, 0.0, 1.0), (0.2, 1.0, 1.0))
+    generator = Generator(info, 3, "sigmoid", width=0.1)
+    torch.nn.init.zeros_(generator.body[-1].weight)
+    torch.nn.init.zeros_(generator.body[-1].bias)
+    images = generator(torch.randn(4, 3))
+    torch.testing.assert_close(images, torch.tensor((0.12, 0.5, 0.5)).view(1, 3, 1, 1).expand(4, 3, 8, 8))
+
+
 def test_width_of_the_paper():
     parameters = sum(
         p.numel() for p in Generator(ModelInfo("x", 10, (1, 32, 32), (0.0,), (1.0,)), 100, "tanh").parameters()
@@ -134,6 +143,14 @@ def test_a_generator_directory_gives_the_same_images(tmp_path):
     latents = torch.randn(4, 5)
     torch.testing.assert_close(loaded(latents), generator(latents))
     assert record["provenance"] == {"teacher": "0"}
+    record_file = tmp_path / "generator.json"
+    whole = record_file.read_text()
+    for schema, hint in ((1, "make it again"), (3, "update dfkd")):
+        record_file.write_text(whole.replace('"schema": 2', f'"schema": {schema}'))
+        with pytest.raises(ArtifactError, match=f"schema {schema}") as caught:
+            load_generator(tmp_path)
+        assert caught.value.hint == hint
+    record_file.write_text(whole)
     weights = tmp_path / "generator.safetensors"
     weights.write_bytes(weights.read_bytes()[:-1] + b"x")
     with pytest.raises(ArtifactError, match="damaged"):

@@ -9,6 +9,10 @@ which differ in how it ends:
     tanh        tanh, then BatchNorm without scale: what the teacher's ``net`` takes           DAFL, DFAD
     normal      BatchNorm with scale: what the teacher's ``net`` takes                          zero-shot transfer
     sigmoid     pixels in [0,1], convolutions without bias                                      CMI and its successors
+
+The last starts at grey in the papers' code, whose images are about as bright. Here it starts at the mean that the
+teacher normalises with: on digits, sixty inner steps from grey end farther from the teacher's BatchNorm statistics than
+ten from there. The mean 0 of a teacher that takes pixels as they are says nothing: that starts at grey too.
 """
 
 from __future__ import annotations
@@ -33,7 +37,7 @@ WIDTHS = (128, 128, 64)  # maps at the start and after each doubling, the last o
 LARGEST_START = 16  # pixels
 RECORD = "generator.json"
 WEIGHTS = "generator.safetensors"
-SCHEMA = 1
+SCHEMA = 2
 
 
 class Generator(nn.Module):
@@ -50,6 +54,7 @@ class Generator(nn.Module):
 
     mean: Tensor  # (1, C, 1, 1)
     std: Tensor  # (1, C, 1, 1)
+    offset: Tensor  # (1, C, 1, 1), added before the sigmoid
 
     def __init__(self, info: ModelInfo, latent: int, end: End, width: float = 1.0, epsilon: float = 1e-5) -> None:
         super().__init__()
@@ -72,15 +77,18 @@ class Generator(nn.Module):
         ends: dict[End, list[nn.Module]] = {
             "tanh": [nn.Tanh(), nn.BatchNorm2d(channels, affine=False)],
             "normal": [nn.BatchNorm2d(channels)],
-            "sigmoid": [nn.Sigmoid()],
+            "sigmoid": [],
         }
         self.finish = nn.Sequential(*ends[end])
-        self.register_buffer("mean", torch.tensor(info.mean).view(1, -1, 1, 1), persistent=False)
+        mean = torch.tensor(info.mean).view(1, -1, 1, 1)
+        offset = torch.where((mean > 0) & (mean < 1), mean, 0.5).logit()
+        self.register_buffer("mean", mean, persistent=False)
         self.register_buffer("std", torch.tensor(info.std).view(1, -1, 1, 1), persistent=False)
+        self.register_buffer("offset", offset, persistent=False)
 
     def forward(self, latents: Tensor) -> Tensor:
         images = self.finish(self.body(self.linear(latents)))
-        return images if self.end == "sigmoid" else images * self.std + self.mean
+        return torch.sigmoid(images + self.offset) if self.end == "sigmoid" else images * self.std + self.mean
 
 
 def save_generator(directory: Path, generator: Generator, provenance: dict[str, Any]) -> None:
@@ -105,7 +113,8 @@ def load_generator(directory: Path) -> tuple[Generator, dict[str, Any]]:
     record, weights = read_json(directory / RECORD), directory / WEIGHTS
     try:
         if record["kind"] != "generator" or record["schema"] != SCHEMA:
-            raise ArtifactError(f"{directory}: {record['kind']} of schema {record['schema']}", "update dfkd")
+            hint = "make it again" if record["schema"] < SCHEMA else "update dfkd"
+            raise ArtifactError(f"{directory}: {record['kind']} of schema {record['schema']}", hint)
         if not weights.is_file() or sha256_file(weights) != record["weights"]["sha256"]:
             raise ArtifactError(f"{weights}: missing or damaged", "make or copy the generator again")
         with torch.random.fork_rng(devices=[]):
