@@ -188,8 +188,8 @@ def test_iterations_are_the_papers(name, rule, values, norm, tmp_path):
         parts = np.array_split(latents, len(generators))
         return np.concatenate([part @ weight.T for part, weight in zip(parts, generators, strict=True)])
 
-    def rate(first: float, share: float) -> float:
-        return first if c.schedule == "constant" else first * (1 + np.cos(np.pi * share)) / 2
+    def rate(first: float, share: float, falls: bool) -> float:
+        return first * (1 + np.cos(np.pi * share)) / 2 if falls else first
 
     for step in range(STEPS):
         torch.manual_seed(derive("generator step", 0, step))
@@ -199,7 +199,7 @@ def test_iterations_are_the_papers(name, rule, values, norm, tmp_path):
         by_pixels = numerical_gradient(weighted(lambda pixels, s=students: losses.generator(pixels, s)), x)
         parts = zip(np.array_split(by_pixels, len(generators)), np.array_split(latents, len(generators)), strict=True)
         gradients = clipped([of_x.T @ z for of_x, z in parts], c.clip)
-        lr = rate(c.lr, step / STEPS)
+        lr = rate(c.lr, step / STEPS, c.schedule == "cosine")
         generators = [o.step(w, g, lr) for o, w, g in zip(of_generators, generators, gradients, strict=True)]
         for inner in range(c.student_steps):
             if c.student_images == "updated":
@@ -209,7 +209,7 @@ def test_iterations_are_the_papers(name, rule, values, norm, tmp_path):
             terms = [losses.student(x, theta) for theta in students]
             note({key: np.mean([each[key] for each in terms]) for key in terms[0]})
             of_theta = [numerical_gradient(weighted(lambda w, x=x: losses.student(x, w)), theta) for theta in students]
-            lr = rate(c.student_lr, (step + inner / c.student_steps) / STEPS)
+            lr = rate(c.student_lr, (step + inner / c.student_steps) / STEPS, c.schedule != "constant")
             of_theta = clipped(of_theta, c.clip)
             if adam and c.student_weight_decay:
                 of_theta = [g + c.student_weight_decay * w for g, w in zip(of_theta, students, strict=True)]

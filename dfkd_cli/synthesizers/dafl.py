@@ -11,8 +11,8 @@ all classes are alike. The mean of |f| is over images and units. Student and gen
 images. ``features`` is what goes into the last layer; for LeNet-5 the released code reads the layer before that.
 
 Defaults are the released script's for CIFAR-10. There the student's learning rate falls by ten at 40 and 80 per cent of
-the steps and the generator's is constant; here both follow ``schedule``. Batches are large for a reason: with 256,
-arXiv:1912.11006 reports 88.5 where the paper has 92.2.
+the steps, here by a cosine; the generator's is constant. Batches are large for a reason: with 256, arXiv:1912.11006
+reports 88.5 where the paper has 92.2.
 """
 
 from __future__ import annotations
@@ -40,6 +40,9 @@ class Config(GeneratorTraining):
     batch_size: int = option(1024, "images of one step; also the images of one shard", low=2)
     latent: int = option(1000, "numbers that the generator makes an image from", low=1)
     lr: float = option(0.02, "the generator's Adam learning rate", above=0)
+    schedule: Literal["constant", "cosine", "student"] = option(
+        "student", "learning rates: all stay, all fall to 0, only the student's falls"
+    )
     student_images: Literal["same", "updated", "new"] = option(
         "same", "the student's images: the generator's own, of the same latents after its step, new ones in every step"
     )

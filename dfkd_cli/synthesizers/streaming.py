@@ -79,9 +79,9 @@ class StreamTrainer(CoTrainer):
         """The students and the generators."""
         (student, falling), c = super().trained()[0], self.config
         generator = torch.optim.Adam(self.generators.parameters(), c.lr, betas=c.betas, fused=not c.clip)
-        if c.schedule == "constant":
-            return [(student, None), (generator, None)]
-        return [(student, falling), (generator, CosineAnnealingLR(generator, T_max=c.steps))]
+        of_student = None if c.schedule == "constant" else falling
+        of_generator = CosineAnnealingLR(generator, T_max=c.steps) if c.schedule == "cosine" else None
+        return [(student, of_student), (generator, of_generator)]
 
     @abstractmethod
     def generator_terms(self, pixels: Tensor, teacher: Outputs) -> dict[str, Tensor]:
