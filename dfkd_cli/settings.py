@@ -16,6 +16,8 @@ _LR = "peak learning rate"
 _DECAY = "weight decay"
 TEMPERATURE = "softmax temperature"
 TAPS = "features: stage1 ..., stages, last, penultimate, logits, a module's path"
+SCHEDULE = "learning rates: all stay, all fall to 0, only the student's falls"
+STUDENT_IMAGES = "the student's images: the generator's own, of the same latents after its step, new in every step"
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -129,9 +131,7 @@ class GeneratorTraining(CoTraining):
     latent: int = option(100, "numbers that the generator makes an image from", low=1)
     lr: float = option(1e-3, "the generator's Adam learning rate", above=0)
     betas: tuple[float, float] = option((0.9, 0.999), "the generator's Adam betas, below 1", low=0, high=0.99999)
-    schedule: Literal["constant", "cosine", "student"] = option(
-        "cosine", "learning rates: all stay, all fall to 0, only the student's falls"
-    )
+    schedule: Literal["constant", "cosine", "student"] = option("cosine", SCHEDULE)
     width: float = option(1.0, "the generator's numbers of maps, times this", above=0)
     generators: int = option(1, "generators, which share the images of a step", low=1)
     students: int = option(1, "students; all but the first only stand against the generators", low=1)
