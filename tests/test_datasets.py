@@ -318,13 +318,16 @@ def test_sealed_directory_and_its_files(tmp_path):
     root = make_tree(tmp_path / "pets")
     path = root / "train" / "cat" / "0.png"
     (tmp_path / "link").symlink_to(root)
+    (tmp_path / "linked").mkdir()
+    (tmp_path / "linked" / "dogs").symlink_to(make_tree(tmp_path / "elsewhere"))
     lazy = datasets.ImageFiles([str(path)], (1, 6, 8))
-    with sealed("it is data-free", roots=[root]):
+    with sealed("it is data-free", roots=[root, tmp_path / "linked"]):
         for read in (
             lambda: load(str(root), "train"),
             lambda: path.read_bytes(),
             lambda: os.open(os.fsencode(path), os.O_RDONLY),
             lambda: Image.open(tmp_path / "link" / "train" / "cat" / "0.png"),
+            lambda: Image.open(tmp_path / "linked" / "dogs" / "train" / "cat" / "0.png"),
             lambda: lazy[torch.tensor([0])],
         ):
             with pytest.raises(DataSealed):

@@ -29,7 +29,7 @@ class DataSealed(DfkdError):
 @dataclass(frozen=True, eq=False)
 class _Seal:
     reason: str
-    places: tuple[str, ...]  # resolved, each with a final separator
+    places: tuple[str, ...]  # as named and resolved, each with a final separator
 
 
 _active: tuple[_Seal, ...] = ()  # replaced, never changed: the hook reads it without a lock
@@ -53,7 +53,7 @@ def sealed(reason: str, roots: Iterable[str | os.PathLike[str]] = ()) -> Iterato
     """
     global _active
     places = [*dataset_roots(), *_bundled_digits(), *roots]
-    seal = _Seal(reason, tuple(os.path.join(os.path.realpath(place), "") for place in places))
+    seal = _Seal(reason, tuple(way for place in places for way in _ways(place)))
     _install_hook()
     with _lock:
         _active = (*_active, seal)
@@ -91,6 +91,11 @@ def _bundled_digits() -> list[str]:
     return [os.path.join(place, "datasets", "data", "digits.csv.gz") for place in places or ()]
 
 
+def _ways(path: str | os.PathLike[str]) -> tuple[str, str]:
+    """A path as named and resolved: a dataset may lie behind a link, beside or inside the directory."""
+    return os.path.join(os.path.abspath(path), ""), os.path.join(os.path.realpath(path), "")
+
+
 @functools.cache
 def _install_hook() -> None:
     sys.addaudithook(_on_event)  # cannot be removed again: it does nothing unless a seal is active
@@ -99,8 +104,9 @@ def _install_hook() -> None:
 def _on_event(event: str, args: tuple[Any, ...]) -> None:
     if event != "open" or not _active or isinstance(args[0], int):
         return
-    path = os.path.join(os.path.realpath(os.fsdecode(args[0])), "")
+    ways = _ways(os.fsdecode(args[0]))
     for seal in _active:
         for place in seal.places:
-            if path.startswith(place):
-                raise _misplaced(path, place) or _broken(os.fsdecode(args[0]), seal)
+            for path in ways:
+                if path.startswith(place):
+                    raise _misplaced(path, place) or _broken(os.fsdecode(args[0]), seal)
