@@ -136,9 +136,7 @@ class GeneratorTraining(CoTraining):
     generators: int = option(1, "generators, which share the images of a step", low=1)
     students: int = option(1, "students; all but the first only stand against the generators", low=1)
     student_steps: int = option(1, "steps of the student in each iteration", low=1)
-    student_images: Literal["same", "updated", "new"] = option(
-        "new", "the student's images: the generator's own, of the same latents after its step, new ones in every step"
-    )
+    student_images: Literal["same", "updated", "new"] = option("new", STUDENT_IMAGES)
     dtype: Literal["float16", "float32"] = option("float16", "stored pixels")
 
 

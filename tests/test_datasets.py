@@ -336,6 +336,14 @@ def test_sealed_directory_and_its_files(tmp_path):
     assert len(load(str(root), "train")) == 10
 
 
+def test_sealed_working_directory_behind_a_link(tmp_path, monkeypatch):
+    (tmp_path / "data" / "work").mkdir(parents=True)
+    (tmp_path / "link").symlink_to(tmp_path / "data")
+    monkeypatch.chdir(tmp_path / "data" / "work")
+    with sealed("it is data-free", roots=[tmp_path / "link"]), pytest.raises(ConfigError, match="where datasets"):
+        (tmp_path / "link" / "work" / "out").write_bytes(b"x")
+
+
 @needs_mnist
 def test_sealed_torchvision(monkeypatch):
     monkeypatch.setenv("DFKD_DATA", str(REAL_DATA))

@@ -9,6 +9,7 @@ from __future__ import annotations
 import contextlib
 import functools
 import importlib.util
+import itertools
 import os
 import sys
 import threading
@@ -29,7 +30,7 @@ class DataSealed(DfkdError):
 @dataclass(frozen=True, eq=False)
 class _Seal:
     reason: str
-    places: tuple[str, ...]  # as named and resolved, each with a final separator
+    places: tuple[str, ...]  # resolved and as named, each with a final separator
 
 
 _active: tuple[_Seal, ...] = ()  # replaced, never changed: the hook reads it without a lock
@@ -91,9 +92,9 @@ def _bundled_digits() -> list[str]:
     return [os.path.join(place, "datasets", "data", "digits.csv.gz") for place in places or ()]
 
 
-def _ways(path: str | os.PathLike[str]) -> tuple[str, str]:
-    """A path as named and resolved: a dataset may lie behind a link, beside or inside the directory."""
-    return os.path.join(os.path.abspath(path), ""), os.path.join(os.path.realpath(path), "")
+def _ways(path: str | os.PathLike[str]) -> tuple[str, ...]:
+    """A path resolved and, if that differs, as named: datasets may lie behind links, also inside the directory."""
+    return tuple(dict.fromkeys(os.path.join(way(path), "") for way in (os.path.realpath, os.path.abspath)))
 
 
 @functools.cache
@@ -104,9 +105,8 @@ def _install_hook() -> None:
 def _on_event(event: str, args: tuple[Any, ...]) -> None:
     if event != "open" or not _active or isinstance(args[0], int):
         return
-    ways = _ways(os.fsdecode(args[0]))
-    for seal in _active:
+    name = os.fsdecode(args[0])
+    for seal, path in itertools.product(_active, _ways(name)):
         for place in seal.places:
-            for path in ways:
-                if path.startswith(place):
-                    raise _misplaced(path, place) or _broken(os.fsdecode(args[0]), seal)
+            if path.startswith(place):
+                raise _misplaced(path, place) or _broken(name, seal)
