@@ -17,6 +17,7 @@ _DECAY = "weight decay"
 TEMPERATURE = "softmax temperature"
 TAPS = "features: stage1 ..., stages, last, penultimate, logits, a module's path"
 SCHEDULE = "learning rates: all stay, all fall to 0, only the student's falls"
+END = "how the generator ends: tanh and BatchNorm, BatchNorm with scale, or within [0,1]"
 STUDENT_IMAGES = "the student's images: the generator's own, of the same latents after its step, new in every step"
 
 
@@ -133,6 +134,7 @@ class GeneratorTraining(CoTraining):
     betas: tuple[float, float] = option((0.9, 0.999), "the generator's Adam betas, below 1", low=0, high=0.99999)
     schedule: Literal["constant", "cosine", "student"] = option("cosine", SCHEDULE)
     width: float = option(1.0, "the generator's numbers of maps, times this", above=0)
+    end: Literal["tanh", "normal", "sigmoid"] = option("tanh", END)
     generators: int = option(1, "generators, which share the images of a step", low=1)
     students: int = option(1, "students; all but the first only stand against the generators", low=1)
     student_steps: int = option(1, "steps of the student in each iteration", low=1)

@@ -110,6 +110,12 @@ def test_generators_make_images_of_the_teachers_size(size, end):
         torch.testing.assert_close(images.std((0, 2, 3)), torch.tensor(info.std), atol=1e-3, rtol=0)
 
 
+def test_methods_take_their_papers_end_or_another(make_method):
+    ends = {name: make_method(name).generators[0].end for name in ("dafl", "dfad", "dfq", "zskt")}
+    assert ends == {"dafl": "tanh", "dfad": "tanh", "dfq": "tanh", "zskt": "normal"}
+    assert make_method("zskt", end="sigmoid", generators=2).generators[1].end == "sigmoid"
+
+
 def test_a_sigmoid_starts_at_the_teachers_mean():
     info = ModelInfo("x", 10, (3, 8, 8), (0.12, 0.0, 1.0), (0.2, 1.0, 1.0))
     generator = Generator(info, 3, "sigmoid", width=0.1)

@@ -4,7 +4,7 @@ A linear layer to 128 maps of a quarter of the sides, then two times nearest-nei
 and one convolution to the image's channels. Larger images are doubled as often as it takes to start from at most 16
 pixels: four times for 224, as in the ImageNet experiments of arXiv:2112.06253. It is the generator of DAFL
 (arXiv:1904.01186), of zero-shot transfer (arXiv:1905.09768), of DFAD (arXiv:1912.11006) and of CMI (arXiv:2105.08584),
-which differ in how it ends:
+which differ in how it ends. Where a method trains a generator throughout, ``end`` may be another:
 
     tanh        tanh, then BatchNorm without scale: what the teacher's ``net`` takes           DAFL, DFAD
     normal      BatchNorm with scale: what the teacher's ``net`` takes                          zero-shot transfer

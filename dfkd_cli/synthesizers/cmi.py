@@ -172,7 +172,10 @@ class Memory(nn.Module):
 
 def channel_means(values: Tensor) -> Tensor:
     """The means (B, C) over all positions of values (B, C, ...)."""
-    return values.float().flatten(2).mean(2) if values.ndim > 2 else values.float().clone()
+    if values.ndim == 2:
+        return values.float().clone()
+    # Not the mean, whose gradient is divided in each position.
+    return values.float().flatten(2).sum(2) / values[0, 0].numel()
 
 
 def joined(features: Mapping[str, Tensor]) -> Tensor:

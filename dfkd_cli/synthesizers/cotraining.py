@@ -58,6 +58,11 @@ class CoTrainer(Synthesizer):
     def student_steps(self) -> int:
         """Steps of the student in all."""
 
+    @property
+    def can_fuse(self) -> bool:
+        """Whether Adam can be fused: in mixed precision it would unscale gradients itself, too late to clip them."""
+        return not (self.config.clip and self.trainer.precision.endswith("mixed"))
+
     def models(self) -> Mapping[str, Classifier | Generator]:
         """The student."""
         return {"student": self.student}
@@ -69,9 +74,8 @@ class CoTrainer(Synthesizer):
         if c.student_optimizer == "sgd":
             optimizer = torch.optim.SGD(parameters, c.student_lr, momentum=0.9, weight_decay=c.student_weight_decay)
         else:
-            # A fused one scales gradients itself in mixed precision, where they could not be clipped before.
-            fused = not c.clip
-            optimizer = torch.optim.Adam(parameters, c.student_lr, weight_decay=c.student_weight_decay, fused=fused)
+            decay, fused = c.student_weight_decay, self.can_fuse
+            optimizer = torch.optim.Adam(parameters, c.student_lr, weight_decay=decay, fused=fused)
         return [(optimizer, CosineAnnealingLR(optimizer, T_max=max(self.student_steps, 1)))]
 
     def configure_optimizers(self) -> Any:

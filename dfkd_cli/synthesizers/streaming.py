@@ -16,7 +16,7 @@ from torch.optim.lr_scheduler import CosineAnnealingLR, LRScheduler
 from dfkd_cli.data.sources import Images
 from dfkd_cli.models.activations import Tap
 from dfkd_cli.models.classifier import Classifier
-from dfkd_cli.models.generators import End, Generator
+from dfkd_cli.models.generators import Generator
 from dfkd_cli.models.registry import build
 from dfkd_cli.objectives.base import Outputs, ask
 from dfkd_cli.rounds import weighted_sum
@@ -35,14 +35,12 @@ class StreamTrainer(CoTrainer):
     of a generator always takes the statistics of its batch, and a student's learns from the generator's steps too.
 
     Attributes:
-        end: How the generator ends.
-        epsilon: Of its BatchNorm layers.
+        epsilon: Of the generator's BatchNorm layers.
         generator_taps: Where :meth:`generator_terms` wants the teacher's features.
     """
 
     kind: ClassVar[str]
     config: GeneratorTraining
-    end: ClassVar[End] = "tanh"
     epsilon: ClassVar[float] = 1e-5
     unit = "iterations"
     generator_taps: Mapping[str, Tap] = {}
@@ -52,7 +50,7 @@ class StreamTrainer(CoTrainer):
         c, info = self.config, self.teacher.info
         with torch.random.fork_rng(devices=[]):
             torch.manual_seed(derive("generator", self.seed))
-            generators = [Generator(info, c.latent, self.end, c.width, self.epsilon) for _ in range(c.generators)]
+            generators = [Generator(info, c.latent, c.end, c.width, self.epsilon) for _ in range(c.generators)]
             rivals = [
                 build(self.student.info.spec, info.num_classes, info.input_size, True) for _ in range(1, c.students)
             ]
@@ -78,7 +76,7 @@ class StreamTrainer(CoTrainer):
     def trained(self) -> Sequence[tuple[Optimizer, LRScheduler | None]]:
         """The students and the generators."""
         (student, falling), c = super().trained()[0], self.config
-        generator = torch.optim.Adam(self.generators.parameters(), c.lr, betas=c.betas, fused=not c.clip)
+        generator = torch.optim.Adam(self.generators.parameters(), c.lr, betas=c.betas, fused=self.can_fuse)
         of_student = None if c.schedule == "constant" else falling
         of_generator = CosineAnnealingLR(generator, T_max=c.steps) if c.schedule == "cosine" else None
         return [(student, of_student), (generator, of_generator)]

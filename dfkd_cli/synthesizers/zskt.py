@@ -13,6 +13,8 @@ reproduction of the paper found better. Gradients of both networks are cut at no
 ``taps`` are where attention is compared; the paper's are before the last BatchNorm of a wide ResNet and before
 the activations of LeNet, here they are what comes out of the stages. Without common stages, take ``attention: 0``.
 Images are made once for the ten steps of the student; the released code makes the same ones anew in each.
+With ``end: sigmoid``, as toolboxes have it, images are of [0,1]: the paper's end centres the pixels of every batch,
+and strokes on black are then out of reach.
 """
 
 from __future__ import annotations
@@ -29,7 +31,7 @@ from dfkd_cli.objectives.at import AttentionTransfer
 from dfkd_cli.objectives.at import Config as Attention
 from dfkd_cli.objectives.base import Outputs
 from dfkd_cli.objectives.response import soft_loss
-from dfkd_cli.settings import STUDENT_IMAGES, TAPS, AdversarialTraining
+from dfkd_cli.settings import END, STUDENT_IMAGES, TAPS, AdversarialTraining
 from dfkd_cli.synthesizers.streaming import Adversary
 
 
@@ -39,6 +41,7 @@ class Config(AdversarialTraining):
 
     steps: int = option(80_000, "iterations, each of which trains the generator and then the student", low=1)
     batch_size: int = option(128, "images of one step; also the images of one shard", low=2)
+    end: Literal["tanh", "normal", "sigmoid"] = option("normal", END)
     clip: float = option(5.0, "limit of the norm of the gradient of each network; 0: none", low=0)
     student_steps: int = option(10, "steps of the student in each iteration", low=1)
     student_images: Literal["same", "updated", "new"] = option("updated", STUDENT_IMAGES)
@@ -55,7 +58,6 @@ class ZSKT(Adversary):
 
     kind = "generator"
     needs = ("student",)
-    end = "normal"
     config: Config
 
     def __init__(self, *arguments: Any, **more: Any) -> None:
