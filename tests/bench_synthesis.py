@@ -204,8 +204,8 @@ def teach(teacher: Classifier, student: Classifier, images: Tensor) -> None:
 
 
 def networks(teacher: Classifier, config: Any) -> tuple[Generator, Classifier]:
-    """A generator and a student, as small as the teacher."""
-    generator = Generator(teacher.info, config.latent, "sigmoid", config.width)
+    """The method's generator, and a student as small as the teacher."""
+    generator = Generator(teacher.info, config.latent, getattr(config, "end", "sigmoid"), config.width)
     student = fresh(teacher.info.spec, teacher.info.input_size[0]).requires_grad_(True).train()
     return generator.to(memory_format=torch.channels_last), student
 
