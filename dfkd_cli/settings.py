@@ -20,6 +20,10 @@ SCHEDULE = "learning rates: all stay, all fall to 0, only the student's falls"
 END = "how the generator ends: tanh and BatchNorm, BatchNorm with scale, or within [0,1]"
 STUDENT_IMAGES = "the student's images: the generator's own, of the same latents after its step, new in every step"
 
+RateSchedule = Literal["constant", "cosine", "student"]
+GeneratorEnd = Literal["tanh", "normal", "sigmoid"]
+StudentImages = Literal["same", "updated", "new"]
+
 
 @dataclass(frozen=True, kw_only=True)
 class Augmentation:
@@ -132,13 +136,13 @@ class GeneratorTraining(CoTraining):
     latent: int = option(100, "numbers that the generator makes an image from", low=1)
     lr: float = option(1e-3, "the generator's Adam learning rate", above=0)
     betas: tuple[float, float] = option((0.9, 0.999), "the generator's Adam betas, below 1", low=0, high=0.99999)
-    schedule: Literal["constant", "cosine", "student"] = option("cosine", SCHEDULE)
+    schedule: RateSchedule = option("cosine", SCHEDULE)
     width: float = option(1.0, "the generator's numbers of maps, times this", above=0)
-    end: Literal["tanh", "normal", "sigmoid"] = option("tanh", END)
+    end: GeneratorEnd = option("tanh", END)
     generators: int = option(1, "generators, which share the images of a step", low=1)
     students: int = option(1, "students; all but the first only stand against the generators", low=1)
     student_steps: int = option(1, "steps of the student in each iteration", low=1)
-    student_images: Literal["same", "updated", "new"] = option("new", STUDENT_IMAGES)
+    student_images: StudentImages = option("new", STUDENT_IMAGES)
     dtype: Literal["float16", "float32"] = option("float16", "stored pixels")
 
 

@@ -21,7 +21,7 @@ import dataclasses
 import itertools
 import math
 from pathlib import Path
-from typing import Any, Literal
+from typing import Any
 
 import torch
 from torch import Tensor, nn
@@ -31,8 +31,8 @@ from dfkd_cli.errors import ArtifactError
 from dfkd_cli.models.classifier import ModelInfo
 from dfkd_cli.models.directory import read_info, save_weights
 from dfkd_cli.models.weights import load_weights
+from dfkd_cli.settings import GeneratorEnd
 
-End = Literal["tanh", "normal", "sigmoid"]
 WIDTHS = (128, 128, 64)  # maps at the start and after each doubling, the last one for all further ones
 LARGEST_START = 16  # pixels
 RECORD = "generator.json"
@@ -56,7 +56,9 @@ class Generator(nn.Module):
     std: Tensor  # (1, C, 1, 1)
     offset: Tensor  # (1, C, 1, 1), added before the sigmoid
 
-    def __init__(self, info: ModelInfo, latent: int, end: End, width: float = 1.0, epsilon: float = 1e-5) -> None:
+    def __init__(
+        self, info: ModelInfo, latent: int, end: GeneratorEnd, width: float = 1.0, epsilon: float = 1e-5
+    ) -> None:
         super().__init__()
         self.info, self.latent, self.end = info, latent, end
         self.settings = {"latent": latent, "end": end, "width": width, "epsilon": epsilon}
@@ -74,7 +76,7 @@ class Generator(nn.Module):
                 nn.LeakyReLU(0.2, inplace=True),
             ]
         self.body = nn.Sequential(*layers, nn.Conv2d(widths[-1], channels, 3, padding=1))
-        ends: dict[End, list[nn.Module]] = {
+        ends: dict[GeneratorEnd, list[nn.Module]] = {
             "tanh": [nn.Tanh(), nn.BatchNorm2d(channels, affine=False)],
             "normal": [nn.BatchNorm2d(channels)],
             "sigmoid": [],

@@ -19,7 +19,7 @@ from __future__ import annotations
 
 import math
 from dataclasses import dataclass
-from typing import Any, Literal
+from typing import Any
 
 import torch.nn.functional as F
 from torch import Tensor
@@ -27,7 +27,7 @@ from torch import Tensor
 from dfkd_cli.config import option
 from dfkd_cli.models.taps import find_taps
 from dfkd_cli.objectives.base import Outputs
-from dfkd_cli.settings import SCHEDULE, STUDENT_IMAGES, GeneratorTraining
+from dfkd_cli.settings import SCHEDULE, STUDENT_IMAGES, GeneratorTraining, RateSchedule, StudentImages
 from dfkd_cli.synthesizers.streaming import StreamTrainer
 from dfkd_cli.synthesizers.terms import mean_answer_entropy
 
@@ -40,8 +40,8 @@ class Config(GeneratorTraining):
     batch_size: int = option(1024, "images of one step; also the images of one shard", low=2)
     latent: int = option(1000, "numbers that the generator makes an image from", low=1)
     lr: float = option(0.02, "the generator's Adam learning rate", above=0)
-    schedule: Literal["constant", "cosine", "student"] = option("student", SCHEDULE)
-    student_images: Literal["same", "updated", "new"] = option("same", STUDENT_IMAGES)
+    schedule: RateSchedule = option("student", SCHEDULE)
+    student_images: StudentImages = option("same", STUDENT_IMAGES)
     student_weight_decay: float = option(5e-4, "the student's weight decay", low=0)
     student_temperature: float = option(1.0, "softmax temperature of the student's loss", above=0)
     features: str = option("penultimate", "the teacher's features: stage1 ..., penultimate, a module's path")

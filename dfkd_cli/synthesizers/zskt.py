@@ -31,7 +31,7 @@ from dfkd_cli.objectives.at import AttentionTransfer
 from dfkd_cli.objectives.at import Config as Attention
 from dfkd_cli.objectives.base import Outputs
 from dfkd_cli.objectives.response import soft_loss
-from dfkd_cli.settings import END, STUDENT_IMAGES, TAPS, AdversarialTraining
+from dfkd_cli.settings import END, STUDENT_IMAGES, TAPS, AdversarialTraining, GeneratorEnd, StudentImages
 from dfkd_cli.synthesizers.streaming import Adversary
 
 
@@ -41,10 +41,10 @@ class Config(AdversarialTraining):
 
     steps: int = option(80_000, "iterations, each of which trains the generator and then the student", low=1)
     batch_size: int = option(128, "images of one step; also the images of one shard", low=2)
-    end: Literal["tanh", "normal", "sigmoid"] = option("normal", END)
+    end: GeneratorEnd = option("normal", END)
     clip: float = option(5.0, "limit of the norm of the gradient of each network; 0: none", low=0)
     student_steps: int = option(10, "steps of the student in each iteration", low=1)
-    student_images: Literal["same", "updated", "new"] = option("updated", STUDENT_IMAGES)
+    student_images: StudentImages = option("updated", STUDENT_IMAGES)
     student_optimizer: Literal["adam", "sgd"] = option("adam", "the student's optimiser; sgd with momentum 0.9")
     student_lr: float = option(2e-3, "the student's first learning rate", above=0)
     student_weight_decay: float = option(0.0, "the student's weight decay", low=0)
