@@ -27,7 +27,7 @@ StudentImages = Literal["same", "updated", "new"]
 
 @dataclass(frozen=True, kw_only=True)
 class Augmentation:
-    """Random changes to training images, drawn anew for every image of every batch."""
+    """Changes to training images; random ones are drawn anew for every image of every batch."""
 
     rotate: float = option(0.0, _ROTATE, low=0, high=180)
     translate: float = option(0.0, _TRANSLATE, low=0, high=1)
@@ -35,6 +35,7 @@ class Augmentation:
     flip: bool = option(False, "mirror left-right with probability 1/2")
     crop: int = option(0, "random crop after padding by this many pixels on each side", low=0)
     noise: float = option(0.0, _NOISE, low=0)
+    saturate: bool = option(False, "cut pixels to [0,1] before all other changes, as an image file would")
     fill: Literal["black", "mean"] = option("black", "what comes in from outside the image; mean: the model's")
 
 

@@ -176,6 +176,15 @@ def test_noise_has_the_asked_deviation_and_is_not_clipped():
     assert out.mean() == pytest.approx(1, abs=0.01)
 
 
+def test_saturated_images_are_those_of_a_file_before_noise_is_added():
+    images = 3 * torch.randn(4, 2, 8, 8)
+    np.testing.assert_array_equal(pipeline(Augmentation(saturate=True), 0.0)(images), np.clip(images, 0, 1))
+    torch.manual_seed(0)
+    noisy = pipeline(Augmentation(saturate=True, noise=0.1), 0.0)(images)
+    assert (noisy - images.clamp(0, 1)).std() == pytest.approx(0.1, rel=0.2)
+    assert noisy.min() < 0
+
+
 def test_everything_off_is_free():
     images = torch.rand(2, 1, 8, 8)
     assert pipeline(Augmentation(), 0.0)(images) is images

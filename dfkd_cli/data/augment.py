@@ -8,6 +8,7 @@ numbers come from torch's global generator of the images' device: the caller see
 from __future__ import annotations
 
 from collections.abc import Callable
+from functools import partial
 from typing import Any, Literal
 
 import torch
@@ -154,13 +155,15 @@ def pipeline(config: Augmentation, fill: Tensor | float) -> Callable[[Tensor], T
     """The augmentation that ``config`` asks for; returns its argument itself when everything is off.
 
     Args:
-        config: What to draw. ``noise`` is in the units of the images.
+        config: What to draw. ``noise`` is in the units of the images; ``saturate`` needs them in those of a file.
         fill: The background, in the space and on the device of the images: a number or a tensor (C,).
 
     Returns:
         A function from float images (B, C, H, W) to images of the same shape.
     """
     steps: list[nn.Module] = []
+    if config.saturate:
+        steps.append(v2.Lambda(partial(torch.clamp, min=0, max=1)))
     if config.flip:
         steps.append(RandomFlip())
     if config.rotate or config.translate or config.scale:
