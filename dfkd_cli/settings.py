@@ -18,8 +18,10 @@ TEMPERATURE = "softmax temperature"
 TAPS = "features: stage1 ..., stages, last, penultimate, logits, a module's path"
 SCHEDULE = "learning rates: all stay, all fall to 0, only the student's falls"
 END = "how the generator ends: tanh and BatchNorm, BatchNorm with scale, or within [0,1]"
+STUDENT_OPTIMIZER = "the student's optimiser; sgd with momentum 0.9"
 STUDENT_IMAGES = "the student's images: the generator's own, of the same latents after its step, new in every step"
 
+StudentOptimizer = Literal["adam", "sgd"]
 RateSchedule = Literal["constant", "cosine", "student"]
 GeneratorEnd = Literal["tanh", "normal", "sigmoid"]
 StudentImages = Literal["same", "updated", "new"]
@@ -120,7 +122,7 @@ class SmoothInversion(ImageOptimization):
 class CoTraining(Augmentation):
     """How a student is trained in the loop. The random changes are those of the images that it is trained on."""
 
-    student_optimizer: Literal["adam", "sgd"] = option("sgd", "the student's optimiser; sgd with momentum 0.9")
+    student_optimizer: StudentOptimizer = option("sgd", STUDENT_OPTIMIZER)
     student_lr: float = option(0.1, "the student's first learning rate", above=0)
     student_weight_decay: float = option(1e-4, "the student's weight decay", low=0)
     student_temperature: float = option(20.0, "softmax temperature of the student's loss", above=0)

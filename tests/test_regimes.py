@@ -27,11 +27,11 @@ from dfkd_cli.regimes import base
 from dfkd_cli.regimes.base import Regime, Task
 from dfkd_cli.resolve import recipe_layer, resolve
 from dfkd_cli.rounds import fit
-from dfkd_cli.settings import Distill
+from dfkd_cli.settings import Augmentation, Distill
 from dfkd_cli.ui import Terminal
 
 REGIMES = catalog.entries("regimes")
-STILL = dict.fromkeys(("rotate", "translate", "scale", "crop", "noise"), 0)  # no augmentation
+STILL = {f.name: 0 for f in dataclasses.fields(Augmentation) if f.type in ("int", "float")}  # no augmentation
 CLASSES, SIZE = 4, (1, 3, 3)
 
 

@@ -20,7 +20,7 @@ and strokes on black are then out of reach.
 from __future__ import annotations
 
 from dataclasses import dataclass
-from typing import Any, Literal
+from typing import Any
 
 from torch import Tensor
 
@@ -31,7 +31,16 @@ from dfkd_cli.objectives.at import AttentionTransfer
 from dfkd_cli.objectives.at import Config as Attention
 from dfkd_cli.objectives.base import Outputs
 from dfkd_cli.objectives.response import soft_loss
-from dfkd_cli.settings import END, STUDENT_IMAGES, TAPS, AdversarialTraining, GeneratorEnd, StudentImages
+from dfkd_cli.settings import (
+    END,
+    STUDENT_IMAGES,
+    STUDENT_OPTIMIZER,
+    TAPS,
+    AdversarialTraining,
+    GeneratorEnd,
+    StudentImages,
+    StudentOptimizer,
+)
 from dfkd_cli.synthesizers.streaming import Adversary
 
 
@@ -45,7 +54,7 @@ class Config(AdversarialTraining):
     clip: float = option(5.0, "limit of the norm of the gradient of each network; 0: none", low=0)
     student_steps: int = option(10, "steps of the student in each iteration", low=1)
     student_images: StudentImages = option("updated", STUDENT_IMAGES)
-    student_optimizer: Literal["adam", "sgd"] = option("adam", "the student's optimiser; sgd with momentum 0.9")
+    student_optimizer: StudentOptimizer = option("adam", STUDENT_OPTIMIZER)
     student_lr: float = option(2e-3, "the student's first learning rate", above=0)
     student_weight_decay: float = option(0.0, "the student's weight decay", low=0)
     student_temperature: float = option(1.0, "softmax temperature of both losses", above=0)
