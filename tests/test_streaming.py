@@ -20,6 +20,7 @@ from dfkd_cli.models.classifier import Classifier, ModelInfo
 from dfkd_cli.models.directory import load_model
 from dfkd_cli.models.generators import Generator, load_generator, save_generator
 from dfkd_cli.objectives.response import soft_loss
+from dfkd_cli.stages.synthesize import rare_classes
 from dfkd_cli.stages.training import fresh
 from dfkd_cli.synthesizers.dafl import information, one_hot
 from dfkd_cli.synthesizers.dfq import answer_entropy
@@ -198,6 +199,33 @@ def test_what_a_run_leaves_can_be_used(tmp_path, make_teacher, cli, monkeypatch)
     code, _, err = cli("distill", *other, "--transfer-set", "shards/generator", *small, "--out", "x")
     assert code == 3
     assert "another teacher" in err
+
+
+@pytest.mark.parametrize(
+    ("histogram", "said"),
+    [
+        ([100] * 10, None),
+        ([105, 5] * 5, None),  # a twentieth of an even share is just enough of 550 images: 2.75
+        ([197, 3] * 5, "5 of 10 classes have hardly any of the 1000 images (b: 3, d: 3, f: 3, h: 3, j: 3)"),
+        ([250] * 4 + [0] * 6, "6 of 10 classes have hardly any of the 1000 images (e: 0, f: 0, g: 0, h: 0, i: 0, ...)"),
+        ([995, 0, 5], "2 of 3 classes have hardly any of the 1000 images (b: 0, c: 5)"),
+        ([0] * 5 + [38] * 5, None),  # of 190 images a class may have none by chance
+    ],
+)
+def test_classes_that_hardly_any_image_has_are_named(histogram, said):
+    concern = rare_classes(histogram, "abcdefghij"[: len(histogram)])
+    assert concern == (said and f"{said}: a student will miss them")
+
+
+def test_a_run_that_misses_classes_says_so(tmp_path, make_teacher, cli):
+    teacher = ["--teacher", str(make_teacher("lenet5")), "--device", "cpu"]  # noise is all one to a random teacher
+    code, _, err = cli("synthesize", "--method", "noise", *teacher, "--num-images", "300", "--out", tmp_path / "s")
+    assert code == 0, err
+    record = json.loads((tmp_path / "s" / "run.json").read_text())
+    [concern] = record["concerns"]
+    rare = sum(images < 1.5 for images in record["metrics"]["class_histogram"])
+    assert concern.startswith(f"{rare} of 10 classes have hardly any of the 300 images (")
+    assert f"warning: {concern}" in err
 
 
 @pytest.mark.parametrize(

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
@@ -27,6 +28,7 @@ from dfkd_cli.stages.inputs import LoadedModel, load_teacher
 from dfkd_cli.stages.training import architecture, fresh, rehearse
 from dfkd_cli.ui import Terminal
 
+RARE = 0.05  # a class is rare that has less than this share of what it had if all had the same
 PREVIEW = 4, 16  # rows of preview.png, each of as many images of one round
 MADE_FROM_DATA = ("metadata",)  # of what methods need
 # Inputs that some methods need and the others refuse: what is said where it lacks, and to do, and where it is refused.
@@ -146,6 +148,11 @@ def _make(
         "confidence": confidence / manifest["count"],
         "class_histogram": manifest["class_histogram"],
     }
+    rare = rare_classes(metrics["class_histogram"], info.classes)
+    concerns = directory.record.setdefault("concerns", [])
+    if rare is not None and rare not in concerns:
+        concerns.append(rare)
+        terminal.say(f"warning: {rare}")
     for role, model in synthesizer.models().items():
         facts = {"command": "synthesize", "dataset": teacher.dataset, "teacher": teacher.sha256, "num_images": count}
         provenance = {**head, **facts}
@@ -155,6 +162,25 @@ def _make(
             save_model(directory.path / role, model.eval(), metrics={}, provenance=provenance)
         files += [f"{role}/{file.name}" for file in sorted((directory.path / role).iterdir())]
     directory.finish([directory.path / name for name in files], metrics)
+
+
+def rare_classes(histogram: Sequence[int], names: Sequence[str] | None = None) -> str | None:
+    """What to say of classes that hardly any image has, by the teacher's answers. None without any, or of few images.
+
+    Args:
+        histogram: Images by class, for K classes.
+        names: Of the classes.
+    """
+    count, classes = sum(histogram), len(histogram)
+    limit = RARE * count / classes
+    if limit < 1:
+        return None  # of so few images a class may have none by chance
+    rare = [(images, names[index] if names else f"class {index}") for index, images in enumerate(histogram)]
+    rare = sorted((images, name) for images, name in rare if images < limit)
+    if not rare:
+        return None
+    shown = ", ".join(f"{name}: {images}" for images, name in rare[:5]) + (", ..." if len(rare) > 5 else "")
+    return f"{len(rare)} of {classes} classes have hardly any of the {count} images ({shown}): a student will miss them"
 
 
 def write_preview(path: Path, reader: ShardReader) -> None:
