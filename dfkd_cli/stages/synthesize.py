@@ -180,7 +180,7 @@ def rare_classes(histogram: Sequence[int], names: Sequence[str] | None = None) -
     if not rare:
         return None
     shown = ", ".join(f"{name}: {images}" for images, name in rare[:5]) + (", ..." if len(rare) > 5 else "")
-    return f"{len(rare)} of {classes} classes have hardly any of the {count} images ({shown}): a student will miss them"
+    return f"{len(rare)} of {classes} classes have hardly any of the {count} images ({shown}): a student may miss them"
 
 
 def write_preview(path: Path, reader: ShardReader) -> None:
