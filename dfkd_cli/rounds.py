@@ -153,7 +153,6 @@ class _Report(Callback):
 
     def __init__(self, terminal: Terminal, run: RunDirectory) -> None:
         self.terminal, self.run, self.what = terminal, run, run.settings.command
-        self.concerns: list[str] = self.run.record.setdefault("concerns", [])
         self.since: tuple[str | None, int] = None, 0  # what the last rounds had in common, and how many they were
 
     def on_train_start(self, trainer: pl.Trainer, module: pl.LightningModule) -> None:
@@ -171,8 +170,7 @@ class _Report(Callback):
         concern = module.concern(measures)
         self.since = concern, self.since[1] + 1 if concern == self.since[0] else 1
         lasting = self.since[1] >= LASTING or trainer.current_epoch + 1 == trainer.max_epochs
-        if concern is not None and lasting and concern not in self.concerns:
-            self.concerns.append(concern)
+        if concern is not None and lasting and self.run.concern(concern):
             self.terminal.say(f"warning: round {trainer.current_epoch}: {concern}")
 
     def on_train_end(self, trainer: pl.Trainer, module: pl.LightningModule) -> None:

@@ -205,7 +205,7 @@ def test_what_a_run_leaves_can_be_used(tmp_path, make_teacher, cli, monkeypatch)
     ("histogram", "said"),
     [
         ([100] * 10, None),
-        ([105, 5] * 5, None),  # a twentieth of an even share is just enough of 550 images: 2.75
+        ([107, 3] * 5, None),  # a twentieth of an even share is just enough of 550 images: 2.75
         ([197, 3] * 5, "5 of 10 classes have hardly any of the 1000 images (b: 3, d: 3, f: 3, h: 3, j: 3)"),
         ([250] * 4 + [0] * 6, "6 of 10 classes have hardly any of the 1000 images (e: 0, f: 0, g: 0, h: 0, i: 0, ...)"),
         ([995, 0, 5], "2 of 3 classes have hardly any of the 1000 images (b: 0, c: 5)"),

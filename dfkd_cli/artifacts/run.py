@@ -26,7 +26,8 @@ class RunDirectory:
     """The directory that a command writes, and its ``run.json``.
 
     ``run.json`` has: the command, its identity (everything that decides the result: settings and the hashes of what
-    was read), status, parents, seconds of work over all processes, versions, artifacts with hashes, metrics, error.
+    was read), status, parents, seconds of work over all processes, versions, artifacts with hashes, metrics, concerns
+    (what the reader is warned of), error.
 
     Args:
         path: The directory.
@@ -53,6 +54,7 @@ class RunDirectory:
             "seconds": 0.0,
             "artifacts": [],
             "metrics": {},
+            "concerns": [],
             "error": None,
         }
         self._lock: IO[str] | None = None
@@ -90,6 +92,13 @@ class RunDirectory:
         write_atomic(self.path / "config.yaml", dump_yaml(replayable).encode())
         self.save()
         return False
+
+    def concern(self, what: str) -> bool:
+        """Record what whoever reads the report is warned of. False where it is recorded already."""
+        new = what not in self.record["concerns"]
+        if new:
+            self.record["concerns"].append(what)
+        return new
 
     def _spare_parents(self) -> None:
         """Refuse to clear the directory of what the command reads."""

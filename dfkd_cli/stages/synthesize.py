@@ -149,9 +149,7 @@ def _make(
         "class_histogram": manifest["class_histogram"],
     }
     rare = rare_classes(metrics["class_histogram"], info.classes)
-    concerns = directory.record.setdefault("concerns", [])
-    if rare is not None and rare not in concerns:
-        concerns.append(rare)
+    if rare is not None and directory.concern(rare):
         terminal.say(f"warning: {rare}")
     for role, model in synthesizer.models().items():
         facts = {"command": "synthesize", "dataset": teacher.dataset, "teacher": teacher.sha256, "num_images": count}
