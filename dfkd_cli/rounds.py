@@ -13,6 +13,7 @@ import ctypes
 import io
 import logging
 import math
+import os
 import sys
 import time
 import warnings
@@ -41,6 +42,8 @@ from dfkd_cli.ui import Progress, Terminal
 
 _PRECISION: dict[str, Any] = {"32": "32-true", "bf16": "bf16-mixed", "16": "16-mixed"}
 CHECKPOINT = Path("checkpoints", "last.ckpt")
+# Lightning sets this to keep processes fit to fork, which none of ours is; every step of Adam would load NVML anew.
+os.environ["PYTORCH_NVML_BASED_CUDA_CHECK"] = "0"
 LASTING = 3  # rounds in a row that a concern must have lasted to be said, unless it is there at the end
 
 
