@@ -24,6 +24,7 @@ from dfkd_cli.stages.synthesize import rare_classes
 from dfkd_cli.stages.training import fresh
 from dfkd_cli.synthesizers.dafl import information, one_hot
 from dfkd_cli.synthesizers.dfq import answer_entropy
+from dfkd_cli.synthesizers.pooled import agreed_divergence
 from dfkd_cli.synthesizers.terms import mean_answer_entropy
 
 METHODS = catalog.entries("synthesizers")
@@ -74,7 +75,7 @@ def test_information_is_smallest_for_even_answers():
 
 def test_terms_survive_sure_answers():
     logits = torch.tensor([[1e4, 0.0, -1e4]], requires_grad=True)
-    loss = one_hot(logits) + information(logits) + answer_entropy(logits)
+    loss = one_hot(logits) + information(logits) + answer_entropy(logits) + agreed_divergence(2 * logits, logits)
     (gradient,) = torch.autograd.grad(loss, logits)
     assert loss.isfinite()
     assert gradient.isfinite().all()

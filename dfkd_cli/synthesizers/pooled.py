@@ -141,5 +141,6 @@ class PooledGenerator(PoolTrainer):
 def agreed_divergence(student: Tensor, teacher: Tensor) -> Tensor:
     """``-KL(T || S)`` of logits (B, K) where both give the same class and 0 elsewhere, mean over the images; 0-d."""
     agree = teacher.argmax(1) == student.argmax(1)
-    p, q = F.softmax(teacher, dim=1), F.log_softmax(student, dim=1)
-    return -(F.kl_div(q, p, reduction="none").sum(1) * agree).mean()
+    p, q = F.log_softmax(teacher, dim=1), F.log_softmax(student, dim=1)
+    # In logs: of a probability that is zero in float32, xlogy would have no gradient.
+    return -(F.kl_div(q, p, reduction="none", log_target=True).sum(1) * agree).mean()
