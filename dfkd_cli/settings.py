@@ -18,6 +18,7 @@ TEMPERATURE = "softmax temperature"
 TAPS = "features: stage1 ..., stages, last, penultimate, logits, a module's path"
 SCHEDULE = "learning rates: all stay, all fall to 0, only the student's falls"
 END = "how the generator ends: tanh and BatchNorm, BatchNorm with scale, or within [0,1]"
+CLIP = "limit of the norm of the students' gradient, and of that of generators trained in turns with them; 0: none"
 STUDENT_OPTIMIZER = "the student's optimiser; sgd with momentum 0.9"
 STUDENT_IMAGES = "the student's images: the generator's own, of the same latents after its step, new in every step"
 

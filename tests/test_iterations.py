@@ -11,14 +11,17 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+import lightning.pytorch as pl
 import numpy as np
 import pytest
 import stand_ins
 import torch
 from lightning.pytorch.callbacks import Callback
+from lightning.pytorch.plugins import MixedPrecision
 from oracles import Array, softmax
 from synthesis_oracles import Adam, Momentum, gaussian_kl, numerical_gradient
 from torch import nn
+from torch.utils.data import DataLoader, TensorDataset
 
 from dfkd_cli.models.classifier import Classifier, ModelInfo
 from dfkd_cli.seeds import derive
@@ -239,6 +242,27 @@ def test_an_interrupted_run_continues_bit_for_bit(name, values, norm, tmp_path):
     stand_ins.check_interruption(run, tmp_path)
 
 
+@pytest.mark.parametrize("optimizer", ["sgd", "adam"])
+def test_gradients_are_clipped_after_they_are_unscaled(optimizer, tmp_path):
+    """In 16 bits the loss is scaled; sgd shows the gradient's size, Adam's first moment keeps a tenth of it."""
+    torch.manual_seed(1)
+    values = {"clip": 1e-3, "student_optimizer": optimizer, "student_weight_decay": 0.0, "student_lr": 1.0, "steps": 1}
+    made = method("dfad", {**values, "student_steps": 1}, False, tmp_path)
+    before = nn.utils.parameters_to_vector(made.student.parameters()).detach().clone()
+    precision = MixedPrecision("16-mixed", "cpu")
+    trainer = pl.Trainer(
+        max_epochs=1, plugins=[precision], logger=False, enable_checkpointing=False, enable_progress_bar=False
+    )
+    trainer.fit(made, DataLoader(TensorDataset(torch.zeros(1))))
+    assert precision.scaler is not None and precision.scaler.get_scale() > 1
+    if optimizer == "sgd":
+        gradient = before - nn.utils.parameters_to_vector(made.student.parameters()).detach()
+    else:
+        state = made.pairs[0][0].state
+        gradient = 10 * nn.utils.parameters_to_vector([state[p]["exp_avg"] for p in made.student.parameters()])
+    assert gradient.norm().item() == pytest.approx(1e-3, rel=1e-3)
+
+
 def method(name: str, values: dict[str, Any], norm: bool, directory: Path) -> Any:
     """The method with linear generators, on a teacher with or without BatchNorm."""
     info = ModelInfo(HERE, CLASSES, SIZE, mean=(0.2,), std=(0.5,))
@@ -250,5 +274,6 @@ def method(name: str, values: dict[str, Any], norm: bool, directory: Path) -> An
     teacher, student = Classifier(net, info).eval(), Classifier(network(), info)
     made = stand_ins.synthesizer(name, directory, teacher, more, student=student)
     linear = (nn.Sequential(nn.Linear(LATENT, UNITS, bias=False), nn.Unflatten(1, SIZE)) for _ in made.generators)
-    made.generators = nn.ModuleList(linear)
+    for index, net in enumerate(linear):
+        made.generators[index] = net
     return made

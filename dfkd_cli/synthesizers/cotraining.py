@@ -155,8 +155,6 @@ class CoTrainer(Synthesizer):
         parameters = [parameter for group in optimizer.param_groups for parameter in group["params"]]
         optimizer.zero_grad()
         self.manual_backward(loss, inputs=parameters)
-        if self.config.clip:
-            self.clip_gradients(optimizer, gradient_clip_val=self.config.clip, gradient_clip_algorithm="norm")
         self.wrapped(index).step()
         if schedule is not None:
             schedule.step()
@@ -165,6 +163,11 @@ class CoTrainer(Synthesizer):
         """The optimiser as Lightning keeps it: it counts the steps and scales gradients where that is needed."""
         optimizers: Any = self.optimizers()
         return optimizers[index] if isinstance(optimizers, list) else optimizers
+
+    def on_before_optimizer_step(self, optimizer: Optimizer) -> None:
+        """Clip the gradients, which Lightning has unscaled by now; those of optimisers that it does not know stay."""
+        if self.config.clip:
+            self.clip_gradients(optimizer, gradient_clip_val=self.config.clip, gradient_clip_algorithm="norm")
 
 
 class PoolTrainer(CoTrainer):
