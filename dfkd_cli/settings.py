@@ -143,7 +143,7 @@ class GeneratorTraining(CoTraining):
     schedule: RateSchedule = option("cosine", SCHEDULE)
     width: float = option(1.0, "the generator's numbers of maps, times this", above=0)
     end: GeneratorEnd = option("tanh", END)
-    generators: int = option(1, "generators, which share the images of a step", low=1)
+    generators: int = option(1, "generators, which share the images of a step; all are written", low=1)
     students: int = option(1, "students; all but the first only stand against the generators", low=1)
     student_steps: int = option(1, "steps of the student in each iteration", low=1)
     student_images: StudentImages = option("new", STUDENT_IMAGES)

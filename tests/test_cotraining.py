@@ -10,7 +10,7 @@ import pytest
 from pipeline import finish, kill_after_saving
 
 from dfkd_cli.cli.app import main
-from dfkd_cli.models.generators import load_generator
+from dfkd_cli.models.generators import load_generators
 from dfkd_cli.rounds import CHECKPOINT
 
 COMMON = ["--device", "cpu", "--student", "resnet8", "--width", "0.25", "--student-lr", "0.1"]
@@ -72,4 +72,4 @@ def test_killed_and_continued_is_uninterrupted(name, more, digits, tmp_path):
     finish([*arguments, "--out", "killed"], tmp_path)
     for file in ["manifest.json", "metrics.csv", "student/model.safetensors", "generator/generator.safetensors"]:
         assert (tmp_path / "whole" / file).read_bytes() == (tmp_path / "killed" / file).read_bytes(), file
-    load_generator(tmp_path / "killed" / "generator")
+    load_generators(tmp_path / "killed" / "generator")

@@ -230,7 +230,7 @@ def test_each_term_reaches_the_generator_and_changes_the_images(name, term, tmp_
     whole.student.eval()
     terms = whole.terms(images, labels)
     assert set(terms) == {"cross_entropy", "statistics", "adversarial", *(["contrast"] if name == "cmi" else [])}
-    first = whole.generator.linear.weight
+    first = whole.generator[0].linear.weight
     assert torch.autograd.grad(terms[term], first)[0].abs().max() > 0
     with open(whole.writer.directory / "metrics.csv", newline="") as file:
         assert set(terms) <= set(next(csv.reader(file)))
@@ -347,7 +347,7 @@ def test_average_of_statistics_is_the_last_steps(tmp_path):
 def test_first_layer_starts_anew_in_its_round(tmp_path):
     class Watch(Callback):
         def on_train_epoch_end(self, trainer: pl.Trainer, module: pl.LightningModule) -> None:
-            weights.append(module.generator.linear.weight.detach().abs().mean().item())
+            weights.append(module.generator[0].linear.weight.detach().abs().mean().item())
 
     weights: list[float] = []
     run("fast-dfkd", tmp_path, Watch(), num_images=36, reset_first_layer=2, lr=1e-4, latent=50)  # warm-up: two rounds
@@ -361,14 +361,14 @@ def test_reset_and_initialise_have_the_codes_deviations(tmp_path):
         if isinstance(layer, nn.BatchNorm2d):
             layer.running_mean.fill_(7)
     initialise(made.generator)
-    norm, conv = made.generator.body[1], made.generator.body[3]
-    for values, mean in ((made.generator.linear.weight, 0), (conv.weight, 0), (norm.weight, 1)):
+    norm, conv = made.generator[0].body[1], made.generator[0].body[3]
+    for values, mean in ((made.generator[0].linear.weight, 0), (conv.weight, 0), (norm.weight, 1)):
         assert values.mean().item() == pytest.approx(mean, abs=5 * 0.02 / values.numel() ** 0.5)
         assert values.std().item() == pytest.approx(0.02, rel=4 / values.numel() ** 0.5)
-    assert not made.generator.linear.bias.any() and not norm.bias.any() and not norm.running_mean.any()
-    nn.init.ones_(made.generator.linear.bias)
+    assert not made.generator[0].linear.bias.any() and not norm.bias.any() and not norm.running_mean.any()
+    nn.init.ones_(made.generator[0].linear.bias)
     reset_first_layer(made.generator)
-    assert norm.weight.mean().abs() < 0.01 and not made.generator.linear.bias.any()
+    assert norm.weight.mean().abs() < 0.01 and not made.generator[0].linear.bias.any()
 
 
 def test_noisy_layers_serve_one_block_each():
@@ -397,15 +397,15 @@ def test_nayers_generator_takes_normal_latents(embedding, size, tmp_path):
     generator = made.models()["generator"]
     with torch.no_grad():
         rows = made.norm.eval()(made.embeddings)
-        sums = [NoisyLayers(4, 4, size, 200)(rows) @ made.generator.linear.weight.T for _ in range(200)]
-        ours = torch.randn(800, 200) @ generator.linear.weight.T
+        sums = [NoisyLayers(4, 4, size, 200)(rows) @ made.generator[0].linear.weight.T for _ in range(200)]
+        ours = torch.randn(800, 200) @ generator[0].linear.weight.T
     assert torch.cat(sums).std().item() == pytest.approx(ours.std().item(), rel=0.1)
 
 
 def test_generators_life(tmp_path):
     class Watch(Callback):
         def on_train_epoch_end(self, trainer: pl.Trainer, module: pl.LightningModule) -> None:
-            weights.append(module.generator.linear.weight.detach().clone())
+            weights.append(module.generator[0].linear.weight.detach().clone())
 
     weights: list[Tensor] = []
     values = {"lr": 1e-5, "generator_life": [2, 3], "warmup_share": 0.4, "iterations": 1}

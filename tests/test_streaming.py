@@ -18,7 +18,7 @@ from dfkd_cli.config import build
 from dfkd_cli.errors import ArtifactError
 from dfkd_cli.models.classifier import Classifier, ModelInfo
 from dfkd_cli.models.directory import load_model
-from dfkd_cli.models.generators import Generator, load_generator, save_generator
+from dfkd_cli.models.generators import Generator, Generators, load_generators, save_generators
 from dfkd_cli.objectives.response import soft_loss
 from dfkd_cli.stages.synthesize import rare_classes
 from dfkd_cli.stages.training import fresh
@@ -145,24 +145,33 @@ def test_large_images_are_doubled_more_often():
 def test_a_generator_directory_gives_the_same_images(tmp_path):
     info = ModelInfo("x", 10, (3, 8, 8), (0.3,) * 3, (0.2,) * 3)
     torch.manual_seed(0)
-    generator = Generator(info, 5, "tanh", 0.1, 0.8).to(memory_format=torch.channels_last)
-    save_generator(tmp_path, generator, {"teacher": "0"})
-    loaded, record = load_generator(tmp_path)
+    generators = Generators(info, 5, "tanh", 0.1, 0.8, 3).to(memory_format=torch.channels_last)
+    save_generators(tmp_path, generators, {"teacher": "0"})
+    loaded, record = load_generators(tmp_path)
     latents = torch.randn(4, 5)
-    torch.testing.assert_close(loaded(latents), generator(latents))
+    torch.testing.assert_close(loaded(latents), generators(latents))
     assert record["provenance"] == {"teacher": "0"}
     record_file = tmp_path / "generator.json"
     whole = record_file.read_text()
-    for schema, hint in ((1, "make it again"), (3, "update dfkd")):
-        record_file.write_text(whole.replace('"schema": 2', f'"schema": {schema}'))
+    for schema, hint in ((2, "make it again"), (4, "update dfkd")):
+        record_file.write_text(whole.replace('"schema": 3', f'"schema": {schema}'))
         with pytest.raises(ArtifactError, match=f"schema {schema}") as caught:
-            load_generator(tmp_path)
+            load_generators(tmp_path)
         assert caught.value.hint == hint
     record_file.write_text(whole)
     weights = tmp_path / "generator.safetensors"
     weights.write_bytes(weights.read_bytes()[:-1] + b"x")
     with pytest.raises(ArtifactError, match="damaged"):
-        load_generator(tmp_path)
+        load_generators(tmp_path)
+
+
+def test_samples_are_of_all_generators():
+    info = ModelInfo("x", 10, (1, 8, 8), (0.3,), (0.2,))
+    generators = Generators(info, 5, "normal", 0.1, count=3)
+    latents = torch.randn(12, 5)  # rows 0 to 3 are of the first generator, and so on
+    everything = generators(latents)
+    torch.testing.assert_close(generators.sample(latents, 12), everything)
+    torch.testing.assert_close(generators.sample(latents, 4), everything[[0, 3, 6, 9]])
 
 
 # -- the loop ----------------------------------------------------------------------------------------------------------
@@ -183,7 +192,7 @@ def test_what_lasts_is_said_once_and_recorded(tmp_path, make_teacher, cli, monke
 def test_what_a_run_leaves_can_be_used(tmp_path, make_teacher, cli, monkeypatch):
     monkeypatch.chdir(tmp_path)
     teacher = ["--teacher", str(make_teacher("lenet5"))]
-    assert cli("synthesize", "--method", "dfad", *teacher, *SMALL, "--steps", "3")[0] == 0
+    assert cli("synthesize", "--method", "dfad", *teacher, *SMALL, "--steps", "3", "--generators", "2")[0] == 0
     small = ["--student", "lenet5-half", "--steps", "2", "--batch-size", "5"]
     for transfer_set in ("shards", "shards/generator"):
         code, _, err = cli(

@@ -21,7 +21,7 @@ from dfkd_cli.artifacts.shards import ShardReader
 from dfkd_cli.data import datasets
 from dfkd_cli.data.datasets import Dataset
 from dfkd_cli.data.noise import noise
-from dfkd_cli.models.generators import Generator
+from dfkd_cli.models.generators import Generators
 from dfkd_cli.seeds import derive
 
 MEMORY = 64 << 20  # bytes of images held at once
@@ -131,27 +131,29 @@ class NoiseSource(Source):
 
 
 class GeneratorSource(Source):
-    """Images of a generator, made when they are asked for; the same ones every time.
+    """Images of generators, made when they are asked for; the same ones every time.
 
     Args:
-        generator: In training mode, so that its BatchNorm takes the statistics of each chunk.
+        generators: In training mode, so that their BatchNorm takes the statistics of each chunk.
         count: Images in all.
-        chunk: Images of a chunk: as many as it was trained with at once.
+        chunk: Images of a chunk: as many as they were trained with at once.
         seed: Seed of the latents.
     """
 
-    def __init__(self, generator: Generator, count: int, chunk: int, seed: int) -> None:
-        self.generator, self.seed, self.batch = generator.train().requires_grad_(False), seed, chunk
+    def __init__(self, generators: Generators, count: int, chunk: int, seed: int) -> None:
+        self.generators, self.seed, self.batch = generators.train().requires_grad_(False), seed, chunk
         self.sizes = [min(chunk, count - start) for start in range(0, count, chunk)]
-        self.shape, self.dtype = generator.info.input_size, torch.float32
+        self.shape, self.dtype = generators.info.input_size, torch.float32
+        self.device = torch.device("cpu")
 
     def use(self, device: torch.device) -> None:
-        self.generator.to(device)
+        self.device = device
+        self.generators.to(device)
 
     def chunk(self, index: int) -> Images:
         drawn = torch.Generator().manual_seed(derive("latents", self.seed, index))
-        latents = torch.randn(self.batch, self.generator.latent, generator=drawn)
-        return Images(self.generator(latents.to(self.generator.mean.device))[: self.sizes[index]])
+        latents = torch.randn(self.batch, self.generators.latent, generator=drawn)
+        return Images(self.generators.sample(latents.to(self.device), self.sizes[index]))
 
 
 class RealSource(Source):

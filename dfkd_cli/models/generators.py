@@ -37,7 +37,7 @@ WIDTHS = (128, 128, 64)  # maps at the start and after each doubling, the last o
 LARGEST_START = 16  # pixels
 RECORD = "generator.json"
 WEIGHTS = "generator.safetensors"
-SCHEMA = 2
+SCHEMA = 3
 
 
 class Generator(nn.Module):
@@ -61,7 +61,6 @@ class Generator(nn.Module):
     ) -> None:
         super().__init__()
         self.info, self.latent, self.end = info, latent, end
-        self.settings = {"latent": latent, "end": end, "width": width, "epsilon": epsilon}
         channels, *sides = info.input_size
         doublings = max(2, math.ceil(math.log2(max(sides) / LARGEST_START)))
         start, *sizes = [tuple(-(-side // 2**i) for side in sides) for i in range(doublings, -1, -1)]
@@ -93,21 +92,54 @@ class Generator(nn.Module):
         return torch.sigmoid(images + self.offset) if self.end == "sigmoid" else images * self.std + self.mean
 
 
-def save_generator(directory: Path, generator: Generator, provenance: dict[str, Any]) -> None:
+class Generators(nn.ModuleList):
+    """Generators, alike but for their weights, that share each batch.
+
+    Args:
+        info, latent, end, width, epsilon: Of each, as :class:`Generator` takes them.
+        count: How many.
+    """
+
+    def __init__(
+        self,
+        info: ModelInfo,
+        latent: int,
+        end: GeneratorEnd,
+        width: float = 1.0,
+        epsilon: float = 1e-5,
+        count: int = 1,
+    ) -> None:
+        super().__init__(Generator(info, latent, end, width, epsilon) for _ in range(count))
+        self.info, self.latent = info, latent
+        self.settings = {"latent": latent, "end": end, "width": width, "epsilon": epsilon, "count": count}
+
+    def forward(self, latents: Tensor) -> Tensor:
+        """Latents (B, D) to images (B, C, H, W), a part of about the same size by each generator, in order."""
+        parts = latents.tensor_split(len(self))
+        images = [generator(part) for generator, part in zip(self, parts, strict=True)]
+        return torch.cat(images) if len(images) > 1 else images[0]
+
+    def sample(self, latents: Tensor, count: int) -> Tensor:
+        """Up to B images for latents (B, D), as many of each generator. All B are made: BatchNorm looks at them."""
+        images = self(latents)
+        return images[torch.arange(count, device=images.device) * len(images) // count]
+
+
+def save_generators(directory: Path, generators: Generators, provenance: dict[str, Any]) -> None:
     """Write a generator directory. The record is written last: a directory with a readable record is complete."""
     record = {
         "schema": SCHEMA,
         "kind": "generator",
-        "settings": generator.settings,
-        "teacher_input": dataclasses.asdict(generator.info),
-        "weights": {"file": WEIGHTS, "sha256": save_weights(directory / WEIGHTS, generator)},
+        "settings": generators.settings,
+        "teacher_input": dataclasses.asdict(generators.info),
+        "weights": {"file": WEIGHTS, "sha256": save_weights(directory / WEIGHTS, generators)},
         "provenance": provenance,
     }
     write_json(directory / RECORD, record)
 
 
-def load_generator(directory: Path) -> tuple[Generator, dict[str, Any]]:
-    """Read and check a generator directory. Returns the generator on the CPU, and its record.
+def load_generators(directory: Path) -> tuple[Generators, dict[str, Any]]:
+    """Read and check a generator directory. Returns the generators on the CPU, and the record.
 
     Raises:
         ArtifactError: Missing, damaged, or from a newer version.
@@ -120,13 +152,13 @@ def load_generator(directory: Path) -> tuple[Generator, dict[str, Any]]:
         if not weights.is_file() or sha256_file(weights) != record["weights"]["sha256"]:
             raise ArtifactError(f"{weights}: missing or damaged", "make or copy the generator again")
         with torch.random.fork_rng(devices=[]):
-            generator = Generator(read_info(record["teacher_input"]), **record["settings"])
+            generators = Generators(read_info(record["teacher_input"]), **record["settings"])
     except (KeyError, TypeError) as error:
         raise ArtifactError(f"{directory / RECORD}: not a generator's record: {error}", "make it again") from None
-    load_weights(generator, weights)
-    return generator, record
+    load_weights(generators, weights)
+    return generators, record
 
 
 def identity(record: dict[str, Any]) -> str:
-    """The hash that stands for a generator: its weights and how they are used."""
+    """The hash that stands for generators: their weights and how they are used."""
     return digest([record["weights"]["sha256"], record["settings"], record["teacher_input"]])

@@ -224,12 +224,12 @@ def _ours(name: str, info: ModelInfo, seed: int) -> tuple[TransferSet, str] | No
         sha256, made_from, uses = reader.sha256, reader.teacher, reader.manifest.get("uses", ())
         source: Source = ShardSource(reader)
     elif (path / generators.RECORD).exists():
-        generator, record = generators.load_generator(path)
+        made_by, record = generators.load_generators(path)
         sha256, uses = generators.identity(record), ()
         try:
             made = record["provenance"]
             made_from = str(made["teacher"])
-            source = GeneratorSource(generator, made["num_images"], made["config"]["batch_size"], seed)
+            source = GeneratorSource(made_by, made["num_images"], made["config"]["batch_size"], seed)
         except (KeyError, TypeError, ValueError) as error:
             raise ArtifactError(f"{name}: its provenance is damaged: {error}", "make the generator again") from None
     else:

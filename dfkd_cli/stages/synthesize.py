@@ -21,7 +21,7 @@ from dfkd_cli.data.seal import sealed
 from dfkd_cli.errors import ArtifactError, ConfigError
 from dfkd_cli.models.classifier import Classifier
 from dfkd_cli.models.directory import save_model
-from dfkd_cli.models.generators import Generator, save_generator
+from dfkd_cli.models.generators import Generators, save_generators
 from dfkd_cli.resolve import Settings
 from dfkd_cli.rounds import fit, write_csv
 from dfkd_cli.stages.inputs import LoadedModel, load_teacher
@@ -154,8 +154,8 @@ def _make(
     for role, model in synthesizer.models().items():
         facts = {"command": "synthesize", "dataset": teacher.dataset, "teacher": teacher.sha256, "num_images": count}
         provenance = {**head, **facts}
-        if isinstance(model, Generator):
-            save_generator(directory.path / role, model, provenance)
+        if isinstance(model, Generators):
+            save_generators(directory.path / role, model, provenance)
         else:
             save_model(directory.path / role, model.eval(), metrics={}, provenance=provenance)
         files += [f"{role}/{file.name}" for file in sorted((directory.path / role).iterdir())]

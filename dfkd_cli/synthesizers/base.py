@@ -17,7 +17,7 @@ from torch.optim.lr_scheduler import LambdaLR
 from dfkd_cli.artifacts.shards import ShardWriter
 from dfkd_cli.errors import RunFailed
 from dfkd_cli.models.classifier import Classifier
-from dfkd_cli.models.generators import Generator
+from dfkd_cli.models.generators import Generators
 from dfkd_cli.models.statistics import Moments, batch_moments, recorded_moments
 from dfkd_cli.rounds import Learner, weighted_sum
 from dfkd_cli.seeds import seed_torch
@@ -88,7 +88,7 @@ class Synthesizer(Learner):
         """
         return batch_moments(self.teacher, correction) if self.config.statistics else nullcontext({})
 
-    def models(self) -> Mapping[str, Classifier | Generator]:
+    def models(self) -> Mapping[str, Classifier | Generators]:
         """Networks that were trained meanwhile, each to be written under its name. None by default."""
         return {}
 

@@ -16,7 +16,7 @@ from dfkd_cli.data.augment import pipeline
 from dfkd_cli.data.sources import Batches, Images, Source
 from dfkd_cli.models.activations import Tap
 from dfkd_cli.models.classifier import Classifier
-from dfkd_cli.models.generators import Generator
+from dfkd_cli.models.generators import Generators
 from dfkd_cli.objectives.base import Outputs, ask
 from dfkd_cli.objectives.response import soft_loss
 from dfkd_cli.rounds import weighted_sum
@@ -63,7 +63,7 @@ class CoTrainer(Synthesizer):
         """Whether Adam can be fused: in mixed precision it would unscale gradients itself, too late to clip them."""
         return not (self.config.clip and self.trainer.precision.endswith("mixed"))
 
-    def models(self) -> Mapping[str, Classifier | Generator]:
+    def models(self) -> Mapping[str, Classifier | Generators]:
         """The student."""
         return {"student": self.student}
 
@@ -113,6 +113,11 @@ class CoTrainer(Synthesizer):
             "variety": torch.special.entr(shares).sum().exp() / min(logits.shape),
             "agreement": agreed.float().mean(),
         }
+
+    def shard_health(self, index: int) -> dict[str, Tensor]:
+        """How the images of a shard look that was written."""
+        shard = self.writer.read(index)
+        return self.health(shard["images"].to(self.device).float(), shard["logits"].to(self.device))
 
     def concern(self, measures: Mapping[str, float]) -> str | None:
         """Images that are all of one class, or of none."""
@@ -200,10 +205,7 @@ class PoolTrainer(CoTrainer):
     def round(self, index: int) -> Mapping[str, Tensor]:
         """Make a shard against the student as it is, then train the student."""
         self.student.eval()
-        made = super().round(index)
-        shard = self.writer.read(index)
-        health = self.health(shard["images"].to(self.device).float(), shard["logits"].to(self.device))
-        made = {**made, **health}
+        made = {**super().round(index), **self.shard_health(index)}
         if self.warming_up:
             return made
         self.student.train()

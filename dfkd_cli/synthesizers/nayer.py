@@ -34,7 +34,7 @@ from torch import Tensor, nn
 
 from dfkd_cli.config import option
 from dfkd_cli.models.classifier import Classifier
-from dfkd_cli.models.generators import Generator
+from dfkd_cli.models.generators import Generators
 from dfkd_cli.seeds import derive
 from dfkd_cli.settings import PooledGeneration
 from dfkd_cli.synthesizers.pooled import Attempt, PooledGenerator
@@ -83,11 +83,12 @@ class NAYER(PooledGenerator):
         self.note = f"nayer: {c.embedding} embeddings of the classes stand for a text encoder's"
         self.norm = nn.BatchNorm1d(embeddings.shape[1])
 
-    def models(self) -> Mapping[str, Classifier | Generator]:
+    def models(self) -> Mapping[str, Classifier | Generators]:
         """The student, and the generator as it is before a batch, when the noisy layers are normal noise."""
         generator, norm = copy.deepcopy(self.generator), copy.deepcopy(self.norm).eval()
         with torch.no_grad():
-            generator.linear.weight *= norm(self.embeddings).norm(dim=1).mean()
+            linear = next(layer for layer in generator.modules() if isinstance(layer, nn.Linear))
+            linear.weight *= norm(self.embeddings).norm(dim=1).mean()
         return {**super().models(), "generator": generator}
 
     def labels(self, count: int) -> Tensor:

@@ -21,7 +21,7 @@ from torch import Tensor, nn
 
 from dfkd_cli.data.augment import pipeline
 from dfkd_cli.models.classifier import Classifier
-from dfkd_cli.models.generators import Generator
+from dfkd_cli.models.generators import Generators
 from dfkd_cli.models.statistics import AveragedMoments, Moments
 from dfkd_cli.rounds import weighted_sum
 from dfkd_cli.seeds import derive
@@ -62,12 +62,12 @@ class PooledGenerator(PoolTrainer):
         c = self.config
         with torch.random.fork_rng(devices=[]):
             torch.manual_seed(derive("generator", self.seed))
-            generator = Generator(self.teacher.info, c.latent, "sigmoid", c.width)
+            generator = Generators(self.teacher.info, c.latent, "sigmoid", c.width)
         self.generator = generator.to(memory_format=torch.channels_last)
         self.average = AveragedMoments(self.teacher, c.statistics_momentum)
         self.view = pipeline(Augmentation(crop=c.view_crop, flip=c.view_flip), 0.0)
 
-    def models(self) -> Mapping[str, Classifier | Generator]:
+    def models(self) -> Mapping[str, Classifier | Generators]:
         """The student and the generator."""
         return {**super().models(), "generator": self.generator}
 

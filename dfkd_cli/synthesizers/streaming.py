@@ -9,14 +9,15 @@ from dataclasses import replace
 from typing import Any, ClassVar
 
 import torch
-from torch import Tensor, nn
+from torch import Tensor
 from torch.optim import Optimizer
 from torch.optim.lr_scheduler import CosineAnnealingLR, LRScheduler
 
 from dfkd_cli.data.sources import Images
+from dfkd_cli.errors import ConfigError
 from dfkd_cli.models.activations import Tap
 from dfkd_cli.models.classifier import Classifier
-from dfkd_cli.models.generators import Generator
+from dfkd_cli.models.generators import Generators
 from dfkd_cli.models.registry import build
 from dfkd_cli.objectives.base import Outputs, ask
 from dfkd_cli.rounds import weighted_sum
@@ -48,13 +49,18 @@ class StreamTrainer(CoTrainer):
     def __init__(self, *arguments: Any, **more: Any) -> None:
         super().__init__(*arguments, **more)
         c, info = self.config, self.teacher.info
+        if c.generators > c.batch_size:
+            raise ConfigError(
+                f"--generators {c.generators}: more than the {c.batch_size} images of a step",
+                "give fewer, or a larger --batch-size",
+            )
         with torch.random.fork_rng(devices=[]):
             torch.manual_seed(derive("generator", self.seed))
-            generators = [Generator(info, c.latent, c.end, c.width, self.epsilon) for _ in range(c.generators)]
+            generators = Generators(info, c.latent, c.end, c.width, self.epsilon, c.generators)
             rivals = [
                 build(self.student.info.spec, info.num_classes, info.input_size, True) for _ in range(1, c.students)
             ]
-        self.generators = nn.ModuleList(generators).to(memory_format=torch.channels_last)
+        self.generators = generators.to(memory_format=torch.channels_last)
         self.rivals.extend(Classifier(net, self.student.info).lay_out() for net in rivals)
         self.student_taps *= c.students
         self.training_rounds = -(-self.config.steps // ROUND)
@@ -67,11 +73,9 @@ class StreamTrainer(CoTrainer):
     def done(self, rounds: int) -> int:
         return min(rounds * ROUND, self.config.steps)  # writing shards is next to nothing
 
-    def models(self) -> Mapping[str, Classifier | Generator]:
-        """The first student and the first generator."""
-        generator = self.generators[0]
-        assert isinstance(generator, Generator)
-        return {"student": self.student, "generator": generator}
+    def models(self) -> Mapping[str, Classifier | Generators]:
+        """The first student and the generators."""
+        return {**super().models(), "generator": self.generators}
 
     def trained(self) -> Sequence[tuple[Optimizer, LRScheduler | None]]:
         """The students and the generators."""
@@ -96,18 +100,13 @@ class StreamTrainer(CoTrainer):
         """Normal noise (B, D), drawn on the CPU so that it does not depend on the device."""
         return torch.randn(self.config.batch_size, self.config.latent).to(self.device)
 
-    def generate(self, latents: Tensor) -> Tensor:
-        """Pixels (B, C, H, W) for latents (B, D), an equal share of them from every generator."""
-        parts = latents.tensor_split(len(self.generators))
-        return torch.cat([generator(part) for generator, part in zip(self.generators, parts, strict=True)])
-
     def can_continue(self, index: int) -> bool:
         return self.writer.rows.keys() >= set(range(index - self.training_rounds))
 
     def iteration(self) -> dict[str, Tensor]:
         """One step of the generator, then the student's. Returns all unweighted terms."""
         latents = self.latents()
-        pixels = self.generate(latents)
+        pixels = self.generators(latents)
         with self.watching() as self.seen:
             teacher = ask(self.teacher, pixels, {**self.teacher_taps, **self.generator_taps})
         terms = self.generator_terms(pixels, teacher)
@@ -118,7 +117,7 @@ class StreamTrainer(CoTrainer):
         for step in range(self.config.student_steps):
             if self.config.student_images == "new" or (self.config.student_images == "updated" and step == 0):
                 with torch.no_grad():
-                    pixels = self.generate(self.latents() if self.config.student_images == "new" else latents)
+                    pixels = self.generators(self.latents() if self.config.student_images == "new" else latents)
                 known = self.unchanged(pixels)
             taught = self.teach(pixels, known)
         self.last = pixels
@@ -128,7 +127,8 @@ class StreamTrainer(CoTrainer):
         """A stretch of iterations; when all are done, a shard."""
         self.generators.train()
         if index >= self.training_rounds:
-            return super().round(index - self.training_rounds)
+            shard = index - self.training_rounds
+            return {**super().round(shard), **self.shard_health(shard)}
         for student in self.students:
             student.train()
         rows = []
@@ -140,7 +140,7 @@ class StreamTrainer(CoTrainer):
     @torch.no_grad()
     def make(self, first: int, count: int) -> Impressions:
         """Samples of the finished generator; always a whole batch, whose statistics its BatchNorm takes."""
-        return Impressions(self.generate(self.latents())[:count], None, {})
+        return Impressions(self.generators.sample(self.latents(), count), None, {})
 
 
 class Adversary(StreamTrainer):
