@@ -126,8 +126,7 @@ class CoTraining(Augmentation):
     student_optimizer: StudentOptimizer = option("sgd", STUDENT_OPTIMIZER)
     student_lr: float = option(0.1, "the student's first learning rate", above=0)
     student_weight_decay: float = option(1e-4, "the student's weight decay", low=0)
-    student_temperature: float = option(20.0, "softmax temperature of the student's loss", above=0)
-    clip: float = option(0.0, "limit of the norm of the gradient of each network; 0: none", low=0)
+    clip: float = option(0.0, CLIP, low=0)
     soft: float = option(1.0, "weight of the student's distance from the teacher's answers", low=0)
 
 
@@ -162,7 +161,8 @@ class PoolTraining(CoTraining):
     """How a student is trained on the pool of all images made so far."""
 
     student_steps: int = option(400, "steps of the student after each batch of images", low=0)
-    student_batch_size: int = option(128, "images of one step of the student", low=1)
+    student_batch_size: int = option(128, "images of one step of the student", low=2)
+    student_temperature: float = option(20.0, "softmax temperature of the student's loss", above=0)
     warmup_share: float = option(
         0.0, "share of the rounds, at the start, that only make images: the student rests", low=0, high=1
     )
@@ -172,7 +172,7 @@ class PoolTraining(CoTraining):
 class PooledGeneration(PoolTraining):
     """How a generator makes the pool: for each batch of images it is trained for a few steps through the teacher."""
 
-    batch_size: int = option(256, "images made together; also the images of one shard", low=1)
+    batch_size: int = option(256, "images made together; also the images of one shard", low=2)
     iterations: int = option(200, "inner steps on one batch of images", low=1)
     lr: float = option(1e-3, "Adam learning rate of the generator", above=0)
     betas: tuple[float, float] = option((0.5, 0.999), "Adam's betas, below 1", low=0, high=0.99999)

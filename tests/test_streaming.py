@@ -281,3 +281,18 @@ def test_settings_at_the_edge(name, more, tmp_path, make_teacher, cli):
         "synthesize", "--method", name, "--teacher", teacher, *SMALL, "--steps", "2", *more, "--out", tmp_path / "s"
     )
     assert code == 0, err
+
+
+def test_every_generator_needs_an_image(tmp_path, make_teacher, cli):
+    teacher, out = ["--teacher", make_teacher("lenet5")], tmp_path / "s"
+    few = ["--generators", "5", "--batch-size", "4", "--out", out]
+    code, _, err = cli("synthesize", "--method", "dfad", *teacher, *SMALL, *few)
+    assert code == 2, err
+    assert "--generators 5: more than the 4 images of a step" in err
+
+
+def test_networks_of_other_stages_are_paired_by_their_taps(make_method):
+    names = {"taps": ["stage1"], "teacher_taps": ["stage2"]}
+    made = make_method("zskt", **names)
+    assert made.maps.pairs == (("stage1", "stage2"),)
+    assert list(made.student_taps[0]) == ["stage1"] and list(made.teacher_taps) == ["stage2"]

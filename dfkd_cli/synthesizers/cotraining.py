@@ -129,9 +129,9 @@ class CoTrainer(Synthesizer):
             return "the teacher is sure of none of the images (confidence): they are noise to it"
         return None
 
+    @abstractmethod
     def student_terms(self, student: Outputs, teacher: Outputs, images: Images) -> dict[str, Tensor]:
-        """The named, unweighted terms of the student's loss: how far its softened answers are from the teacher's."""
-        return {"soft": soft_loss(student.logits, teacher.logits, "kl", self.config.student_temperature)}
+        """The named, unweighted terms of the student's loss, 0-d: how far its answers are from the teacher's."""
 
     def teach(self, pixels: Tensor, teacher: Outputs | None = None) -> dict[str, Tensor]:
         """One step of every student on pixels (B, C, H, W). Returns the unweighted terms, means over the students.
@@ -164,15 +164,15 @@ class CoTrainer(Synthesizer):
         if schedule is not None:
             schedule.step()
 
-    def wrapped(self, index: int) -> Any:
-        """The optimiser as Lightning keeps it: it counts the steps and scales gradients where that is needed."""
-        optimizers: Any = self.optimizers()
-        return optimizers[index] if isinstance(optimizers, list) else optimizers
-
     def on_before_optimizer_step(self, optimizer: Optimizer) -> None:
         """Clip the gradients, which Lightning has unscaled by now; those of optimisers that it does not know stay."""
         if self.config.clip:
             self.clip_gradients(optimizer, gradient_clip_val=self.config.clip, gradient_clip_algorithm="norm")
+
+    def wrapped(self, index: int) -> Any:
+        """The optimiser as Lightning keeps it: it counts the steps and scales gradients where that is needed."""
+        optimizers: Any = self.optimizers()
+        return optimizers[index] if isinstance(optimizers, list) else optimizers
 
 
 class PoolTrainer(CoTrainer):
@@ -201,6 +201,10 @@ class PoolTrainer(CoTrainer):
 
     def can_continue(self, index: int) -> bool:
         return self.writer.rows.keys() >= set(range(index))
+
+    def student_terms(self, student: Outputs, teacher: Outputs, images: Images) -> dict[str, Tensor]:
+        """How far the student's softened answers are from the teacher's."""
+        return {"soft": soft_loss(student.logits, teacher.logits, "kl", self.config.student_temperature)}
 
     def round(self, index: int) -> Mapping[str, Tensor]:
         """Make a shard against the student as it is, then train the student."""

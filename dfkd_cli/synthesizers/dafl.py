@@ -25,8 +25,10 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from dfkd_cli.config import option
+from dfkd_cli.data.sources import Images
 from dfkd_cli.models.taps import find_taps
 from dfkd_cli.objectives.base import Outputs
+from dfkd_cli.objectives.response import soft_loss
 from dfkd_cli.settings import SCHEDULE, STUDENT_IMAGES, GeneratorTraining, RateSchedule, StudentImages
 from dfkd_cli.synthesizers.streaming import StreamTrainer
 from dfkd_cli.synthesizers.terms import mean_answer_entropy
@@ -69,6 +71,10 @@ class DAFL(StreamTrainer):
         if self.config.activation:
             terms["activation"] = -teacher.features[self.config.features].abs().mean()
         return terms
+
+    def student_terms(self, student: Outputs, teacher: Outputs, images: Images) -> dict[str, Tensor]:
+        """L_S, of softened answers."""
+        return {"soft": soft_loss(student.logits, teacher.logits, "kl", self.config.student_temperature)}
 
 
 def one_hot(logits: Tensor) -> Tensor:

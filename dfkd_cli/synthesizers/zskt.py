@@ -8,10 +8,12 @@ Micaelli, Storkey. NeurIPS 2019. arXiv:1905.09768.
 ``a`` is the attention map of arXiv:1612.03928: the mean square over channels, each image's of norm one. D has the mean
 over the classes too, as in the released code: beta belongs to that. Ten steps of the student follow each step of the
 generator, on images of the same latents after that step; ``student_images: new`` draws new latents in each, which a
-reproduction of the paper found better. Gradients of both networks are cut at norm 5.
+reproduction of the paper found better. Gradients of both networks are cut at norm 5; those of several generators, or
+students, have one norm together.
 
 ``taps`` are where attention is compared; the paper's are before the last BatchNorm of a wide ResNet and before
-the activations of LeNet, here they are what comes out of the stages. Without common stages, take ``attention: 0``.
+the activations of LeNet, here they are what comes out of the stages. Networks with other numbers of stages need taps of
+their own, ``teacher_taps`` too, or ``attention: 0``. With a temperature, D is multiplied by its square.
 Images are made once for the ten steps of the student; the released code makes the same ones anew in each.
 With ``end: sigmoid``, as toolboxes have it, images are of [0,1]: the paper's end centres the pixels of every batch,
 and strokes on black are then out of reach.
@@ -32,11 +34,12 @@ from dfkd_cli.objectives.at import Config as Attention
 from dfkd_cli.objectives.base import Outputs
 from dfkd_cli.objectives.response import soft_loss
 from dfkd_cli.settings import (
+    CLIP,
     END,
     STUDENT_IMAGES,
     STUDENT_OPTIMIZER,
-    TAPS,
     AdversarialTraining,
+    Compared,
     GeneratorEnd,
     StudentImages,
     StudentOptimizer,
@@ -45,13 +48,13 @@ from dfkd_cli.synthesizers.streaming import Adversary
 
 
 @dataclass(frozen=True, kw_only=True)
-class Config(AdversarialTraining):
+class Config(Compared, AdversarialTraining):
     """Adversarial belief matching."""
 
     steps: int = option(80_000, "iterations, each of which trains the generator and then the student", low=1)
     batch_size: int = option(128, "images of one step; also the images of one shard", low=2)
     end: GeneratorEnd = option("normal", END)
-    clip: float = option(5.0, "limit of the norm of the gradient of each network; 0: none", low=0)
+    clip: float = option(5.0, CLIP, low=0)
     student_steps: int = option(10, "steps of the student in each iteration", low=1)
     student_images: StudentImages = option("updated", STUDENT_IMAGES)
     student_optimizer: StudentOptimizer = option("adam", STUDENT_OPTIMIZER)
@@ -59,7 +62,6 @@ class Config(AdversarialTraining):
     student_weight_decay: float = option(0.0, "the student's weight decay", low=0)
     student_temperature: float = option(1.0, "softmax temperature of both losses", above=0)
     attention: float = option(250.0, "weight of the attention maps", low=0)
-    taps: tuple[str, ...] = option(("stages",), TAPS)
 
 
 class ZSKT(Adversary):
@@ -72,7 +74,7 @@ class ZSKT(Adversary):
     def __init__(self, *arguments: Any, **more: Any) -> None:
         super().__init__(*arguments, **more)
         if self.config.attention:
-            self.maps = AttentionTransfer(Attention(taps=self.config.taps))
+            self.maps = AttentionTransfer(Attention(taps=self.config.taps, teacher_taps=self.config.teacher_taps))
             self.maps.connect(self.student, self.teacher)
             names = list(zip(*self.maps.pairs, strict=True))
             self.student_taps = [find_taps(student, names[0]) for student in self.students]
