@@ -3,16 +3,19 @@
 Choi, Choi, El-Khamy, Lee. CVPR workshops 2020. arXiv:2005.04136.
 
     min_S max_G  mean_ij KL(T(G_j(n)) || S_i(G_j(n))) - alpha L_T(G_j)
-    L_T = mean_lc KL(N(mean_lc(x), var_lc(x)) || N(mean_lc, var_lc)) + E[H(T(x))] - H(E[T(x)])
+    L_T = mean_l mean_c KL(N(mean_lc(x), var_lc(x)) || N(mean_lc, var_lc)) + E[H(T(x))] - H(E[T(x)])
 
-The first part of L_T is over the BatchNorm layers l of the teacher and their channels c, generated statistics first; it
-is a mean here where the paper has a sum, whose size depends on the teacher: 336 times the mean for a ResNet-8. The
-default of its weight is of that size. H is the entropy in nats: answers
+The first part of L_T is over the BatchNorm layers l of the teacher and their channels c, generated statistics first;
+channels that were dead in training do not count. It is a mean here where the paper has a sum, whose size depends on the
+teacher: that of a ResNet-8 is over 336 channels, of a ResNet-34 over 8,512. The default of its weight is of the former
+size: give it the number of channels. H is the entropy in nats: answers
 shall be sure each, and spread over the classes together. The last sign is the paper's; ports of it have it reversed.
-With several generators and students (``generators``, ``students``) L_T is of their joint batch; the first of each is
-kept. alpha stays as it is, where the paper lowers it.
+With several generators and students (``generators``, ``students``) L_T is of their joint batch; the first student is
+kept. alpha stays as it is, where the paper lowers it: on Fashion-MNIST that was no better. Generators are not trained
+alone at first.
 
-No code was released: widths, learning rates and the ratio of steps are those of an independent port and of toolboxes.
+No code was released: widths, learning rates and the ratio of steps are those of an independent port and of toolboxes;
+the student takes 80,000 steps as in the latter, by SGD without Nesterov's form.
 """
 
 from __future__ import annotations

@@ -15,7 +15,7 @@ Differences from the released code:
 - The gradient of Reptile is not multiplied by 67, which Adam does not notice.
 - The meta generator has the BatchNorm averages of the last batch's; in the code they stay as they were initialised.
   They count for nothing but the generator that is written at the end.
-- The classes of a batch are not sorted.
+- The adversary joins when the student does; in the code one batch earlier.
 - The student's learning rate falls to 0 and in each step; the code's falls to 2e-4 and in each epoch.
 - The generator and its latents for ImageNet are not here.
 """
