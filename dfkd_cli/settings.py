@@ -6,6 +6,7 @@ from dataclasses import dataclass, fields
 from typing import Literal
 
 from dfkd_cli.config import option
+from dfkd_cli.errors import ConfigError
 
 _ROTATE = "random rotation, +- degrees"
 _TRANSLATE = "random shift, +- fraction of the side"
@@ -147,6 +148,14 @@ class GeneratorTraining(CoTraining):
     student_steps: int = option(1, "steps of the student in each iteration", low=1)
     student_images: StudentImages = option("new", STUDENT_IMAGES)
     dtype: Literal["float16", "float32"] = option("float16", "stored pixels")
+
+    def __post_init__(self) -> None:
+        """Every generator needs an image."""
+        if self.generators > self.batch_size:
+            raise ConfigError(
+                f"--generators {self.generators}: more than the {self.batch_size} images of a step",
+                "give fewer, or a larger --batch-size",
+            )
 
 
 @dataclass(frozen=True, kw_only=True)

@@ -107,6 +107,7 @@ def rehearse(settings: Settings, stage: Callable[..., Any], terminal: Terminal) 
         check_free(settings.out, settings)
     small = {
         "steps": 1, "batch_size": 2, "num_images": 2, "iterations": 1, "coarse_iterations": 1, "student_steps": 1,
+        "generators": 2,
     }  # fmt: skip
 
     def shrink(section: Any) -> Any:

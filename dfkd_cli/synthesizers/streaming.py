@@ -14,7 +14,6 @@ from torch.optim import Optimizer
 from torch.optim.lr_scheduler import CosineAnnealingLR, LRScheduler
 
 from dfkd_cli.data.sources import Images
-from dfkd_cli.errors import ConfigError
 from dfkd_cli.models.activations import Tap
 from dfkd_cli.models.classifier import Classifier
 from dfkd_cli.models.generators import Generators
@@ -49,11 +48,6 @@ class StreamTrainer(CoTrainer):
     def __init__(self, *arguments: Any, **more: Any) -> None:
         super().__init__(*arguments, **more)
         c, info = self.config, self.teacher.info
-        if c.generators > c.batch_size:
-            raise ConfigError(
-                f"--generators {c.generators}: more than the {c.batch_size} images of a step",
-                "give fewer, or a larger --batch-size",
-            )
         with torch.random.fork_rng(devices=[]):
             torch.manual_seed(derive("generator", self.seed))
             generators = Generators(info, c.latent, c.end, c.width, self.epsilon, c.generators)
