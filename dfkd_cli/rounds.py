@@ -108,7 +108,7 @@ class Learner(pl.LightningModule, ABC):
         if bad:
             raise RunFailed(
                 f"round {index}: {', '.join(bad)} is not finite",
-                "lower --lr or use --precision 32 with --overwrite; finished rounds are kept",
+                "lower --lr, or --student-lr of a student in the loop, or use --precision 32; with --overwrite",
             )
 
     def on_save_checkpoint(self, checkpoint: dict[str, Any]) -> None:
@@ -194,7 +194,11 @@ class _AtomicCheckpoints(TorchCheckpointIO):
 
 
 class MetricsFile(Logger):
-    """``metrics.csv``: one row per round. Rows that a continued run repeats are replaced by themselves."""
+    """``metrics.csv``: one row per round. Rows that a continued run repeats are replaced by themselves.
+
+    Attributes:
+        rows: Of each round; of a file that is damaged none.
+    """
 
     name = "metrics"
     version = 0
@@ -203,9 +207,8 @@ class MetricsFile(Logger):
         super().__init__()
         self.path = path
         self.rows: dict[int, dict[str, Any]] = {}
-        if path.exists():
-            with path.open(newline="") as file:
-                self.rows = {int(row["round"]): row for row in csv.DictReader(file)}
+        with contextlib.suppress(FileNotFoundError, KeyError, TypeError, ValueError), path.open(newline="") as file:
+            self.rows = {int(row["round"]): row for row in csv.DictReader(file)}
 
     @rank_zero_only
     def log_metrics(self, metrics: dict[str, float], step: int | None = None) -> None:
@@ -299,7 +302,8 @@ def fit(learner: Learner, run: RunDirectory, terminal: Terminal, callbacks: Sequ
         raise ConfigError("--precision 16: gradients of images would vanish in it", "give --precision bf16")
     if not learner.rounds:
         return
-    loggers: list[Logger] = [] if learner.stateless else [MetricsFile(run.path / "metrics.csv")]
+    curves = MetricsFile(run.path / "metrics.csv")
+    loggers: list[Logger] = [] if learner.stateless else [curves]
     own = [_Report(terminal, run), _Keeper(path, run)]
     trainer = trainer_for(run, loggers, max_epochs=learner.rounds, callbacks=[*callbacks, *own])
     run.record["device"] = str(trainer.strategy.root_device)
@@ -309,7 +313,8 @@ def fit(learner: Learner, run: RunDirectory, terminal: Terminal, callbacks: Sequ
             last = torch.load(resume, map_location="meta", weights_only=True)["epoch"]
         except Exception as error:
             raise ArtifactError(f"{path}: not a readable checkpoint", "give --overwrite to start afresh") from error
-        if not learner.can_continue(last + 1):
+        if not (learner.can_continue(last + 1) and curves.rows.keys() >= set(range(last + 1))):
+            terminal.say(f"{run.path}: what earlier rounds wrote is damaged or gone; all rounds are done again")
             resume = None
     try:
         trainer.fit(learner, DataLoader(TensorDataset(torch.zeros(1))), ckpt_path=resume, weights_only=True)

@@ -12,7 +12,7 @@ import torch
 from torch import nn
 
 from dfkd_cli.artifacts.files import digest, read_json, sha256_file, write_atomic, write_json
-from dfkd_cli.errors import ArtifactError, ConfigError
+from dfkd_cli.errors import ArtifactError, ConfigError, RunFailed
 from dfkd_cli.models.classifier import Classifier, ModelInfo
 from dfkd_cli.models.registry import build
 from dfkd_cli.models.weights import load_weights
@@ -29,12 +29,21 @@ def identity(record: dict[str, Any]) -> str:
 
 
 def save_weights(path: Path, net: nn.Module) -> str:
-    """Write a network's weights as safetensors. Returns their sha256."""
+    """Write a network's weights as safetensors. Returns their sha256.
+
+    Raises:
+        RunFailed: They are not finite. Buffers may hold infinity, as masks do.
+    """
     # Copies of their own: safetensors refuses tensors that share memory, such as tied weights.
     state = {
         key: value.detach().to("cpu", copy=True, memory_format=torch.contiguous_format)
         for key, value in net.state_dict().items()
     }
+    if not all(p.isfinite().all() for p in net.parameters()) or any(b.isnan().any() for b in net.buffers()):
+        raise RunFailed(
+            f"{path}: the weights are not finite",
+            "lower --lr, or --student-lr of a student in the loop; with --overwrite",
+        )
     return write_atomic(path, safetensors.torch.save(state))
 
 
