@@ -575,3 +575,9 @@ def test_images_of_four_channels(here: Path, cli) -> None:
     save_image(torch.rand(3, 8, 8), "photos/0.png")
     command = ["distill", *foreign, "--student", "./net.py:build", "--transfer-set", "photos"]
     one_line(cli(*command), 3, "1 or 3 channels, not 4")
+
+
+@pytest.mark.parametrize("left", ["", "[1]", "{"])
+def test_a_damaged_record_of_a_run_is_an_artifact(left, here, cli):
+    Path("shards/run.json").write_text(left)
+    one_line(cli("synthesize", "--method", "zskd", *SMALL), 3, "run.json is damaged", "--overwrite")

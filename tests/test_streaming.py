@@ -205,6 +205,8 @@ def test_what_a_run_leaves_can_be_used(tmp_path, make_teacher, cli, monkeypatch)
     code, out, err = cli("evaluate", "shards/student", *teacher, "--json")
     assert code == 0, err
     assert 0 <= json.loads(out)["results"][0]["agreement"] <= 1
+    lines = [json.loads(cli("info", path, "--json")[1])["info"]["lineage"] for path in ("shards", "shards/generator")]
+    assert lines[0] == lines[1] and [parent["role"] for parent in lines[0]] == ["teacher"]
     other = ["--teacher", str(make_teacher("resnet8"))]
     code, _, err = cli("distill", *other, "--transfer-set", "shards/generator", *small, "--out", "x")
     assert code == 3
@@ -236,6 +238,9 @@ def test_a_run_that_misses_classes_says_so(tmp_path, make_teacher, cli):
     rare = sum(images < 1.5 for images in record["metrics"]["class_histogram"])
     assert concern.startswith(f"{rare} of 10 classes have hardly any of the 300 images (")
     assert f"warning: {concern}" in err
+    again = cli("synthesize", "--method", "noise", *teacher, "--num-images", "300", "--out", tmp_path / "s", "--json")
+    assert f"warning: {concern}" in again[2]
+    assert json.loads(again[1])["concerns"] == [concern]
 
 
 @pytest.mark.parametrize(
@@ -271,6 +276,7 @@ def test_collapse_is_told_from_variety(classes, batch, seen, word, tmp_path):
     [
         ("zskt", ["--precision", "bf16"]),  # gradients are cut, which fused optimisers refuse in mixed precision
         ("dfq", ["--generators", "3", "--students", "2", "--batch-size", "4"]),  # parts of 2, 1 and 1
+        ("dfad", ["--generators", "4", "--dry-run"]),  # which makes batches of 2
         ("dfad", ["--adversarial", "0"]),  # nothing for the generator to learn
         ("zskt", ["--adversarial", "0", "--attention", "0"]),
     ],
@@ -296,3 +302,27 @@ def test_networks_of_other_stages_are_paired_by_their_taps(make_method):
     made = make_method("zskt", **names)
     assert made.maps.pairs == (("stage1", "stage2"),)
     assert list(made.student_taps[0]) == ["stage1"] and list(made.teacher_taps) == ["stage2"]
+
+
+@pytest.mark.parametrize("left", [None, "", "a,b\n1,2\n", "round,soft\nx,1\n", "round,soft\n1,1\n"])
+def test_lost_curves_are_made_again(left, tmp_path, make_teacher, cli):
+    teacher, out = ["--teacher", make_teacher("lenet5")], tmp_path / "s"
+    work = ["synthesize", "--method", "dfad", *teacher, *SMALL, "--steps", "41", "--out", out, "--device", "cpu"]
+    assert cli(*work)[0] == 0
+    curves = out / "metrics.csv"
+    whole = curves.read_bytes()
+    curves.unlink() if left is None else curves.write_text(left)
+    code, _, err = cli(*work)
+    assert code == 0, err
+    assert err.count("what earlier rounds wrote is damaged or gone; all rounds are done again") == 1
+    assert curves.read_bytes() == whole
+
+
+def test_networks_that_are_not_finite_are_no_result(tmp_path, make_teacher, cli):
+    """The last step of all is followed by no loss that would show it."""
+    teacher, out = ["--teacher", make_teacher("resnet8")], tmp_path / "s"
+    last = ["--num-images", "4", "--iterations", "1", "--student-steps", "1", "--lr", "1e38", "--warmup-share", "0"]
+    code, _, err = cli("synthesize", "--method", "fast-dfkd", *teacher, *SMALL, *last, "--out", out)
+    assert code == 4, err
+    assert "generator.safetensors: the weights are not finite" in err
+    assert json.loads((out / "run.json").read_text())["status"] == "failed"

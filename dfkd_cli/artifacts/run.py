@@ -17,6 +17,7 @@ from dfkd_cli.config import dump_yaml
 from dfkd_cli.errors import ArtifactError, ConfigError, DfkdError, Interrupted
 from dfkd_cli.processes import records
 from dfkd_cli.resolve import Settings
+from dfkd_cli.ui import Terminal
 
 RUN = "run.json"
 LOCK = ".lock"
@@ -64,6 +65,7 @@ class RunDirectory:
         """Take the directory. Returns True when it already holds this command's finished result.
 
         Raises:
+            ArtifactError: Its ``run.json`` is damaged.
             ConfigError: It holds something else, another process works in it, or it cannot be written.
         """
         afresh = self.settings.run.overwrite
@@ -99,6 +101,12 @@ class RunDirectory:
         if new:
             self.record["concerns"].append(what)
         return new
+
+    def say_complete(self, terminal: Terminal) -> None:
+        """Say that the result is there already, and again what it was warned of."""
+        terminal.say(f"{self.path} is already complete")
+        for what in self.record.get("concerns", []):
+            terminal.say(f"warning: {what}")
 
     def _spare_parents(self) -> None:
         """Refuse to clear the directory of what the command reads."""
@@ -181,7 +189,7 @@ def _previous(path: Path, afresh: bool) -> dict[str, Any] | None:
         except ArtifactError:
             if afresh:
                 return {}
-            raise ConfigError(f"{path / RUN} is damaged", "give --overwrite to start afresh") from None
+            raise ArtifactError(f"{path / RUN} is damaged", "give --overwrite to start afresh") from None
     if present and [item.name for item in present] != ["config.yaml"]:
         raise ConfigError(f"{path} is not empty and was not made by dfkd", "choose another --out")
     return None

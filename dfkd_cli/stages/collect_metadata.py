@@ -39,7 +39,7 @@ def run(settings: Settings, terminal: Terminal, dry_run: bool = False) -> dict[s
     parents = [teacher.parent("teacher"), *content]
     directory = RunDirectory(settings.out, settings, parents, {"data_free": False})
     if directory.claim():
-        terminal.say(f"{directory.path} is already complete")
+        directory.say_complete(terminal)
     else:
         with directory.guard():
             device = pick_device(settings.run.device)

@@ -78,7 +78,7 @@ def run(settings: Settings, terminal: Terminal, dry_run: bool = False, paths: Se
     facts = {} if grid is None else {"grid": grid.sha256}
     directory = RunDirectory(out, settings, _parents(subjects, sections), facts)
     if directory.claim():
-        terminal.say(f"{out} is already complete")
+        directory.say_complete(terminal)
         results = read_json(out / RESULTS)
         _show(results, terminal)
     else:

@@ -55,7 +55,7 @@ def run(settings: Settings, terminal: Terminal, dry_run: bool = False, paths: Se
         directory = RunDirectory(Path(settings.run.out), settings, _parents(subjects), {})
         file = directory.path / RESULTS
         if directory.claim():
-            terminal.say(f"{directory.path} is already complete")
+            directory.say_complete(terminal)
             results = read_json(file)["results"]
         else:
             with directory.guard():

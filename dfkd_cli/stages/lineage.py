@@ -49,6 +49,9 @@ def lineage(path: Path, below: tuple[Path, ...] = ()) -> list[dict[str, Any]]:
     if path.resolve() in below:
         return []
     line = (*below, path.resolve())
+    made = [item["path"] for item in read_run(path.parent).get("artifacts", [])]
+    if any(item.startswith(f"{path.name}/") for item in made):  # a network that a run has left beside its shards
+        return lineage(path.parent, line)
     return [parent | _found(parent, path, line) for parent in read_run(path).get("parents", [])]
 
 

@@ -56,13 +56,14 @@ def run(settings: Settings, terminal: Terminal, dry_run: bool = False) -> dict[s
             {"data_free": True, "uses": uses(settings.method.entry)},
         )
         if directory.claim():
-            terminal.say(f"{directory.path} is already complete")
+            directory.say_complete(terminal)
         else:
             with directory.guard():
                 _make(settings, teacher, given, directory, terminal)
     metrics = directory.record["metrics"]
     terminal.answer(f"{directory.path}: {metrics['count']} images, mean teacher confidence {metrics['confidence']:.3f}")
-    return {"artifacts": {"shards": str(directory.path)}, "metrics": metrics}
+    concerns = directory.record.get("concerns", [])
+    return {"artifacts": {"shards": str(directory.path)}, "metrics": metrics, "concerns": concerns}
 
 
 def uses(entry: catalog.Entry) -> list[str]:

@@ -85,7 +85,7 @@ def train(
     if "teacher" in regime.needs and task.teacher is None:
         raise ConfigError(f"--method {regime.name} needs a teacher", "use it with dfkd distill")
     if run.claim():
-        terminal.say(f"{run.path} is already complete")
+        run.say_complete(terminal)
         metrics = run.record["metrics"]
     else:
         with run.guard():
@@ -97,7 +97,7 @@ def train(
             files = [run.path / name for name in ("model.safetensors", "model.json", "metrics.csv")]
             run.finish(files + snapshots.files, metrics)
     role = "teacher" if settings.command == "train-teacher" else "student"
-    return {"artifacts": {role: str(run.path)}, "metrics": metrics}
+    return {"artifacts": {role: str(run.path)}, "metrics": metrics, "concerns": run.record.get("concerns", [])}
 
 
 def rehearse(settings: Settings, stage: Callable[..., Any], terminal: Terminal) -> dict[str, Any]:
