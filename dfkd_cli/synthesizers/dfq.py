@@ -8,11 +8,10 @@ Choi, Choi, El-Khamy, Lee. CVPR workshops 2020. arXiv:2005.04136.
 The first part of L_T is over the BatchNorm layers l of the teacher and their channels c, generated statistics first;
 channels that were dead in training do not count. It is a mean here where the paper has a sum, whose size depends on the
 teacher: that of a ResNet-8 is over 336 channels, of a ResNet-34 over 8,512. The default of its weight is of the former
-size: give it the number of channels. H is the entropy in nats: answers
-shall be sure each, and spread over the classes together. The last sign is the paper's; ports of it have it reversed.
-With several generators and students (``generators``, ``students``) L_T is of their joint batch; the first student is
-kept. alpha stays as it is, where the paper lowers it: on Fashion-MNIST that was no better. Generators are not trained
-alone at first.
+size: give it the number of channels. H is the entropy in nats: answers shall be sure each, and spread over the classes
+together. The last sign is the paper's; ports of it have it reversed. With several generators and students
+(``generators``, ``students``) L_T is of their joint batch; the first student is kept. alpha stays as it is, where the
+paper lowers it: on Fashion-MNIST that was no better. Generators are not trained alone at first.
 
 No code was released: widths, learning rates and the ratio of steps are those of an independent port and of toolboxes;
 the student takes 80,000 steps as in the latter, by SGD without Nesterov's form.
