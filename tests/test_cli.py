@@ -69,7 +69,9 @@ def test_help_shows_every_flag_with_meaning_and_default(command, cli, monkeypatc
         classes = [INPUTS[command], Run]
         if flag:
             package = next(p for f, p, _ in CHOICES[command] if f == flag)
-            classes.append(catalog.entries(package)[name].config)
+            entry = catalog.entries(package)[name]
+            classes.append(entry.config)
+            assert f"{name}: {entry.summary}" in text and entry.paper in text
         for cls in classes:
             for key in hints(cls):
                 if key != "paths":

@@ -123,15 +123,20 @@ def _command_of(argv: list[str]) -> str | None:
 
 def _classes(command: str, argv: list[str]) -> list[tuple[str, type]]:
     """The configuration classes that give a command its flags, each with the title of its help panel."""
-    classes, layers = [("Inputs", INPUTS[command])], _named_layers(argv, command)
+    chosen = [(f"{flag.capitalize()} {entry.name}", entry.config) for flag, entry in _chosen(command, argv)]
+    return [("Inputs", INPUTS[command]), *chosen, ("Run", Run)]
+
+
+def _chosen(command: str, argv: list[str]) -> list[tuple[str, catalog.Entry]]:
+    """The methods that the arguments name, each with the flag that names it."""
+    layers = _named_layers(argv, command)
     undecided = any(
         default is None and not any(layer.get(flag) for _, layer in layers)
         for flag, _, default in CHOICES.get(command, ())
     )
-    if not (undecided and {"-h", "--help"} & set(argv)):  # help must work before a method is chosen
-        for flag, picked in choose(command, layers).items():
-            classes += [(f"{flag.capitalize()} {entry.name}", entry.config) for entry, _ in picked]
-    return [*classes, ("Run", Run)]
+    if undecided and {"-h", "--help"} & set(argv):  # help must work before a method is chosen
+        return []
+    return [(flag, entry) for flag, picked in choose(command, layers).items() for entry, _ in picked]
 
 
 def _named_layers(argv: list[str], command: str) -> list[Layer]:
@@ -191,7 +196,7 @@ def build(argv: list[str], terminal: Terminal) -> typer.Typer:
             function = _stage(command, _classes(command, argv), terminal)
         app.command(
             command,
-            help=HELP[command],
+            help=_help(command, argv) if command == active else HELP[command],
             epilog=_epilog(command) if command == active else None,
             context_settings=CONTEXT,
         )(function)
@@ -201,6 +206,15 @@ def build(argv: list[str], terminal: Terminal) -> typer.Typer:
 
 def _named() -> None:
     """A command that is only listed."""
+
+
+def _help(command: str, argv: list[str]) -> str:
+    """What a command does, and what the methods are that it is to use."""
+    lines = [HELP[command]]
+    for _, entry in _chosen(command, argv):
+        needs = f" Needs: {', '.join(entry.needs)}." if entry.needs else ""
+        lines.append(f"{entry.name}: {entry.summary}{f' ({entry.paper})' if entry.paper else ''}.{needs}")
+    return "\n\n".join(lines)
 
 
 def _epilog(command: str) -> str:
