@@ -121,14 +121,17 @@ def _command_of(argv: list[str]) -> str | None:
     return first if first in INPUTS else None
 
 
-def _classes(command: str, argv: list[str]) -> list[tuple[str, type]]:
+Chosen = list[tuple[str, catalog.Entry]]  # methods, each with the flag that names it
+
+
+def _classes(command: str, chosen: Chosen) -> list[tuple[str, type]]:
     """The configuration classes that give a command its flags, each with the title of its help panel."""
-    chosen = [(f"{flag.capitalize()} {entry.name}", entry.config) for flag, entry in _chosen(command, argv)]
-    return [("Inputs", INPUTS[command]), *chosen, ("Run", Run)]
+    methods = [(f"{flag.capitalize()} {entry.name}", entry.config) for flag, entry in chosen]
+    return [("Inputs", INPUTS[command]), *methods, ("Run", Run)]
 
 
-def _chosen(command: str, argv: list[str]) -> list[tuple[str, catalog.Entry]]:
-    """The methods that the arguments name, each with the flag that names it."""
+def _chosen(command: str, argv: list[str]) -> Chosen:
+    """The methods that the arguments name."""
     layers = _named_layers(argv, command)
     undecided = any(
         default is None and not any(layer.get(flag) for _, layer in layers)
@@ -156,7 +159,7 @@ def _expanded(argv: list[str]) -> list[str]:
     command = _command_of(argv)
     if command is None:
         return argv
-    lists = arguments.list_flags(cls for _, cls in _classes(command, argv))
+    lists = arguments.list_flags(cls for _, cls in _classes(command, _chosen(command, argv)))
     lists |= {arguments.flag(flag) for flag, *_ in CHOICES.get(command, ()) if flag != "method"}
     return arguments.expand(argv, lists)
 
@@ -192,11 +195,13 @@ def build(argv: list[str], terminal: Terminal) -> typer.Typer:
     active = _command_of(argv)
     for command in catalog.COMMANDS:
         function: Any = _named
+        text = HELP[command]
         if command == active:  # the flags of the others would be read and thrown away
-            function = _stage(command, _classes(command, argv), terminal)
+            chosen = _chosen(command, argv)
+            function, text = _stage(command, _classes(command, chosen), terminal), _help(command, chosen)
         app.command(
             command,
-            help=_help(command, argv) if command == active else HELP[command],
+            help=text,
             epilog=_epilog(command) if command == active else None,
             context_settings=CONTEXT,
         )(function)
@@ -208,10 +213,10 @@ def _named() -> None:
     """A command that is only listed."""
 
 
-def _help(command: str, argv: list[str]) -> str:
+def _help(command: str, chosen: Chosen) -> str:
     """What a command does, and what the methods are that it is to use."""
     lines = [HELP[command]]
-    for _, entry in _chosen(command, argv):
+    for _, entry in chosen:
         needs = f" Needs: {', '.join(entry.needs)}." if entry.needs else ""
         lines.append(f"{entry.name}: {entry.summary}{f' ({entry.paper})' if entry.paper else ''}.{needs}")
     return "\n\n".join(lines)
