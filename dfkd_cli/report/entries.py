@@ -151,8 +151,8 @@ def read_model(path: Path, allow_code: bool) -> Model:
     classifier, record = load_model(path, allow_code)
     run = read_run(path)
     found = [find(parent, path, MANIFEST) for parent in run.get("parents", [])]
-    if not run and (path.parent / MANIFEST).is_file():  # the student in the loop of a synthesizer
-        found = [path.parent]
+    if (beside := made_beside(path)) is not None:
+        found = [beside]
     shards = [read_shards(place) for place in found if place is not None]
     return Model(path, identity(record), classifier.num_parameters, record, run, shards)
 
@@ -165,6 +165,11 @@ def read_shards(path: Path) -> ShardSet:
     """
     reader = ShardReader(path)
     return ShardSet(path, reader.sha256, reader.manifest, read_run(path))
+
+
+def made_beside(path: Path) -> Path | None:
+    """The shard directory whose run made what lies there too: a student in the loop, or generators. Else None."""
+    return path.parent if not (path / RUN).is_file() and (path.parent / MANIFEST).is_file() else None
 
 
 def find(parent: Mapping[str, Any], child: Path, file: str) -> Path | None:

@@ -12,7 +12,7 @@ from dfkd_cli.artifacts.run import RUN
 from dfkd_cli.artifacts.shards import MANIFEST, ShardReader
 from dfkd_cli.errors import ArtifactError, DfkdError
 from dfkd_cli.models import directory, generators
-from dfkd_cli.report.entries import read_run
+from dfkd_cli.report.entries import made_beside, read_run
 
 RECORDS = (directory.RECORD, MANIFEST, metadata.RECORD, generators.RECORD, RUN)
 LONG = ("shards", "identity", "artifacts", "parents")  # what is left out of them
@@ -49,9 +49,8 @@ def lineage(path: Path, below: tuple[Path, ...] = ()) -> list[dict[str, Any]]:
     if path.resolve() in below:
         return []
     line = (*below, path.resolve())
-    made = [item["path"] for item in read_run(path.parent).get("artifacts", [])]
-    if any(item.startswith(f"{path.name}/") for item in made):  # a network that a run has left beside its shards
-        return lineage(path.parent, line)
+    if (beside := made_beside(path)) is not None:
+        return lineage(beside, line)
     return [parent | _found(parent, path, line) for parent in read_run(path).get("parents", [])]
 
 
