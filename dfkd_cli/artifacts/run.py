@@ -74,7 +74,7 @@ class RunDirectory:
             afresh = _is_another(self.path, previous.get("identity", {}), self.settings, self.identity)
             same = not afresh and all(previous.get(name, fact) == fact for name, fact in self.facts.items())
             if same and previous.get("status") == "done" and _whole(self.path, previous):
-                self.record = previous
+                self.record = {"concerns": [], **previous}  # older records have none
                 return True
             if not afresh:
                 self.record |= {k: previous[k] for k in ("started", "seconds", "concerns") if k in previous}
@@ -105,7 +105,7 @@ class RunDirectory:
     def say_complete(self, terminal: Terminal) -> None:
         """Say that the result is there already, and again what it was warned of."""
         terminal.say(f"{self.path} is already complete")
-        for what in self.record.get("concerns", []):
+        for what in self.record["concerns"]:
             terminal.say(f"warning: {what}")
 
     def _spare_parents(self) -> None:

@@ -62,8 +62,8 @@ def run(settings: Settings, terminal: Terminal, dry_run: bool = False) -> dict[s
                 _make(settings, teacher, given, directory, terminal)
     metrics = directory.record["metrics"]
     terminal.answer(f"{directory.path}: {metrics['count']} images, mean teacher confidence {metrics['confidence']:.3f}")
-    concerns = directory.record.get("concerns", [])
-    return {"artifacts": {"shards": str(directory.path)}, "metrics": metrics, "concerns": concerns}
+    artifacts, concerns = {"shards": str(directory.path)}, directory.record["concerns"]
+    return {"artifacts": artifacts, "metrics": metrics, "concerns": concerns}
 
 
 def uses(entry: catalog.Entry) -> list[str]:

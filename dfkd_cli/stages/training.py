@@ -97,7 +97,7 @@ def train(
             files = [run.path / name for name in ("model.safetensors", "model.json", "metrics.csv")]
             run.finish(files + snapshots.files, metrics)
     role = "teacher" if settings.command == "train-teacher" else "student"
-    return {"artifacts": {role: str(run.path)}, "metrics": metrics, "concerns": run.record.get("concerns", [])}
+    return {"artifacts": {role: str(run.path)}, "metrics": metrics, "concerns": run.record["concerns"]}
 
 
 def rehearse(settings: Settings, stage: Callable[..., Any], terminal: Terminal) -> dict[str, Any]:
