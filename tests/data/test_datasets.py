@@ -23,7 +23,7 @@ from dfkd_cli.data.sources import Batches, RealSource
 from dfkd_cli.errors import ArtifactError, ConfigError
 from dfkd_cli.models.classifier import ModelInfo
 
-REAL_DATA = Path(os.environ.get("DFKD_DATA") or Path(__file__).parents[2] / "shared" / "data")
+REAL_DATA = Path(os.environ.get("DFKD_DATA") or Path(__file__).parents[3] / "shared" / "data")
 needs_mnist = pytest.mark.skipif(not (REAL_DATA / "MNIST" / "raw").is_dir(), reason="MNIST is not on this machine")
 
 
