@@ -1,4 +1,4 @@
-.PHONY: help format lint test kill-test bench demo readme clean
+.PHONY: help format lint test kill-test bench gpu demo readme clean
 SHELL := bash
 BIN := $(CURDIR)/.venv/bin
 
@@ -36,6 +36,9 @@ kill-test: .venv/.done ## Kill the pipeline at twenty random moments: twenty tim
 
 bench: .venv/.done ## Time every method's round against its bare loop; half an hour
 	OMP_NUM_THREADS=1 $(BIN)/python tests/bench_synthesis.py
+
+gpu: .venv/.done ## What ten minutes of a GPU are for, the most useful first; MINUTES=10, PLAN=1 only says what
+	$(BIN)/python tests/gpu_runs.py --minutes $(or $(MINUTES),10) $(if $(PLAN),--plan)
 
 readme: .venv/.done ## Write the tables of README.md anew from results/
 	$(BIN)/python -m dfkd_cli.report.readme README.md

@@ -24,7 +24,7 @@ from dfkd_cli.data.noise import noise
 from dfkd_cli.models.generators import Generators
 from dfkd_cli.seeds import derive
 
-MEMORY = 64 << 20  # bytes of images held at once
+MEMORY = 64 << 20  # bytes of images held at once on a CPU, whose memory others use too
 
 
 @dataclass
@@ -251,6 +251,11 @@ def split(source: Source, share: float, seed: int) -> tuple[Source, Source | Non
     return (Subset(source, ~chosen), Subset(source, chosen)) if chosen.any() else (source, None)
 
 
+def room(device: torch.device) -> int:
+    """Bytes of images to hold at once: an eighth of a GPU's memory, which is this run's; little of a CPU's."""
+    return torch.cuda.mem_get_info(device)[1] // 8 if device.type == "cuda" else MEMORY
+
+
 class Batches:
     """Shuffled batches of a source; every step can be found from its number alone.
 
@@ -262,13 +267,16 @@ class Batches:
         batch_size: Images per batch; an incomplete last batch is left out, unless it is the only one.
         seed: Seed of the order, which is new in every epoch.
         device: Where the batches, and the window, are.
-        memory: Bytes of images held at once.
+        memory: Bytes of images held at once; by default what :func:`room` says.
     """
 
-    def __init__(self, source: Source, batch_size: int, seed: int, device: torch.device, memory: int = MEMORY) -> None:
+    def __init__(
+        self, source: Source, batch_size: int, seed: int, device: torch.device, memory: int | None = None
+    ) -> None:
         self.source, self.seed, self.device = source, seed, device
         self.batch_size = min(batch_size, len(source))
         self.steps_per_epoch = len(source) // self.batch_size
+        memory = room(device) if memory is None else memory
         self.capacity = max(memory // source.bytes_per_image, max(source.sizes))
         self.starts = np.cumsum([0, *source.sizes]).tolist()
         self._windows: dict[tuple[int, ...], Images] = {}

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import functools
 from abc import abstractmethod
 from collections.abc import Mapping, Sequence
 from typing import Any, ClassVar
@@ -13,7 +14,7 @@ from torch.optim.lr_scheduler import CosineAnnealingLR, LRScheduler
 
 from dfkd_cli.artifacts.shards import ShardWriter
 from dfkd_cli.data.augment import pipeline
-from dfkd_cli.data.sources import Batches, Images, Source
+from dfkd_cli.data.sources import Batches, Images, Source, room
 from dfkd_cli.models.activations import Tap
 from dfkd_cli.models.classifier import Classifier
 from dfkd_cli.models.generators import Generators
@@ -206,6 +207,11 @@ class PoolTrainer(CoTrainer):
         """How far the student's softened answers are from the teacher's."""
         return {"soft": soft_loss(student.logits, teacher.logits, "kl", self.config.student_temperature)}
 
+    @functools.cached_property
+    def pool(self) -> _Pool:
+        """The shards so far; first asked for in a round, when the device is known."""
+        return _Pool(self.writer, self.device)
+
     def round(self, index: int) -> Mapping[str, Tensor]:
         """Make a shard against the student as it is, then train the student."""
         self.student.eval()
@@ -215,7 +221,7 @@ class PoolTrainer(CoTrainer):
         self.student.train()
         steps = self.config.student_steps
         seed = derive("pool", self.seed, index)
-        batches = Batches(_Pool(self.writer, index + 1), self.config.student_batch_size, seed, self.device)
+        batches = Batches(self.pool.grown(index + 1), self.config.student_batch_size, seed, self.device)
         taught: list[dict[str, Tensor]] = []
         for step, images in enumerate(batches.steps(0, steps)):
             seed_torch(self.device, "student step", self.seed, index * steps + step)
@@ -224,14 +230,24 @@ class PoolTrainer(CoTrainer):
 
 
 class _Pool(Source):
-    """The shards that a run has made so far, without labels."""
+    """The shards that a run has made so far, without labels; on a GPU they stay there as long as there is room."""
 
-    def __init__(self, writer: ShardWriter, count: int) -> None:
-        self.writer, self.sizes = writer, [writer.rows[index]["count"] for index in range(count)]
+    def __init__(self, writer: ShardWriter, device: torch.device) -> None:
+        self.writer, self.device, self.kept = writer, device, dict[int, Tensor]()
         self.shape, self.dtype = tuple(writer.head["shape"]), getattr(torch, writer.head["dtype"])
 
+    def grown(self, count: int) -> _Pool:
+        """The same pool with its first ``count`` shards."""
+        self.sizes = [self.writer.rows[index]["count"] for index in range(count)]
+        return self
+
     def chunk(self, index: int) -> Images:
-        return Images(self.writer.read(index)["images"])
+        if index in self.kept:
+            return Images(self.kept[index])
+        pixels = self.writer.read(index)["images"]
+        if self.device.type != "cpu" and len(self) * self.bytes_per_image <= room(self.device):
+            self.kept[index] = pixels = pixels.to(self.device)
+        return Images(pixels)
 
 
 def means(rows: Sequence[Mapping[str, Tensor]]) -> dict[str, Tensor]:

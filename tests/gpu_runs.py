@@ -1,0 +1,109 @@
+"""Runs for whoever has a GPU for ten minutes: the most useful first, each cut to fit, continued by the next call.
+
+    python tests/gpu_runs.py [--minutes 10] [--recipe cifar10-gpu] [--out gpu] [--device cuda] [--plan]
+
+First the tests that need a GPU, once; then the rows of the recipe in its order, each as `dfkd compare --rows ROW`,
+which is told to stop when the time is over, and goes on in the next call. Rows that are finished are written to
+`results/RECIPE.json`. Says at the end what is done, and what the next call will do. CIFAR-10 is looked for where
+`DFKD_DATA` says.
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import shutil
+import signal
+import subprocess
+import sys
+import time
+from pathlib import Path
+from typing import Any
+
+ROOT = Path(__file__).parents[1]
+DFKD = (sys.executable, "-m", "dfkd_cli")
+RESERVE = 30.0  # seconds at the end of a call: a run saves its state, finished rows are measured and written
+
+
+def planned(compare: list[str]) -> dict[str, list[Path]]:
+    """The directories of each row's commands, its teacher's among them, in the order of the recipe."""
+    plan = [*compare, "--device", "cpu", "--dry-run", "--json"]  # on machines without a GPU too
+    answer = subprocess.run(plan, capture_output=True, text=True, check=False)
+    if answer.returncode:
+        sys.exit(answer.stderr)
+    rows: dict[str, list[Path]] = {}
+    teachers: dict[str, list[Path]] = {}
+    for run in json.loads(answer.stdout)["plan"]:
+        if not run["row"]:
+            teachers.setdefault(run["teacher"], []).append(Path(run["out"]))
+            continue
+        name = f"{run['teacher']}/{run['row']}" if run["teacher"] else run["row"]
+        rows.setdefault(name, list(teachers.get(run["teacher"], ()))).append(Path(run["out"]))
+    return rows
+
+
+def record(directory: Path) -> dict[str, Any]:
+    """The record of a run, empty before it starts."""
+    file = directory / "run.json"
+    return json.loads(file.read_text()) if file.is_file() else {}
+
+
+def finished(directories: list[Path]) -> bool:
+    """Whether all commands of a row are done."""
+    return all(record(directory).get("status") == "done" for directory in directories)
+
+
+def say(rows: dict[str, list[Path]]) -> None:
+    """What is done, and what comes next."""
+    waiting = [name for name, directories in rows.items() if not finished(directories)]
+    for name, directories in rows.items():
+        seconds = sum(record(directory).get("seconds", 0) for directory in directories)
+        state = "done" if name not in waiting else "next" if name == waiting[0] else "later"
+        sys.stdout.write(f"{state:6}{name:32}{seconds:8.0f} s so far\n")
+
+
+def run_until(command: list[str], end: float) -> int:
+    """Run a command; when the time is over it is told to stop, and saves its state."""
+    process = subprocess.Popen(command)
+    try:
+        return process.wait(max(end - time.monotonic(), 1))
+    except subprocess.TimeoutExpired:
+        process.send_signal(signal.SIGTERM)
+        return process.wait()
+
+
+def main() -> None:
+    """One call."""
+    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
+    parser.add_argument("--minutes", type=float, default=10)
+    parser.add_argument("--recipe", default="cifar10-gpu")
+    parser.add_argument("--out", type=Path, default=Path("gpu"))
+    parser.add_argument("--device", default="cuda")
+    parser.add_argument("--plan", action="store_true", help="only say what is done and what comes next")
+    a = parser.parse_args()
+    end = time.monotonic() + 60 * a.minutes - RESERVE
+    name = Path(a.recipe).stem
+    grid = a.out / name
+    compare = [*DFKD, "compare", "--recipe", a.recipe, "--out", str(grid)]
+    rows = planned(compare)
+    tested = a.out / "tested"
+    if not (a.plan or tested.exists()):
+        tests = [sys.executable, "-m", "pytest", "-q", "-p", "no:cacheprovider", str(ROOT / "tests" / "test_cuda.py")]
+        if run_until(tests, end):
+            sys.exit("the GPU's tests did not pass in the time that there was: nothing else was run")
+        a.out.mkdir(parents=True, exist_ok=True)
+        tested.touch()
+    compare += ["--device", a.device]
+    for row, directories in rows.items():
+        if not (a.plan or finished(directories)) and time.monotonic() < end:
+            status = run_until([*compare, "--rows", row], end)
+            if status not in (0, 128 + signal.SIGTERM):
+                sys.stderr.write(f"{row}: exit {status}; the others go on\n")
+    if not a.plan and (done := [row for row, directories in rows.items() if finished(directories)]):
+        subprocess.run([*compare, "--rows", *done], check=True)
+        shutil.copyfile(grid / "results.json", ROOT / "results" / f"{name}.json")
+    say(rows)
+
+
+if __name__ == "__main__":
+    main()
