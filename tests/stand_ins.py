@@ -11,6 +11,7 @@ import lightning.pytorch as pl
 import pytest
 import torch
 from lightning.pytorch.callbacks import Callback
+from torch import nn
 
 from dfkd_cli import catalog
 from dfkd_cli.artifacts.metadata import Metadata
@@ -19,6 +20,7 @@ from dfkd_cli.artifacts.shards import ShardWriter
 from dfkd_cli.config import build
 from dfkd_cli.data.datasets import Dataset
 from dfkd_cli.data.sources import RealSource
+from dfkd_cli.models import registry
 from dfkd_cli.models.classifier import Classifier, ModelInfo
 from dfkd_cli.resolve import resolve
 from dfkd_cli.rounds import CHECKPOINT, Learner, fit
@@ -59,6 +61,13 @@ def check_interruption(run: Callable[..., Learner], directory: Path) -> tuple[Le
     for path in [*(directory / "whole").glob("shard-*"), directory / "whole" / "metrics.csv"]:
         assert path.read_bytes() == (directory / "stopped" / path.name).read_bytes(), path.name
     return whole, resumed
+
+
+def classifier(net: nn.Module | None = None, spec: str = "lenet5", size=(1, 32, 32), classes: int = 10) -> Classifier:
+    """A network as the classifier of images of some size; a new one of the built-in SPEC where none is passed."""
+    channels = size[0]
+    info = ModelInfo(spec, classes, size, mean=(0.25,) * channels, std=(0.5,) * channels)
+    return Classifier(net or registry.build(spec, classes, size), info)
 
 
 def random_images(info: ModelInfo, count: int, chunk: int = 1000) -> RealSource:
