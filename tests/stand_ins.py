@@ -1,4 +1,4 @@
-"""Small stand-ins for what a test needs and does not test: labelled images, activation statistics, a run's inputs."""
+"""Small stand-ins for what a test needs and does not test: networks, labelled images, shards, a run's inputs."""
 
 from __future__ import annotations
 
@@ -8,6 +8,7 @@ from pathlib import Path
 from typing import Any
 
 import lightning.pytorch as pl
+import numpy as np
 import pytest
 import torch
 from lightning.pytorch.callbacks import Callback
@@ -83,6 +84,32 @@ def statistics_of(classifier: Classifier, count: int = 30, covariance_units: int
     """Activation statistics of a classifier on random images."""
     source = random_images(classifier.info, count)
     return collect(copy.deepcopy(classifier), source, torch.device("cpu"), 10, 8.0, covariance_units)
+
+
+def write_shards(
+    path: Path, teacher: Classifier, sha256: str, *, targets: bool = True, shift: float = 0.0, sizes=(5, 5, 3)
+) -> dict[str, np.ndarray]:
+    """Write random impressions, and return all that is in them in float64. ``shift`` falsifies the stored logits."""
+    generator, info = torch.Generator().manual_seed(1), teacher.info
+    head = {
+        "method": "zskd",
+        "config": {"temperature": 3.0},
+        "shape": list(info.input_size),
+        "dtype": "float16",
+        "num_classes": info.num_classes,
+        "teacher": {"sha256": sha256, "spec": info.spec},
+    }
+    writer, written = ShardWriter(path, head, len(sizes)), []
+    for index, size in enumerate(sizes):
+        images = (torch.randn(size, *info.input_size, generator=generator) * 2).half()
+        with torch.no_grad():
+            shard = {"images": images, "logits": teacher.eval()(images.float()) + shift}
+        if targets:
+            shard["targets"] = torch.rand(size, info.num_classes, generator=generator).pow(4).softmax(1)
+            shard["targets"][0] = torch.eye(info.num_classes)[0]  # zeros have no logarithm
+        writer.write(index, shard, {})
+        written.append(shard)
+    return {name: np.concatenate([shard[name].double().numpy() for shard in written]) for name in written[0]}
 
 
 def synthesizer(
