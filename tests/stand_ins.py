@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import copy
+import dataclasses
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -12,7 +13,7 @@ import numpy as np
 import pytest
 import torch
 from lightning.pytorch.callbacks import Callback
-from torch import nn
+from torch import Tensor, nn
 
 from dfkd_cli import catalog
 from dfkd_cli.artifacts.metadata import Metadata
@@ -20,22 +21,37 @@ from dfkd_cli.artifacts.run import RunDirectory
 from dfkd_cli.artifacts.shards import ShardWriter
 from dfkd_cli.config import build
 from dfkd_cli.data.datasets import Dataset
-from dfkd_cli.data.sources import RealSource
+from dfkd_cli.data.sources import Images, RealSource, Source
 from dfkd_cli.models import registry
 from dfkd_cli.models.classifier import Classifier, ModelInfo
 from dfkd_cli.resolve import resolve
 from dfkd_cli.rounds import CHECKPOINT, Learner, fit
+from dfkd_cli.settings import Augmentation
 from dfkd_cli.stages.collect_metadata import collect
 from dfkd_cli.synthesizers.base import Synthesizer
 from dfkd_cli.ui import Terminal
 
+STILL = {f.name: 0 for f in dataclasses.fields(Augmentation) if f.type in ("int", "float")}  # no augmentation
 
-def work(learner: Learner, directory: Path, *callbacks: Callback) -> None:
+
+class Given(Source):
+    """Images (N, C, H, W), with labels or without, in one chunk."""
+
+    def __init__(self, pixels: Tensor, labels: Tensor | None = None) -> None:
+        self.images, self.labelled = Images(pixels, labels), labels is not None
+        self.sizes, self.shape, self.dtype = [len(pixels)], tuple(pixels.shape[1:]), pixels.dtype
+
+    def chunk(self, index: int) -> Images:
+        return self.images
+
+
+def work(learner: Learner, directory: Path, *callbacks: Callback) -> Learner:
     """All rounds of a learner, as a command does them in its directory."""
     run = RunDirectory(directory, resolve("synthesize", [("", {"method": "noise", "device": "cpu"})]), [], {})
     run.claim()
     with run.guard():
         fit(learner, run, Terminal(silent=True), callbacks)
+    return learner
 
 
 def check_interruption(run: Callable[..., Learner], directory: Path) -> tuple[Learner, Learner]:

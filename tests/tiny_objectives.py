@@ -8,7 +8,7 @@ from types import MappingProxyType
 from typing import Literal
 
 import torch
-from test_regimes import STILL, Given
+from stand_ins import STILL, Given
 from torch import Tensor, nn
 
 from dfkd_cli import catalog

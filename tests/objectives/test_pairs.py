@@ -9,7 +9,7 @@ import objective_oracles as losses
 import oracles
 import pytest
 import torch
-from test_regimes import train
+from stand_ins import work
 from tiny_objectives import CLASSES, OBJECTIVES, SIZE, connected, network, offline
 from torch import nn
 
@@ -51,14 +51,14 @@ def test_strength_multiplies_the_weight(hard):
 
 def test_epochs_are_counted_for_objectives(tmp_path):
     learner, _ = offline({"dkd": None}, network(1, 3, 4), network(2, 4, 6), batch_size=3, steps=5)
-    train(learner, tmp_path / "run")
+    work(learner, tmp_path / "run")
     assert learner.losses["dkd"].epoch == 2
 
 
 def test_regressors_train_with_the_student(tmp_path):
     learner, _ = offline({"fitnets": None}, network(1, 3, 4), network(2, 4, 6), steps=3)
     before = copy.deepcopy(learner.objectives.state_dict())
-    train(learner, tmp_path / "run")
+    work(learner, tmp_path / "run")
     weights = "fitnets.regressors.0.0.weight"
     assert not torch.equal(before[weights], learner.objectives.state_dict()[weights])
 
@@ -97,7 +97,7 @@ def test_what_a_phase_does_not_depend_on_is_left_alone_in_it(tmp_path, optimizer
         learner, _ = phased(steps=steps, **settings)
         state = {**learner.student.state_dict(), **learner.objectives.state_dict()}
         before = {key: value.clone() for key, value in state.items() if "num_batches" not in key}
-        train(learner, tmp_path / str(steps))
+        work(learner, tmp_path / str(steps))
         return {key for key, value in before.items() if not torch.equal(value, state[key])}
 
     assert not moved(6) & names
@@ -114,7 +114,7 @@ def test_in_a_phase_the_flow_is_descended(tmp_path):
     objective, teacher = learner.losses["fsp"], learner.ask_teacher(batch.pixels)["eval"]
     student = ask(copied, batch.pixels, find_taps(copied, [own for own, _ in objective.pairs]))
     objective(student, teacher, batch)["flow"].backward()
-    train(learner, tmp_path / "run")
+    work(learner, tmp_path / "run")
     for (name, old), new in zip(copied.named_parameters(), learner.student.parameters(), strict=True):
         expected = old if old.grad is None else old - 0.5 * (old.grad + 0.1 * old)
         assert (old.grad is None) == name.startswith("net.head"), name
