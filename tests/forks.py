@@ -18,7 +18,7 @@ from dfkd_cli import stages
 
 CONTEXT = multiprocessing.get_context("forkserver")
 COMMANDS = [f"dfkd_cli.stages.{module.name}" for module in pkgutil.iter_modules(stages.__path__)]
-CONTEXT.set_forkserver_preload(["dfkd_cli.cli.app", *COMMANDS, "sklearn.datasets"])
+CONTEXT.set_forkserver_preload(["dfkd_cli.cli.app", *COMMANDS, "sklearn.datasets", "torch.utils.benchmark"])
 
 
 class Fork:

@@ -126,8 +126,10 @@ class Slow(nn.Module):
         super().__init__()
         self.conv, self.linear = nn.Conv2d(1, 2, 3), nn.Linear(32, 3)
         self.threads: list[int] = []
+        self.begun: list[float] = []
 
     def forward(self, images: torch.Tensor) -> torch.Tensor:
+        self.begun.append(time.perf_counter())
         time.sleep(0.005)
         self.threads.append(torch.get_num_threads())
         assert len(images) == 1
@@ -144,5 +146,5 @@ def test_cost():
         torch.set_num_threads(before)
     latency = costs.pop("latency_ms")
     assert costs == {"parameters": 2 * 9 + 2 + 32 * 3 + 3, "macs": 2 * 4 * 4 * 9 + 32 * 3}
-    assert 5 <= latency < 50
+    assert 5 <= latency <= 1000 * np.diff(net.begun).max()  # how long it takes beyond the 5 ms is the machine's affair
     assert net.threads[-1] == 1
