@@ -32,7 +32,7 @@ format: .venv/.done ## Format the code
 	$(BIN)/ruff check --fix .
 
 kill-test: .venv/.done ## Kill the pipeline at twenty random moments: twenty times the same hashes
-	OMP_NUM_THREADS=1 DFKD_KILLS=20 $(BIN)/python -m pytest tests/stages/test_kills.py -k killed_pipeline
+	OMP_NUM_THREADS=1 DFKD_KILLS=20 $(BIN)/python -m pytest tests/stages/test_resume.py -k killed_pipeline
 
 bench: .venv/.done ## Time every method's round against its bare loop; half an hour
 	OMP_NUM_THREADS=1 $(BIN)/python tests/bench_synthesis.py

@@ -6,14 +6,12 @@ import functools
 import os
 import signal
 import subprocess
-import sys
-import time
 from collections.abc import Callable, Iterator, Mapping
 from pathlib import Path
 
 import pytest
 import torch
-from pipeline import OUTPUTS, PIPELINE, finish, hashes
+from pipeline import run
 from stand_ins import statistics_of
 
 from dfkd_cli.artifacts.files import sha256_file
@@ -24,6 +22,7 @@ from dfkd_cli.models.directory import identity, load_model, save_model
 from dfkd_cli.models.registry import build
 
 torch.set_num_threads(1)  # the tensors of tests are too small to share
+os.environ["OMP_NUM_THREADS"] = "1"  # in the processes of commands, too
 
 
 @pytest.fixture(scope="session")
@@ -69,20 +68,12 @@ def teacher(make_teacher) -> Path:
 
 @pytest.fixture(scope="session")
 def dfkd() -> Callable[..., subprocess.CompletedProcess]:
-    """``dfkd(*args, cwd, env)``: the command line in a process of its own."""
+    """``dfkd(*args, cwd, env, fresh)``: the command line in a process of its own."""
 
-    def run(*args: str, cwd: Path, env: Mapping[str, str] | None = None) -> subprocess.CompletedProcess:
-        return subprocess.run(
-            [sys.executable, "-m", "dfkd_cli", *args],
-            cwd=cwd,
-            env={**os.environ, "OMP_NUM_THREADS": "1", **(env or {})},
-            capture_output=True,
-            text=True,
-            timeout=120,
-            check=False,
-        )
+    def call(*args: str, cwd: Path, env: Mapping[str, str] | None = None, fresh: bool = False):
+        return run(list(args), cwd, env, fresh)
 
-    return run
+    return call
 
 
 @pytest.fixture
@@ -98,15 +89,3 @@ def cli(capsys) -> Iterator[Callable[..., tuple[int, str, str]]]:
     yield run
     for number, handler in handlers.items():
         signal.signal(number, handler)
-
-
-@pytest.fixture(scope="session")
-def reference(tmp_path_factory: pytest.TempPathFactory) -> tuple[dict[str, dict[str, str]], list[float], Path]:
-    """An uninterrupted pipeline: the hashes of each output, the seconds of each command, where it is."""
-    directory = tmp_path_factory.mktemp("reference")
-    seconds = []
-    for arguments in PIPELINE:
-        begin = time.monotonic()
-        finish(arguments, directory)
-        seconds.append(time.monotonic() - begin)
-    return {output: hashes(directory / output) for output in OUTPUTS}, seconds, directory

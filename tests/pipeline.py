@@ -1,12 +1,15 @@
-"""A small pipeline in processes of its own, for tests that kill it."""
+"""Commands in processes of their own, for tests that stop them; and a small pipeline of such commands."""
 
 from __future__ import annotations
 
 import os
+import signal
 import subprocess
 import sys
-import time
+from collections.abc import Mapping
 from pathlib import Path
+
+from forks import Fork
 
 from dfkd_cli.artifacts.files import sha256_file
 
@@ -30,36 +33,50 @@ PIPELINE = [
     ["distill", "--transfer-set", "shards/", "--steps", "1000", "--batch-size", "16"],
 ]
 OUTPUTS = ["teacher", "shards", "student"]
+HANGS = 1200  # seconds after which nobody waits any longer: a hundred times what any of the commands takes
 
 
-def start(arguments: list[str], cwd: Path, **variables: str) -> subprocess.Popen[str]:
-    """A command in a process of its own, with more variables in its environment."""
-    environment = {**os.environ, "OMP_NUM_THREADS": "1", **variables}
+def start(arguments: list[str], cwd: Path) -> Fork:
+    """A command in a process that is forked: it works at once."""
+    return Fork(arguments, cwd)
+
+
+def start_fresh(arguments: list[str], cwd: Path, **variables: str) -> subprocess.Popen[str]:
+    """A command in a new process that imports all it needs, with more variables in its environment."""
     return subprocess.Popen(
         [sys.executable, "-m", "dfkd_cli", *arguments],
         cwd=cwd,
-        env=environment,
+        env={**os.environ, **variables},
         stdout=subprocess.PIPE,
         stderr=subprocess.PIPE,
         text=True,
     )
 
 
-def finish(arguments: list[str], cwd: Path) -> None:
-    """Run a command to its end."""
-    process = start(arguments, cwd)
-    out, err = process.communicate()
-    assert process.returncode == 0, out + err
+def run(
+    arguments: list[str], cwd: Path, env: Mapping[str, str] | None = None, fresh: bool = False
+) -> subprocess.CompletedProcess[str]:
+    """A command to its end. With more variables in its environment it is a new process, as it may read them early."""
+    process = start_fresh(arguments, cwd, **(env or {})) if fresh or env else start(arguments, cwd)
+    try:
+        out, err = process.communicate(timeout=HANGS)
+    except subprocess.TimeoutExpired:
+        process.kill()
+        raise
+    return subprocess.CompletedProcess(arguments, process.returncode or 0, out, err)
+
+
+def finish(arguments: list[str], cwd: Path, fresh: bool = False) -> None:
+    """Run a command to its end, which is a good one."""
+    done = run(arguments, cwd, fresh=fresh)
+    assert done.returncode == 0, done.stdout + done.stderr
 
 
 def kill_after_saving(arguments: list[str], cwd: Path, checkpoint: Path) -> None:
-    """Start a command and kill -9 it once it has saved its state, before it has ended."""
-    process = start(arguments, cwd)
-    while process.poll() is None and not checkpoint.exists():
-        time.sleep(0.005)
-    assert process.poll() is None, process.communicate()
-    process.kill()
-    process.communicate()
+    """Run a command that is killed (-9) as soon as it has saved its state."""
+    process = Fork(arguments, cwd, signal_at=(checkpoint, signal.SIGKILL))
+    out, err = process.communicate(timeout=HANGS)
+    assert process.returncode == -signal.SIGKILL, out + err
 
 
 def hashes(output: Path) -> dict[str, str]:

@@ -11,10 +11,12 @@ import signal
 import socket
 import subprocess
 import sys
+import time
 from pathlib import Path
 
 import pytest
 import torch
+from pipeline import start
 from torchvision.utils import save_image
 
 from dfkd_cli.artifacts.run import RunDirectory
@@ -202,17 +204,16 @@ def test_output_that_holds_something_else(here: Path, cli) -> None:
 
 
 def test_two_processes_one_output(here: Path, cli, dfkd) -> None:
-    slow = subprocess.Popen(
-        [sys.executable, "-m", "dfkd_cli", "synthesize", "--method", "zskd", "--iterations", "100000", "--out", "busy"],
-        stderr=subprocess.DEVNULL,
-    )
+    command = ["synthesize", "--method", "zskd", "--iterations", "1000000", "--out", "busy"]
+    slow = start(command, here)
     try:
         while not Path("busy/run.json").exists():
             assert slow.poll() is None
-        one_line(cli("synthesize", "--method", "zskd", "--iterations", "100000", "--out", "busy"), 2, "another process")
+            time.sleep(0.01)
+        one_line(cli(*command), 2, "another process")
     finally:
         slow.kill()
-        slow.wait()
+        slow.communicate()
 
 
 @pytest.mark.skipif(os.name != "posix", reason="POSIX permissions")
@@ -222,22 +223,22 @@ def test_read_only_output(here: Path, dfkd) -> None:
     one_line((result.returncode, result.stdout, result.stderr), 2, "/proc/impressions", "--out")
 
 
-def test_full_disk_keeps_what_is_finished(here: Path) -> None:
+def test_full_disk_keeps_what_is_finished(here: Path, cli) -> None:
     """A limit on file size fails the write as a full disk does; what was written is kept and the run continues."""
-    command = [sys.executable, "-m", "dfkd_cli", "synthesize", "--method", "zskd", "--num-images", "20",
-               "--iterations", "1", "--out", "full"]  # fmt: skip
+    command = ["synthesize", "--method", "zskd", "--num-images", "20", "--iterations", "1", "--batch-size"]
 
     def limit() -> None:
         signal.signal(signal.SIGXFSZ, signal.SIG_IGN)  # write() then fails with EFBIG
         resource.setrlimit(resource.RLIMIT_FSIZE, (20_000, 20_000))
 
-    small, large = [*command, "--batch-size", "4"], [*command, "--batch-size", "20"]
-    result = subprocess.run(large, capture_output=True, text=True, preexec_fn=limit, check=False)
+    small, large = [*command, "4", "--out", "full4"], [*command, "20", "--out", "full"]
+    whole = [sys.executable, "-m", "dfkd_cli", *large]
+    result = subprocess.run(whole, capture_output=True, text=True, preexec_fn=limit, check=False)
     one_line((result.returncode, result.stdout, result.stderr), 4, "disk is full", "same command")
     assert json.loads(Path("full/run.json").read_text())["status"] == "failed"
     assert not list(Path("full").glob("*.tmp")) + list(Path("full").glob(".*.tmp"))
-    assert subprocess.run(large, check=False, capture_output=True).returncode == 0
-    assert subprocess.run([*small, "--out", "full4"], check=False, capture_output=True).returncode == 0
+    assert cli(*large)[0] == 0
+    assert cli(*small)[0] == 0
 
 
 def test_non_finite_loss(here: Path, cli) -> None:

@@ -10,7 +10,8 @@ import oracles
 import pytest
 import torch
 from pipeline import finish, kill_after_saving
-from test_regimes import CLASSES, REGIMES, STILL, Given, inputs, linear, network, pixels, regime, response, train
+from stand_ins import STILL, Given, work
+from tiny_regimes import CLASSES, REGIMES, inputs, linear, network, pixels, regime, response
 from torch import nn
 
 from dfkd_cli.artifacts.files import sha256_file
@@ -72,7 +73,7 @@ def test_student_descends_and_pixels_climb_in_turn(tmp_path, steps, iterations, 
         return -0.7 * uphill(images, student, teacher)
 
     expected = oracles.adam(begin, gradient, ascent_lr, steps * iterations, lambda images: images.clip(0, 1))
-    train(learner, tmp_path / "run")
+    work(learner, tmp_path / "run")
     assert np.abs(expected - begin).max() > 0.02
     assert np.abs(student - first).max() > 0.01
     np.testing.assert_allclose(flat(learner.pseudo), expected, atol=1e-4)
@@ -174,7 +175,7 @@ def test_pixels_stay_between_zero_and_one(tmp_path, config):
     source = Given(pixels() * 4 - 2)  # impressions may leave the range
     learner = regime(NAME, source, steps=3, config=config)
     starts = learner.pseudo.clone()
-    train(learner, tmp_path / "run")
+    work(learner, tmp_path / "run")
     for images in (starts, learner.pseudo):
         assert (images.min(), images.max()) == (0, 1)
     assert torch.equal(starts, learner.pseudo) == (config.get("iterations") == 0)
@@ -185,7 +186,7 @@ def test_teacher_and_transfer_set_are_untouched(tmp_path):
     learner = regime(NAME, Given(images), steps=5, lr=0.1, config={"pseudo_noise": 0, "pseudo_images": 6})
     kept, teacher = images.clone(), copy.deepcopy(learner.teacher.state_dict())
     begin = learner.pseudo.clone()
-    train(learner, tmp_path / "run")
+    work(learner, tmp_path / "run")
     assert not torch.equal(learner.pseudo, begin)
     assert torch.equal(images, kept)
     assert all(torch.equal(value, teacher[key]) for key, value in learner.teacher.state_dict().items())
@@ -216,7 +217,7 @@ def test_how_steps_are_cut_into_rounds_does_not_change_the_result(tmp_path, monk
         monkeypatch.setattr(base, "ROUND", length)
         student = copy.deepcopy(fresh)
         learner = regime(NAME, Given(pixels(20)), student, holdout=0.2, batch_size=5, steps=7, noise=0.1)
-        train(learner, tmp_path / str(length))
+        work(learner, tmp_path / str(length))
         results.append(student.state_dict() | {"pseudo": learner.pseudo})
     for other in results[1:]:
         assert all(torch.equal(value, other[key]) for key, value in results[0].items())

@@ -7,97 +7,23 @@ import csv
 import dataclasses
 import importlib
 import re
-from collections.abc import Sequence
-from pathlib import Path
 from types import SimpleNamespace
 
 import numpy as np
 import oracles
 import pytest
 import torch
-from torch import Tensor, nn
+from stand_ins import Given, work
+from tiny_regimes import CLASSES, REGIMES, inputs, linear, network, pixels, regime, response
+from torch import nn
 
 from dfkd_cli import catalog
-from dfkd_cli.artifacts.run import RunDirectory
-from dfkd_cli.config import build, hints
-from dfkd_cli.data.sources import Images, Source
-from dfkd_cli.models.classifier import Classifier, ModelInfo
+from dfkd_cli.config import hints
+from dfkd_cli.data.sources import Images
 from dfkd_cli.objectives.base import Objective
 from dfkd_cli.regimes import base
-from dfkd_cli.regimes.base import Regime, Task
+from dfkd_cli.regimes.base import Regime
 from dfkd_cli.resolve import recipe_layer, resolve
-from dfkd_cli.rounds import fit
-from dfkd_cli.settings import Augmentation, Distill
-from dfkd_cli.ui import Terminal
-
-REGIMES = catalog.entries("regimes")
-STILL = {f.name: 0 for f in dataclasses.fields(Augmentation) if f.type in ("int", "float")}  # no augmentation
-CLASSES, SIZE = 4, (1, 3, 3)
-
-
-class Given(Source):
-    """Images (N, C, H, W), with labels or without, in one chunk."""
-
-    def __init__(self, pixels: Tensor, labels: Tensor | None = None) -> None:
-        self.images, self.labelled = Images(pixels, labels), labels is not None
-        self.sizes, self.shape, self.dtype = [len(pixels)], tuple(pixels.shape[1:]), pixels.dtype
-
-    def chunk(self, index: int) -> Images:
-        return self.images
-
-
-def network(seed: int, *hidden: nn.Module) -> Classifier:
-    with torch.random.fork_rng():
-        torch.manual_seed(seed)
-        net = nn.Sequential(nn.Flatten(), *hidden, nn.Linear(9, CLASSES))
-    return Classifier(net, ModelInfo("test", CLASSES, SIZE, (0.2,), (0.5,)))
-
-
-def pixels(count: int = 6) -> Tensor:
-    return torch.rand(count, *SIZE, generator=torch.Generator().manual_seed(7))
-
-
-def response(**values) -> Objective:
-    entry = catalog.entries("objectives")["response"]
-    return entry.load()(build(entry.config, values))
-
-
-def regime(
-    name: str,
-    source: Source | None = None,
-    student: Classifier | None = None,
-    objectives: Sequence[tuple[float, Objective]] | None = None,
-    config: dict | None = None,
-    **training,
-) -> Regime:
-    """A regime with a linear student and a linear teacher."""
-    entry = REGIMES[name]
-    source = source or Given(pixels())
-    settings = build(Distill, STILL | {"warmup": 0, "holdout": 0, "batch_size": len(source)} | training)
-    named = {f"loss{i}": pair for i, pair in enumerate(objectives or [(1.0, response())])}
-    task = Task(student or network(1), network(2), source, named, settings, seed=0)
-    return entry.load()(task, build(entry.config, config or {}))
-
-
-def train(learner: Regime, directory: Path) -> Regime:
-    run = RunDirectory(directory, resolve("distill", []), [], {})
-    run.claim()
-    with run.guard():
-        fit(learner, run, Terminal(silent=True))
-    return learner
-
-
-def linear(classifier: Classifier) -> np.ndarray:
-    """Weights and bias of a linear classifier, (K, D + 1) float64."""
-    layer = classifier.head()
-    return torch.cat([layer.weight, layer.bias[:, None]], dim=1).detach().double().numpy()
-
-
-def inputs(images: Tensor) -> np.ndarray:
-    """What a linear layer sees of images: normalised, flat, and a one for the bias, (B, D + 1)."""
-    flat = (images.flatten(1).double().numpy() - 0.2) / 0.5
-    return np.hstack([flat, np.ones((len(flat), 1))])
-
 
 # -- the steps ---------------------------------------------------------------------------------------------------------
 
@@ -119,7 +45,7 @@ def test_offline_is_gradient_descent_on_the_response(tmp_path, steps, momentum, 
         return weight * oracles.response_gradient(x @ w.T, x @ teacher.T, tau).T @ x
 
     expected = oracles.sgd(start, gradient, lr, momentum, decay, steps, nesterov)
-    train(learner, tmp_path / "run")
+    work(learner, tmp_path / "run")
     assert np.abs(expected - start).max() > 0.01
     np.testing.assert_allclose(linear(learner.student), expected, atol=1e-5)
     np.testing.assert_array_equal(linear(learner.teacher), teacher)
@@ -166,7 +92,7 @@ def test_supervised_training_learns(tmp_path):
     images = pixels(8)
     labels = (inputs(images) @ linear(network(5)).T).argmax(1)  # classes that a linear student can tell apart
     source = Given(images, torch.from_numpy(labels))
-    learner = train(regime("supervised", source, steps=300, lr=0.1, optimizer="adam"), tmp_path / "run")
+    learner = work(regime("supervised", source, steps=300, lr=0.1, optimizer="adam"), tmp_path / "run")
     assert learner.right(Images(images, source.images.labels)).all()
 
 
@@ -222,7 +148,7 @@ class Timed(Objective):
 
 def test_objectives_know_the_time_and_terms_are_logged_where_they_are(tmp_path):
     weights = SimpleNamespace(passes=1.0, progress=1.0, early=1.0)
-    train(regime("offline", objectives=[(1.0, Timed(weights))], batch_size=2, steps=8), tmp_path / "run")
+    work(regime("offline", objectives=[(1.0, Timed(weights))], batch_size=2, steps=8), tmp_path / "run")
     with (tmp_path / "run" / "metrics.csv").open() as file:
         (row,) = csv.DictReader(file)
     means = {name: float(row[name]) for name in ("passes", "progress", "early")}
@@ -242,7 +168,7 @@ def test_how_steps_are_cut_into_rounds_does_not_change_the_result(tmp_path, monk
             "offline", Given(pixels(20)), student, holdout=0.2, batch_size=5, steps=7, warmup=0.3, **augmentation
         )
         assert learner.rounds == -(-7 // length)
-        train(learner, tmp_path / str(length))
+        work(learner, tmp_path / str(length))
         results.append(student.state_dict())
     assert not torch.equal(results[0]["net.1.weight"], fresh.net[1].weight)
     for other in results[1:]:
@@ -252,7 +178,7 @@ def test_how_steps_are_cut_into_rounds_does_not_change_the_result(tmp_path, monk
 def test_held_out_images_are_never_trained_on(tmp_path):
     images, student, seen = pixels(20), network(1), []
     student.register_forward_pre_hook(lambda module, args: seen.append((module.training, args[0])))
-    train(regime("offline", Given(images), student, holdout=0.25, batch_size=5, steps=6), tmp_path / "run")
+    work(regime("offline", Given(images), student, holdout=0.25, batch_size=5, steps=6), tmp_path / "run")
     trained, measured = (
         {tuple(image.flatten().tolist()) for training, batch in seen for image in batch if training is mode}
         for mode in (True, False)
@@ -268,7 +194,7 @@ def test_teacher_and_student_see_the_same_augmented_images(tmp_path):
     images, learner, seen = pixels(), regime("offline", steps=2, noise=0.3), {"student": [], "teacher": []}
     for role, batches in seen.items():
         getattr(learner, role).register_forward_pre_hook(lambda _, args, batches=batches: batches.append(args[0]))
-    train(learner, tmp_path / "run")
+    work(learner, tmp_path / "run")
     assert len(seen["student"]) == 2
     for student, teacher in zip(seen["student"], seen["teacher"], strict=True):
         assert torch.equal(student, teacher)

@@ -1,16 +1,92 @@
-"""What is finished is kept: signals, the same command again, damage, several processes. Real processes."""
+"""What is finished is kept: kills, signals, the same command again, damage, several processes. Real processes."""
 
 from __future__ import annotations
 
 import json
+import os
+import random
 import shutil
 import signal
 import socket
+import subprocess
 import time
 from pathlib import Path
 
 import pytest
-from pipeline import PIPELINE, finish, hashes, start
+from forks import Fork
+from pipeline import HANGS, OUTPUTS, PIPELINE, finish, hashes, run, start, start_fresh
+
+KILLS = int(os.environ.get("DFKD_KILLS", "4"))  # `make kill-test` asks for more
+
+
+@pytest.fixture(scope="module")
+def reference(tmp_path_factory: pytest.TempPathFactory) -> tuple[dict[str, dict[str, str]], list[float], Path]:
+    """An uninterrupted pipeline: the hashes of each output, the seconds of each command, where it is."""
+    directory = tmp_path_factory.mktemp("reference")
+    seconds = []
+    for arguments in PIPELINE:
+        begin = time.monotonic()
+        finish(arguments, directory, fresh=True)
+        seconds.append(time.monotonic() - begin)
+    return {output: hashes(directory / output) for output in OUTPUTS}, seconds, directory
+
+
+def test_killed_pipeline_equals_uninterrupted(reference: tuple, tmp_path: Path) -> None:
+    """kill -9 at random moments over the three stages, then the same command again."""
+    expected, seconds, source = reference
+    moments = random.Random(0)
+    for kill in range(KILLS):
+        (stage,) = moments.choices(range(len(PIPELINE)), seconds)
+        output, latest, killed = OUTPUTS[stage], seconds[stage], False
+        while not killed:  # a command that has ended before is begun again, and killed earlier
+            directory = tmp_path / f"kill{kill}"
+            shutil.rmtree(directory, ignore_errors=True)
+            directory.mkdir()
+            for name in OUTPUTS[:stage]:
+                (directory / name).symlink_to(source / name)
+            process, latest = start(PIPELINE[stage], directory), moments.uniform(0, latest)
+            try:
+                process.communicate(timeout=latest)
+            except subprocess.TimeoutExpired:
+                process.kill()
+                process.communicate()
+                killed = process.returncode == -signal.SIGKILL
+        finish(PIPELINE[stage], directory)
+        assert hashes(directory / output) == expected[output], f"kill {kill}: {output}"
+
+
+def test_killed_again_and_again(reference: tuple, tmp_path: Path) -> None:
+    """A student whose training is killed as soon as it has saved something new, until it is finished."""
+    expected, _, source = reference
+    for name in ("teacher", "shards"):
+        (tmp_path / name).symlink_to(source / name)
+    checkpoint = tmp_path / "student" / "checkpoints" / "last.ckpt"
+    ends = []
+    while 0 not in ends:
+        process = Fork(PIPELINE[2], tmp_path, signal_at=(checkpoint, signal.SIGKILL))
+        _, err = process.communicate(timeout=HANGS)
+        assert process.returncode in (0, -signal.SIGKILL), err
+        ends.append(process.returncode)
+    assert len(ends) > 2
+    assert hashes(tmp_path / "student") == expected["student"]
+
+
+@pytest.mark.parametrize("command", ["evaluate", "collect-metadata", "compare student"])
+def test_a_new_process_does_what_this_one_does(command, reference, tmp_path, monkeypatch, cli) -> None:
+    """The other commands made, in new processes, what the tests here compare with."""
+    for name in OUTPUTS:
+        (tmp_path / name).symlink_to(reference[2] / name)
+    monkeypatch.chdir(tmp_path)
+    done = run([*command.split(), "--out", "new", "--json"], tmp_path, fresh=True)
+    code, out, err = cli(*command.split(), "--out", "here", "--json")
+    assert done.returncode == code == 0, done.stderr + err
+
+    def what_counts(answer: str) -> object:
+        """Not where it lies, nor how long it took."""
+        places = {"artifacts", "seconds", "latency_ms"}
+        return json.loads(answer, object_hook=lambda part: {key: part[key] for key in part.keys() - places})
+
+    assert what_counts(done.stdout) == what_counts(out)
 
 
 @pytest.mark.parametrize(("signum", "code"), [(signal.SIGINT, 130), (signal.SIGTERM, 143)])
@@ -18,12 +94,8 @@ def test_signals_end_the_run_and_keep_the_state(reference: tuple, tmp_path: Path
     """Ctrl-C and SIGTERM: the contract's exit codes, a status on disk, and the same result afterwards."""
     expected, _, source = reference
     (tmp_path / "teacher").symlink_to(source / "teacher")
-    process = start([*PIPELINE[1], "--json"], tmp_path)
-    while not (tmp_path / "shards" / "shard-00001.safetensors").exists():
-        assert process.poll() is None
-        time.sleep(0.005)
-    process.send_signal(signum)
-    out, err = process.communicate()
+    process = Fork([*PIPELINE[1], "--json"], tmp_path, (tmp_path / "shards" / "shard-00001.safetensors", signum))
+    out, err = process.communicate(timeout=HANGS)
     assert process.returncode == code, err
     assert json.loads(out)["error"]["code"] == "interrupted"
     assert "Traceback" not in err
@@ -74,7 +146,7 @@ def test_two_processes_make_the_shards_of_one(method: str, make_teacher, tmp_pat
     command = ["synthesize", "--method", method, "--teacher", str(make_teacher("resnet8")), "--num-images", "6"]
     command += ["--batch-size", "2", "--iterations", "2", "--device", "cpu", "--out"]
     assert cli(*command, tmp_path / "one")[0] == 0
-    finish([*command, "two", "--devices", "2"], tmp_path)
+    finish([*command, "two", "--devices", "2"], tmp_path, fresh=True)
     names = [f"shard-0000{index}.safetensors" for index in range(3)]  # one more than processes have equal shares of
     for name in (*names, "manifest.json", "metrics.csv"):
         assert (tmp_path / "two" / name).read_bytes() == (tmp_path / "one" / name).read_bytes(), name
@@ -89,13 +161,13 @@ def test_two_machines_make_the_shards_of_one(make_teacher, tmp_path: Path, cli) 
     command += ["--batch-size", "2", "--iterations", "2", "--device", "cpu", "--out"]
     assert cli(*command, tmp_path / "one")[0] == 0
     both = [*command, "two", "--num-nodes", "2"]
-    machines = [start(both, tmp_path, NODE_RANK=number, **meeting) for number in ("1", "0")]
+    machines = [start_fresh(both, tmp_path, NODE_RANK=number, **meeting) for number in ("1", "0")]
     for machine in machines:
         _, err = machine.communicate()
         assert machine.returncode == 0, err
     for name in ("shard-00000.safetensors", "shard-00001.safetensors", "shard-00002.safetensors", "manifest.json"):
         assert (tmp_path / "two" / name).read_bytes() == (tmp_path / "one" / name).read_bytes(), name
-    late = start(both, tmp_path, NODE_RANK="1", **meeting)  # all is done: it waits for nobody
+    late = start_fresh(both, tmp_path, NODE_RANK="1", **meeting)  # all is done: it waits for nobody
     assert "already complete" in late.communicate()[1]
 
 

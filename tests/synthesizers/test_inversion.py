@@ -11,9 +11,10 @@ import numpy as np
 import oracles
 import pytest
 import torch
+from comparisons import assert_same_state, state
 from pipeline import kill_after_saving
 from stand_ins import work
-from test_synthesizers import assert_same_state, state, synthesizer
+from tiny_synthesizers import synthesizer
 from torch import Tensor, nn
 
 from dfkd_cli import catalog

@@ -6,16 +6,15 @@ import dataclasses
 import importlib
 import json
 import re
-from pathlib import Path
-from typing import Any
 
 import numpy as np
 import oracles
 import pytest
 import safetensors.torch
-import stand_ins
 import torch
-from stand_ins import statistics_of, work
+from comparisons import assert_same_state, state
+from stand_ins import work
+from tiny_synthesizers import METHODS, linear_teacher, synthesizer, tiny
 from torch import Tensor, nn
 
 from dfkd_cli import catalog
@@ -29,37 +28,8 @@ from dfkd_cli.synthesizers.base import Synthesizer
 from dfkd_cli.synthesizers.terms import tempered_cross_entropy, total_variation
 from dfkd_cli.synthesizers.zskd import class_similarity, dirichlet_targets
 
-METHODS = catalog.entries("synthesizers")
 INDEPENDENT = [name for name, entry in METHODS.items() if entry.load().stateless and "student" not in entry.needs]
-TINY = {"batch_size": 2, "iterations": 2, "steps": 2, "epochs": 1, "student_steps": 2}
 RNG = np.random.default_rng(0)
-
-
-def linear_teacher(classes: int = 4, size: tuple[int, int, int] = (1, 3, 3), batch_norm: bool = False) -> Classifier:
-    channels, units = size[0], int(np.prod(size))
-    with torch.random.fork_rng():
-        torch.manual_seed(1)
-        net = nn.Sequential(nn.Flatten(), nn.Linear(units, classes))
-    if batch_norm:
-        net.insert(1, nn.BatchNorm1d(units))
-    return Classifier(net, ModelInfo("linear", classes, size, mean=(0.2,) * channels, std=(0.5,) * channels))
-
-
-def synthesizer(
-    name: str, directory: Path, teacher: Classifier | None = None, num_images: int = 6, seed: int = 0, **values
-) -> Synthesizer:
-    """The method on a teacher (linear by default), its tiny settings changed by ``values``."""
-    entry = METHODS[name]
-    teacher = teacher or linear_teacher(batch_norm="batchnorm" in entry.needs)
-    given = {"metadata": statistics_of(teacher)} if "metadata" in entry.needs else {}
-    if "student" in entry.needs:
-        given["student"] = linear_teacher(teacher.info.num_classes, teacher.info.input_size)
-    vectors = {"taps": "penultimate"} if "taps" in hints(entry.config) else {}  # a linear teacher has no maps
-    return stand_ins.synthesizer(name, directory, teacher, tiny(name) | vectors | values, num_images, seed, **given)
-
-
-def tiny(name: str) -> dict[str, Any]:
-    return {key: value for key, value in TINY.items() if key in hints(METHODS[name].config)}
 
 
 def shards(method: Synthesizer) -> list[dict[str, Tensor]]:
@@ -277,20 +247,6 @@ def test_a_round_depends_on_seed_and_index_only(name, tmp_path):
     assert not torch.equal(first[0]["images"], first[1]["images"])
     other = shards(synthesizer(name, tmp_path / "other", seed=1))
     assert not any(torch.equal(a["images"], b["images"]) for a, b in zip(first, other, strict=True))
-
-
-def state(teacher: Classifier) -> dict:
-    hooks = [sum(len(v) for k, v in vars(m).items() if k.endswith("hooks")) for m in teacher.modules()]
-    tensors = {name: value.clone() for name, value in [*teacher.named_parameters(), *teacher.named_buffers()]}
-    modes = [m.training for m in teacher.modules()], [p.requires_grad for p in teacher.parameters()]
-    return {"hooks": hooks, "modes": modes, "grads": [p.grad for p in teacher.parameters()], "tensors": tensors}
-
-
-def assert_same_state(after: dict, before: dict) -> None:
-    for name, value in before["tensors"].items():
-        assert torch.equal(value, after["tensors"][name]), name
-    for part in ("hooks", "modes", "grads"):
-        assert after[part] == before[part], part
 
 
 @pytest.mark.parametrize("name", INDEPENDENT)

@@ -1,0 +1,103 @@
+"""Commands in processes forked from one that has imported what they import, which takes a new process seconds.
+
+Each is a process as any other: with its own files, signals and exit code. Only what happens while a process starts
+(what is imported, which variables are read by then) is to be seen in a fresh one alone.
+"""
+
+from __future__ import annotations
+
+import multiprocessing
+import os
+import pkgutil
+import subprocess
+import sys
+import tempfile
+from pathlib import Path
+
+from dfkd_cli import stages
+
+CONTEXT = multiprocessing.get_context("forkserver")
+COMMANDS = [f"dfkd_cli.stages.{module.name}" for module in pkgutil.iter_modules(stages.__path__)]
+CONTEXT.set_forkserver_preload(["dfkd_cli.cli.app", *COMMANDS, "sklearn.datasets", "torch.utils.benchmark"])
+
+
+class Fork:
+    """A command in a forked process, with the methods of ``subprocess.Popen`` that tests use.
+
+    Args:
+        arguments: What is typed after ``dfkd``.
+        cwd: Where.
+        signal_at: A file and a signal: the process sends the signal to itself at the first thing that it does after
+            it has written the file, so that no test depends on when another process sees that.
+    """
+
+    def __init__(self, arguments: list[str], cwd: Path, signal_at: tuple[Path, int] | None = None) -> None:
+        self.arguments = arguments
+        self.outputs = [Path(tempfile.mkstemp(prefix="dfkd-")[1]) for _ in range(2)]
+        self.process = CONTEXT.Process(target=_run, args=(arguments, cwd, dict(os.environ), self.outputs, signal_at))
+        self.process.start()
+
+    @property
+    def returncode(self) -> int | None:
+        return self.process.exitcode
+
+    def poll(self) -> int | None:
+        return self.process.exitcode
+
+    def send_signal(self, signum: int) -> None:
+        assert self.process.pid is not None
+        os.kill(self.process.pid, signum)
+
+    def kill(self) -> None:
+        self.process.kill()
+
+    def communicate(self, timeout: float | None = None) -> tuple[str, str]:
+        """Wait for the end; what was written to stdout and to stderr."""
+        self.process.join(timeout)
+        if self.process.exitcode is None:
+            raise subprocess.TimeoutExpired(self.arguments, timeout or 0)
+        out, err = (path.read_text() for path in self.outputs)
+        for path in self.outputs:
+            path.unlink()
+        return out, err
+
+
+def _run(
+    arguments: list[str],
+    cwd: Path,
+    environment: dict[str, str],
+    outputs: list[Path],
+    signal_at: tuple[Path, int] | None,
+) -> None:
+    """The life of a forked process."""
+    os.chdir(cwd)
+    os.environ.clear()
+    os.environ.update(environment)
+    for number, path in enumerate(outputs, start=1):
+        os.dup2(os.open(path, os.O_WRONLY | os.O_APPEND), number)
+    sys.argv = ["dfkd", *arguments]
+    if signal_at is not None:
+        _watch(*signal_at)
+    from dfkd_cli.__main__ import main
+
+    main()
+
+
+def _watch(path: Path, signum: int) -> None:
+    """Send this process a signal once it has written a file."""
+    before, waiting = _written(path), [True]
+
+    def look(*_: object) -> None:
+        if waiting and _written(path) != before:
+            waiting.clear()
+            os.kill(os.getpid(), signum)
+
+    sys.addaudithook(look)
+
+
+def _written(path: Path) -> int | None:
+    """When a file was last written; None if never."""
+    try:
+        return os.stat(path).st_mtime_ns
+    except FileNotFoundError:
+        return None

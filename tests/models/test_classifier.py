@@ -1,0 +1,123 @@
+"""Classifiers: normalisation, what is frozen, and the layer that gives the logits."""
+
+from __future__ import annotations
+
+import numpy as np
+import pytest
+import torch
+from stand_ins import classifier
+from torch import nn
+
+from dfkd_cli.errors import ArtifactError, ConfigError
+from dfkd_cli.models.classifier import Classifier, ModelInfo, probe
+from dfkd_cli.models.registry import build
+
+
+def test_normalisation_and_logits():
+    mean, std = (0.1, 0.2, 0.3), (0.5, 0.25, 2.0)
+    net = build("resnet8", 4, (3, 8, 8)).eval()
+    model = Classifier(net, ModelInfo("resnet8", 4, (3, 8, 8), mean, std)).eval()
+    pixels = np.random.default_rng(0).random((2, 3, 8, 8), dtype=np.float32)
+    expected = (pixels - np.reshape(mean, (3, 1, 1))) / np.reshape(std, (3, 1, 1))
+    np.testing.assert_allclose(model.normalise(torch.from_numpy(pixels)), expected, rtol=1e-6, atol=1e-6)
+    torch.testing.assert_close(model(torch.from_numpy(pixels)), net(torch.from_numpy(expected).float()))
+    assert all(key.startswith("net.") for key in model.state_dict())
+
+
+def test_no_normalisation_costs_nothing():
+    model = Classifier(nn.Identity(), ModelInfo("x", 1, (1, 2, 2), (0.0,), (1.0,)))
+    pixels = torch.rand(1, 1, 2, 2)
+    assert model.normalise(pixels) is pixels
+
+
+def test_freeze_survives_a_training_parent():
+    model = classifier().freeze()
+    nn.ModuleList([model]).train()
+    assert not any(module.training for module in model.modules())
+    assert not any(p.requires_grad for p in model.parameters())
+    assert model.num_parameters == 61_706
+
+
+def test_thawed_is_as_before_it_was_frozen():
+    model = classifier()
+    layers = [module for module in model.modules() if isinstance(module, nn.Conv2d)]
+    layers[0].eval()
+    layers[1].requires_grad_(False)
+
+    def state():
+        return [m.training for m in model.modules()], [p.requires_grad for p in model.parameters()], model.frozen
+
+    before = state()
+    model.freeze().freeze()
+    assert state() != before
+    model.thaw()
+    assert state() == before
+    assert model.train().training
+
+
+def test_batch_norms_are_those_with_statistics():
+    net = nn.Sequential(
+        nn.BatchNorm2d(2), nn.BatchNorm2d(2, track_running_stats=False), nn.Flatten(), nn.BatchNorm1d(8)
+    )
+    assert classifier(net).batch_norms() == [net[0], net[3]]
+
+
+@pytest.mark.parametrize(
+    ("values", "message"),
+    [
+        ({"num_classes": 0}, "positive whole numbers"),
+        ({"input_size": (3, 8)}, "positive whole numbers"),
+        ({"mean": (0.5,)}, "3-channel images need 3"),
+        ({"std": (1.0, 0.0, 1.0)}, "above 0"),
+        ({"classes": ("cat",)}, "1 class names for 2 classes"),
+    ],
+)
+def test_model_info_is_checked(values, message):
+    good = {"spec": "x", "num_classes": 2, "input_size": (3, 8, 8), "mean": (0.0,) * 3, "std": (1.0,) * 3}
+    with pytest.raises(ConfigError, match=message):
+        ModelInfo(**good | values)
+
+
+def test_head_may_be_a_convolution_that_is_flattened():
+    net = nn.Sequential(nn.Conv2d(1, 4, 3), nn.AdaptiveAvgPool2d(1), nn.Conv2d(4, 10, 1), nn.Flatten(), nn.Dropout())
+    assert classifier(net).head() is net[2]
+
+
+@pytest.mark.parametrize("last", [nn.ReLU(), nn.ReLU(inplace=True), nn.LogSoftmax(1)])
+def test_head_must_give_the_logits_themselves(last):
+    with pytest.raises(ArtifactError, match="no linear layer gives the logits"):
+        classifier(nn.Sequential(nn.Flatten(), nn.Linear(1024, 10), last)).head()
+
+
+class Fails(nn.Module):
+    def forward(self, x):
+        raise RuntimeError("on purpose")
+
+
+@pytest.mark.parametrize("end", [nn.Identity(), Fails()])
+def test_probe_leaves_no_trace(end):
+    net = nn.Sequential(build("resnet8", 10, (1, 32, 32)), nn.Dropout(), end).train()
+    net[0].stage1.eval()  # a mixed mode must come back too
+    model = classifier(net)
+    modes = [module.training for module in net.modules()]
+    state = {key: value.clone() for key, value in net.state_dict().items()}
+    random = torch.random.get_rng_state()
+    if isinstance(end, Fails):
+        with pytest.raises(RuntimeError, match="on purpose"):
+            model.head()
+    else:
+        assert model.head() is net[0].head
+    assert [module.training for module in net.modules()] == modes
+    assert all(torch.equal(value, state[key]) for key, value in net.state_dict().items())
+    assert not any(module._forward_hooks for module in net.modules())
+    assert torch.equal(torch.random.get_rng_state(), random)
+
+
+def test_probe_keeps_the_random_state_of_a_random_network():
+    class Noisy(nn.Module):
+        def forward(self, x):
+            return torch.randn(1, 3)
+
+    random = torch.random.get_rng_state()
+    assert probe(Noisy(), (1, 4, 4)).shape == (1, 3)
+    assert torch.equal(torch.random.get_rng_state(), random)

@@ -1,0 +1,136 @@
+"""`dfkd distill` with objectives: their state, their phases, in one process and in two."""
+
+from __future__ import annotations
+
+import csv
+import json
+
+import pytest
+import torch
+from pipeline import finish, kill_after_saving
+from safetensors import safe_open
+
+from dfkd_cli import catalog
+from dfkd_cli.artifacts.files import sha256_file
+
+
+def distill(teacher, *args) -> list[str]:
+    return [str(a) for a in ("distill", "--teacher", teacher, "--transfer-set", "noise:64", "--device", "cpu", *args)]
+
+
+@pytest.mark.parametrize("name", ["fitnets", "reviewkd"])
+def test_one_image_of_one_pixel_cannot_be_normalised(cli, teacher, tmp_path, name):
+    args = ["--objective", name, "--taps", "penultimate", "--teacher-taps", "penultimate", "--steps", 1]
+    code, _, err = cli(*distill(teacher, *args, "--batch-size", 1, "--out", tmp_path / "s"))
+    assert code == 2
+    assert "BatchNorm cannot learn from one image with maps of one pixel -- raise --batch-size" in err
+
+
+def test_crd_refuses_images_that_are_not_of_the_transfer_set(cli, teacher, tmp_path):
+    args = ["--method", "pseudo-examples", "--objective", "crd", "--steps", 1, "--out", tmp_path / "s"]
+    code, _, err = cli(*distill(teacher, *args))
+    assert code == 2
+    assert "crd remembers images of the transfer set" in err
+
+
+def test_objectives_combine(cli, teacher, tmp_path):
+    out = tmp_path / "s"
+    args = ["--objective", "response=1", "at=1000", "fitnets", "--steps", 2, "--batch-size", 8, "--out", out]
+    code, _, err = cli(*distill(teacher, *args))
+    assert code == 0, err
+    with (out / "metrics.csv").open() as file:
+        (row,) = csv.DictReader(file)
+    assert {"response.soft", "at.attention", "fitnets.hint"} < row.keys()
+    config = catalog.parse_yaml((out / "config.yaml").read_text(), "config")
+    assert {name: values["weight"] for name, values in config["objective"].items()} == {
+        "response": 1.0, "at": 1000.0, "fitnets": 100.0,
+    }  # fmt: skip
+    with safe_open(out / "model.safetensors", framework="pt") as file:
+        assert {key.split(".")[0] for key in file.keys()} == {"stage1", "stage2", "fc1", "fc2", "head"}  # noqa: SIM118
+
+
+def test_two_processes_train_a_student_whose_head_learns_nothing(teacher, tmp_path):
+    args = ["--objective", "at", "fitnets", "crd", "--negatives", 16, "--steps", 3, "--batch-size", 8, "--out", "s"]
+    finish(distill(teacher, *args, "--devices", 2), tmp_path, fresh=True)
+    with (tmp_path / "s" / "metrics.csv").open() as file:
+        (row,) = csv.DictReader(file)
+    assert float(row["at.attention"]) > 0
+    state = torch.load(tmp_path / "s" / "checkpoints" / "last.ckpt", weights_only=True)["state_dict"]
+    assert (state["objectives.crd.classes"] >= 0).sum() == 3 * 8  # each process remembers what the other saw
+
+
+@pytest.mark.parametrize("taps", [["stage7"], ["stage1", "nonsense"], ["stage1.pre"]])
+def test_taps_that_are_not_there_are_refused_before_anything_is_written(cli, teacher, tmp_path, taps):
+    code, out, err = cli(*distill(teacher, "--objective", "at", "--taps", *taps, "--out", tmp_path / "s"))
+    assert (code, out) == (2, "")
+    assert f"has no features {taps[-1]!r}" in err
+    assert not (tmp_path / "s").exists()
+
+
+def test_dry_run_names_every_term_and_what_is_far_off(cli, teacher, tmp_path):
+    args = ["--objective", "response", "at=0.001", "--batch-size", 16, "--out", tmp_path / "s", "--dry-run"]
+    code, out, err = cli(*distill(teacher, *args, "--json"))
+    assert code == 0, err
+    answer, attention = json.loads(out)["terms"]
+    assert (answer["objective"], answer["term"], answer["suggested"]) == ("response", "soft", None)
+    assert attention["suggested"] > 10
+    assert not (tmp_path / "s").exists()
+    code, out, _ = cli(*distill(teacher, *args))
+    assert code == 0
+    assert "try --set objective.at.attention=" in out
+
+
+def test_dry_run_stops_at_a_term_that_teaches_nothing(cli, teacher, tmp_path):
+    args = ["--objective", "rkd", "--batch-size", 2, "--out", tmp_path / "s", "--dry-run"]
+    code, _, err = cli(*distill(teacher, *args))
+    assert code == 2
+    assert "distance is 0 on the first batches" in err
+
+
+@pytest.mark.parametrize("mode", [[], ["--dry-run"]])
+def test_a_phase_that_leaves_nothing_for_the_others_is_refused(cli, teacher, tmp_path, mode):
+    args = ["--objective", "response", "fsp", "--student", "lenet5", "--batch-size", 16, "--out", tmp_path / "s", *mode]
+    code, _, err = cli(*distill(teacher, *args))
+    assert code == 2
+    assert "fsp is learned alone for 30 epochs" in err
+    assert not (tmp_path / "s").exists()
+    code, _, err = cli(*distill(teacher, *args, "--pretraining", 1, "--epochs", 2))
+    assert code == 0, err
+
+
+def test_two_processes_train_in_phases(teacher, tmp_path):
+    """What does not count yet has no gradient in either, and is waited for by both."""
+    args = ["--objective", "fsp", "response", "fitnets", "--pretraining", 1, "--student", "lenet5", "--epochs", 2]
+    finish(distill(teacher, *args, "--batch-size", 16, "--devices", 2, "--out", "s"), tmp_path, fresh=True)
+    with (tmp_path / "s" / "metrics.csv").open() as file:
+        (row,) = csv.DictReader(file)
+    assert float(row["fsp.flow"]) > 0
+
+
+def test_a_killed_run_continues_with_the_state_of_its_objectives(tmp_path, teacher):
+    """kill -9 after a saved round, the same command again: the bytes of a run that nothing interrupted."""
+    flags = [
+        "--objective",
+        "fitnets",
+        "crd",
+        "--negatives",
+        16,
+        "--schedule",
+        "step",
+        "--steps",
+        500,
+        "--batch-size",
+        8,
+    ]
+    command = [*distill(teacher, *flags), "--out"]
+    finish([*command, "whole"], tmp_path)
+    checkpoint = tmp_path / "killed" / "checkpoints" / "last.ckpt"
+    kill_after_saving([*command, "killed"], tmp_path, checkpoint)
+    saved = torch.load(checkpoint, weights_only=True)["state_dict"]
+    states = ("fitnets.regressors.0.0.weight", "crd.embeddings.0.weight", "crd.memory", "crd.classes", "crd.scale")
+    assert all(f"objectives.{name}" in saved for name in states)
+    finish([*command, "killed"], tmp_path)
+    for name in ("model.safetensors", "metrics.csv"):
+        assert sha256_file(tmp_path / "killed" / name) == sha256_file(tmp_path / "whole" / name), name
+    with safe_open(tmp_path / "whole" / "model.safetensors", framework="pt") as file:
+        assert not [key for key in file.keys() if key.startswith("objectives")]  # noqa: SIM118
