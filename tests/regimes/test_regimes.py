@@ -20,7 +20,7 @@ from torch import Tensor, nn
 from dfkd_cli import catalog
 from dfkd_cli.artifacts.run import RunDirectory
 from dfkd_cli.config import build, hints
-from dfkd_cli.data.sources import Images, Source
+from dfkd_cli.data.sources import ANSWERS, Images, Source
 from dfkd_cli.models.classifier import Classifier, ModelInfo
 from dfkd_cli.objectives.base import Objective
 from dfkd_cli.regimes import base
@@ -274,6 +274,31 @@ def test_teacher_and_student_see_the_same_augmented_images(tmp_path):
         assert torch.equal(student, teacher)
         assert torch.cdist(student.flatten(1), images.flatten(1)).min() > 0.1
     assert not torch.equal(*seen["student"])
+
+
+@pytest.mark.parametrize("noise", [0, 0.3])
+def test_stored_answers_reach_the_losses_unless_the_pixels_change(noise, tmp_path):
+    class Stored(Given):
+        answers = dict.fromkeys(ANSWERS, CLASSES)
+
+        def chunk(self, index: int) -> Images:
+            return dataclasses.replace(self.images, logits=self.images.pixels.flatten(1)[:, :4], targets=TARGETS)
+
+    class Looking(type(response())):
+        def forward(self, student, teacher, images: Images) -> dict[str, Tensor]:
+            seen.append(images)
+            return super().forward(student, teacher, images)
+
+    TARGETS, seen = torch.rand(6, CLASSES), []
+    objective = Looking(response().config)
+    train(regime("offline", Stored(pixels()), objectives=[(1.0, objective)], steps=2, noise=noise), tmp_path / "run")
+    assert len(seen) == 2
+    for images in seen:
+        if noise:
+            assert images.logits is images.targets is None
+        else:
+            assert torch.equal(images.logits, images.pixels.flatten(1)[:, :4])
+            assert torch.equal(images.targets, TARGETS[images.positions])
 
 
 # -- what every regime promises ----------------------------------------------------------------------------------------
