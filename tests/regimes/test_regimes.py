@@ -19,6 +19,7 @@ from torch import Tensor, nn
 
 from dfkd_cli import catalog
 from dfkd_cli.artifacts.run import RunDirectory
+from dfkd_cli.artifacts.shards import ShardReader
 from dfkd_cli.config import build, hints
 from dfkd_cli.data.sources import ANSWERS, Images, Source
 from dfkd_cli.models.classifier import Classifier, ModelInfo
@@ -28,6 +29,7 @@ from dfkd_cli.regimes.base import Regime, Task
 from dfkd_cli.resolve import recipe_layer, resolve
 from dfkd_cli.rounds import fit
 from dfkd_cli.settings import Augmentation, Distill
+from dfkd_cli.stages.distill import opened
 from dfkd_cli.ui import Terminal
 
 REGIMES = catalog.entries("regimes")
@@ -299,6 +301,24 @@ def test_stored_answers_reach_the_losses_unless_the_pixels_change(noise, tmp_pat
         else:
             assert torch.equal(images.logits, images.pixels.flatten(1)[:, :4])
             assert torch.equal(images.targets, TARGETS[images.positions])
+
+
+@pytest.mark.parametrize("needs", [(), ("labels",), ("logits",), ("logits", "targets")])
+def test_shards_are_asked_for_the_answers_that_something_needs(needs, tmp_path, teacher, cli):
+    """``noise`` stores the teacher's logits, and no targets: it aims at none."""
+    args = ["--teacher", teacher, "--num-images", 3, "--out", tmp_path / "shards"]
+    assert cli("synthesize", "--method", "noise", *args)[0] == 0
+    settings = resolve("distill", [("", {"teacher": str(teacher), "transfer_set": [str(tmp_path / "shards")]})])
+    (objective,) = settings.components["objective"]
+    needing = dataclasses.replace(objective, entry=dataclasses.replace(objective.entry, needs=needs))
+    settings = dataclasses.replace(settings, components=settings.components | {"objective": (needing,)})
+    with opened(settings) as job:
+        source = job.task(settings).source
+        images, stored = source.all(), ShardReader(tmp_path / "shards").read(0)
+    assert torch.equal(images.pixels, stored["images"])
+    assert source.answers == ({"logits": 10} if "logits" in needs else {})
+    assert images.targets is None
+    assert torch.equal(images.logits, stored["logits"]) if "logits" in needs else images.logits is None
 
 
 # -- what every regime promises ----------------------------------------------------------------------------------------
