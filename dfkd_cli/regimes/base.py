@@ -61,8 +61,8 @@ class Task:
 class Regime(Learner):
     """Trains a student by steps of one batch each; rounds are stretches of steps.
 
-    A subclass says in ``needs`` what it asks for (``"teacher"``, ``"labels"``), has a ``Config`` in its file, and gives
-    the loss of a batch in :meth:`loss`.
+    A subclass says in ``needs`` what it asks for (``"teacher"``, ``"labels"``, stored ``"logits"`` and ``"targets"``),
+    has a ``Config`` in its file, and gives the loss of a batch in :meth:`loss`.
 
     Attributes:
         idle: Parameters that the loss of the latest batch does not depend on: neither moved nor decayed.
