@@ -121,9 +121,8 @@ class ShardSource(Source):
 
     def __init__(self, reader: ShardReader, wanted: Collection[str] = ()) -> None:
         self.reader, self.sizes, self.shape, self.dtype = reader, reader.sizes, reader.shape, reader.dtype
-        asked = [name for name in ANSWERS if name in wanted]
-        stored = reader.verify() if asked else ()  # nothing is read for nothing
-        self.answers = {name: reader.num_classes for name in asked if name in stored}
+        asked = {*ANSWERS} & {*wanted}  # without any, no shard is read
+        self.answers = dict.fromkeys(asked & reader.verify() if asked else (), reader.num_classes)
 
     def chunk(self, index: int) -> Images:
         tensors = self.reader.read(index)
@@ -205,11 +204,10 @@ class Concat(Source):
     def __init__(self, parts: Sequence[Source]) -> None:
         self.owners = [(part, i) for part in parts for i in range(len(part.sizes))]
         self.sizes = [size for part in parts for size in part.sizes]
-        self.shape = parts[0].shape
+        self.parts, self.shape = parts, parts[0].shape
         self.dtype = parts[0].dtype if len({p.dtype for p in parts}) == 1 else torch.float32
         self.labelled = all(part.labelled for part in parts)
         self.answers = dict(set.intersection(*(set(part.answers.items()) for part in parts)))
-        self.parts = parts
 
     def use(self, device: torch.device) -> None:
         for part in self.parts:

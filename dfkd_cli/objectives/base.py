@@ -42,7 +42,7 @@ class Objective(nn.Module):
     """A distillation loss: student and teacher outputs to named, unweighted, 0-d terms.
 
     A subclass says in ``needs`` what images must have (``"labels"``, ``"logits"``, ``"targets"``), and has a ``Config``
-    in its file with a weight for every term, by its name. Trainable parts belong to it and are trained with the student.
+    in its file with a weight for every term, by its name. Its own trainable parts are trained with the student.
 
     Attributes:
         terms: The names of all terms. One without a weight may be left out.

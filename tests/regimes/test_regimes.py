@@ -22,6 +22,7 @@ from dfkd_cli.artifacts.run import RunDirectory
 from dfkd_cli.artifacts.shards import ShardReader
 from dfkd_cli.config import build, hints
 from dfkd_cli.data.sources import ANSWERS, Images, Source
+from dfkd_cli.errors import ConfigError
 from dfkd_cli.models.classifier import Classifier, ModelInfo
 from dfkd_cli.objectives.base import Objective
 from dfkd_cli.regimes import base
@@ -30,6 +31,7 @@ from dfkd_cli.resolve import recipe_layer, resolve
 from dfkd_cli.rounds import fit
 from dfkd_cli.settings import Augmentation, Distill
 from dfkd_cli.stages.distill import opened
+from dfkd_cli.stages.distill import run as run_distill
 from dfkd_cli.ui import Terminal
 
 REGIMES = catalog.entries("regimes")
@@ -319,6 +321,9 @@ def test_shards_are_asked_for_the_answers_that_something_needs(needs, tmp_path, 
     assert source.answers == ({"logits": 10} if "logits" in needs else {})
     assert images.targets is None
     assert torch.equal(images.logits, stored["logits"]) if "logits" in needs else images.logits is None
+    if lacking := " and ".join(need for need in needs if need != "logits"):
+        with pytest.raises(ConfigError, match=f"response needs {lacking}, which this transfer set has not"):
+            run_distill(settings, Terminal(silent=True))
 
 
 # -- what every regime promises ----------------------------------------------------------------------------------------
