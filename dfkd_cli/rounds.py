@@ -87,6 +87,9 @@ class Learner(pl.LightningModule, ABC):
         """Whether what the rounds before ``index`` left on disk is still there; they are done anew if it is not."""
         return True
 
+    def keep(self) -> None:
+        """Write what is kept beside checkpoints, as often as these. Called in the first process; nothing by default."""
+
     def training_step(self, batch: Any, batch_idx: int) -> None:
         """One round; stops the run when a term is not finite."""
         failure = None
@@ -130,13 +133,14 @@ def weighted_sum(terms: Mapping[str, Tensor], weights: Any) -> Tensor:
 
 
 class _Keeper(Checkpoint):
-    """Saves state, curves and the time worked, between rounds, as often as costs at most two per cent of the time."""
+    """Saves state, curves, manifest and the time worked between rounds: for at most two per cent of all the time."""
 
     def __init__(self, path: Path, run: RunDirectory) -> None:
         self.path, self.run = path, run
         self.next = 0.0
 
     def on_train_epoch_end(self, trainer: pl.Trainer, module: pl.LightningModule) -> None:
+        assert isinstance(module, Learner)
         start = time.monotonic()
         due = trainer.strategy.broadcast(start >= self.next or trainer.current_epoch + 1 == trainer.max_epochs)
         if not due:
@@ -146,6 +150,7 @@ class _Keeper(Checkpoint):
         if not module.stateless:
             trainer.save_checkpoint(self.path)
         if trainer.is_global_zero:
+            module.keep()
             self.run.save()
         now = time.monotonic()
         self.next = now + max(1.0, 50 * (now - start))

@@ -1,13 +1,15 @@
 """Shard directories: data impressions on disk, with what the teacher says about them.
 
 ``manifest.json`` names every ``shard-00000.safetensors`` with its sha256. Shards are immutable and written whole; round
-``i`` of a synthesizer writes shard ``i``, so the shards that exist are all the state a run needs to continue.
+``i`` of a synthesizer writes shard ``i``, so the shards that exist are all the state a run needs to continue. Until all
+are there, the manifest may lag behind them: it says so much of every class that it costs more than many a shard.
 Fields of a shard: ``images`` (B, C, H, W), ``logits`` (B, K) of the teacher on the stored images, ``targets`` (B, K)
 soft labels aimed at, ``labels`` (B,) classes aimed at; only ``images`` and ``logits`` are always there.
 """
 
 from __future__ import annotations
 
+import contextlib
 import json
 from collections.abc import Mapping
 from pathlib import Path
@@ -32,7 +34,7 @@ def shard_name(index: int) -> str:
 
 
 class ShardWriter:
-    """Writes shards into a directory and keeps the manifest.
+    """Writes shards into a directory, and the manifest when asked: it takes over what an earlier process wrote there.
 
     Args:
         directory: The shard directory.
@@ -48,45 +50,40 @@ class ShardWriter:
             recorded = {row["file"]: row["sha256"] for row in read_json(directory / MANIFEST)["shards"]}
         except (ArtifactError, KeyError, TypeError):
             recorded = {}  # no manifest, or a damaged one: it is made anew from the shards
-        for index in range(count):
-            self._recover(index, recorded.get(shard_name(index)))
+        self.collect(recorded)
 
-    def _recover(self, index: int, recorded: str | None) -> None:
-        """Take over a shard that an earlier process finished, if it is whole, ours, and has the recorded hash."""
-        path = self.directory / shard_name(index)
-        if not path.is_file():
-            return
-        sha256 = sha256_file(path)
-        try:
-            with safetensors.safe_open(path, framework="pt") as file:
-                facts = json.loads((file.metadata() or {})[METADATA])
-            if (facts["key"], facts["index"]) == (self.key, index) and recorded in (None, sha256):
-                self.rows[index] = self._row(index, safetensors.torch.load_file(path), facts["terms"], sha256)
-        except (SafetensorError, KeyError, TypeError, ValueError):
-            return  # damaged, or not one of ours: it is remade
+    def collect(self, recorded: Mapping[str, str] | None = None) -> None:
+        """Take over the shards that other processes of this run have finished, earlier or beside this one.
+
+        What is damaged, not of this run, or has another hash than the recorded one of its file is left to be remade.
+        """
+        for index in self.missing():
+            path = self.directory / shard_name(index)
+            with contextlib.suppress(OSError, SafetensorError, KeyError, TypeError, ValueError):
+                with safetensors.safe_open(path, framework="pt") as file:
+                    facts = json.loads((file.metadata() or {})[METADATA])
+                    tensors = {name: file.get_tensor(name) for name in ("images", "logits")}
+                sha256, ours = sha256_file(path), (facts["key"], facts["index"]) == (self.key, index)
+                if ours and (recorded or {}).get(path.name, sha256) == sha256:
+                    self.rows[index] = self._row(index, tensors, facts["terms"], sha256)
 
     def missing(self) -> list[int]:
         """The shards still to be made."""
         return [index for index in range(self.count) if index not in self.rows]
 
-    def write(
-        self, index: int, tensors: Mapping[str, Tensor], terms: Mapping[str, float], manifest: bool = True
-    ) -> None:
-        """Write one shard, then the manifest that names it.
+    def write(self, index: int, tensors: Mapping[str, Tensor], terms: Mapping[str, float]) -> None:
+        """Write one shard. The manifest will name it when that is written next.
 
         Args:
             index: The shard's number.
             tensors: Its fields.
             terms: The loss terms it ended with.
-            manifest: Whether this process keeps the manifest.
         """
         tensors = {name: tensor.detach().cpu().contiguous() for name, tensor in tensors.items()}
         # One entry only: safetensors writes several in random order, and equal work must give equal bytes.
         facts = json.dumps({"key": self.key, "index": index, "terms": dict(terms)})
         data = safetensors.torch.save(tensors, {METADATA: facts})
         self.rows[index] = self._row(index, tensors, terms, write_atomic(self.directory / shard_name(index), data))
-        if manifest:
-            self.write_manifest()
 
     def _row(
         self, index: int, tensors: Mapping[str, Tensor], terms: Mapping[str, float], sha256: str
@@ -106,11 +103,6 @@ class ShardWriter:
     def read(self, index: int) -> dict[str, Tensor]:
         """A finished shard's tensors, on the CPU."""
         return safetensors.torch.load_file(self.directory / shard_name(index))
-
-    def collect(self) -> None:
-        """Take over the shards that other processes of this run have finished."""
-        for index in self.missing():
-            self._recover(index, None)
 
     def write_manifest(self) -> dict[str, Any]:
         """Write what is finished. The manifest carries no time and no path: equal work gives equal bytes."""
@@ -153,11 +145,9 @@ class ShardReader:
             self.teacher: str = manifest["teacher"]["sha256"]
             files = [str(Path(row["file"])) for row in manifest["shards"]]
             numbers = [*self.sizes, *self.shape, self.num_classes]
-            if not (self.sizes and all(isinstance(number, int) and number > 0 for number in numbers)):
-                raise TypeError
-            if not all(isinstance(row["sha256"], str) for row in manifest["shards"]):
-                raise TypeError
-            if len(self.shape) != 3 or not isinstance(self.dtype, torch.dtype):
+            sound = [isinstance(number, int) and number > 0 for number in numbers]
+            sound += [isinstance(row["sha256"], str) for row in manifest["shards"]]
+            if not (all(sound) and self.sizes and len(self.shape) == 3 and isinstance(self.dtype, torch.dtype)):
                 raise TypeError
         except (KeyError, TypeError, AttributeError):
             raise ArtifactError(f"{directory}: {MANIFEST} is damaged", REMAKE) from None
@@ -185,13 +175,13 @@ class ShardReader:
             tensors = safetensors.torch.load_file(path)
         except (SafetensorError, OSError):
             raise ArtifactError(f"{path}: the shard is damaged", REMAKE) from None
-        shapes = {name: tuple(tensor.shape) for name, tensor in tensors.items()}
-        expected = {"images": (row["count"], *self.shape), "logits": (row["count"], self.num_classes)}
+        answers = (row["count"], self.num_classes)
+        expected = {"images": (row["count"], *self.shape), "logits": answers, "targets": answers}
+        shapes = {"targets": answers} | {name: tuple(tensor.shape) for name, tensor in tensors.items()}  # it may lack
         if any(shapes.get(name) != shape for name, shape in expected.items()) or tensors["images"].dtype != self.dtype:
             raise ArtifactError(f"{path}: the shard does not hold what the manifest says", REMAKE)
         return tensors
 
-    def verify(self) -> None:
-        """Read every shard once."""
-        for index in range(len(self.sizes)):
-            self.read(index)
+    def verify(self) -> set[str]:
+        """Read every shard once. Returns the fields that all of them have."""
+        return set.intersection(*(set(self.read(index)) for index in range(len(self.sizes))))

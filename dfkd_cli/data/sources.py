@@ -8,8 +8,8 @@ from __future__ import annotations
 
 import os
 from abc import ABC, abstractmethod
-from collections.abc import Callable, Iterator, Sequence
-from dataclasses import dataclass
+from collections.abc import Callable, Collection, Iterator, Mapping, Sequence
+from dataclasses import dataclass, replace
 from pathlib import Path
 
 import numpy as np
@@ -20,14 +20,14 @@ from dfkd_cli.artifacts.files import digest, sha256_file
 from dfkd_cli.artifacts.shards import ShardReader
 from dfkd_cli.data import datasets
 from dfkd_cli.data.datasets import Dataset
-from dfkd_cli.data.noise import noise
 from dfkd_cli.models.generators import Generators
 from dfkd_cli.seeds import derive
 
 MEMORY = 64 << 20  # bytes of images held at once on a CPU, whose memory others use too
+ANSWERS = ("logits", "targets")  # what may be stored about the pixels of images
 
 
-@dataclass
+@dataclass(frozen=True)
 class Images:
     """Some images and what is known about them. Any tensor may be on any device.
 
@@ -35,11 +35,15 @@ class Images:
         pixels: (B, C, H, W); uint8 stands for [0,255], floats are in pixel space [0,1] (impressions may leave it).
         labels: (B,) int64 class indices, or None.
         positions: (B,) int64, where each stands in the source that :class:`Batches` drew it from, or None.
+        logits: (B, K) float32, the stored answers of the teacher to these very pixels, or None.
+        targets: (B, K) float32, the stored soft labels that these very pixels were made for, or None.
     """
 
     pixels: Tensor
     labels: Tensor | None = None
     positions: Tensor | None = None
+    logits: Tensor | None = None
+    targets: Tensor | None = None
 
     @property
     def true_labels(self) -> Tensor:
@@ -49,28 +53,30 @@ class Images:
         return self.labels
 
     def __getitem__(self, rows: slice | Tensor) -> Images:
-        return self._with(self.pixels[rows], lambda values: values[rows])
+        return self._each(lambda values: values[rows])
+
+    def split(self, size: int) -> list[Images]:
+        """The images in order, at most ``size`` in each part, as :func:`torch.split` gives them."""
+        return [self[start : start + size] for start in range(0, len(self.pixels), size)]
 
     def to(self, device: torch.device) -> Images:
         """The images on a device, as float32 in pixel space."""
-        pixels = self.pixels.to(device, non_blocking=True)
-        pixels = pixels.float().div_(255) if pixels.dtype == torch.uint8 else pixels.float()
-        return self._with(pixels, lambda values: values.to(device, non_blocking=True))
+        moved = self._each(lambda values: values.to(device, non_blocking=True))
+        pixels = moved.pixels.float()
+        return replace(moved, pixels=pixels.div_(255) if moved.pixels.dtype == torch.uint8 else pixels)
 
-    def _with(self, pixels: Tensor, change: Callable[[Tensor], Tensor]) -> Images:
-        known = (None if values is None else change(values) for values in (self.labels, self.positions))
-        return Images(pixels, *known)
+    def changed(self, pixels: Tensor) -> Images:
+        """The images with other pixels (B, C, H, W): labels and positions stay, answers stored for the old ones go."""
+        return self if pixels is self.pixels else replace(self, pixels=pixels, logits=None, targets=None)
+
+    def _each(self, change: Callable[[Tensor], Tensor]) -> Images:
+        return Images(**{name: change(values) for name, values in vars(self).items() if values is not None})
 
 
 def concatenated(parts: Sequence[Images]) -> Images:
-    """Images of one source, one part after the other."""
-
-    def joined(values: list[Tensor | None]) -> Tensor | None:
-        known = [value for value in values if value is not None]
-        return torch.cat(known) if known else None
-
-    labels, positions = joined([p.labels for p in parts]), joined([p.positions for p in parts])
-    return Images(torch.cat([p.pixels for p in parts]), labels, positions)
+    """Images one part after the other, with what all the parts have."""
+    names = [name for name in vars(parts[0]) if all(getattr(part, name) is not None for part in parts)]
+    return Images(**{name: torch.cat([getattr(part, name) for part in parts]) for name in names})
 
 
 class Source(ABC):
@@ -81,12 +87,14 @@ class Source(ABC):
         shape: (C, H, W) of every image.
         dtype: How pixels are held.
         labelled: Whether chunks carry true labels.
+        answers: The stored answers that chunks carry, each with its number of classes. None unless asked for.
     """
 
     sizes: Sequence[int]
     shape: tuple[int, int, int]
     dtype: torch.dtype
     labelled = False
+    answers: Mapping[str, int] = {}
 
     @abstractmethod
     def chunk(self, index: int) -> Images:
@@ -104,22 +112,25 @@ class Source(ABC):
 
     @property
     def bytes_per_image(self) -> int:
-        """Memory that one image takes."""
-        return int(np.prod(self.shape)) * self.dtype.itemsize
+        """Memory that one image takes, with its answers."""
+        return int(np.prod(self.shape)) * self.dtype.itemsize + sum(self.answers.values()) * torch.float32.itemsize
 
 
 class ShardSource(Source):
-    """The impressions of a shard directory."""
+    """The impressions of a shard directory, with those of the wanted :data:`ANSWERS` that every shard has."""
 
-    def __init__(self, reader: ShardReader) -> None:
+    def __init__(self, reader: ShardReader, wanted: Collection[str] = ()) -> None:
         self.reader, self.sizes, self.shape, self.dtype = reader, reader.sizes, reader.shape, reader.dtype
+        asked = {*ANSWERS} & {*wanted}  # without any, no shard is read
+        self.answers = dict.fromkeys(asked & reader.verify() if asked else (), reader.num_classes)
 
     def chunk(self, index: int) -> Images:
-        return Images(self.reader.read(index)["images"])
+        tensors = self.reader.read(index)
+        return Images(tensors["images"], **{name: tensors[name].float() for name in self.answers})
 
 
 class NoiseSource(Source):
-    """``noise:N``: what the ``noise`` method makes, without storing it."""
+    """``noise:N``: uniform noise in [0,1], what the ``noise`` method makes, without storing it."""
 
     def __init__(self, count: int, shape: tuple[int, int, int], seed: int, chunk: int = 1000) -> None:
         self.sizes = [min(chunk, count - start) for start in range(0, count, chunk)]
@@ -127,7 +138,7 @@ class NoiseSource(Source):
 
     def chunk(self, index: int) -> Images:
         generator = torch.Generator().manual_seed(derive("shard", self.seed, index))
-        return Images(noise(self.sizes[index], self.shape, generator))
+        return Images(torch.rand(self.sizes[index], *self.shape, generator=generator))
 
 
 class GeneratorSource(Source):
@@ -188,15 +199,15 @@ class FolderSource(Source):
 
 
 class Concat(Source):
-    """Several sources, one after the other. Labels survive when every part has them."""
+    """Several sources, one after the other. Labels and answers survive where every part has them."""
 
     def __init__(self, parts: Sequence[Source]) -> None:
         self.owners = [(part, i) for part in parts for i in range(len(part.sizes))]
         self.sizes = [size for part in parts for size in part.sizes]
-        self.shape = parts[0].shape
+        self.parts, self.shape = parts, parts[0].shape
         self.dtype = parts[0].dtype if len({p.dtype for p in parts}) == 1 else torch.float32
         self.labelled = all(part.labelled for part in parts)
-        self.parts = parts
+        self.answers = dict(set.intersection(*(set(part.answers.items()) for part in parts)))
 
     def use(self, device: torch.device) -> None:
         for part in self.parts:
@@ -207,7 +218,8 @@ class Concat(Source):
         images = part.chunk(local)
         if images.pixels.dtype != self.dtype:
             images = images.to(torch.device("cpu"))
-        return images if self.labelled else Images(images.pixels)
+        answers = {name: getattr(images, name) for name in self.answers}
+        return Images(images.pixels, images.labels if self.labelled else None, **answers)
 
 
 class Subset(Source):
@@ -225,7 +237,7 @@ class Subset(Source):
         self.rows = [(chunk, torch.from_numpy(part)) for chunk, part in enumerate(rows) if len(part)]
         self.sizes = [len(part) for _, part in self.rows]
         self.shape, self.dtype = source.shape, source.dtype
-        self.labelled = source.labelled
+        self.labelled, self.answers = source.labelled, source.answers
 
     def use(self, device: torch.device) -> None:
         self.source.use(device)
@@ -240,8 +252,8 @@ def first(source: Source, count: int) -> Source:
     return Subset(source, np.arange(len(source)) < count)
 
 
-def split(source: Source, share: float, seed: int) -> tuple[Source, Source | None]:
-    """Two parts of a source that have no image in common.
+def hold_out(source: Source, share: float, seed: int) -> tuple[Source, Source | None]:
+    """What is left of a source and what is held out: two parts that have no image in common.
 
     The second has ``share`` of the images, but no more than can be held at once, or is None.
     """
@@ -322,17 +334,17 @@ class Batches:
 
     def _window(self, chunks: tuple[int, ...]) -> Images:
         if chunks not in self._windows:
-            count = sum(self.source.sizes[c] for c in chunks)
-            pixels = torch.empty(count, *self.source.shape, dtype=self.source.dtype, device=self.device)
-            labels = torch.empty(count, dtype=torch.int64, device=self.device) if self.source.labelled else None
-            positions = torch.cat([torch.arange(self.starts[c], self.starts[c + 1]) for c in chunks])
+            source, count = self.source, sum(self.source.sizes[c] for c in chunks)
+            window = {"pixels": torch.empty(count, *source.shape, dtype=source.dtype, device=self.device)}
+            if source.labelled:
+                window["labels"] = torch.empty(count, dtype=torch.int64, device=self.device)
+            window |= {name: torch.empty(count, k, device=self.device) for name, k in source.answers.items()}
             at = 0
             for chunk in chunks:  # filled in place: a list of chunks and their concatenation would take twice the room
-                images = self.source.chunk(chunk)
-                end = at + self.source.sizes[chunk]
-                pixels[at:end] = images.pixels
-                if labels is not None:
-                    labels[at:end] = images.true_labels
+                images, end = source.chunk(chunk), at + source.sizes[chunk]
+                for name, values in window.items():
+                    values[at:end] = getattr(images, name)
                 at = end
-            self._windows[chunks] = Images(pixels, labels, positions.to(self.device))
+            positions = torch.cat([torch.arange(self.starts[c], self.starts[c + 1]) for c in chunks])
+            self._windows[chunks] = Images(**window, positions=positions.to(self.device))
         return self._windows[chunks]

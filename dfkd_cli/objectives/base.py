@@ -41,8 +41,8 @@ def ask(classifier: Classifier, pixels: Tensor, taps: Mapping[str, Tap]) -> Outp
 class Objective(nn.Module):
     """A distillation loss: student and teacher outputs to named, unweighted, 0-d terms.
 
-    A subclass says in ``needs`` what it asks for (``"labels"``), and has a ``Config`` in its file with a weight for
-    every term, under the term's name. Trainable parts of its own belong to the module and are trained with the student.
+    A subclass says in ``needs`` what images must have (``"labels"``, ``"logits"``, ``"targets"``), and has a ``Config``
+    in its file with a weight for every term, by its name. Its own trainable parts are trained with the student.
 
     Attributes:
         terms: The names of all terms. One without a weight may be left out.
@@ -111,7 +111,7 @@ class Objective(nn.Module):
         Args:
             student: What the student says about the images.
             teacher: What the teacher says, without gradients.
-            images: What they were asked about, augmented; with true labels, or without.
+            images: What they were asked about, augmented; with what is known of them, if anything is.
         """
 
 

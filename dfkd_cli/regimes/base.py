@@ -20,7 +20,7 @@ from torch.optim.lr_scheduler import (
 )
 
 from dfkd_cli.data.augment import pipeline
-from dfkd_cli.data.sources import Batches, Images, Source, split
+from dfkd_cli.data.sources import Batches, Images, Source, hold_out
 from dfkd_cli.models.classifier import Classifier
 from dfkd_cli.objectives.base import Objective
 from dfkd_cli.rounds import Learner
@@ -44,7 +44,7 @@ class Task:
     Attributes:
         student: The network to train.
         teacher: The network to learn from, or None.
-        source: The images.
+        source: The images, with the stored answers that regime and objectives need.
         objectives: Losses between the two by name, with their weights.
         training: Optimiser, schedule, augmentation.
         seed: The run's seed.
@@ -61,8 +61,8 @@ class Task:
 class Regime(Learner):
     """Trains a student by steps of one batch each; rounds are stretches of steps.
 
-    A subclass says in ``needs`` what it asks for (``"teacher"``, ``"labels"``), has a ``Config`` in its file, and gives
-    the loss of a batch in :meth:`loss`.
+    A subclass says in ``needs`` what it asks for (``"teacher"``, ``"labels"``, stored ``"logits"`` and ``"targets"``),
+    has a ``Config`` in its file, and gives the loss of a batch in :meth:`loss`.
 
     Attributes:
         idle: Parameters that the loss of the latest batch does not depend on: neither moved nor decayed.
@@ -81,7 +81,7 @@ class Regime(Learner):
         self.weights = {name: weight for name, (weight, _) in task.objectives.items()}
         self.losses = {name: objective for name, (_, objective) in task.objectives.items()}
         self.objectives = nn.ModuleDict(self.losses)  # what is trained with the student and saved with its state
-        self.train_source, self.held_out = split(task.source, task.training.holdout, task.seed)
+        self.train_source, self.held_out = hold_out(task.source, task.training.holdout, task.seed)
         for name, objective in self.losses.items():
             with torch.random.fork_rng(devices=[]):
                 torch.manual_seed(derive(f"images of {name}", task.seed))
@@ -149,7 +149,7 @@ class Regime(Learner):
         for step, images in enumerate(self.batches.steps(start, stop), start):
             seed_torch(self.device, "step", self.seed, step, self.global_rank)
             images = images[self.global_rank :: self.trainer.world_size]  # processes share each batch
-            images.pixels = self.augment(images.pixels)
+            images = images.changed(self.augment(images.pixels))
             for objective in self.losses.values():
                 objective.epoch, objective.progress = step // self.batches.steps_per_epoch, step / self.steps
             loss, terms = self.loss(images)
@@ -173,5 +173,4 @@ class Regime(Learner):
     @torch.no_grad()
     def _measure(self, held: Images) -> Tensor:
         self.student.eval()
-        parts = range(0, len(held.pixels), MEASURED_AT_ONCE)
-        return torch.cat([self.right(held[i : i + MEASURED_AT_ONCE]).float() for i in parts]).mean()
+        return torch.cat([self.right(part).float() for part in held.split(MEASURED_AT_ONCE)]).mean()

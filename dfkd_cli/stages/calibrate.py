@@ -9,7 +9,7 @@ from statistics import fmean
 import torch
 from torch import Tensor, nn
 
-from dfkd_cli.data.sources import Batches, split
+from dfkd_cli.data.sources import Batches, hold_out
 from dfkd_cli.errors import ConfigError
 from dfkd_cli.objectives.answers import AnswerObjective
 from dfkd_cli.regimes.base import Task, length
@@ -80,7 +80,7 @@ def check(task: Task) -> None:
     shorter = f"--set objective.{first}.pretraining"
     if not after:
         raise ConfigError(f"{what}, and nothing after them", f"add --objective response, or {shorter}=0")
-    per_epoch, steps = length(task.training, len(split(task.source, task.training.holdout, task.seed)[0]))
+    per_epoch, steps = length(task.training, len(hold_out(task.source, task.training.holdout, task.seed)[0]))
     if phase * per_epoch >= steps:
         raise ConfigError(
             f"{what}, {phase * per_epoch} steps of {steps}, which leaves none for {', '.join(after)}",

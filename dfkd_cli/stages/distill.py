@@ -133,7 +133,8 @@ def opened(settings: Settings) -> Iterator[Job]:
         teacher = load_teacher(inputs, settings.run.allow_code)
         if data_free:
             seals.enter_context(sealed("the transfer set is data-free", teacher.real_data(inputs.data_dir)))
-        sets = [open_transfer_set(name, teacher, inputs.data_dir, seed) for name in inputs.transfer_set]
+        needs = [need for chosen in settings.components.values() for one in chosen for need in one.entry.needs]
+        sets = [open_transfer_set(name, teacher, inputs.data_dir, seed, needs) for name in inputs.transfer_set]
         info = dataclasses.replace(teacher.classifier.info, spec=inputs.student)
         student = fresh(info, "student", seed, settings.run.allow_code)
         objectives = connect(settings.components["objective"], student, teacher.classifier, seed)

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
-from collections.abc import Sequence
+from collections.abc import Collection, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -181,8 +181,10 @@ def open_images(name: str, teacher: LoadedModel, data_dir: str | None, seed: int
     return TransferSet(_some(images, count, seed), {"role": "images", "spec": name})
 
 
-def open_transfer_set(name: str, teacher: LoadedModel, data_dir: str | None, seed: int) -> TransferSet:
-    """Open ``real``, ``real:N``, ``noise:N``, a shard directory, a generator directory, or a folder of images.
+def open_transfer_set(
+    name: str, teacher: LoadedModel, data_dir: str | None, seed: int, wanted: Collection[str] = ()
+) -> TransferSet:
+    """Open ``real``, ``real:N``, ``noise:N``, shards (with wanted answers), a generator, or a folder of images.
 
     Raises:
         ConfigError: Not a transfer set.
@@ -206,7 +208,7 @@ def open_transfer_set(name: str, teacher: LoadedModel, data_dir: str | None, see
     if not path.is_dir():
         hint = "make it: dfkd synthesize --method zskd" if name.rstrip("/") == "shards" else "check --transfer-set"
         raise ArtifactError(f"no transfer set at {name}", hint)
-    ours = _ours(name, info, seed)
+    ours = _ours(name, info, seed, wanted)
     if ours is not None:
         found, made_from = ours
         if made_from not in teacher.line:
@@ -216,13 +218,13 @@ def open_transfer_set(name: str, teacher: LoadedModel, data_dir: str | None, see
     return TransferSet(folder, {"role": "transfer-set", "path": name, "sha256": folder.sha256})
 
 
-def _ours(name: str, info: ModelInfo, seed: int) -> tuple[TransferSet, str] | None:
+def _ours(name: str, info: ModelInfo, seed: int, wanted: Collection[str] = ()) -> tuple[TransferSet, str] | None:
     """Shards or a generator, and the identity of the teacher they were made from; None where the name is neither's."""
     path = Path(name)
     if (path / MANIFEST).exists():
         reader = ShardReader(path)
         sha256, made_from, uses = reader.sha256, reader.teacher, reader.manifest.get("uses", ())
-        source: Source = ShardSource(reader)
+        source: Source = ShardSource(reader, wanted)
     elif (path / generators.RECORD).exists():
         made_by, record = generators.load_generators(path)
         sha256, uses = generators.identity(record), ()

@@ -20,17 +20,11 @@ BATCH = 500  # images of a forward pass
 CPU = torch.device("cpu")
 
 
-def split(images: Images, size: int, device: torch.device) -> Iterator[Images]:
-    """Images in batches of at most ``size``, in order, on a device as float32 in pixel space."""
-    for start in range(0, len(images.pixels), size):
-        rows = slice(start, start + size)
-        yield Images(images.pixels[rows], None if images.labels is None else images.labels[rows]).to(device)
-
-
 def batches(source: Source, size: int, device: torch.device) -> Iterator[Images]:
-    """Every image of a source once, as :func:`split` gives them; a batch is of one chunk."""
+    """Every image of a source once, in order, at most ``size`` of one chunk at a time, on a device as float32."""
     for index in range(len(source.sizes)):
-        yield from split(source.chunk(index), size, device)
+        for part in source.chunk(index).split(size):
+            yield part.to(device)
 
 
 def share(hits: Tensor) -> float:

@@ -22,7 +22,7 @@ from dfkd_cli.models.statistics import (
     recorded_moments,
     running_moments,
 )
-from dfkd_cli.stages.measures import BATCH, CPU, split
+from dfkd_cli.stages.measures import BATCH, CPU
 
 SAMPLE = 1000  # images, evenly spaced, for what is too slow for all of them
 TOLERANCE = 1e-3  # of logits recomputed on another machine
@@ -128,7 +128,7 @@ def _measure(
 
 def _logits(teacher: Classifier, images: Images, device: torch.device, batch_size: int) -> Tensor:
     teacher = teacher.eval().to(device)
-    return torch.cat([teacher(batch.pixels).float().cpu() for batch in split(images, batch_size, device)])
+    return torch.cat([teacher(batch.to(device).pixels).float().cpu() for batch in images.split(batch_size)])
 
 
 def bn_distances(seen: Mapping[str, RunningMoments], recorded: Mapping[str, Moments]) -> dict[str, float]:

@@ -13,6 +13,7 @@ import torch
 from dfkd_cli.artifacts.files import digest, sha256_file
 from dfkd_cli.artifacts.run import RunDirectory, check_free
 from dfkd_cli.config import dump_yaml
+from dfkd_cli.data.sources import ANSWERS
 from dfkd_cli.errors import ConfigError
 from dfkd_cli.models.classifier import Classifier, ModelInfo
 from dfkd_cli.models.directory import read_record, save_model
@@ -77,11 +78,12 @@ def train(
     """
     settings = run.settings
     regime = settings.method.entry
-    if "labels" in regime.needs and not task.source.labelled:
-        raise ConfigError(f"--method {regime.name} needs labels, which this transfer set has not", "use real or real:N")
-    for objective in settings.components.get("objective", ()):
-        if "labels" in objective.entry.needs and not task.source.labelled:
-            raise ConfigError(f"--objective {objective.entry.name} needs labels", "use real or real:N")
+    lacking = {*ANSWERS, "labels"} - {*task.source.answers, *(["labels"] if task.source.labelled else [])}
+    for flag, chosen in settings.components.items():
+        for one in chosen:
+            if missing := " and ".join(sorted(lacking & {*one.entry.needs})):
+                hint = "use real or real:N" if "labels" in missing else "use shards that store them"
+                raise ConfigError(f"--{flag} {one.entry.name} needs {missing}, which this transfer set has not", hint)
     if "teacher" in regime.needs and task.teacher is None:
         raise ConfigError(f"--method {regime.name} needs a teacher", "use it with dfkd distill")
     if run.claim():

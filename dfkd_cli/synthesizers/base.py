@@ -104,6 +104,11 @@ class Synthesizer(Learner):
         self._store(shard, made)
         return made.terms
 
+    def keep(self) -> None:
+        """Write the manifest of what is finished."""
+        if self.writer.rows:
+            self.writer.write_manifest()
+
     def _count(self, shard: int) -> int:
         """The images of a shard."""
         return min(self.config.batch_size, self.num_images - shard * self.config.batch_size)
@@ -118,7 +123,7 @@ class Synthesizer(Learner):
         if made.targets is not None:
             tensors["targets"] = made.targets.float()
         terms = {name: float(value) for name, value in made.terms.items()}
-        self.writer.write(shard, tensors, terms, manifest=self.global_rank == 0)
+        self.writer.write(shard, tensors, terms)
 
 
 class ImageOptimizer(Synthesizer):

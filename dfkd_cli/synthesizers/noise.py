@@ -8,7 +8,8 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 
-from dfkd_cli.data.noise import noise
+import torch
+
 from dfkd_cli.settings import Shards
 from dfkd_cli.synthesizers.base import Impressions, Synthesizer
 
@@ -25,5 +26,5 @@ class Noise(Synthesizer):
     config: Config
 
     def make(self, first: int, count: int) -> Impressions:
-        """Draw the images."""
-        return Impressions(noise(count, self.teacher.info.input_size).to(self.device), None, {})
+        """Draw the images on the CPU, so that every device gets the same."""
+        return Impressions(torch.rand(count, *self.teacher.info.input_size).to(self.device), None, {})

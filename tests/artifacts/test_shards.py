@@ -98,6 +98,7 @@ def test_shards_of_different_sizes(tmp_path):
     writer = ShardWriter(tmp_path, HEAD, 2)
     writer.write(0, tensors(0, 4), {})
     writer.write(1, tensors(1, 1), {})
+    writer.write_manifest()
     assert ShardReader(tmp_path).sizes == [4, 1]
 
 
@@ -112,6 +113,7 @@ def test_the_order_of_the_work_does_not_show(tmp_path):
         writer = ShardWriter(tmp_path / name, HEAD, 3)
         for index in order:
             writer.write(index, tensors(index), {})
+            writer.write_manifest()
     rows = [json.loads((tmp_path / name / MANIFEST).read_text())["shards"] for name in ("a", "b")]
     assert [[row["file"] for row in part] for part in rows] == [[*map(shard_name, range(3))]] * 2
 
@@ -157,8 +159,15 @@ def test_the_manifest_of_another_run(directory, tmp_path):
 
 
 def test_an_unfinished_set(tmp_path):
-    ShardWriter(tmp_path, HEAD, 2).write(0, tensors(0), {})
+    writer = ShardWriter(tmp_path, HEAD, 2)
+    writer.write(0, tensors(0), {})
+    refuse(tmp_path, "no shard directory")  # as long as nothing says what is there
+    writer.write_manifest()
     refuse(tmp_path, "not finished")
+    writer.write(1, tensors(1), {})
+    refuse(tmp_path, "not finished")
+    writer.write_manifest()
+    ShardReader(tmp_path).verify()
 
 
 @pytest.mark.parametrize("name", ["../secret.safetensors", "/etc/passwd", "sub/shard.safetensors", "..", "."])
@@ -204,8 +213,25 @@ def test_a_manifest_row_that_does_not_hold(directory, change):
     refuse(directory)
 
 
-def test_a_shard_with_other_fields_than_the_manifest_says(directory):
-    data = safetensors.torch.save({"logits": torch.zeros(4, CLASSES)})
+def test_every_shard_says_what_it_has(tmp_path):
+    writer = ShardWriter(tmp_path, HEAD, 2)
+    whole = tensors(0)
+    for index, fields in enumerate((["images", "logits", "targets"], ["images", "logits"])):
+        writer.write(index, {name: whole[name] for name in fields}, {})
+    writer.write_manifest()
+    assert ShardReader(tmp_path).verify() == {"images", "logits"}
+
+
+@pytest.mark.parametrize(
+    "fields",
+    [
+        {"logits": torch.zeros(4, CLASSES)},
+        {"images": torch.zeros(4, *SHAPE).half(), "logits": torch.zeros(4, CLASSES + 1)},
+        {"images": torch.zeros(4, *SHAPE).half(), "logits": torch.zeros(4, CLASSES), "targets": torch.zeros(4)},
+    ],
+)
+def test_a_shard_with_other_fields_than_the_manifest_says(directory, fields):
+    data = safetensors.torch.save(fields)
     (directory / shard_name(0)).write_bytes(data)
     edit(directory, lambda m: m["shards"][0].update(sha256=sha256_file(directory / shard_name(0))))
     refuse(directory, "does not hold")
@@ -235,6 +261,25 @@ def test_a_kill_between_shard_and_manifest(directory):
     assert remade(directory) == []
     manifest = json.loads((directory / MANIFEST).read_text())
     assert [row["terms"] for row in manifest["shards"]] == [{"loss": 0.5}, {"loss": 1.5}, {"loss": 2.5}]
+
+
+@pytest.mark.parametrize("recorded", [0, 1, 2])
+def test_a_kill_before_the_manifest_names_the_latest_shards(directory, tmp_path, recorded):
+    """Two of three shards are finished when the process dies, and so many of them recorded."""
+    killed = tmp_path / "killed"
+    writer = ShardWriter(killed, HEAD, 3)
+    for index in range(2):
+        writer.write(index, tensors(index), {"loss": index + 0.5})
+        if index + 1 == recorded:
+            writer.write_manifest()
+    assert remade(killed) == [2]
+    assert (killed / MANIFEST).read_bytes() == (directory / MANIFEST).read_bytes()
+
+
+def test_a_folder_in_the_place_of_a_shard_is_none(directory):
+    (directory / shard_name(1)).unlink()
+    (directory / shard_name(1)).mkdir()
+    assert ShardWriter(directory, HEAD, 3).missing() == [1]
 
 
 def test_a_kill_in_the_middle_of_a_write(directory):
@@ -292,7 +337,9 @@ def test_shards_of_another_run_are_not_taken_over(directory):
 def test_shards_of_other_processes_are_collected(tmp_path):
     first, second = (ShardWriter(tmp_path, HEAD, 4) for _ in range(2))
     for index in range(4):
-        (first, second)[index % 2].write(index, tensors(index), {}, manifest=index % 2 == 0)
+        (first, second)[index % 2].write(index, tensors(index), {})
+    first.write_manifest()  # of its own shards
+    refuse(tmp_path, "not finished")
     assert first.missing() == [1, 3]
     first.collect()
     assert first.missing() == []

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import itertools
+from dataclasses import replace
 
 import numpy as np
 import pytest
@@ -14,6 +15,8 @@ from dfkd_cli.artifacts.shards import ShardReader, ShardWriter
 from dfkd_cli.config import build
 from dfkd_cli.data import datasets
 from dfkd_cli.data.sources import (
+    ANSWERS,
+    MEMORY,
     Batches,
     Concat,
     FolderSource,
@@ -23,7 +26,9 @@ from dfkd_cli.data.sources import (
     ShardSource,
     Source,
     Subset,
-    split,
+    concatenated,
+    first,
+    hold_out,
 )
 from dfkd_cli.models.directory import load_model
 
@@ -43,6 +48,26 @@ class Numbers(Source):
         start = self.first + sum(self.sizes[:index])
         numbers = torch.arange(start, start + self.sizes[index])
         return Images(numbers.float().view(-1, 1, 1, 1), numbers if self.labelled else None)
+
+
+class Answered(Numbers):
+    """The same with stored answers: logits that start with the number, and targets that start with its square."""
+
+    def __init__(self, sizes: list[int], answers: tuple[str, ...] = ANSWERS, classes: int = 3, **more) -> None:
+        super().__init__(sizes, **more)
+        self.answers = dict.fromkeys(answers, classes)
+
+    def chunk(self, index: int) -> Images:
+        images = super().chunk(index)
+        columns = torch.arange(self.answers.get("logits", 3)) + images.pixels.flatten(1)
+        answers = {"logits": columns, "targets": columns**2}
+        return replace(images, **{name: answers[name] for name in self.answers})
+
+
+def answers_hold(images: Images, classes: int = 3) -> bool:
+    """Whether each image has the answers that are its own."""
+    columns = torch.arange(classes) + images.pixels.flatten(1)
+    return torch.equal(images.logits, columns) and torch.equal(images.targets, columns**2)
 
 
 def numbers(images: Images) -> list[int]:
@@ -88,6 +113,32 @@ def test_labels_stay_with_their_images(sizes, batch, memory):
     batches = Batches(Numbers(sizes, labelled=True), batch, seed=0, device=CPU, memory=memory * IMAGE)
     for images in batches.steps(0, 2 * batches.steps_per_epoch):
         assert images.labels.tolist() == numbers(images)
+
+
+@pytest.mark.parametrize(("sizes", "batch", "memory"), CUTS)
+def test_answers_stay_with_their_images_and_count_as_memory(sizes, batch, memory):
+    whole = Answered(sizes)
+    assert whole.bytes_per_image == IMAGE + 2 * 3 * 4
+    for source in (whole, Concat([whole]), Subset(whole, np.arange(12) % 5 > 0), first(whole, 7)):
+        fits = memory * whole.bytes_per_image
+        batches = Batches(source, batch, seed=0, device=CPU, memory=fits)
+        for images in batches.steps(0, 2 * batches.steps_per_epoch):
+            assert answers_hold(images)
+            assert answers_hold(images[1:].to(CPU))
+            held = sum(v.nbytes for w in batches._windows.values() for v in (w.pixels, w.logits, w.targets))
+            assert held <= max(fits, max(source.sizes) * whole.bytes_per_image)
+
+
+def test_answers_that_nobody_wants_change_no_order():
+    with_answers, without = Answered([4] * 6), Numbers([4] * 6)
+    more = with_answers.bytes_per_image // IMAGE
+    orders = [
+        [epoch(Batches(source, 3, seed=2, device=CPU, memory=memory * IMAGE), index) for index in range(3)]
+        for source, memory in ((without, 9), (Answered([4] * 6, ()), 9), (with_answers, 9 * more))
+    ]
+    assert orders[0] == orders[1] == orders[2]
+    (images,) = Batches(Answered([4], ()), 4, seed=0, device=CPU).steps(0, 1)
+    assert images.logits is images.targets is None
 
 
 @pytest.mark.parametrize(("sizes", "batch", "memory"), CUTS)
@@ -182,8 +233,8 @@ def test_batches_do_not_share_memory_with_the_source():
 
 @pytest.mark.parametrize("sizes", [[100], [20] * 5, [1] * 100, [3, 90, 7]])
 @pytest.mark.parametrize("share", [0.02, 0.25, 0.5])
-def test_split_parts_cover_the_source_and_share_nothing(sizes, share):
-    kept, held_out = split(Numbers(sizes, labelled=True), share, seed=0)
+def test_held_out_and_kept_parts_cover_the_source_and_share_nothing(sizes, share):
+    kept, held_out = hold_out(Numbers(sizes, labelled=True), share, seed=0)
     assert len(held_out) == round(share * 100)
     assert sorted(everything(kept) + everything(held_out)) == list(range(100))
     for part in (kept, held_out):
@@ -191,13 +242,21 @@ def test_split_parts_cover_the_source_and_share_nothing(sizes, share):
         assert all(part.chunk(i).labels.tolist() == numbers(part.chunk(i)) for i in range(len(part.sizes)))
 
 
-def test_split_depends_on_the_seed_and_may_hold_nothing_out():
+def test_what_is_held_out_depends_on_the_seed_and_may_be_nothing():
     source = Numbers([50, 50])
-    first, again, other = (everything(split(source, 0.2, seed)[1]) for seed in (0, 0, 1))
+    first, again, other = (everything(hold_out(source, 0.2, seed)[1]) for seed in (0, 0, 1))
     assert first == again != other
     for share, count in ((0.0, 100), (0.02, 10)):
         source = Numbers([count])
-        assert split(source, share, seed=0) == (source, None)
+        assert hold_out(source, share, seed=0) == (source, None)
+
+
+def test_what_is_held_out_keeps_its_answers_and_can_be_held_at_once():
+    kept, held_out = hold_out(Answered([20] * 5), 0.25, seed=0)
+    assert answers_hold(kept.all())
+    assert answers_hold(held_out.all())
+    classes = MEMORY // 4 // 10  # of which one answer of ten images fits
+    assert len(hold_out(Answered([1] * 100, ("logits",), classes), 0.5, seed=0)[1]) == 9
 
 
 def test_subset_leaves_out_chunks_of_which_nothing_is_chosen():
@@ -221,6 +280,56 @@ def test_concat_keeps_labels_only_where_all_have_them():
     mixed = Concat([labelled, unlabelled])
     assert not mixed.labelled
     assert mixed.chunk(0).labels is None
+
+
+def test_concat_keeps_answers_only_where_all_have_the_same():
+    whole, logits, neither, other = (
+        Answered([2]), Answered([2], ("logits",)), Numbers([2]), Answered([2], classes=4)
+    )  # fmt: skip
+    for parts, shared in (
+        ([whole, whole], {"logits": 3, "targets": 3}),
+        ([whole, logits], {"logits": 3}),
+        ([logits, whole], {"logits": 3}),
+        ([whole, neither], {}),
+        ([neither, whole], {}),
+        ([whole, other], {}),
+    ):
+        both = Concat(parts)
+        assert both.answers == shared
+        assert both.bytes_per_image == IMAGE + 4 * sum(shared.values())
+        (images,) = Batches(both, 4, seed=0, device=CPU).steps(0, 1)
+        for part in (images, both.chunk(0), both.chunk(1), both.all()):
+            assert {name for name in ANSWERS if getattr(part, name) is not None} == shared.keys()
+
+
+def test_parts_together_have_what_all_of_them_have():
+    labelled = Images(torch.zeros(2, 1, 1, 1), torch.tensor([0, 1]), torch.tensor([5, 6]), logits=torch.ones(2, 3))
+    bare = Images(torch.ones(1, 1, 1, 1), positions=torch.tensor([7]))
+    for parts in ([labelled, bare], [bare, labelled]):
+        both = concatenated(parts)
+        assert (both.labels, both.logits, both.targets) == (None, None, None)
+        assert both.positions.tolist() == [int(place) for part in parts for place in part.positions]
+    both = concatenated([labelled, labelled[1:]])
+    assert both.labels.tolist() == [0, 1, 1]
+    assert both.logits.shape == (3, 3)
+
+
+def test_images_are_cut_in_order_with_all_that_belongs_to_them():
+    images = Answered([7], labelled=True).chunk(0)
+    parts = images.split(3)
+    assert [part.labels.tolist() for part in parts] == [numbers(part) for part in parts] == [[0, 1, 2], [3, 4, 5], [6]]
+    assert all(map(answers_hold, parts))
+
+
+def test_stored_answers_hold_for_the_pixels_that_they_were_given_for():
+    images = replace(Answered([3], labelled=True).chunk(0), positions=torch.arange(3))
+    assert images.changed(images.pixels) is images
+    changed = images.changed(images.pixels.clone())  # who cannot tell whether pixels have changed takes them for new
+    assert changed.logits is changed.targets is None
+    assert (changed.labels is images.labels, changed.positions is images.positions) == (True, True)
+    assert answers_hold(images)
+    with pytest.raises(AttributeError):
+        images.pixels = images.pixels + 1
 
 
 def test_concat_brings_different_storage_to_one_space():
@@ -248,6 +357,33 @@ def test_noise_source_is_what_the_noise_method_makes(tmp_path, teacher, dtype):
     assert stored.sizes == streamed.sizes == [1000, 200]
     for index in range(2):
         assert torch.equal(stored.chunk(index).pixels, streamed.chunk(index).pixels.to(stored.dtype))
+
+
+@pytest.mark.parametrize("everywhere", [True, False])
+def test_shard_source_carries_the_answers_that_are_wanted_and_stored(tmp_path, everywhere):
+    head = {"shape": [1, 2, 2], "dtype": "float16", "num_classes": 3, "teacher": {"sha256": "0"}}
+    writer = ShardWriter(tmp_path, head, 2)
+    shards = [
+        {"images": torch.randn(count, 1, 2, 2).half(), "logits": torch.randn(count, 3), "targets": torch.rand(count, 3)}
+        for count in (4, 2)
+    ]
+    if not everywhere:
+        del shards[1]["targets"]
+    for index, shard in enumerate(shards):
+        writer.write(index, shard, {})
+    writer.write_manifest()
+    reader = ShardReader(tmp_path)
+    stored = ["logits", "targets"] if everywhere else ["logits"]
+    for wanted in ((), ("labels", "teacher"), ("logits",), ("targets",), ("targets", "logits", "teacher")):
+        source = ShardSource(reader, wanted)
+        carried = [name for name in stored if name in wanted]
+        assert source.answers == dict.fromkeys(carried, 3)
+        assert source.bytes_per_image == 4 * 2 + len(carried) * 3 * 4
+        for index, shard in enumerate(shards):
+            images = source.chunk(index)
+            assert torch.equal(images.pixels, shard["images"])
+            assert all(torch.equal(getattr(images, name), shard[name]) for name in carried)
+            assert all(getattr(images, name) is None for name in set(ANSWERS) - set(carried))
 
 
 def test_real_source_gives_the_chosen_images_with_their_labels():

@@ -82,7 +82,7 @@ def test_gradients_are_those_of_the_loss(name, values):
         Outputs(logits, dict(zip(teachers, guide, strict=True))),
     )
     given = images(3)
-    given.pixels = given.pixels.double()
+    given = given.changed(given.pixels.double())
 
     def terms(*_: Tensor) -> tuple[Tensor, ...]:
         torch.manual_seed(0)  # what is drawn at random is drawn again

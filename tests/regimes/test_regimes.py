@@ -15,15 +15,20 @@ import pytest
 import torch
 from stand_ins import Given, work
 from tiny_regimes import CLASSES, REGIMES, inputs, linear, network, pixels, regime, response
-from torch import nn
+from torch import Tensor, nn
 
 from dfkd_cli import catalog
+from dfkd_cli.artifacts.shards import ShardReader
 from dfkd_cli.config import hints
-from dfkd_cli.data.sources import Images
+from dfkd_cli.data.sources import ANSWERS, Images
+from dfkd_cli.errors import ConfigError
 from dfkd_cli.objectives.base import Objective
 from dfkd_cli.regimes import base
 from dfkd_cli.regimes.base import Regime
 from dfkd_cli.resolve import recipe_layer, resolve
+from dfkd_cli.stages.distill import opened
+from dfkd_cli.stages.distill import run as run_distill
+from dfkd_cli.ui import Terminal
 
 # -- the steps ---------------------------------------------------------------------------------------------------------
 
@@ -200,6 +205,52 @@ def test_teacher_and_student_see_the_same_augmented_images(tmp_path):
         assert torch.equal(student, teacher)
         assert torch.cdist(student.flatten(1), images.flatten(1)).min() > 0.1
     assert not torch.equal(*seen["student"])
+
+
+@pytest.mark.parametrize("noise", [0, 0.3])
+def test_stored_answers_reach_the_losses_unless_the_pixels_change(noise, tmp_path):
+    class Stored(Given):
+        answers = dict.fromkeys(ANSWERS, CLASSES)
+
+        def chunk(self, index: int) -> Images:
+            return dataclasses.replace(self.images, logits=self.images.pixels.flatten(1)[:, :4], targets=TARGETS)
+
+    class Looking(type(response())):
+        def forward(self, student, teacher, images: Images) -> dict[str, Tensor]:
+            seen.append(images)
+            return super().forward(student, teacher, images)
+
+    TARGETS, seen = torch.rand(6, CLASSES), []
+    objective = Looking(response().config)
+    work(regime("offline", Stored(pixels()), objectives=[(1.0, objective)], steps=2, noise=noise), tmp_path / "run")
+    assert len(seen) == 2
+    for images in seen:
+        if noise:
+            assert images.logits is images.targets is None
+        else:
+            assert torch.equal(images.logits, images.pixels.flatten(1)[:, :4])
+            assert torch.equal(images.targets, TARGETS[images.positions])
+
+
+@pytest.mark.parametrize("needs", [(), ("labels",), ("logits",), ("logits", "targets")])
+def test_shards_are_asked_for_the_answers_that_something_needs(needs, tmp_path, teacher, cli):
+    """``noise`` stores the teacher's logits, and no targets: it aims at none."""
+    args = ["--teacher", teacher, "--num-images", 3, "--out", tmp_path / "shards"]
+    assert cli("synthesize", "--method", "noise", *args)[0] == 0
+    settings = resolve("distill", [("", {"teacher": str(teacher), "transfer_set": [str(tmp_path / "shards")]})])
+    (objective,) = settings.components["objective"]
+    needing = dataclasses.replace(objective, entry=dataclasses.replace(objective.entry, needs=needs))
+    settings = dataclasses.replace(settings, components=settings.components | {"objective": (needing,)})
+    with opened(settings) as job:
+        source = job.task(settings).source
+        images, stored = source.all(), ShardReader(tmp_path / "shards").read(0)
+    assert torch.equal(images.pixels, stored["images"])
+    assert source.answers == ({"logits": 10} if "logits" in needs else {})
+    assert images.targets is None
+    assert torch.equal(images.logits, stored["logits"]) if "logits" in needs else images.logits is None
+    if lacking := " and ".join(need for need in needs if need != "logits"):
+        with pytest.raises(ConfigError, match=f"response needs {lacking}, which this transfer set has not"):
+            run_distill(settings, Terminal(silent=True))
 
 
 # -- what every regime promises ----------------------------------------------------------------------------------------

@@ -13,14 +13,16 @@ import pytest
 import safetensors.torch
 import torch
 from comparisons import assert_same_state, state
+from lightning.pytorch import Trainer
+from lightning.pytorch.callbacks import Callback
 from stand_ins import work
 from tiny_synthesizers import METHODS, linear_teacher, synthesizer, tiny
 from torch import Tensor, nn
 
 from dfkd_cli import catalog
-from dfkd_cli.artifacts.shards import ShardReader
+from dfkd_cli.artifacts.shards import MANIFEST, ShardReader
 from dfkd_cli.config import hints
-from dfkd_cli.errors import RunFailed
+from dfkd_cli.errors import ArtifactError, RunFailed
 from dfkd_cli.models.classifier import Classifier, ModelInfo
 from dfkd_cli.models.directory import load_model
 from dfkd_cli.resolve import resolve
@@ -262,6 +264,25 @@ def test_the_teacher_is_left_as_it_was(name, fails, tmp_path, make_teacher):
     else:
         work(method, tmp_path)
     assert_same_state(state(teacher), before)
+
+
+def test_the_manifest_is_kept_from_the_first_shard_on_and_whole_after_the_last(tmp_path):
+    named: list[int | None] = []
+
+    class Look(Callback):
+        def on_train_epoch_start(self, trainer: Trainer, module: Synthesizer) -> None:
+            path = tmp_path / MANIFEST
+            named.append(len(json.loads(path.read_bytes())["shards"]) if path.exists() else None)
+            if path.exists():
+                with pytest.raises(ArtifactError, match="not finished"):
+                    ShardReader(tmp_path)
+
+    method = synthesizer("noise", tmp_path, num_images=8)
+    method.keep()
+    work(method, tmp_path, Look())
+    assert named[:2] == [None, 1]
+    assert all(1 <= count <= index for index, count in enumerate(named[1:], 1))  # how many is a matter of time
+    assert ShardReader(tmp_path).sizes == [2, 2, 2, 2]
 
 
 # -- what every method promises ----------------------------------------------------------------------------------------
