@@ -51,8 +51,9 @@ class PlannedRun:
 
     def describe(self) -> str:
         """One line for the user."""
-        name = qualified(self.teacher, self.row or "teacher")
-        return f"{name}, seed {self.seed}: {self.settings.command} -> {self.out}"
+        return (
+            f"{qualified(self.teacher, self.row or 'teacher')}, seed {self.seed}: {self.settings.command} -> {self.out}"
+        )
 
 
 @dataclasses.dataclass(frozen=True)

@@ -122,11 +122,11 @@ def mapping(value: Any, where: str, keys: tuple[str, ...] | None = None) -> Mapp
     return value or {}
 
 
-def _teachers(grid: Mapping[str, Any], typed: str | None) -> dict[str, Any]:
+def _teachers(grid: Mapping[str, Any], typed: str | None) -> Mapping[str, Any]:
     """What the grid says of each teacher, by its name; the only one of ``teacher`` has an empty name."""
     if "teachers" not in grid:
         return {"": typed or grid.get("teacher", {})}
-    teachers = {str(name): value for name, value in mapping(grid["teachers"], "grid.teachers").items()}
+    teachers = _named(grid["teachers"], "grid.teachers")
     if "teacher" in grid:
         raise ConfigError("grid: has both teacher and teachers", "choose one")
     if typed is not None:
@@ -134,16 +134,16 @@ def _teachers(grid: Mapping[str, Any], typed: str | None) -> dict[str, Any]:
         raise ConfigError(f"--teacher {typed}: the grid has teachers of its own: {', '.join(teachers)}", hint)
     if not teachers:
         raise ConfigError("grid.teachers: needs at least one teacher", "e.g. teachers: {lenet5: {recipe: mnist}}")
-    for name in teachers:
-        _check_name(name, f"grid.teachers.{name}")
     return teachers
 
 
-def _check_name(name: str, where: str) -> None:
-    """Refuse what cannot be the name of a directory beside those of teacher and metadata."""
-    if not _NAME.fullmatch(name) or name in ("teacher", "metadata"):
-        hint = "letters, digits, . _ -; not `teacher`, not `metadata`"
-        raise ConfigError(f"{where}: not a name for a row or a teacher", hint)
+def _named(value: Any, where: str) -> Mapping[str, Any]:
+    """A mapping from names that can be those of directories beside teacher and metadata."""
+    for name in mapping(value, where):
+        if not _NAME.fullmatch(name) or name in ("teacher", "metadata"):
+            hint = "letters, digits, . _ -; not `teacher`, not `metadata`"
+            raise ConfigError(f"{where}.{name}: not a name for a row or a teacher", hint)
+    return mapping(value, where)
 
 
 def _teacher(name: str, teachers: Mapping[str, Any], grid: Mapping[str, Any], seeds: tuple[int, ...]) -> GridTeacher:
@@ -191,22 +191,21 @@ def _layers(command: str, *sections: _Section, own: tuple[str, ...] = _OWN) -> l
 
 def _rows_of(teacher: str, teachers: Mapping[str, Any], grid: Mapping[str, Any]) -> dict[str, Mapping[str, Any]]:
     """What the grid says of each row of the teacher, by name."""
-    rows = mapping(grid.get("rows"), "grid.rows")
+    rows = _named(grid.get("rows"), "grid.rows")
     if not rows:
         raise ConfigError("grid.rows: needs at least one row", "e.g. rows: {zskd: {synthesize: {method: zskd}}}")
     mine = {}
     for name, value in rows.items():
         where = f"grid.rows.{name}"
         row = mapping(value, where, _ROW_KEYS)
-        _check_name(str(name), where)
         chosen = row.get("teachers", list(teachers))
         chosen = list(chosen) if isinstance(chosen, Mapping) else chosen
         chosen = config.convert(chosen, tuple[str, ...], f"{where}.teachers")
-        for unknown in set(chosen) - set(teachers):
-            hint = did_you_mean(unknown, teachers) if teacher else "the grid has one: leave it out"
-            raise ConfigError(f"{where}.teachers: no teacher {unknown!r}", hint)
+        if unknown := [other for other in chosen if other not in teachers]:
+            hint = did_you_mean(unknown[0], teachers) if teacher else "the grid has one: leave it out"
+            raise ConfigError(f"{where}.teachers: no teacher {unknown[0]!r}", hint)
         if teacher in chosen:
-            mine[str(name)] = _with_own(row, teacher, where)
+            mine[name] = _with_own(row, teacher, where)
     if not mine:
         raise ConfigError(f"grid.teachers.{teacher}: no row is run with it", "leave it out, or name it in a row")
     return mine
@@ -234,20 +233,18 @@ def _depth(name: str, rows: Mapping[str, Mapping[str, Any]], above: tuple[str, .
 
 def _row(name: str, row: Mapping[str, Any], common: Mapping[str, list[_Section]], seeds: tuple[int, ...]) -> GridRow:
     """A row of that name, looked at by itself."""
-    where, shards, synthesize = f"grid.rows.{name}", None, []
+    where, makes_shards = f"grid.rows.{name}", "synthesize" in row
     chosen = config.convert(row.get("seeds", list(seeds)), tuple[int, ...], f"{where}.seeds")
     if not set(chosen) <= set(seeds):
         raise ConfigError(f"{where}.seeds: {list(chosen)} must be some of grid.seeds {list(seeds)}")
     distill = _layers("distill", *common["student"], (f"{where}.distill", row.get("distill")))
-    if "shards" in row:
-        shards = str(row["shards"])
-    if "synthesize" in row:
-        shards = name
-        synthesize = _layers("synthesize", *common["synthesize"], (f"{where}.synthesize", row["synthesize"]))
-        if "shards" in row:
-            raise ConfigError(f"{where}: has both synthesize and shards", "choose one")
+    if makes_shards and "shards" in row:
+        raise ConfigError(f"{where}: has both synthesize and shards", "choose one")
+    shards = name if makes_shards else str(row["shards"]) if "shards" in row else None
+    sections = [*common["synthesize"], (f"{where}.synthesize", row["synthesize"])] if makes_shards else []
+    synthesize = _layers("synthesize", *sections)
     cotrained = config.convert(row.get("cotrained", False), bool, f"{where}.cotrained")
-    if cotrained and not synthesize:
+    if cotrained and not makes_shards:
         raise ConfigError(f"{where}.cotrained: a student is trained along with a synthesis", "give synthesize")
     for key in ("distill", "sizes", "taught_by"):
         if cotrained and key in row:
@@ -256,7 +253,7 @@ def _row(name: str, row: Mapping[str, Any], common: Mapping[str, list[_Section]]
     if shards is None and not any("transfer_set" in layer for _, layer in distill):
         raise ConfigError(f"{where}: nothing to distill from", "give synthesize, shards, or distill.transfer_set")
     sets, taught_by = distill[-1][1].get("transfer_set", []), str(row.get("taught_by", ""))
-    sets = [sets] if isinstance(sets, str) else list(sets)
+    sets = sets if isinstance(sets, list) else [sets]
     sizes = sorted(set(config.convert(row["sizes"], tuple[int, ...], f"{where}.sizes"))) if "sizes" in row else []
     chosen = tuple(seed for seed in seeds if seed in chosen)
     return GridRow(name, chosen, shards, synthesize, cotrained, taught_by, distill, sets, sizes)

@@ -40,8 +40,8 @@ def plan(settings: Settings, out: Path) -> Grid:
         identity.append(values)
     runs = runs_under(out / "runs")
     used = {run.teacher for run in runs}
-    given = {teacher.name: teacher.paths["teacher"] for teacher in teachers if "teacher" in teacher.paths}
-    return Grid(runs, {name: path for name, path in given.items() if name in used}, digest(identity))
+    given = {t.name: t.paths["teacher"] for t in teachers if t.name in used and "teacher" in t.paths}
+    return Grid(runs, given, digest(identity))
 
 
 def _published(about: Mapping[str, Any], runs: Sequence[PlannedRun]) -> Iterator[PlannedRun]:
@@ -67,13 +67,7 @@ class _Source(NamedTuple):
 
 
 class _Planner:
-    """The commands of one teacher's rows under one directory.
-
-    Args:
-        settings: Of ``compare``.
-        teacher: The teacher, with its rows.
-        root: Where the grid's directories go.
-    """
+    """Plans what is run for one teacher, with the ``settings`` of ``compare`` and all directories under ``root``."""
 
     def __init__(self, settings: Settings, teacher: GridTeacher, root: Path) -> None:
         self.settings, self.teacher, self.root = settings, teacher, root / teacher.name
@@ -101,10 +95,12 @@ class _Planner:
         """The commands of a row."""
         reads, images = {"teacher": self._shared("teacher", seed)}, None
         if row.synthesize:
-            self.syntheses[row.name, seed] = self._synthesis(row, seed, reads)
-            yield self.syntheses[row.name, seed]
+            run = self._synthesis(row, seed, reads)
+            self.syntheses[row.name, seed] = run
+            if row.cotrained:
+                self.students[row.name, seed] = run
+            yield run
         if row.cotrained:
-            self.students[row.name, seed] = self.syntheses[row.name, seed]
             return
         if row.taught_by:
             run = self.students[row.taught_by, seed]

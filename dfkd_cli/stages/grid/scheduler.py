@@ -11,13 +11,10 @@ from dfkd_cli.workers import Workers
 
 
 def run_grid(grid: Grid, terminal: Terminal, save: Callable[[], None], processes: int = 1) -> list[dict[str, Any]]:
-    """Run what is not finished yet. Returns the runs that failed; the others are none the worse for it.
+    """Run what is not finished yet, as many commands at a time as there are ``processes``.
 
-    Args:
-        grid: What to run.
-        terminal: Where progress goes.
-        save: Called after every run, so that the time it took is known whatever ends the next one.
-        processes: How many commands run at a time.
+    Returns what is known of each run that failed; the others are none the worse for it. ``save`` is called after every
+    run, so that the time it took is known whatever ends the next one.
 
     Raises:
         DfkdError: A teacher failed.
