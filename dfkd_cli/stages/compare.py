@@ -25,7 +25,9 @@ from dfkd_cli.report.entries import Model, ShardSet, read_model, read_run, read_
 from dfkd_cli.report.results import rows
 from dfkd_cli.report.sections import Section, arrange
 from dfkd_cli.resolve import Settings, recipe_layer, resolve
-from dfkd_cli.stages.grid import Grid, Step, plan, qualified, run_grid
+from dfkd_cli.stages.grid.commands import Grid, PlannedRun, qualified
+from dfkd_cli.stages.grid.planner import plan
+from dfkd_cli.stages.grid.scheduler import run_grid
 from dfkd_cli.stages.inputs import load_teacher, pick_device
 from dfkd_cli.stages.measures import cost, examine, finite, share, top1
 from dfkd_cli.stages.snapshots import SNAPSHOTS, look_back
@@ -69,7 +71,7 @@ def run(settings: Settings, terminal: Terminal, dry_run: bool = False, paths: Se
     subjects = _open(settings, grid, terminal)
     sections = _arrange(subjects, settings)  # what does not fit is found before anything is written
     check_free(out, settings)
-    for step in () if grid is None or settings.run.overwrite else grid.steps:
+    for step in () if grid is None or settings.run.overwrite else grid.runs:
         check_free(step.out, step.settings)
     if settings.inputs.rows is not None:
         terminal.say("only the rows that --rows names are shown; without it all are, and those are not run again")
@@ -86,7 +88,7 @@ def run(settings: Settings, terminal: Terminal, dry_run: bool = False, paths: Se
             failed = [] if grid is None else run_grid(grid, terminal, directory.save, settings.run.devices)
             if grid is not None:
                 lost = {(f["teacher"], f["row"], f["seed"]) for f in failed}
-                made = [step for step in grid.steps if (step.teacher, step.row, step.seed) not in lost]
+                made = [step for step in grid.runs if (step.teacher, step.row, step.seed) not in lost]
                 subjects.models[:0] = _models(made, settings.run.allow_code)
             sections = _arrange(subjects, settings)
             results = _results(subjects, sections, failed, directory, terminal)
@@ -148,8 +150,8 @@ def _so_far(path: Path, subjects: Subjects, allow_code: bool, terminal: Terminal
     if settings.grid is None:
         raise ArtifactError(f"{path}: a comparison without a grid", "give the directories that it compares")
     grid = plan(settings, path)
-    finished = [step for step in grid.steps if read_run(step.out).get("status") == "done"]
-    terminal.say(f"{path}: {len(finished)} of {len(grid.steps)} steps are finished")
+    finished = [step for step in grid.runs if read_run(step.out).get("status") == "done"]
+    terminal.say(f"{path}: {len(finished)} of {len(grid.runs)} steps are finished")
     given = [replace(_teacher(name, settings, subjects), group=group) for group, name in grid.given.items()]
     return [*given, *_models(finished, allow_code)]
 
@@ -164,7 +166,7 @@ def _teacher(name: str, settings: Settings, subjects: Subjects) -> Model:
     return Model(Path(name), teacher.sha256, teacher.classifier.num_parameters, record)
 
 
-def _models(steps: Sequence[Step], allow_code: bool) -> list[Model]:
+def _models(steps: Sequence[PlannedRun], allow_code: bool) -> list[Model]:
     """The models that commands of a grid have made."""
     models = []
     for step in steps:
@@ -188,7 +190,7 @@ def _parents(subjects: Subjects, sections: Sequence[Section]) -> list[dict[str, 
 
 def _rehearse(subjects: Subjects, grid: Grid | None, terminal: Terminal) -> dict[str, Any]:
     """``--dry-run``: everything was read and checked; say what would be done."""
-    steps = [] if grid is None else grid.steps
+    steps = [] if grid is None else grid.runs
     lines = [step.describe() for step in steps] + [f"compare {model.path}" for model in subjects.models]
     terminal.answer("\n".join(lines))
     what = "everything fits" if grid is None else f"{len(steps)} commands, well-formed; their data was not looked for"

@@ -18,7 +18,7 @@ from dfkd_cli.models.classifier import Classifier
 from dfkd_cli.models.taps import Taps
 from dfkd_cli.objectives.base import Objective, Outputs
 from dfkd_cli.resolve import recipe_layer, resolve
-from dfkd_cli.stages.grid import plan
+from dfkd_cli.stages.grid.planner import plan
 
 ALL = pytest.mark.parametrize("name", OBJECTIVES)
 EVERY = pytest.mark.parametrize(
@@ -180,7 +180,7 @@ def test_some_recipe_uses_it(name):
 @pytest.mark.parametrize("recipe", ["objectives-fashion-mnist", "objectives-synthetic-fashion-mnist"])
 def test_the_tables_of_objectives_have_all_of_them_in_the_weights_of_their_papers(recipe):
     grid = plan(resolve("compare", [recipe_layer(recipe, "compare")]), Path("out"))
-    students = [step.settings for step in grid.steps if step.settings.command == "distill" and step.seed == 0]
+    students = [run.settings for run in grid.runs if run.settings.command == "distill" and run.seed == 0]
     chosen = [chosen for settings in students for chosen in settings.components["objective"]]
     assert {c.entry.name for c in chosen} == OBJECTIVES.keys()
     assert all(c.weight == c.entry.weight for c in chosen if c.entry.name != "reviewkd")  # it differs between pairs

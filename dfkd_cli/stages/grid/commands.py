@@ -1,0 +1,108 @@
+"""The commands that a grid comes to: each with those that it waits for, what reaches it, and how it is carried out."""
+
+from __future__ import annotations
+
+import dataclasses
+from collections.abc import Callable, Mapping, Sequence
+from pathlib import Path
+from typing import Any
+
+from dfkd_cli import config
+from dfkd_cli.errors import ConfigError, did_you_mean, memory_can_end
+from dfkd_cli.resolve import Settings, resolve
+from dfkd_cli.settings import FOREIGN, INPUTS, Run
+from dfkd_cli.stages import collect_metadata, distill, synthesize, train_teacher
+from dfkd_cli.ui import Terminal
+
+# The flags of `compare` that reach every command which has them.
+_PASSED = ("device", "precision", "logger", "allow_code", "data_dir")
+STAGES: dict[str, Callable[[Settings, Terminal], Any]] = {
+    "train-teacher": train_teacher.run,
+    "collect-metadata": collect_metadata.run,
+    "synthesize": synthesize.run,
+    "distill": distill.run,
+}
+
+
+@dataclasses.dataclass(frozen=True)
+class PlannedRun:
+    """One command of a grid."""
+
+    row: str  # empty for a teacher and its metadata
+    seed: int
+    settings: Settings
+    waits_for: frozenset[Path]  # the directories of the runs whose results it reads
+    teacher: str  # its teacher's name among several, empty for the only one
+    model: Path | None = None  # the directory of the model that it makes for its row
+    series: str | None = None  # the curve that the row is a point of
+    taught_by: str = ""  # the row whose student is the teacher, or empty
+    published: float | None = None  # what a paper reports as top-1 of the model, a share
+
+    @property
+    def out(self) -> Path:
+        """The directory that the command writes."""
+        return self.settings.out
+
+    @property
+    def row_names(self) -> set[str]:
+        """What the row of the recipe is called, of a curve's point too: without and with its teacher."""
+        row = self.series or self.row
+        return {row, qualified(self.teacher, row)}
+
+    def describe(self) -> str:
+        """One line for the user."""
+        return (
+            f"{qualified(self.teacher, self.row or 'teacher')}, seed {self.seed}: {self.settings.command} -> {self.out}"
+        )
+
+
+@dataclasses.dataclass(frozen=True)
+class Grid:
+    """The commands of a grid."""
+
+    runs: tuple[PlannedRun, ...]  # teacher by teacher: itself, its metadata, its rows; each after those it waits for
+    given: Mapping[str, str]  # the path or SPEC of each teacher that was there before, by name
+    sha256: str  # stands for all that decides the tables; where the directories lie does not
+
+
+def qualified(teacher: str, row: str) -> str:
+    """The name of a row, after its teacher where there are several: ``resnet/zskd``."""
+    return f"{teacher}/{row}" if teacher else row
+
+
+def choose_rows(runs: Sequence[PlannedRun], rows: Sequence[str] | None) -> tuple[PlannedRun, ...]:
+    """The runs of these rows, ``ROW`` or ``TEACHER/ROW``, and all that they wait for; every run where None.
+
+    Raises:
+        ConfigError: There is no such row.
+    """
+    if rows is None:
+        return tuple(runs)
+    choices = {name for run in runs if run.row for name in run.row_names}
+    for row in rows:
+        if row not in choices:
+            raise ConfigError(f"--rows: the grid has no row {row!r}", did_you_mean(row, choices))
+    chosen: list[PlannedRun] = []
+    needed: set[Path] = set()
+    for run in reversed(runs):
+        if run.out in needed or not run.row_names.isdisjoint(rows):
+            needed |= run.waits_for
+            chosen.insert(0, run)
+    return tuple(chosen)
+
+
+def passed_flags(settings: Settings, command: str, foreign: bool) -> dict[str, Any]:
+    """The flags given to ``compare`` that the command has too; those of a foreign teacher only where it reads that."""
+    fields = {*config.hints(INPUTS[command]), *config.hints(Run)}
+    values = config.plain(settings.inputs) | config.plain(settings.run)
+    unset = config.defaults(type(settings.inputs)) | config.defaults(Run)
+    names = _PASSED + FOREIGN if foreign else _PASSED
+    return {name: values[name] for name in names if name in fields and values[name] != unset[name]}
+
+
+def carry_out(values: dict[str, Any], verbosity: int, silent: bool) -> None:
+    """Run a command, perhaps in another process: settings reach it as the plain values of a recipe."""
+    command = values.pop("command")
+    quiet = Terminal(verbosity, as_json=True, silent=silent)  # stdout is for the comparison
+    with memory_can_end():  # of one command: the others go on
+        STAGES[command](resolve(command, [("", values)]), quiet)

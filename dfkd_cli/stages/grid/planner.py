@@ -1,0 +1,154 @@
+"""Plans a grid: what its recipe says as the ordinary commands that make it."""
+
+from __future__ import annotations
+
+import dataclasses
+from collections.abc import Iterator, Mapping, Sequence
+from pathlib import Path
+from typing import Any, NamedTuple
+
+from dfkd_cli import config
+from dfkd_cli.artifacts.files import digest
+from dfkd_cli.errors import ConfigError
+from dfkd_cli.resolve import TYPED, Layer, Settings, resolve
+from dfkd_cli.stages.grid.commands import Grid, PlannedRun, choose_rows, passed_flags, qualified
+from dfkd_cli.stages.grid.language import GridRow, GridTeacher, mapping, parse
+
+
+def plan(settings: Settings, out: Path) -> Grid:
+    """The grid of a ``compare`` recipe as checked settings of ordinary commands.
+
+    Args:
+        settings: Of ``compare``; a ``--teacher`` takes the place of the recipe's.
+        out: The directory of the comparison; everything is written under ``out / "runs"``, with several teachers under
+            ``out / "runs" / TEACHER``.
+
+    Raises:
+        ConfigError: Unknown key, bad value, or a row from nothing.
+    """
+    teachers = parse(settings)
+
+    def runs_under(root: Path) -> tuple[PlannedRun, ...]:
+        runs = [run for teacher in teachers for run in _Planner(settings, teacher, root).runs()]
+        return choose_rows(list(_published(mapping(settings.about, "about"), runs)), settings.inputs.rows)
+
+    identity = []
+    for run in runs_under(Path()):
+        more = {key: getattr(run, key) for key in ("row", "taught_by", "published") if getattr(run, key)}
+        values = run.settings.plain(volatile=False) | more
+        values.pop("teacher", None)  # a path: the teacher's hash counts
+        identity.append(values)
+    runs = runs_under(out / "runs")
+    used = {run.teacher for run in runs}
+    given = {t.name: t.paths["teacher"] for t in teachers if t.name in used and "teacher" in t.paths}
+    return Grid(runs, given, digest(identity))
+
+
+def _published(about: Mapping[str, Any], runs: Sequence[PlannedRun]) -> Iterator[PlannedRun]:
+    """The runs with what the recipe's head says that papers report."""
+    teachers = tuple({run.teacher for run in runs})
+    published = mapping(about.get("published"), "about.published", ("teacher", *{run.row for run in runs}))
+    for run in runs:
+        name = run.row or "teacher"
+        value, label = published.get(name), f"about.published.{name}"
+        if run.teacher:
+            value, label = mapping(value, label, teachers).get(run.teacher), f"{label}.{run.teacher}"
+        number = config.convert(value, float | None, label)
+        if number is not None and not 0 <= number <= 100:
+            raise ConfigError(f"{label}: {number} is out of range", "it is in per cent")
+        yield dataclasses.replace(run, published=None if number is None else number / 100)
+
+
+class _Source(NamedTuple):
+    """The value of a setting that says what is read, and the directory of the run that makes it, if one does."""
+
+    value: str | list[str] | None
+    made_by: Path | None = None
+
+
+class _Planner:
+    """Plans what is run for one teacher, with the ``settings`` of ``compare`` and all directories under ``root``."""
+
+    def __init__(self, settings: Settings, teacher: GridTeacher, root: Path) -> None:
+        self.settings, self.teacher, self.root = settings, teacher, root / teacher.name
+        self.syntheses: dict[tuple[str, int], PlannedRun] = {}  # the run that makes the shards of each row and seed
+        self.students: dict[tuple[str, int], PlannedRun] = {}  # the run that makes its student
+
+    def runs(self) -> Iterator[PlannedRun]:
+        """The commands, each after those that it waits for."""
+        name = self.teacher.name
+        rows = [run for row in self.teacher.rows for seed in row.seeds for run in self._row(row, seed)]
+        uses_metadata = any("metadata" in run.settings.method.entry.needs for run in self.syntheses.values())
+        for seed in self.teacher.seeds:
+            teacher, metadata = self._shared("teacher", seed), self._shared("metadata", seed)
+            own = {"seed": seed} if self.teacher.per_seed else {}
+            if (out := teacher.made_by) is not None:
+                command = self._command("train-teacher", self.teacher.training, {}, out=out, **own)
+                yield PlannedRun("", seed, *command, name, out)
+            if uses_metadata and (out := metadata.made_by) is not None:
+                reads = {"teacher": teacher}
+                command = self._command("collect-metadata", self.teacher.metadata, reads, out=out, **own)
+                yield PlannedRun("", seed, *command, name)
+        yield from rows
+
+    def _row(self, row: GridRow, seed: int) -> Iterator[PlannedRun]:
+        """The commands of a row."""
+        reads, images = {"teacher": self._shared("teacher", seed)}, None
+        if row.synthesize:
+            run = self._synthesis(row, seed, reads)
+            self.syntheses[row.name, seed] = run
+            if row.cotrained:
+                self.students[row.name, seed] = run
+            yield run
+        if row.cotrained:
+            return
+        if row.taught_by:
+            run = self.students[row.taught_by, seed]
+            reads["teacher"] = _Source(str(run.model), run.out)
+        if row.shards is not None:
+            # What the row itself names joins its shards; a transfer set from further away is a default.
+            run = self.syntheses[row.shards, seed]
+            reads["transfer_set"] = _Source([str(run.out), *row.transfer_set], run.out)
+            images = None if row.transfer_set else run.settings.inputs.num_images
+        points = {f"{row.name}@{size}": {"num_images": size} for size in row.sizes} or {row.name: {}}
+        for point, more in points.items():
+            out = self.root / point / f"seed{seed}" / "student"
+            command = self._command("distill", row.distill, reads, out=out, seed=seed, **more)
+            wanted = command[0].inputs.num_images
+            if None not in (images, wanted) and wanted > images:  # seen before the shards are made
+                where, hint = qualified(self.teacher.name, row.name), "synthesize more num_images"
+                raise ConfigError(f"row {where}: a student from {wanted} images, of {images}", hint)
+            series = row.name if row.sizes else None
+            run = PlannedRun(point, seed, *command, self.teacher.name, out, series, row.taught_by)
+            self.students[point, seed] = run
+            yield run
+
+    def _synthesis(self, row: GridRow, seed: int, reads: Mapping[str, _Source]) -> PlannedRun:
+        """A row's synthesize, with what its method needs."""
+        student = resolve("distill", row.distill).inputs.student
+        asked = resolve("synthesize", row.synthesize)
+        needs = asked.method.entry.needs
+        if row.cotrained and "student" not in needs:
+            raise ConfigError(f"grid.rows.{row.name}.cotrained: the method trains no student", "leave it out")
+        reads = {**reads, "metadata": self._shared("metadata", seed) if "metadata" in needs else _Source(None)}
+        more = {"student": student} if "student" in needs and asked.inputs.student is None else {}
+        out = self.root / row.name / f"seed{seed}" / "shards"
+        command = self._command("synthesize", row.synthesize, reads, out=out, seed=seed, **more)
+        return PlannedRun(row.name, seed, *command, self.teacher.name, out / "student" if row.cotrained else None)
+
+    def _shared(self, what: str, seed: int) -> _Source:
+        """The teacher or its metadata: what was there before, or is made here for all rows."""
+        if what in self.teacher.paths:
+            return _Source(self.teacher.paths[what])
+        out = self.root / what / f"seed{seed}" if self.teacher.per_seed else self.root / what
+        return _Source(str(out), out)
+
+    def _command(
+        self, command: str, layers: list[Layer], reads: Mapping[str, _Source], **values: Any
+    ) -> tuple[Settings, frozenset[Path]]:
+        """What the recipe says of a command, with what it reads and more that the grid decides; what it waits for."""
+        values |= {name: source.value for name, source in reads.items()}
+        foreign = values.get("teacher", "") == self.teacher.paths.get("teacher")
+        flags = passed_flags(self.settings, command, foreign)
+        settings = resolve(command, [*layers, ("", {**values, "overwrite": False}), (TYPED, flags)])
+        return settings, frozenset(source.made_by for source in reads.values() if source.made_by is not None)

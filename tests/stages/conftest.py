@@ -1,0 +1,63 @@
+"""What comparisons are tested with: finished directories, and the command line in another directory."""
+
+from __future__ import annotations
+
+import functools
+import signal
+from pathlib import Path
+
+import pytest
+from tiny_comparisons import SMALL
+from torch.utils.benchmark import Timer
+
+
+@pytest.fixture(scope="session")
+def made(tmp_path_factory, session_cli) -> Path:
+    """A teacher, two shard sets that differ by seed, a student from each, a student from real images, a baseline."""
+    place = tmp_path_factory.mktemp("made")
+    commands = [
+        ["train-teacher", "--steps", "60", "--batch-size", "32"],
+        ["train-teacher", *SMALL, "--model", "lenet5-half", "--out", "baseline"],
+        ["distill", *SMALL, "--transfer-set", "real:50", "--out", "real"],
+    ]
+    zskd = ["--method", "zskd", "--num-images", "32", "--batch-size", "32", "--iterations", "10"]
+    learn = ["--steps", "40", "--batch-size", "16", "--rotate", "0", "--translate", "0", "--scale", "0"]
+    for seed in ("0", "1"):
+        commands.append(["synthesize", *zskd, "--out", f"shards{seed}", "--seed", seed])
+        commands.append(
+            ["distill", *learn, "--transfer-set", f"shards{seed}", "--out", f"student{seed}", "--seed", seed]
+        )
+    for command in commands:
+        assert session_cli(place, *command) == 0, command
+    return place
+
+
+@pytest.fixture(scope="session")
+def session_cli():
+    """``session_cli(cwd, *args)``: the command line in this process, somewhere else; its exit code."""
+    from dfkd_cli.cli.app import main
+
+    handlers = {number: signal.getsignal(number) for number in (signal.SIGINT, signal.SIGTERM)}
+
+    def run(cwd: Path, *args: str) -> int:
+        with pytest.MonkeyPatch.context() as patch:
+            patch.chdir(cwd)
+            return main([*args, "-q"])
+
+    yield run
+    for number, handler in handlers.items():
+        signal.signal(number, handler)
+
+
+@pytest.fixture
+def quick_latency(monkeypatch) -> None:
+    """No test here reads the latency; measuring it well would take most of the time."""
+    quick = functools.partialmethod(Timer.blocked_autorange, min_run_time=0.01)
+    monkeypatch.setattr(Timer, "blocked_autorange", quick)
+
+
+@pytest.fixture
+def here(made, monkeypatch) -> Path:
+    """The artifacts' directory as the working directory."""
+    monkeypatch.chdir(made)
+    return made

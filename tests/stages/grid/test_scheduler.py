@@ -1,0 +1,279 @@
+"""Grids that are run: killed, continued, several commands at a time, with rows that fail."""
+
+from __future__ import annotations
+
+import json
+import os
+import shutil
+import signal
+import subprocess
+import sys
+import time
+from pathlib import Path
+
+import numpy as np
+import pytest
+from tiny_comparisons import GRID, TEACHERS, accuracy, check_self_contained, results_in, students
+
+from dfkd_cli.resolve import recipe_layer, resolve
+from dfkd_cli.stages.grid.planner import plan
+
+pytestmark = pytest.mark.usefixtures("quick_latency")
+
+
+def test_a_grid_killed_in_the_middle_ends_as_if_it_had_not_been(tmp_path, monkeypatch, cli):
+    monkeypatch.chdir(tmp_path)
+    (tmp_path / "grid.yaml").write_text(GRID)
+    code, shown, err = cli("compare", "--recipe", "grid.yaml", "--out", "whole")
+    assert code == 0, err
+    whole = students(tmp_path / "whole")
+    assert len(whole) == 1 + 2 * 2 + 2
+    assert len(set(whole.values())) == len(whole)
+    (section,) = results_in(tmp_path / "whole")["sections"]
+    rows = {row["label"]: row for row in section["rows"]}
+    assert set(rows) == {"teacher", "zskd", "zskd-hot", "growing@4", "growing@6"}
+    assert [rows[name]["seeds"] for name in ("zskd", "zskd-hot", "growing@4", "growing@6")] == [[0, 1]] * 2 + [[1]] * 2
+    assert [rows[f"growing@{count}"]["num_images"] for count in (4, 6)] == [4, 6]
+    lines = (tmp_path / "whole" / "table.md").read_text().splitlines()
+    curve = [f"{100 * rows[f'growing@{count}']['top1']['mean']:.2f}" for count in (4, 6)]
+    assert lines[-3:] == ["| IMAGES | 4 | 6 |", "| :-- | --: | --: |", f"| growing | {' | '.join(curve)} |"]
+    assert not any("growing@" in line for line in lines)
+    check_self_contained((tmp_path / "whole" / "report.html").read_text())
+    assert rows["zskd"]["runs"][0]["shards"] == rows["zskd-hot"]["runs"][0]["shards"] != []
+    assert rows["zskd-hot"]["settings"]["objective"]["response"]["temperature"] == 2
+    assert "zskd-hot" in shown
+
+    command = [sys.executable, "-m", "dfkd_cli", "compare", "--recipe", "grid.yaml", "--out", "killed"]
+    process = subprocess.Popen(
+        command, cwd=tmp_path, env={**os.environ, "OMP_NUM_THREADS": "1"}, stderr=subprocess.DEVNULL
+    )
+    deadline = time.monotonic() + 60
+    while not (tmp_path / "killed" / "runs" / "zskd" / "seed1" / "shards" / "run.json").exists():
+        assert process.poll() is None
+        assert time.monotonic() < deadline
+        time.sleep(0.01)
+    process.kill()
+    assert process.wait() == -signal.SIGKILL
+    finished = students(tmp_path / "killed")
+    assert 0 < len(finished) < len(whole)
+    code, _, err = cli("compare", "killed", "--out", "so-far")
+    assert (code, "of 9 steps are finished" in err) == (0, True), err
+    (section,), (full,) = (results_in(tmp_path / name)["sections"] for name in ("so-far", "whole"))
+    known = {run["path"].partition("/")[2]: run["measures"] for row in full["rows"] for run in row["runs"]}
+    seen = {run["path"].partition("/")[2]: run["measures"] for row in section["rows"] for run in row["runs"]}
+    assert 0 < len(seen) == len(finished) < len(known)
+    for name, measures in seen.items():
+        assert measures["top1"] == known[name]["top1"]
+    code, _, err = cli("compare", "so-far")
+    assert (code, "so-far: a comparison without a grid" in err) == (3, True)
+    code, _, err = cli("compare", "whole", "killed", "--out", "both")
+    assert code == 0, err
+    assert [s["teacher"] for s in results_in(tmp_path / "both")["sections"]] == ["whole", "killed"]
+    stamps = {name: (tmp_path / "killed" / "runs" / name).stat().st_mtime_ns for name in finished}
+
+    code, _, err = cli("compare", "--recipe", "grid.yaml", "--out", "killed")
+    assert code == 0, err
+    assert students(tmp_path / "killed") == whole
+    assert stamps == {name: (tmp_path / "killed" / "runs" / name).stat().st_mtime_ns for name in finished}
+    top1 = [[row["top1"] for row in results_in(tmp_path / name)["sections"][0]["rows"]] for name in ("whole", "killed")]
+    assert top1[0] == top1[1]
+
+    code, _, err = cli("compare", "--recipe", "killed/config.yaml", "--out", "killed")
+    assert (code, "already complete" in err) == (0, True)
+    (tmp_path / "grid.yaml").write_text(GRID.replace("temperature: 2", "temperature: 3"))
+    for option in ((), ("--dry-run",)):
+        code, _, err = cli("compare", "--recipe", "grid.yaml", "--out", "killed", *option)
+        place = Path("killed", "runs", "zskd-hot", "seed0", "student")
+        assert (code, f"{place} holds another run: objective.response.temperature: 2.0 -> 3.0" in err) == (2, True), err
+
+    grown = GRID + "    colder: {shards: zskd, seeds: [0], distill: {temperature: 3}}\n"
+    (tmp_path / "grid.yaml").write_text(grown.replace("    growing: {shards: zskd, sizes: [6, 4], seeds: [1]}\n", ""))
+    code, _, err = cli("compare", "--recipe", "grid.yaml", "--out", "killed")
+    assert code == 0, err
+    (section,) = results_in(tmp_path / "killed")["sections"]
+    assert {row["label"] for row in section["rows"]} == {"teacher", "zskd", "zskd-hot", "colder"}
+    kept = students(tmp_path / "killed")
+    assert {name: sha for name, sha in kept.items() if name in whole} == whole
+    assert stamps == {name: (tmp_path / "killed" / "runs" / name).stat().st_mtime_ns for name in finished}
+    assert len(kept) == len(whole) + 1
+
+
+def test_chosen_rows_of_a_grid_are_run_alone_and_are_the_same_in_the_whole(tmp_path, monkeypatch, cli):
+    monkeypatch.chdir(tmp_path)
+    (tmp_path / "grid.yaml").write_text(GRID)
+    assert cli("compare", "--recipe", "grid.yaml", "--out", "whole")[0] == 0
+    command = ["compare", "--recipe", "grid.yaml", "--out", "parts"]
+    code, _, err = cli(*command, "--rows", "growing")
+    assert code == 0, err
+    first = students(tmp_path / "parts")
+    assert {row["label"] for row in results_in(tmp_path / "parts")["sections"][0]["rows"]} == {
+        "teacher", "growing@4", "growing@6",
+    }  # fmt: skip
+    made = {path.parent.relative_to(tmp_path / "parts" / "runs") for path in tmp_path.glob("parts/runs/**/run.json")}
+    places = ("teacher", "zskd/seed1/shards", "growing@4/seed1/student", "growing@6/seed1/student")
+    assert made == {Path(place) for place in places}
+    assert "rows:\n- growing" in (tmp_path / "parts" / "config.yaml").read_text()
+    code, _, err = cli(*command, "--rows", "growing")
+    assert (code, "already complete" in err) == (0, True), err
+    code, _, err = cli(*command)
+    assert code == 0, err
+    assert students(tmp_path / "parts") == students(tmp_path / "whole")
+    assert first.items() < students(tmp_path / "whole").items()
+
+
+def test_two_commands_of_a_grid_at_a_time_make_what_one_makes(tmp_path, monkeypatch, cli):
+    """Killed, continued and stopped, continued by one process: each time the others end too, and the same is made."""
+    monkeypatch.chdir(tmp_path)
+    (tmp_path / "grid.yaml").write_text(GRID.replace("    growing: {shards: zskd, sizes: [6, 4], seeds: [1]}\n", ""))
+    assert cli("compare", "--recipe", "grid.yaml", "--out", "one")[0] == 0
+    command = ["compare", "--recipe", "grid.yaml", "--out", "two"]
+    for signum, what in ((signal.SIGKILL, "shards"), (signal.SIGTERM, "student")):
+        process = subprocess.Popen(
+            [sys.executable, "-m", "dfkd_cli", *command, "--devices", "2"],
+            env={**os.environ, "OMP_NUM_THREADS": "1"},
+            stderr=subprocess.PIPE,
+            text=True,
+        )
+        while len(list((tmp_path / "two" / "runs" / "zskd").glob(f"seed?/{what}/run.json"))) < 2:
+            assert process.poll() is None, process.communicate()
+            time.sleep(0.005)
+        process.send_signal(signum)
+        _, err = process.communicate(timeout=60)  # until nobody has its stderr open any more
+        assert process.returncode == (-signum if signum == signal.SIGKILL else 128 + signum), err
+        assert "Traceback" not in err
+    code, _, err = cli(*command)
+    assert (code, "[7/7] zskd-hot, seed 1" in err) == (0, True), err
+    assert students(tmp_path / "two") == students(tmp_path / "one")
+
+
+def test_a_row_that_fails_does_not_lose_the_others(here, cli):
+    grid = {"seeds": [0], "student": {"steps": 2, "batch_size": 4}}
+    grid["rows"] = {
+        "bad": {"distill": {"transfer_set": ["later"]}},
+        "large": {"synthesize": {"method": "dfad", "num_images": 4, "latent": 10**13}, "cotrained": True},
+        "real": {"distill": {"transfer_set": ["real:20"]}},
+    }
+    (here / "bad.yaml").write_text(json.dumps({"command": "compare", "grid": grid}))
+    command = ("compare", "student0", "--recipe", "bad.yaml", "--teacher", "teacher", "--out", "partly")
+    code, out, err = cli(*command)
+    assert (code, "failed: bad, large" in err) == (4, True)
+    assert "no transfer set at later" in out
+    (section,) = results_in(here / "partly")["sections"]
+    images = {row["label"]: row["num_images"] for row in section["rows"]}
+    assert images == {"teacher": None, "real": 20, "zskd -> response": 32}
+    assert [(f["row"], f["code"]) for f in section["failed"]] == [("bad", "artifact"), ("large", "run_failed")]
+    for name in ("table.md", "report.html"):
+        assert "no transfer set at later" in (here / "partly" / name).read_text()
+    shutil.copytree(here / "shards0", here / "later")
+    del grid["rows"]["large"]
+    (here / "bad.yaml").write_text(json.dumps({"command": "compare", "grid": grid}))
+    code, _, err = cli(*command)
+    assert code == 0, err
+    (section,) = results_in(here / "partly")["sections"]
+    assert {row["label"] for row in section["rows"]} == {"teacher", "real", "bad", "zskd -> response"}
+    assert section["failed"] == []
+
+
+def test_a_foreign_teacher_needs_a_dataset_before_anything_runs(here, cli):
+    (here / "foreign.yaml").write_text(
+        '{"grid": {"rows": {"noise": {"distill": {"transfer_set": "noise:8", "steps": 2}}}}}'
+    )
+    teacher = ["--weights", "teacher/model.safetensors", "--input-size", "1", "32", "32", "--num-classes", "10"]
+    command = ["compare", "--recipe", "foreign.yaml", "--teacher", "lenet5", *teacher, "--out", "foreign"]
+    code, _, err = cli(*command)
+    assert (code, "--dataset" in err, (here / "foreign").exists()) == (2, True, False)
+    assert cli(*command, "--dataset", "digits")[0] == 0
+    (section,) = results_in(here / "foreign")["sections"]
+    assert [(row["label"], row["model"]) for row in section["rows"]] == [
+        ("teacher", "lenet5"),
+        ("noise", "lenet5-half"),
+    ]
+
+
+def test_a_teacher_per_seed_is_still_one_ranking(tmp_path, monkeypatch, cli):
+    monkeypatch.chdir(tmp_path)
+    grid = {"seeds": [0, 3], "teacher": {"per_seed": True, "steps": 2, "batch_size": 4}}
+    grid |= {"student": {"steps": 2, "batch_size": 4}, "rows": {"noise": {"distill": {"transfer_set": ["noise:8"]}}}}
+    (tmp_path / "grid.yaml").write_text(json.dumps({"grid": grid}))
+    assert cli("compare", "--recipe", "grid.yaml")[0] == 0
+    (section,) = results_in(tmp_path / "comparison")["sections"]
+    teacher, noise = section["rows"]
+    assert teacher["seeds"] == noise["seeds"] == [0, 3]
+    assert noise["gap"]["values"] == pytest.approx(np.subtract(noise["top1"]["values"], teacher["top1"]["values"]))
+    assert len({run["sha256"] for run in teacher["runs"]}) == 2
+
+
+def test_rows_are_run_with_every_teacher_and_ranked_by_teacher(tmp_path, monkeypatch, cli):
+    monkeypatch.chdir(tmp_path)
+    (tmp_path / "grid.yaml").write_text(TEACHERS)
+    code, shown, err = cli("compare", "--recipe", "grid.yaml", "--out", "out")
+    assert (code, "failed: large/bad" in err) == (4, True)
+    runs = tmp_path / "out" / "runs"
+    made = {str(path.parent.relative_to(runs)) for path in runs.rglob("model.json")}
+    rows = {f"{name}/zskd/seed{seed}" for name in ("large", "small") for seed in (0, 1)} | {"small/again/seed1"}
+    teachers = {"large/teacher/seed0", "large/teacher/seed1", "small/teacher"}
+    assert made == teachers | {f"{row}/student" for row in rows}
+
+    results = results_in(tmp_path / "out")
+    large, small = results["sections"]
+    assert (large["teacher"], small["teacher"]) == ("large", "small")
+    assert {row["label"] for row in large["rows"]} == {"teacher", "zskd"}
+    assert {row["label"] for row in small["rows"]} == {"teacher", "zskd", "again"}
+    assert [[failure["row"] for failure in section["failed"]] for section in (large, small)] == [["bad"], []]
+    zskd = [next(row for row in section["rows"] if row["label"] == "zskd") for section in (large, small)]
+    assert [row["model"] for row in zskd] == ["lenet5-half", "lenet5-half-dafl"]
+    assert [row["settings"]["steps"] for row in zskd] == [3, 2]
+    top1 = {name: accuracy(runs / name) for name in sorted(teachers)}
+    assert len(set(top1.values())) == 3, "equal teachers would hide a mistake"
+    gaps = [run["gap"] for row in zskd for run in row["runs"]]
+    students = [accuracy(tmp_path / run["path"]) for row in zskd for run in row["runs"]]
+    assert gaps == pytest.approx(np.subtract(students, [*top1.values(), top1["small/teacher"]]).tolist())
+    for text in (shown, *((tmp_path / "out" / name).read_text() for name in ("table.md", "report.html"))):
+        assert "teacher large (lenet5): top-1" in text
+        assert "teacher small (lenet5-half): top-1" in text
+
+
+def test_a_students_student_is_ranked_by_the_grids_teacher(tmp_path, monkeypatch, cli):
+    """Also where that teacher is a student itself, and with images made from it."""
+    monkeypatch.chdir(tmp_path)
+    small = {"steps": 2, "batch_size": 4}
+    noise, made = {"transfer_set": ["noise:8"]}, {"method": "zskd", "num_images": 4, "iterations": 1}
+    rows = {
+        "second": {"taught_by": "first", "distill": {**noise, "temperature": 2}},
+        "first": {"distill": noise},
+        "third": {"taught_by": "second", "synthesize": made},
+        "points": {"taught_by": "loop", "shards": "third", "sizes": [2]},
+        "loop": {
+            "synthesize": {"method": "dfad", "num_images": 4, **small, "width": 0.05, "latent": 4},
+            "cotrained": True,
+        },
+    }
+    (tmp_path / "grid.yaml").write_text(json.dumps({"grid": {"seeds": [0, 1], "student": small, "rows": rows}}))
+    assert cli("train-teacher", "--steps", "2", "--batch-size", "4", "--out", "root")[0] == 0
+    assert cli("distill", "--teacher", "root", "--transfer-set", "noise:4", "--steps", "1", "--out", "given")[0] == 0
+    code, _, err = cli("compare", "--recipe", "grid.yaml", "--teacher", "given", "--out", "grid")
+    assert code == 0, err
+    (section,) = results_in(tmp_path / "grid")["sections"]
+    teacher, *students = section["rows"]
+    assert [run["path"] for run in teacher["runs"]] == ["given"]
+    assert {row["label"] for row in students} == {"first", "second", "third", "loop", "points@2"}
+    for row in students:
+        assert [run["teacher"] for run in row["runs"]] == [teacher["runs"][0]["sha256"]] * 2
+    taught = {
+        "second": "first/seed{}/student",
+        "third": "second/seed{}/student",
+        "points@2": "loop/seed{}/shards/student",
+    }
+    for row, place in taught.items():
+        for seed in range(2):
+            record = json.loads(Path("grid", "runs", row, f"seed{seed}", "student", "run.json").read_text())
+            parent = next(parent for parent in record["parents"] if parent["role"] == "teacher")
+            assert parent["path"] == str(Path("grid", "runs", place.format(seed)))
+    assert cli("compare", "grid", "--out", "again")[0] == 0
+    assert {row["label"] for row in results_in(tmp_path / "again")["sections"][0]["rows"]} > set(taught)
+    planned = plan(resolve("compare", [recipe_layer("grid.yaml", "compare")]), Path("grid")).runs
+    loop, points = (next(run for run in planned if run.row == row and run.seed == 0) for row in ("loop", "points@2"))
+    assert loop.out in points.waits_for and points.out not in loop.waits_for  # its teacher lies in the loop's shards
+    (tmp_path / "grid.yaml").write_text((tmp_path / "grid.yaml").read_text().replace('"first", "d', '"loop", "d'))
+    code, _, err = cli("compare", "--recipe", "grid.yaml", "--teacher", "given", "--out", "grid")
+    assert code == 4 and "second/seed0/student holds another run: another teacher" in err, err
