@@ -23,7 +23,7 @@ from dfkd_cli.data.augment import pipeline
 from dfkd_cli.data.sources import Batches, Images, Source, split
 from dfkd_cli.models.classifier import Classifier
 from dfkd_cli.objectives.base import Objective
-from dfkd_cli.rounds import Learner
+from dfkd_cli.rounds.learner import Learner
 from dfkd_cli.seeds import derive, seed_torch
 from dfkd_cli.settings import Training
 

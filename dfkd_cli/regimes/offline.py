@@ -26,7 +26,7 @@ from dfkd_cli.models.activations import batch_statistics
 from dfkd_cli.models.taps import find_taps
 from dfkd_cli.objectives.base import Outputs, ask
 from dfkd_cli.regimes.base import Regime, Task
-from dfkd_cli.rounds import weighted_sum
+from dfkd_cli.rounds.learner import weighted_sum
 
 
 @dataclass(frozen=True, kw_only=True)

@@ -23,7 +23,8 @@ from dfkd_cli.models.classifier import Classifier
 from dfkd_cli.models.directory import save_model
 from dfkd_cli.models.generators import Generators, save_generators
 from dfkd_cli.resolve import Settings
-from dfkd_cli.rounds import fit, write_csv
+from dfkd_cli.rounds.curves import write_csv
+from dfkd_cli.rounds.fit import fit
 from dfkd_cli.stages.inputs import LoadedModel, load_teacher
 from dfkd_cli.stages.training import architecture, fresh, rehearse
 from dfkd_cli.ui import Terminal

@@ -19,7 +19,7 @@ from dfkd_cli.errors import RunFailed
 from dfkd_cli.models.classifier import Classifier
 from dfkd_cli.models.generators import Generators
 from dfkd_cli.models.statistics import Moments, batch_moments, recorded_moments
-from dfkd_cli.rounds import Learner, weighted_sum
+from dfkd_cli.rounds.learner import Learner, weighted_sum
 from dfkd_cli.seeds import seed_torch
 
 

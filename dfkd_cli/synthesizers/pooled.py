@@ -23,7 +23,7 @@ from dfkd_cli.data.augment import pipeline
 from dfkd_cli.models.classifier import Classifier
 from dfkd_cli.models.generators import Generators
 from dfkd_cli.models.statistics import AveragedMoments, Moments
-from dfkd_cli.rounds import weighted_sum
+from dfkd_cli.rounds.learner import weighted_sum
 from dfkd_cli.seeds import derive
 from dfkd_cli.settings import Augmentation, PooledGeneration
 from dfkd_cli.synthesizers.base import Impressions

@@ -19,7 +19,7 @@ from dfkd_cli.models.classifier import Classifier
 from dfkd_cli.models.generators import Generators
 from dfkd_cli.models.registry import build
 from dfkd_cli.objectives.base import Outputs, ask
-from dfkd_cli.rounds import weighted_sum
+from dfkd_cli.rounds.learner import weighted_sum
 from dfkd_cli.seeds import derive, seed_torch
 from dfkd_cli.settings import AdversarialTraining, GeneratorTraining
 from dfkd_cli.synthesizers.base import Impressions
