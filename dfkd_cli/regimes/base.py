@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from abc import abstractmethod
 from collections import Counter
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterable, Mapping
 from dataclasses import dataclass
 from typing import Any, ClassVar
 
@@ -62,15 +62,11 @@ class Regime(Learner):
     """Trains a student by steps of one batch each; rounds are stretches of steps.
 
     A subclass says in ``needs`` what it asks for (``"teacher"``, ``"labels"``), has a ``Config`` in its file, and gives
-    the loss of a batch in :meth:`loss`.
-
-    Attributes:
-        idle: Parameters that the loss of the latest batch does not depend on: neither moved nor decayed.
+    the loss of a batch in :meth:`loss`. What the loss does not depend on is neither moved nor decayed.
     """
 
     kind: ClassVar[str]
     needs: ClassVar[tuple[str, ...]] = ()
-    idle: Sequence[nn.Parameter] = ()
     unit = "steps"
 
     def __init__(self, task: Task, config: Any) -> None:
@@ -88,6 +84,7 @@ class Regime(Learner):
                 objective.expect(len(self.train_source))
         _, self.steps = length(task.training, len(self.train_source))
         self.rounds = -(-self.steps // ROUND)
+        self._idle: dict[tuple[str, ...], list[nn.Parameter]] = {}
 
     def done(self, rounds: int) -> int:
         return min(rounds * ROUND, self.steps)
@@ -97,18 +94,26 @@ class Regime(Learner):
         """The loss of a batch, weighted and summed, and its unweighted terms for the log."""
 
     @abstractmethod
-    def right(self, images: Images) -> Tensor:
+    def correct(self, images: Images) -> Tensor:
         """Per held-out image (B,), whether the student answers as it should. The batch is not augmented."""
 
     def after_step(self) -> None:
         """What else happens after each step of the student. Nothing by default."""
 
-    measure: ClassVar[str]  # what the mean of `right` is called
+    measure: ClassVar[str]  # what the mean of `correct` is called
+
+    def trained(self) -> list[nn.Parameter]:
+        """What the optimiser moves: the parameters of the student and of the objectives."""
+        return [p for p in [*self.student.parameters(), *self.objectives.parameters()] if p.requires_grad]
+
+    def counting(self) -> tuple[str, ...]:
+        """The objectives that count in this epoch: those that are learned alone in it, or all where none is."""
+        alone = any(objective.alone for objective in self.losses.values())
+        return tuple(name for name, objective in self.losses.items() if objective.alone == alone)
 
     def configure_optimizers(self) -> Any:
         """The student's optimiser, and a learning rate that rises, and then falls along a cosine or in steps."""
-        c = self.training_config
-        parameters = [p for p in [*self.student.parameters(), *self.objectives.parameters()] if p.requires_grad]
+        c, parameters = self.training_config, self.trained()
         if c.optimizer == "sgd":
             nesterov = c.nesterov and c.momentum > 0
             optimizer: torch.optim.Optimizer = torch.optim.SGD(
@@ -140,28 +145,12 @@ class Regime(Learner):
 
     def round(self, index: int) -> Mapping[str, Tensor]:
         """A stretch of optimiser steps. Logs each term's mean over the steps that had it, and the held-out measure."""
-        optimizer: Any = self.optimizers()
-        schedule: Any = self.lr_schedulers()
         start, stop = index * ROUND, min((index + 1) * ROUND, self.steps)
         sums: dict[str, Tensor] = {}
         counts: Counter[str] = Counter()
         self.student.train()
         for step, images in enumerate(self.batches.steps(start, stop), start):
-            seed_torch(self.device, "step", self.seed, step, self.global_rank)
-            images = images[self.global_rank :: self.trainer.world_size]  # processes share each batch
-            images.pixels = self.augment(images.pixels)
-            for objective in self.losses.values():
-                objective.epoch, objective.progress = step // self.batches.steps_per_epoch, step / self.steps
-            loss, terms = self.loss(images)
-            optimizer.zero_grad()
-            self.manual_backward(loss)
-            for parameter in self.idle:
-                parameter.grad = None  # a gradient of zero would leave it to the weight decay and to old momentum
-            optimizer.step()
-            schedule.step()
-            self.after_step()
-            for objective in self.losses.values():
-                objective.after_step()
+            terms = self._step(step, images)
             for name, term in terms.items():
                 sums[name] = sums[name] + term.detach() if name in sums else term.detach()
             counts.update(terms.keys())
@@ -170,8 +159,52 @@ class Regime(Learner):
             means[self.measure] = self._measure(self.held)
         return means
 
+    def _step(self, step: int, images: Images) -> dict[str, Tensor]:
+        """One step of the optimiser, on a batch. Returns the unweighted terms."""
+        optimizer: Any = self.optimizers()
+        schedule: Any = self.lr_schedulers()
+        seed_torch(self.device, "step", self.seed, step, self.global_rank)
+        images = images[self.global_rank :: self.trainer.world_size]  # processes share each batch
+        images.pixels = self.augment(images.pixels)
+        for objective in self.losses.values():
+            objective.epoch, objective.progress = step // self.batches.steps_per_epoch, step / self.steps
+        loss, terms = self.loss(images)
+        if (counting := self.counting()) not in self._idle:  # it is the same for every batch
+            self._idle[counting] = independent_of(loss, self.trained())
+        optimizer.zero_grad()
+        for parameter in self._idle[counting]:
+            loss = loss + 0 * parameter.sum()  # processes wait for the gradient of every parameter
+        self.manual_backward(loss)
+        for parameter in self._idle[counting]:
+            parameter.grad = None  # a gradient of zero would leave it to the weight decay and to old momentum
+        optimizer.step()
+        schedule.step()
+        self.after_step()
+        for objective in self.losses.values():
+            objective.after_step()
+        return terms
+
     @torch.no_grad()
     def _measure(self, held: Images) -> Tensor:
         self.student.eval()
         parts = range(0, len(held.pixels), MEASURED_AT_ONCE)
-        return torch.cat([self.right(held[i : i + MEASURED_AT_ONCE]).float() for i in parts]).mean()
+        return torch.cat([self.correct(held[i : i + MEASURED_AT_ONCE]).float() for i in parts]).mean()
+
+
+def independent_of(loss: Tensor, parameters: Iterable[nn.Parameter]) -> list[nn.Parameter]:
+    """Those of the parameters that a loss does not depend on."""
+    used = leaves(loss)
+    return [parameter for parameter in parameters if parameter not in used]
+
+
+def leaves(value: Tensor) -> set[Tensor]:
+    """The parameters that a value depends on."""
+    parameters, seen, waiting = set[Tensor](), set[Any](), [value.grad_fn]
+    while waiting:
+        node = waiting.pop()
+        if node is not None and node not in seen:
+            seen.add(node)
+            if isinstance(leaf := getattr(node, "variable", None), nn.Parameter):
+                parameters.add(leaf)
+            waiting += [before for before, _ in node.next_functions]
+    return parameters
