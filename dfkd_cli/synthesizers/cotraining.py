@@ -22,7 +22,7 @@ from dfkd_cli.objectives.response import soft_loss
 from dfkd_cli.rounds.learner import weighted_sum
 from dfkd_cli.seeds import derive, seed_torch
 from dfkd_cli.settings import CoTraining, PoolTraining
-from dfkd_cli.synthesizers.base import Synthesizer
+from dfkd_cli.synthesizers.base import SynthesisTask, Synthesizer
 
 
 class CoTrainer(Synthesizer):
@@ -42,9 +42,10 @@ class CoTrainer(Synthesizer):
     config: CoTraining
     teacher_taps: Mapping[str, Tap] = {}
 
-    def __init__(self, *arguments: Any, student: Classifier, **more: Any) -> None:
-        super().__init__(*arguments, **more)
-        self.student = student.lay_out()
+    def __init__(self, task: SynthesisTask, config: CoTraining) -> None:
+        super().__init__(task, config)
+        assert task.student is not None  # it is among the needs
+        self.student = task.student.lay_out()
         self.rivals = nn.ModuleList()
         self.student_taps: list[Mapping[str, Tap]] = [{}]
 
