@@ -21,8 +21,8 @@ from dfkd_cli.data.datasets import Dataset
 from dfkd_cli.data.sources import RealSource
 from dfkd_cli.models.classifier import Classifier, ModelInfo
 from dfkd_cli.resolve import resolve
-from dfkd_cli.rounds.fit import CHECKPOINT, fit
 from dfkd_cli.rounds.learner import Learner
+from dfkd_cli.rounds.trainer import CHECKPOINT, fit
 from dfkd_cli.stages.collect_metadata import collect
 from dfkd_cli.synthesizers.base import Synthesizer
 from dfkd_cli.ui import Terminal

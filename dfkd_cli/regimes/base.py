@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from abc import abstractmethod
 from collections import Counter
-from collections.abc import Iterable, Mapping
+from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import Any, ClassVar
 
@@ -84,7 +84,6 @@ class Regime(Learner):
                 objective.expect(len(self.train_source))
         _, self.steps = length(task.training, len(self.train_source))
         self.rounds = -(-self.steps // ROUND)
-        self._idle: dict[tuple[str, ...], list[nn.Parameter]] = {}
 
     def done(self, rounds: int) -> int:
         return min(rounds * ROUND, self.steps)
@@ -102,18 +101,10 @@ class Regime(Learner):
 
     measure: ClassVar[str]  # what the mean of `correct` is called
 
-    def trained(self) -> list[nn.Parameter]:
-        """What the optimiser moves: the parameters of the student and of the objectives."""
-        return [p for p in [*self.student.parameters(), *self.objectives.parameters()] if p.requires_grad]
-
-    def counting(self) -> tuple[str, ...]:
-        """The objectives that count in this epoch: those that are learned alone in it, or all where none is."""
-        alone = any(objective.alone for objective in self.losses.values())
-        return tuple(name for name, objective in self.losses.items() if objective.alone == alone)
-
     def configure_optimizers(self) -> Any:
         """The student's optimiser, and a learning rate that rises, and then falls along a cosine or in steps."""
-        c, parameters = self.training_config, self.trained()
+        c = self.training_config
+        parameters = [p for p in [*self.student.parameters(), *self.objectives.parameters()] if p.requires_grad]
         if c.optimizer == "sgd":
             nesterov = c.nesterov and c.momentum > 0
             optimizer: torch.optim.Optimizer = torch.optim.SGD(
@@ -169,14 +160,8 @@ class Regime(Learner):
         for objective in self.losses.values():
             objective.epoch, objective.progress = step // self.batches.steps_per_epoch, step / self.steps
         loss, terms = self.loss(images)
-        if (counting := self.counting()) not in self._idle:  # it is the same for every batch
-            self._idle[counting] = independent_of(loss, self.trained())
-        optimizer.zero_grad()
-        for parameter in self._idle[counting]:
-            loss = loss + 0 * parameter.sum()  # processes wait for the gradient of every parameter
+        optimizer.zero_grad()  # to None: zeros would leave what has no gradient to weight decay and old momentum
         self.manual_backward(loss)
-        for parameter in self._idle[counting]:
-            parameter.grad = None  # a gradient of zero would leave it to the weight decay and to old momentum
         optimizer.step()
         schedule.step()
         self.after_step()
@@ -189,22 +174,3 @@ class Regime(Learner):
         self.student.eval()
         parts = range(0, len(held.pixels), MEASURED_AT_ONCE)
         return torch.cat([self.correct(held[i : i + MEASURED_AT_ONCE]).float() for i in parts]).mean()
-
-
-def independent_of(loss: Tensor, parameters: Iterable[nn.Parameter]) -> list[nn.Parameter]:
-    """Those of the parameters that a loss does not depend on."""
-    used = leaves(loss)
-    return [parameter for parameter in parameters if parameter not in used]
-
-
-def leaves(value: Tensor) -> set[Tensor]:
-    """The parameters that a value depends on."""
-    parameters, seen, waiting = set[Tensor](), set[Any](), [value.grad_fn]
-    while waiting:
-        node = waiting.pop()
-        if node is not None and node not in seen:
-            seen.add(node)
-            if isinstance(leaf := getattr(node, "variable", None), nn.Parameter):
-                parameters.add(leaf)
-            waiting += [before for before, _ in node.next_functions]
-    return parameters

@@ -79,12 +79,13 @@ class Offline(Regime):
             }
 
     def total(self, terms: Mapping[str, Mapping[str, Tensor]]) -> Tensor:
-        """The loss, 0-d: the terms of the objectives that count in this epoch, weighted and summed."""
+        """The loss, 0-d: the weighted sum of the terms of the objectives learned alone now, or else of all."""
+        alone = any(objective.alone for objective in self.losses.values())
         weighted = []
-        for name in self.counting():
-            objective = self.losses[name]
-            scaled = {term: objective.strength(term) * value for term, value in terms[name].items()}
-            weighted.append(self.weights[name] * weighted_sum(scaled, objective.config))
+        for name, objective in self.losses.items():
+            if objective.alone == alone:
+                scaled = {term: objective.strength(term) * value for term, value in terms[name].items()}
+                weighted.append(self.weights[name] * weighted_sum(scaled, objective.config))
         return functools.reduce(torch.add, weighted)
 
     def named(self, terms: Mapping[str, Mapping[str, Tensor]]) -> dict[str, Tensor]:

@@ -24,7 +24,7 @@ from dfkd_cli.models.directory import save_model
 from dfkd_cli.models.generators import Generators, save_generators
 from dfkd_cli.resolve import Settings
 from dfkd_cli.rounds.curves import write_csv
-from dfkd_cli.rounds.fit import fit
+from dfkd_cli.rounds.trainer import fit
 from dfkd_cli.stages.inputs import LoadedModel, load_teacher
 from dfkd_cli.stages.training import architecture, fresh, rehearse
 from dfkd_cli.synthesizers.base import SynthesisTask

@@ -26,7 +26,7 @@ from dfkd_cli.objectives.base import Objective
 from dfkd_cli.regimes import base
 from dfkd_cli.regimes.base import Regime, Task
 from dfkd_cli.resolve import recipe_layer, resolve
-from dfkd_cli.rounds.fit import fit
+from dfkd_cli.rounds.trainer import fit
 from dfkd_cli.settings import Augmentation, Distill
 from dfkd_cli.ui import Terminal
 
