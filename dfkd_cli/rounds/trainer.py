@@ -55,7 +55,7 @@ def fit(learner: Learner, run: RunDirectory, terminal: Terminal, callbacks: Sequ
     callbacks = [*callbacks, _Report(terminal, run), _Keeper(run)]
     trainer = trainer_for(run, [] if learner.stateless else [curves], learner.rounds, callbacks)
     run.record["device"] = str(trainer.strategy.root_device)
-    start = _checkpoint_to_continue(learner, run, curves, terminal)
+    start = _saved_state(learner, run, curves, terminal)
     try:
         trainer.fit(learner, DataLoader(TensorDataset(torch.zeros(1))), ckpt_path=start, weights_only=True)
     finally:
@@ -65,10 +65,8 @@ def fit(learner: Learner, run: RunDirectory, terminal: Terminal, callbacks: Sequ
         sys.exit()  # its share is done; the first process of all writes the result
 
 
-def _checkpoint_to_continue(
-    learner: Learner, run: RunDirectory, curves: MetricsFile, terminal: Terminal
-) -> Path | None:
-    """The state that an earlier process saved; None where there is none, or what belongs to it is gone."""
+def _saved_state(learner: Learner, run: RunDirectory, curves: MetricsFile, terminal: Terminal) -> Path | None:
+    """The checkpoint of an earlier process; None where there is none, or what belongs to it is gone."""
     path = run.path / CHECKPOINT
     if learner.stateless or not path.exists():
         return None

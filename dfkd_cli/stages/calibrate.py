@@ -107,9 +107,9 @@ def calibrate(task: Task) -> list[MeasuredTerm]:
     for name, objective in learner.losses.items():
         for term, weight in _weights(task, name).items():
             if strength := objective.strength(term):
-                of_term = samples.get((name, term), [])
-                value, gradient = (fmean([pair[side] for pair in of_term] or [0.0]) for side in (0, 1))
-                one = MeasuredTerm(name, term, value, weight, strength, weight * strength * gradient, len(of_term))
+                pairs = samples.get((name, term), [])
+                value, gradient = map(fmean, zip(*pairs or [(0.0, 0.0)], strict=True))
+                one = MeasuredTerm(name, term, value, weight, strength, weight * strength * gradient, len(pairs))
                 _check(one, optional=term in objective.optional)
                 measured.append(one)
     return _suggest(measured, task)
@@ -147,42 +147,31 @@ def _gradient(value: Tensor, parameters: list[nn.Parameter]) -> float:
     return float(nn.utils.get_total_norm(g for g in gradients if g is not None))
 
 
-def _check(measured: MeasuredTerm, optional: bool) -> None:
+def _check(term: MeasuredTerm, optional: bool) -> None:
     hint = "check its taps, its weight and --batch-size, or leave it out"
-    if not measured.batches:
-        if optional:
-            return
-        raise ConfigError(
-            f"{measured.objective} gives no {measured.term} on the first batches, which has a weight", hint
-        )
-    for what, number in (("value", measured.value), ("gradient", measured.gradient)):
-        if number == 0 or not math.isfinite(number):
-            raise ConfigError(
-                f"{measured.objective}: the {what} of {measured.term} is {number:g} on the first batches, "
-                "so it teaches nothing",
-                hint,
-            )
+    if not term.batches and not optional:
+        raise ConfigError(f"{term.objective} gives no {term.term} on the first batches, which has a weight", hint)
+    for what, number in (("value", term.value), ("gradient", term.gradient)):
+        if term.batches and (number == 0 or not math.isfinite(number)):
+            where = f"the {what} of {term.term} is {number:g} on the first batches"
+            raise ConfigError(f"{term.objective}: {where}, so it teaches nothing", hint)
 
 
 def _suggest(measured: list[MeasuredTerm], task: Task) -> list[MeasuredTerm]:
     """Add suggestions to the terms that are far from the strongest one between answers that counts when they do."""
     objectives = {name: objective for name, (_, objective) in task.objectives.items()}
 
-    def full(one: MeasuredTerm) -> float:
-        return one.gradient / one.strength
-
-    def suggested(one: MeasuredTerm) -> float | None:
-        phased = objectives[one.objective].phase > 0
+    def suggested(term: MeasuredTerm) -> float | None:
+        objective = objectives[term.objective]
         answers = [
-            full(other)
+            other.gradient / other.strength
             for other in measured
             if isinstance(objectives[other.objective], AnswerObjective)
-            and (objectives[other.objective].phase > 0) == phased
+            and (objectives[other.objective].phase > 0) == (objective.phase > 0)
         ]
-        if not one.batches or not any(answers):
+        if not term.batches or not any(answers):
             return None
-        ratio = max(answers) / full(one)
-        far = max(ratio, 1 / ratio) > FAR
-        return getattr(objectives[one.objective].config, one.term) * ratio if far else None
+        ratio = max(answers) / (term.gradient / term.strength)
+        return getattr(objective.config, term.term) * ratio if max(ratio, 1 / ratio) > FAR else None
 
-    return [replace(one, suggested=suggested(one)) for one in measured]
+    return [replace(term, suggested=suggested(term)) for term in measured]

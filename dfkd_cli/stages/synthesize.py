@@ -51,12 +51,8 @@ def run(settings: Settings, terminal: Terminal, dry_run: bool = False) -> dict[s
         check_needs(settings.method.entry, teacher.classifier, settings.inputs)
         extras, parents = open_inputs(settings, teacher)
     with sealed("synthesize is data-free", teacher.real_data()):
-        directory = RunDirectory(
-            settings.out,
-            settings,
-            [teacher.parent("teacher"), *parents],
-            {"data_free": True, "uses": uses(settings.method.entry)},
-        )
+        facts = {"data_free": True, "uses": uses(settings.method.entry)}
+        directory = RunDirectory(settings.out, settings, [teacher.parent("teacher"), *parents], facts)
         if directory.claim():
             directory.say_complete(terminal)
         else:
@@ -64,8 +60,7 @@ def run(settings: Settings, terminal: Terminal, dry_run: bool = False) -> dict[s
                 _make(settings, teacher, extras, directory, terminal)
     metrics = directory.record["metrics"]
     terminal.answer(f"{directory.path}: {metrics['count']} images, mean teacher confidence {metrics['confidence']:.3f}")
-    artifacts, concerns = {"shards": str(directory.path)}, directory.record["concerns"]
-    return {"artifacts": artifacts, "metrics": metrics, "concerns": concerns}
+    return {"artifacts": {"shards": str(directory.path)}, "metrics": metrics, "concerns": directory.record["concerns"]}
 
 
 def uses(entry: catalog.Entry) -> list[str]:

@@ -233,7 +233,6 @@ class ImageOptimizer(Synthesizer):
 
     def make(self, first: int, count: int) -> Impressions:
         """Run the inner iterations on one batch. Images and optimiser are new in every round."""
-        # Drawn on the CPU, so that targets and starting images do not depend on the device.
         targets = move_data_to_device(self.targets(first, count), self.device)
         images = self.start(count).to(self.device).requires_grad_()
         terms: Mapping[str, Tensor] = {}

@@ -68,20 +68,19 @@ class CMI(PooledGenerator):
 
     def __init__(self, task: SynthesisTask, config: Config) -> None:
         super().__init__(task, config)
-        c = config
         layers = enumerate(self.teacher.batch_norms())
         inputs = {str(index): Tap(layer, before=True) for index, layer in layers}
-        taps = inputs if c.taps is None else find_taps(self.teacher, c.taps)
-        self.taps, self.summary = taps if c.contrast else {}, channel_means
+        taps = inputs if config.taps is None else find_taps(self.teacher, config.taps)
+        self.taps, self.summary = taps if config.contrast else {}, channel_means
         with values_at(taps, channel_means) as features:
             probe(self.teacher.net, self.teacher.info.input_size)
         size = joined(features).shape[1]
         with torch.random.fork_rng(devices=[]):
             torch.manual_seed(derive("projection", self.seed))
             self.projection = nn.Sequential(nn.Linear(size, size), nn.ReLU(), nn.Linear(size, PROJECTED))
-        self.remembered = Memory(min(c.memory, self.num_images), 2 * size)
-        mirror: list[nn.Module] = [RandomFlip()] if c.view_flip else []
-        self.second_view = v2.Compose([RandomResizedCrop(c.contrast_crop), *mirror])
+        self.remembered = Memory(min(config.memory, self.num_images), 2 * size)
+        mirror: list[nn.Module] = [RandomFlip()] if config.view_flip else []
+        self.second_view = v2.Compose([RandomResizedCrop(config.contrast_crop), *mirror])
 
     def trained(self) -> Sequence[tuple[Optimizer, LRScheduler | None]]:
         """The student and the perceptron."""

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from abc import abstractmethod
 from collections.abc import Mapping, Sequence
-from typing import Any, ClassVar
+from typing import Any
 
 import torch
 from torch import Tensor, nn
@@ -35,12 +35,13 @@ class CoTrainer(Synthesizer):
         rivals: More students that are trained alike and then forgotten.
         student_taps: For each student, where :meth:`student_terms` wants features.
         teacher_taps: The same of the teacher.
+        training_rounds: Rounds, at the start, that write no shard.
     """
 
-    kind: ClassVar[str]
     stateless = False
     config: CoTraining
     teacher_taps: Mapping[str, Tap] = {}
+    training_rounds = 0
 
     def __init__(self, task: SynthesisTask, config: CoTraining) -> None:
         super().__init__(task, config)
@@ -64,6 +65,9 @@ class CoTrainer(Synthesizer):
         """Whether Adam can be fused: in mixed precision it would unscale gradients itself, too late to clip them."""
         return not (self.config.clip and self.trainer.precision.endswith("mixed"))
 
+    def can_continue(self, index: int) -> bool:
+        return self.writer.rows.keys() >= set(range(index - self.training_rounds))
+
     def models(self) -> Mapping[str, Classifier | Generators]:
         """The student."""
         return {"student": self.student}
@@ -75,8 +79,8 @@ class CoTrainer(Synthesizer):
         if c.student_optimizer == "sgd":
             optimizer = torch.optim.SGD(parameters, c.student_lr, momentum=0.9, weight_decay=c.student_weight_decay)
         else:
-            decay, fused = c.student_weight_decay, self.can_fuse
-            optimizer = torch.optim.Adam(parameters, c.student_lr, weight_decay=decay, fused=fused)
+            decay = c.student_weight_decay
+            optimizer = torch.optim.Adam(parameters, c.student_lr, weight_decay=decay, fused=self.can_fuse)
         return [(optimizer, CosineAnnealingLR(optimizer, T_max=max(self.student_steps, 1)))]
 
     def configure_optimizers(self) -> Any:
@@ -158,10 +162,11 @@ class CoTrainer(Synthesizer):
             loss: 0-d; only this optimiser's parameters get its gradient.
         """
         optimizer, schedule = self.pairs[index]
+        wrapped: Any = self.optimizers()  # as Lightning keeps them: it counts steps, and scales gradients where needed
         parameters = [parameter for group in optimizer.param_groups for parameter in group["params"]]
         optimizer.zero_grad()
         self.manual_backward(loss, inputs=parameters)
-        self.wrapped(index).step()
+        (wrapped[index] if isinstance(wrapped, list) else wrapped).step()
         if schedule is not None:
             schedule.step()
 
@@ -169,11 +174,6 @@ class CoTrainer(Synthesizer):
         """Clip the gradients, which Lightning has unscaled by now; those of optimisers that it does not know stay."""
         if self.config.clip:
             self.clip_gradients(optimizer, gradient_clip_val=self.config.clip, gradient_clip_algorithm="norm")
-
-    def wrapped(self, index: int) -> Any:
-        """The optimiser as Lightning keeps it: it counts the steps and scales gradients where that is needed."""
-        optimizers: Any = self.optimizers()
-        return optimizers[index] if isinstance(optimizers, list) else optimizers
 
 
 class PoolTrainer(CoTrainer):
@@ -183,7 +183,6 @@ class PoolTrainer(CoTrainer):
     on (seed, round) and what the pool holds.
     """
 
-    kind: ClassVar[str]
     config: PoolTraining
 
     @property
@@ -199,9 +198,6 @@ class PoolTrainer(CoTrainer):
     @property
     def student_steps(self) -> int:
         return (self.rounds - self.warmup_rounds) * self.config.student_steps
-
-    def can_continue(self, index: int) -> bool:
-        return self.writer.rows.keys() >= set(range(index))
 
     def student_terms(self, student: Outputs, teacher: Outputs, images: Images) -> dict[str, Tensor]:
         """How far the student's softened answers are from the teacher's."""

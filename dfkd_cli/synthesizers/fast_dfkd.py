@@ -25,7 +25,7 @@ from __future__ import annotations
 import copy
 from collections.abc import Sequence
 from dataclasses import dataclass
-from typing import Any, Literal
+from typing import Literal
 
 import torch
 from torch import Tensor, nn
@@ -86,11 +86,9 @@ class FastDFKD(PooledGenerator):
             reset_first_layer(self.generator)
         self.meta_optimizer.zero_grad()
         network, latents = copy.deepcopy(self.generator), self.latents(len(labels))
-        groups: list[dict[str, Any]] = [
-            {"params": list(network.parameters())},
-            {"params": [latents], "lr": c.latent_lr},
-        ]
-        return BatchGeneration(network, latents, [torch.optim.Adam(groups, c.lr, betas=c.betas, fused=True)])
+        optimizer = torch.optim.Adam(network.parameters(), c.lr, betas=c.betas, fused=True)
+        optimizer.add_param_group({"params": [latents], "lr": c.latent_lr})
+        return BatchGeneration(network, latents, [optimizer])
 
     def before_step(self, batch: BatchGeneration) -> None:
         """FOMAML: the gradient at each inner step."""

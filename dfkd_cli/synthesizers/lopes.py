@@ -37,6 +37,7 @@ Other differences from the released code:
 from __future__ import annotations
 
 import contextlib
+import functools
 import itertools
 import math
 from collections.abc import Callable, Iterator, Mapping, Sequence
@@ -107,7 +108,7 @@ class Lopes(ImageOptimizer):
             self.dropouts = [layer for layer in self.teacher.net.modules() if isinstance(layer, nn.Dropout)]
             if not self.dropouts:
                 raise ArtifactError(f"{self.teacher.info.spec} has no dropout layer", "choose another --variant")
-        self._matrices: dict[tuple[str, tuple[str, ...], int], Tensor] = {}
+        self.factor, self.basis = functools.cache(self._factor), functools.cache(self._basis)
 
     @property
     def spectral(self) -> bool:
@@ -137,7 +138,9 @@ class Lopes(ImageOptimizer):
         labels = self.labels(first, count)
         values = {name: value.relu() for name, value in self.sample(labels).items()}
         one_hot = F.one_hot(labels, self.teacher.info.num_classes).float()
-        return Activations(one_hot, values, self._bases(labels) if self.spectral else [])
+        parts = itertools.product(self.parts if self.spectral else (), sorted(set(labels.tolist())))
+        bases = [(names, (labels == label).nonzero().squeeze(1), self.basis(names, label)) for names, label in parts]
+        return Activations(one_hot, values, bases)
 
     def soft_labels(self, targets: Activations) -> Tensor:
         """The classes."""
@@ -163,7 +166,7 @@ class Lopes(ImageOptimizer):
             noise = torch.randn(mean.shape)
             if layers[0].joint:
                 for label in set(labels.tolist()):
-                    noise[labels == label] @= self._factor(names, label)
+                    noise[labels == label] @= self.factor(names, label)
             else:
                 noise *= layers[0].std[labels]
             parts = torch.split(mean + noise, [layer.mean.shape[1] for layer in layers], dim=1)
@@ -171,24 +174,13 @@ class Lopes(ImageOptimizer):
         return drawn
 
     def _factor(self, names: tuple[str, ...], label: int) -> Tensor:
-        """What noise is multiplied by (U, U)."""
-        key = ("factor", names, label)
-        if key not in self._matrices:
-            covariance = self.metadata.block(names)[label]
-            self._matrices[key] = covariance if self.config.sampling == "code" else square_root(covariance)
-        return self._matrices[key]
+        """What the noise of layers is multiplied by (U, U) for a class."""
+        covariance = self.metadata.block(names)[label]
+        return covariance if self.config.sampling == "code" else square_root(covariance)
 
-    def _bases(self, labels: Tensor) -> list[tuple[tuple[str, ...], Tensor, Tensor]]:
-        """As :class:`Activations` has them."""
-        bases = []
-        for names in self.parts:
-            for label in sorted(set(labels.tolist())):
-                key = ("basis", names, label)
-                if key not in self._matrices:
-                    self._matrices[key] = leading_eigenvectors(self.metadata.block(names)[label], self.config.spectrum)
-                rows = (labels == label).nonzero().squeeze(1)
-                bases.append((names, rows, self._matrices[key]))
-        return bases
+    def _basis(self, names: tuple[str, ...], label: int) -> Tensor:
+        """The eigenvectors (U, Q) that layers are seen in for a class."""
+        return leading_eigenvectors(self.metadata.block(names)[label], self.config.spectrum)
 
     def terms(self, look: Look, targets: Activations) -> dict[str, Tensor]:
         """The distance to the sampled activations, and the smoothness prior where it is on."""

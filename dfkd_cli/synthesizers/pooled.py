@@ -12,7 +12,6 @@ from __future__ import annotations
 from abc import abstractmethod
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
-from typing import ClassVar
 
 import torch
 import torch.nn.functional as F
@@ -69,19 +68,17 @@ class PooledGenerator(PoolTrainer):
     images that are still wanted are kept: BatchNorm and its statistics always see as many.
     """
 
-    kind: ClassVar[str]
     scaled = False
     config: PooledGeneration
 
     def __init__(self, task: SynthesisTask, config: PooledGeneration) -> None:
         super().__init__(task, config)
-        c = config
         with torch.random.fork_rng(devices=[]):
             torch.manual_seed(derive("generator", self.seed))
-            generator = Generators(self.teacher.info, c.latent, "sigmoid", c.width)
+            generator = Generators(self.teacher.info, config.latent, "sigmoid", config.width)
         self.generator = generator.to(memory_format=torch.channels_last)
-        self.average = AveragedMoments(self.teacher, c.statistics_momentum)
-        self.view = pipeline(Augmentation(crop=c.view_crop, flip=c.view_flip), 0.0)
+        self.average = AveragedMoments(self.teacher, config.statistics_momentum)
+        self.view = pipeline(Augmentation(crop=config.view_crop, flip=config.view_flip), 0.0)
 
     def models(self) -> Mapping[str, Classifier | Generators]:
         """The student and the generator."""

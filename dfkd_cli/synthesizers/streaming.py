@@ -35,7 +35,6 @@ class StreamTrainer(CoTrainer):
         epsilon: Of the generator's BatchNorm layers.
     """
 
-    kind: ClassVar[str]
     config: GeneratorTraining
     epsilon: ClassVar[float] = 1e-5
     unit = "iterations"
@@ -82,9 +81,6 @@ class StreamTrainer(CoTrainer):
         """Normal noise (B, D), drawn on the CPU so that it does not depend on the device."""
         return torch.randn(self.config.batch_size, self.config.latent).to(self.device)
 
-    def can_continue(self, index: int) -> bool:
-        return self.writer.rows.keys() >= set(range(index - self.training_rounds))
-
     def iteration(self) -> tuple[dict[str, Tensor], Tensor]:
         """One step of the generator, then the student's. Returns all unweighted terms, and the last images."""
         latents = self.latents()
@@ -93,9 +89,8 @@ class StreamTrainer(CoTrainer):
         terms = self.generator_terms(look)
         if terms:
             self.descend(1, weighted_sum(terms, self.config))
-        pixels = look.images.detach()
-        features = {name: look.features[name].detach() for name in self.teacher_taps}
-        answers: Outputs | None = Outputs(look.logits.detach(), features)
+        pixels, inside = look.images.detach(), {name: look.features[name].detach() for name in self.teacher_taps}
+        answers: Outputs | None = Outputs(look.logits.detach(), inside)
         for step in range(self.config.student_steps):
             if self.config.student_images == "new" or (self.config.student_images == "updated" and step == 0):
                 with torch.no_grad():
@@ -131,7 +126,6 @@ class Adversary(StreamTrainer):
     The method says in :meth:`distance` by what; its ``Config`` has the weight ``adversarial``.
     """
 
-    kind: ClassVar[str]
     config: AdversarialTraining
 
     @abstractmethod
