@@ -11,6 +11,7 @@ def main() -> None:
     # Waiting threads of GNU OpenMP spin for long by default. On a machine that does anything else too that costs ten
     # times the run time; not to spin at all costs a third of the speed of two threads. Read when torch loads: set here.
     os.environ.setdefault("GOMP_SPINCOUNT", "20000")
+    os.environ.setdefault("TORCH_CPP_LOG_LEVEL", "ERROR")  # its warnings are no part of this command's conversation
     from dfkd_cli.cli.app import main as run
 
     sys.exit(run())

@@ -42,7 +42,7 @@ from dfkd_cli.models.classifier import Classifier, ModelInfo
 from dfkd_cli.models.generators import Generator
 from dfkd_cli.models.registry import build
 from dfkd_cli.resolve import Settings, resolve
-from dfkd_cli.rounds import fit
+from dfkd_cli.rounds.trainer import fit
 from dfkd_cli.stages.collect_metadata import collect
 from dfkd_cli.ui import Terminal
 

@@ -25,7 +25,8 @@ from dfkd_cli.data.sources import Images, RealSource, Source
 from dfkd_cli.models import registry
 from dfkd_cli.models.classifier import Classifier, ModelInfo
 from dfkd_cli.resolve import resolve
-from dfkd_cli.rounds import CHECKPOINT, Learner, fit
+from dfkd_cli.rounds.learner import Learner
+from dfkd_cli.rounds.trainer import CHECKPOINT, fit
 from dfkd_cli.settings import Augmentation
 from dfkd_cli.stages.collect_metadata import collect
 from dfkd_cli.synthesizers.base import Synthesizer

@@ -25,7 +25,7 @@ from dfkd_cli.data import datasets, seal
 from dfkd_cli.errors import ConfigError
 from dfkd_cli.models.directory import load_model
 from dfkd_cli.resolve import resolve
-from dfkd_cli.rounds import fit
+from dfkd_cli.rounds.trainer import fit
 from dfkd_cli.ui import Terminal
 
 SMALL = ["--num-images", "20", "--batch-size", "10", "--iterations", "1"]

@@ -46,6 +46,7 @@ class ShardWriter:
         self.directory, self.head, self.count = directory, dict(head), count
         self.key = digest(self.head)  # written into each shard: a file from another run is never taken for ours
         self.rows: dict[int, dict[str, Any]] = {}
+        self.confidences: dict[int, float] = {}  # by shard, summed over its images: the teacher's highest probability
         try:
             recorded = {row["file"]: row["sha256"] for row in read_json(directory / MANIFEST)["shards"]}
         except (ArtifactError, KeyError, TypeError):
@@ -65,7 +66,7 @@ class ShardWriter:
                     tensors = {name: file.get_tensor(name) for name in ("images", "logits")}
                 sha256, ours = sha256_file(path), (facts["key"], facts["index"]) == (self.key, index)
                 if ours and (recorded or {}).get(path.name, sha256) == sha256:
-                    self.rows[index] = self._row(index, tensors, facts["terms"], sha256)
+                    self._enter(index, tensors, facts["terms"], sha256)
 
     def missing(self) -> list[int]:
         """The shards still to be made."""
@@ -83,15 +84,15 @@ class ShardWriter:
         # One entry only: safetensors writes several in random order, and equal work must give equal bytes.
         facts = json.dumps({"key": self.key, "index": index, "terms": dict(terms)})
         data = safetensors.torch.save(tensors, {METADATA: facts})
-        self.rows[index] = self._row(index, tensors, terms, write_atomic(self.directory / shard_name(index), data))
+        self._enter(index, tensors, terms, write_atomic(self.directory / shard_name(index), data))
 
-    def _row(
-        self, index: int, tensors: Mapping[str, Tensor], terms: Mapping[str, float], sha256: str
-    ) -> dict[str, Any]:
+    def _enter(self, index: int, tensors: Mapping[str, Tensor], terms: Mapping[str, float], sha256: str) -> None:
+        """Take a finished shard into the books, with all that is said of it."""
         images, logits = tensors["images"], tensors["logits"]
         histogram = torch.bincount(logits.argmax(1), minlength=logits.shape[1]).tolist()
         low, high = images.float().aminmax() if images.is_floating_point() else images.aminmax()
-        return {
+        self.confidences[index] = float(logits.softmax(1).amax(1).sum())
+        self.rows[index] = {
             "file": shard_name(index),
             "sha256": sha256,
             "count": len(images),

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from abc import abstractmethod
 from collections import Counter
-from collections.abc import Mapping, Sequence
+from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import Any, ClassVar
 
@@ -23,7 +23,7 @@ from dfkd_cli.data.augment import pipeline
 from dfkd_cli.data.sources import Batches, Images, Source, hold_out
 from dfkd_cli.models.classifier import Classifier
 from dfkd_cli.objectives.base import Objective
-from dfkd_cli.rounds import Learner
+from dfkd_cli.rounds.learner import Learner
 from dfkd_cli.seeds import derive, seed_torch
 from dfkd_cli.settings import Training
 
@@ -62,15 +62,12 @@ class Regime(Learner):
     """Trains a student by steps of one batch each; rounds are stretches of steps.
 
     A subclass says in ``needs`` what it asks for (``"teacher"``, ``"labels"``, stored ``"logits"`` and ``"targets"``),
-    has a ``Config`` in its file, and gives the loss of a batch in :meth:`loss`.
-
-    Attributes:
-        idle: Parameters that the loss of the latest batch does not depend on: neither moved nor decayed.
+    has a ``Config`` in its file, and gives the loss of a batch in :meth:`loss`. What the loss does not depend on is
+    neither moved nor decayed.
     """
 
     kind: ClassVar[str]
     needs: ClassVar[tuple[str, ...]] = ()
-    idle: Sequence[nn.Parameter] = ()
     unit = "steps"
 
     def __init__(self, task: Task, config: Any) -> None:
@@ -97,13 +94,13 @@ class Regime(Learner):
         """The loss of a batch, weighted and summed, and its unweighted terms for the log."""
 
     @abstractmethod
-    def right(self, images: Images) -> Tensor:
+    def correct(self, images: Images) -> Tensor:
         """Per held-out image (B,), whether the student answers as it should. The batch is not augmented."""
 
     def after_step(self) -> None:
         """What else happens after each step of the student. Nothing by default."""
 
-    measure: ClassVar[str]  # what the mean of `right` is called
+    measure: ClassVar[str]  # what the mean of `correct` is called
 
     def configure_optimizers(self) -> Any:
         """The student's optimiser, and a learning rate that rises, and then falls along a cosine or in steps."""
@@ -140,28 +137,12 @@ class Regime(Learner):
 
     def round(self, index: int) -> Mapping[str, Tensor]:
         """A stretch of optimiser steps. Logs each term's mean over the steps that had it, and the held-out measure."""
-        optimizer: Any = self.optimizers()
-        schedule: Any = self.lr_schedulers()
         start, stop = index * ROUND, min((index + 1) * ROUND, self.steps)
         sums: dict[str, Tensor] = {}
         counts: Counter[str] = Counter()
         self.student.train()
         for step, images in enumerate(self.batches.steps(start, stop), start):
-            seed_torch(self.device, "step", self.seed, step, self.global_rank)
-            images = images[self.global_rank :: self.trainer.world_size]  # processes share each batch
-            images = images.changed(self.augment(images.pixels))
-            for objective in self.losses.values():
-                objective.epoch, objective.progress = step // self.batches.steps_per_epoch, step / self.steps
-            loss, terms = self.loss(images)
-            optimizer.zero_grad()
-            self.manual_backward(loss)
-            for parameter in self.idle:
-                parameter.grad = None  # a gradient of zero would leave it to the weight decay and to old momentum
-            optimizer.step()
-            schedule.step()
-            self.after_step()
-            for objective in self.losses.values():
-                objective.after_step()
+            terms = self._step(step, images)
             for name, term in terms.items():
                 sums[name] = sums[name] + term.detach() if name in sums else term.detach()
             counts.update(terms.keys())
@@ -170,7 +151,26 @@ class Regime(Learner):
             means[self.measure] = self._measure(self.held)
         return means
 
+    def _step(self, step: int, images: Images) -> dict[str, Tensor]:
+        """One step of the optimiser, on a batch. Returns the unweighted terms."""
+        optimizer: Any = self.optimizers()
+        schedule: Any = self.lr_schedulers()
+        seed_torch(self.device, "step", self.seed, step, self.global_rank)
+        images = images[self.global_rank :: self.trainer.world_size]  # processes share each batch
+        images = images.changed(self.augment(images.pixels))
+        for objective in self.losses.values():
+            objective.epoch, objective.progress = step // self.batches.steps_per_epoch, step / self.steps
+        loss, terms = self.loss(images)
+        optimizer.zero_grad()  # to None: zeros would leave what has no gradient to weight decay and old momentum
+        self.manual_backward(loss)
+        optimizer.step()
+        schedule.step()
+        self.after_step()
+        for objective in self.losses.values():
+            objective.after_step()
+        return terms
+
     @torch.no_grad()
     def _measure(self, held: Images) -> Tensor:
         self.student.eval()
-        return torch.cat([self.right(part).float() for part in held.split(MEASURED_AT_ONCE)]).mean()
+        return torch.cat([self.correct(part).float() for part in held.split(MEASURED_AT_ONCE)]).mean()

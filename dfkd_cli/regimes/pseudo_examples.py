@@ -86,7 +86,8 @@ class PseudoExamples(Offline):
         """The objectives on the pseudo images, with gradients towards them through both networks if they ask for it."""
         teacher = self.ask_teacher(self.pseudo)
         labels = next(iter(teacher.values())).logits.argmax(1)
-        return self.discrepancy(Images(self.pseudo, labels), teacher)
+        terms = self.terms(self.ask_student(self.pseudo), teacher, Images(self.pseudo, labels))
+        return self.total(terms), self.named(terms)
 
     def after_step(self) -> None:
         """Move the pseudo images uphill. Every process moves all of them, so that all processes have the same."""

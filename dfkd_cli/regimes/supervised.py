@@ -39,6 +39,6 @@ class Supervised(Regime):
         )
         return loss, {"cross_entropy": loss}
 
-    def right(self, images: Images) -> Tensor:
+    def correct(self, images: Images) -> Tensor:
         """Whether the student gives the label."""
         return self.student(images.pixels).argmax(1) == images.true_labels

@@ -21,7 +21,7 @@ FAR = 10.0  # times as strong, or as weak, as the answers: worth a suggestion
 
 
 @dataclass(frozen=True)
-class Pull:
+class MeasuredTerm:
     """A term on the first batches, means over those that have it; each in the epoch in which it begins to count.
 
     Attributes:
@@ -95,13 +95,28 @@ def _weights(task: Task, name: str) -> dict[str, float]:
     return {term: value for term, value in weights.items() if value}
 
 
-def calibrate(task: Task) -> list[Pull]:
+def calibrate(task: Task) -> list[MeasuredTerm]:
     """Measure every term of a task on its first batches, not augmented, on the CPU.
 
     Raises:
         ConfigError: A term with a weight is missing, zero or not finite, or does not depend on the student.
     """
     learner = Offline(task, Config())
+    samples = _sample(learner, task)
+    measured = []
+    for name, objective in learner.losses.items():
+        for term, weight in _weights(task, name).items():
+            if strength := objective.strength(term):
+                pairs = samples.get((name, term), [])
+                value, gradient = map(fmean, zip(*pairs or [(0.0, 0.0)], strict=True))
+                one = MeasuredTerm(name, term, value, weight, strength, weight * strength * gradient, len(pairs))
+                _check(one, optional=term in objective.optional)
+                measured.append(one)
+    return _suggest(measured, task)
+
+
+def _sample(learner: Offline, task: Task) -> dict[tuple[str, str], list[tuple[float, float]]]:
+    """The value and the norm of the gradient of each term with a weight, in each of the first batches that has it."""
     cpu = torch.device("cpu")
     batches = Batches(learner.train_source, task.training.batch_size, task.seed, cpu)
     start = max(objective.phase for objective in learner.losses.values())
@@ -110,7 +125,7 @@ def calibrate(task: Task) -> list[Pull]:
         objective.progress = objective.epoch * batches.steps_per_epoch / learner.steps
     parameters = [p for p in learner.student.parameters() if p.requires_grad]
     learner.student.train()
-    found: dict[tuple[str, str], list[tuple[float, float]]] = {}
+    samples: dict[tuple[str, str], list[tuple[float, float]]] = {}
     with torch.random.fork_rng(devices=[]):
         for step, images in enumerate(batches.steps(0, BATCHES)):
             seed_torch(cpu, "step", task.seed, step, 0)
@@ -120,17 +135,8 @@ def calibrate(task: Task) -> list[Pull]:
             for name, terms in learner.terms(student, teacher, images).items():
                 for term in terms.keys() & _weights(task, name).keys():
                     numbers = terms[term].item(), _gradient(terms[term], parameters)
-                    found.setdefault((name, term), []).append(numbers)
-    pulls = []
-    for name, objective in learner.losses.items():
-        for term, weight in _weights(task, name).items():
-            if strength := objective.strength(term):
-                measured = found.get((name, term), [])
-                value, gradient = (fmean([pair[side] for pair in measured] or [0.0]) for side in (0, 1))
-                pull = Pull(name, term, value, weight, strength, weight * strength * gradient, len(measured))
-                _check(pull, optional=term in objective.optional)
-                pulls.append(pull)
-    return _suggest(pulls, task)
+                    samples.setdefault((name, term), []).append(numbers)
+    return samples
 
 
 def _gradient(value: Tensor, parameters: list[nn.Parameter]) -> float:
@@ -141,40 +147,31 @@ def _gradient(value: Tensor, parameters: list[nn.Parameter]) -> float:
     return float(nn.utils.get_total_norm(g for g in gradients if g is not None))
 
 
-def _check(pull: Pull, optional: bool) -> None:
+def _check(term: MeasuredTerm, optional: bool) -> None:
     hint = "check its taps, its weight and --batch-size, or leave it out"
-    if not pull.batches:
-        if optional:
-            return
-        raise ConfigError(f"{pull.objective} gives no {pull.term} on the first batches, which has a weight", hint)
-    for what, number in (("value", pull.value), ("gradient", pull.gradient)):
-        if number == 0 or not math.isfinite(number):
-            raise ConfigError(
-                f"{pull.objective}: the {what} of {pull.term} is {number:g} on the first batches, "
-                "so it teaches nothing",
-                hint,
-            )
+    if not term.batches and not optional:
+        raise ConfigError(f"{term.objective} gives no {term.term} on the first batches, which has a weight", hint)
+    for what, number in (("value", term.value), ("gradient", term.gradient)):
+        if term.batches and (number == 0 or not math.isfinite(number)):
+            where = f"the {what} of {term.term} is {number:g} on the first batches"
+            raise ConfigError(f"{term.objective}: {where}, so it teaches nothing", hint)
 
 
-def _suggest(pulls: list[Pull], task: Task) -> list[Pull]:
+def _suggest(measured: list[MeasuredTerm], task: Task) -> list[MeasuredTerm]:
     """Add suggestions to the terms that are far from the strongest one between answers that counts when they do."""
     objectives = {name: objective for name, (_, objective) in task.objectives.items()}
 
-    def full(pull: Pull) -> float:
-        return pull.gradient / pull.strength
-
-    found = []
-    for pull in pulls:
-        phased = objectives[pull.objective].phase > 0
+    def suggested(term: MeasuredTerm) -> float | None:
+        objective = objectives[term.objective]
         answers = [
-            full(other)
-            for other in pulls
+            other.gradient / other.strength
+            for other in measured
             if isinstance(objectives[other.objective], AnswerObjective)
-            and (objectives[other.objective].phase > 0) == phased
+            and (objectives[other.objective].phase > 0) == (objective.phase > 0)
         ]
-        if pull.batches and any(answers):
-            ratio = max(answers) / full(pull)
-            if max(ratio, 1 / ratio) > FAR:
-                pull = replace(pull, suggested=getattr(objectives[pull.objective].config, pull.term) * ratio)
-        found.append(pull)
-    return found
+        if not term.batches or not any(answers):
+            return None
+        ratio = max(answers) / (term.gradient / term.strength)
+        return getattr(objective.config, term.term) * ratio if max(ratio, 1 / ratio) > FAR else None
+
+    return [replace(term, suggested=suggested(term)) for term in measured]

@@ -88,11 +88,11 @@ def run(settings: Settings, terminal: Terminal, dry_run: bool = False) -> dict[s
             terminal.say(stand_in)
         if not dry_run:
             return learn(settings, job, terminal)
-        pulls = calibrate(task) if task.objectives else []
+        measured = calibrate(task) if task.objectives else []
         answer = rehearse(settings, lambda small, quiet: learn(small, job, quiet), terminal)
-    for pull in pulls:
-        terminal.answer(str(pull))
-    return answer | {"terms": [dataclasses.asdict(pull) for pull in pulls]}
+    for term in measured:
+        terminal.answer(str(term))
+    return answer | {"terms": [dataclasses.asdict(term) for term in measured]}
 
 
 def learn(settings: Settings, job: Job, terminal: Terminal) -> dict[str, Any]:

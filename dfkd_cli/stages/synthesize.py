@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -23,9 +23,11 @@ from dfkd_cli.models.classifier import Classifier
 from dfkd_cli.models.directory import save_model
 from dfkd_cli.models.generators import Generators, save_generators
 from dfkd_cli.resolve import Settings
-from dfkd_cli.rounds import fit, write_csv
+from dfkd_cli.rounds.curves import write_csv
+from dfkd_cli.rounds.trainer import fit
 from dfkd_cli.stages.inputs import LoadedModel, load_teacher
 from dfkd_cli.stages.training import architecture, fresh, rehearse
+from dfkd_cli.synthesizers.base import SynthesisTask
 from dfkd_cli.ui import Terminal
 
 RARE = 0.05  # a class is rare that has less than this share of what it had if all had the same
@@ -47,23 +49,18 @@ def run(settings: Settings, terminal: Terminal, dry_run: bool = False) -> dict[s
     with sealed("synthesize is data-free"):
         teacher = load_teacher(settings.inputs, settings.run.allow_code)
         check_needs(settings.method.entry, teacher.classifier, settings.inputs)
-        given, parents = open_inputs(settings, teacher)
+        extras, parents = open_inputs(settings, teacher)
     with sealed("synthesize is data-free", teacher.real_data()):
-        directory = RunDirectory(
-            settings.out,
-            settings,
-            [teacher.parent("teacher"), *parents],
-            {"data_free": True, "uses": uses(settings.method.entry)},
-        )
+        facts = {"data_free": True, "uses": uses(settings.method.entry)}
+        directory = RunDirectory(settings.out, settings, [teacher.parent("teacher"), *parents], facts)
         if directory.claim():
             directory.say_complete(terminal)
         else:
             with directory.guard():
-                _make(settings, teacher, given, directory, terminal)
+                _make(settings, teacher, extras, directory, terminal)
     metrics = directory.record["metrics"]
     terminal.answer(f"{directory.path}: {metrics['count']} images, mean teacher confidence {metrics['confidence']:.3f}")
-    artifacts, concerns = {"shards": str(directory.path)}, directory.record["concerns"]
-    return {"artifacts": artifacts, "metrics": metrics, "concerns": concerns}
+    return {"artifacts": {"shards": str(directory.path)}, "metrics": metrics, "concerns": directory.record["concerns"]}
 
 
 def uses(entry: catalog.Entry) -> list[str]:
@@ -72,22 +69,22 @@ def uses(entry: catalog.Entry) -> list[str]:
 
 
 def open_inputs(settings: Settings, teacher: LoadedModel) -> tuple[dict[str, Any], list[dict[str, Any]]]:
-    """Open what is given beside the teacher: arguments of the method, and parents of the run. A student is a new one.
+    """Open what is wanted beside the teacher: more of :class:`SynthesisTask`, and parents. A student is a new one.
 
     Raises:
         ArtifactError: Missing, damaged, or of another teacher.
     """
     inputs, how = settings.inputs, settings.run
-    given: dict[str, Any] = {}
+    extras: dict[str, Any] = {}
     parents = []
     if inputs.student is not None:
         info = dataclasses.replace(teacher.classifier.info, spec=inputs.student)
-        given["student"] = fresh(info, "student", how.seed, how.allow_code)
+        extras["student"] = fresh(info, "student", how.seed, how.allow_code)
         parents += architecture(inputs.student)
     if inputs.metadata is not None:
-        given["metadata"], sha256 = read_metadata(Path(inputs.metadata), teacher.sha256)
+        extras["metadata"], sha256 = read_metadata(Path(inputs.metadata), teacher.sha256)
         parents.append({"role": "metadata", "path": inputs.metadata, "sha256": sha256})
-    return given, parents
+    return extras, parents
 
 
 def check_needs(entry: catalog.Entry, teacher: Classifier, inputs: Any) -> None:
@@ -98,10 +95,10 @@ def check_needs(entry: catalog.Entry, teacher: Classifier, inputs: Any) -> None:
         ArtifactError: The teacher lacks what the method needs; the message names methods that would work.
     """
     for name, (what, hint, refuses) in OPTIONAL.items():
-        given = getattr(inputs, name) is not None
-        if given and name not in entry.needs:
+        chosen = getattr(inputs, name) is not None
+        if chosen and name not in entry.needs:
             raise ConfigError(f"--method {entry.name} {refuses}", f"leave out --{name}")
-        if name in entry.needs and not given:
+        if name in entry.needs and not chosen:
             raise ConfigError(f"--method {entry.name} needs {what}", hint)
     if "batchnorm" in entry.needs and not teacher.batch_norms():
         others = [name for name, e in catalog.entries("synthesizers").items() if "batchnorm" not in e.needs]
@@ -112,10 +109,38 @@ def check_needs(entry: catalog.Entry, teacher: Classifier, inputs: Any) -> None:
 
 
 def _make(
-    settings: Settings, teacher: LoadedModel, given: dict[str, Any], directory: RunDirectory, terminal: Terminal
+    settings: Settings, teacher: LoadedModel, extras: dict[str, Any], directory: RunDirectory, terminal: Terminal
 ) -> None:
+    """Do the rounds and write what is made of them."""
+    config, count = settings.method.config, settings.inputs.num_images
+    head = _head(settings, teacher)
+    writer = ShardWriter(directory.path, head, -(-count // config.batch_size))
+    processes = settings.run.devices * settings.run.num_nodes
+    task = SynthesisTask(teacher.classifier, count, settings.run.seed, writer, processes, **extras)
+    synthesizer = settings.method.entry.load()(task, config)
+    fit(synthesizer, directory, terminal)
+    writer.collect()
+    manifest = writer.write_manifest()
+    if synthesizer.stateless:
+        rows = [{"round": index, **shard["terms"]} for index, shard in enumerate(manifest["shards"])]
+        write_csv(directory.path / "metrics.csv", rows)
+    write_preview(directory.path / "preview.png", ShardReader(directory.path))
+    histogram = manifest["class_histogram"]
+    rare = rare_classes(histogram, teacher.classifier.info.classes)
+    if rare is not None and directory.concern(rare):
+        terminal.say(f"warning: {rare}")
+    facts = {"command": "synthesize", "dataset": teacher.dataset, "teacher": teacher.sha256, "num_images": count}
+    files = [MANIFEST, "metrics.csv", "preview.png", *(row["file"] for row in manifest["shards"])]
+    files += _save_models(synthesizer.models(), directory.path, {**head, **facts})
+    confidence = sum(writer.confidences[index] for index in range(writer.count)) / count
+    metrics = {"count": count, "confidence": confidence, "class_histogram": histogram}
+    directory.finish([directory.path / name for name in files], metrics)
+
+
+def _head(settings: Settings, teacher: LoadedModel) -> dict[str, Any]:
+    """What the manifest says about all shards."""
     config, info = settings.method.config, teacher.classifier.info
-    head = {
+    return {
         "method": settings.method.entry.name,
         "config": plain(config),
         "seed": settings.run.seed,
@@ -129,38 +154,16 @@ def _make(
         "data_free": True,
         "uses": uses(settings.method.entry),
     }
-    count = settings.inputs.num_images
-    writer = ShardWriter(directory.path, head, -(-count // config.batch_size))
-    processes = settings.run.devices * settings.run.num_nodes
-    method = settings.method.entry.load()
-    synthesizer = method(teacher.classifier, config, count, settings.run.seed, writer, processes, **given)
-    fit(synthesizer, directory, terminal)
-    writer.collect()
-    manifest = writer.write_manifest()
-    if synthesizer.stateless:
-        rows = [{"round": index, **shard["terms"]} for index, shard in enumerate(manifest["shards"])]
-        write_csv(directory.path / "metrics.csv", rows)
-    reader = ShardReader(directory.path)
-    write_preview(directory.path / "preview.png", reader)
-    confidence = sum(float(reader.read(i)["logits"].softmax(1).amax(1).sum()) for i in range(len(reader.sizes)))
-    files = [MANIFEST, "metrics.csv", "preview.png", *(row["file"] for row in manifest["shards"])]
-    metrics = {
-        "count": manifest["count"],
-        "confidence": confidence / manifest["count"],
-        "class_histogram": manifest["class_histogram"],
-    }
-    rare = rare_classes(metrics["class_histogram"], info.classes)
-    if rare is not None and directory.concern(rare):
-        terminal.say(f"warning: {rare}")
-    for role, model in synthesizer.models().items():
-        facts = {"command": "synthesize", "dataset": teacher.dataset, "teacher": teacher.sha256, "num_images": count}
-        provenance = {**head, **facts}
+
+
+def _save_models(models: Mapping[str, Classifier | Generators], path: Path, provenance: dict[str, Any]) -> list[str]:
+    """Write each network into a directory of its own. Returns the files, relative to ``path``."""
+    for role, model in models.items():
         if isinstance(model, Generators):
-            save_generators(directory.path / role, model, provenance)
+            save_generators(path / role, model, provenance)
         else:
-            save_model(directory.path / role, model.eval(), metrics={}, provenance=provenance)
-        files += [f"{role}/{file.name}" for file in sorted((directory.path / role).iterdir())]
-    directory.finish([directory.path / name for name in files], metrics)
+            save_model(path / role, model.eval(), metrics={}, provenance=provenance)
+    return [f"{role}/{file.name}" for role in models for file in sorted((path / role).iterdir())]
 
 
 def rare_classes(histogram: Sequence[int], names: Sequence[str] | None = None) -> str | None:

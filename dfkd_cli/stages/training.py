@@ -20,7 +20,7 @@ from dfkd_cli.models.directory import read_record, save_model
 from dfkd_cli.models.registry import build, code_file, family
 from dfkd_cli.regimes.base import Task
 from dfkd_cli.resolve import Settings
-from dfkd_cli.rounds import fit
+from dfkd_cli.rounds.trainer import fit
 from dfkd_cli.seeds import derive
 from dfkd_cli.settings import OUT
 from dfkd_cli.stages.inputs import pick_device

@@ -27,6 +27,7 @@ from torch import Tensor
 
 from dfkd_cli.config import option
 from dfkd_cli.settings import PoolTraining, StatisticsInversion
+from dfkd_cli.synthesizers.base import Look
 from dfkd_cli.synthesizers.cotraining import PoolTrainer
 from dfkd_cli.synthesizers.deepinversion import DeepInversion
 
@@ -50,11 +51,11 @@ class AdaptiveDeepInversion(PoolTrainer, DeepInversion):
     needs = ("batchnorm", "student")
     config: Config
 
-    def terms(self, images: Tensor, logits: Tensor, targets: Tensor) -> dict[str, Tensor]:
+    def terms(self, look: Look, targets: Tensor) -> dict[str, Tensor]:
         """Those of DeepInversion, and the agreement of student and teacher once the student learns."""
-        terms = super().terms(images, logits, targets)
+        terms = super().terms(look, targets)
         if self.config.competition and not self.warming_up:
-            terms["competition"] = agreement(self.student.net(images).float(), logits, self.config.variant)
+            terms["competition"] = agreement(self.student.net(look.images).float(), look.logits, self.config.variant)
         return terms
 
 

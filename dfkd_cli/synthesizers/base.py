@@ -2,25 +2,51 @@
 
 from __future__ import annotations
 
+import contextlib
 import functools
 from abc import abstractmethod
-from collections.abc import Mapping, Sequence
-from contextlib import AbstractContextManager, nullcontext
-from dataclasses import dataclass
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from dataclasses import dataclass, field
 from typing import Any, ClassVar
 
 import torch
 import torch.nn.functional as F
+from lightning.fabric.utilities import move_data_to_device
 from torch import Tensor
 from torch.optim.lr_scheduler import LambdaLR
 
+from dfkd_cli.artifacts.metadata import Metadata
 from dfkd_cli.artifacts.shards import ShardWriter
 from dfkd_cli.errors import RunFailed
+from dfkd_cli.models.activations import Tap, values_at
 from dfkd_cli.models.classifier import Classifier
 from dfkd_cli.models.generators import Generators
 from dfkd_cli.models.statistics import Moments, batch_moments, recorded_moments
-from dfkd_cli.rounds import Learner, weighted_sum
+from dfkd_cli.rounds.learner import Learner, weighted_sum
 from dfkd_cli.seeds import seed_torch
+
+
+@dataclass
+class SynthesisTask:
+    """What a synthesizer works on.
+
+    Attributes:
+        teacher: The classifier; it is frozen until the rounds are done.
+        num_images: Images to make in all.
+        seed: The run's seed.
+        writer: Where finished shards go; the rounds are the shards that it misses, or all where state passes between.
+        processes: Processes that share the rounds.
+        student: The network to train in the loop, for methods that need one.
+        metadata: Activation statistics of the training data, for methods that need them.
+    """
+
+    teacher: Classifier
+    num_images: int
+    seed: int
+    writer: ShardWriter
+    processes: int = 1
+    student: Classifier | None = None
+    metadata: Metadata | None = None
 
 
 @dataclass
@@ -38,35 +64,53 @@ class Impressions:
     terms: Mapping[str, Tensor]
 
 
+@dataclass(frozen=True)
+class Look:
+    """What the teacher saw when it was shown images, and said.
+
+    Attributes:
+        images: (B, C, H, W), as they were shown.
+        logits: (B, K) float32.
+        moments: Of what went into its BatchNorm layers, by layer; empty where ``statistics`` has no weight.
+        features: (B, ...) float32 each, what it had inside, by tap.
+    """
+
+    images: Tensor
+    logits: Tensor
+    moments: Mapping[str, Moments] = field(default_factory=dict)
+    features: Mapping[Any, Tensor] = field(default_factory=dict)
+
+
 class Synthesizer(Learner):
     """Turns a frozen teacher into data impressions; round ``i`` makes shard ``i`` and depends only on (seed, i).
 
     A subclass says in ``kind`` how it works and in ``needs`` what it asks for, has a ``Config`` in its file (with
     ``batch_size``, the images of a shard, and ``dtype``, how they are stored), and makes a shard in :meth:`make`.
 
-    Args:
-        teacher: The classifier; it is frozen until the rounds are done.
-        config: The method's own configuration.
-        num_images: Images to make in all.
-        seed: The run's seed.
-        writer: Where finished shards go; the rounds are the shards that it misses, or all where state passes between.
-        processes: Processes that share the rounds.
+    Attributes:
+        normalised: Images are made as the teacher's ``net`` takes them, not in pixel space. Learning rate and image
+            terms are in these units.
+        correction: Of the variances in :attr:`Look.moments`; 1 for unbiased ones.
+        taps: Where :attr:`Look.features` are read.
+        summary: What is kept of each of them.
     """
 
     kind: ClassVar[str]
     needs: ClassVar[tuple[str, ...]] = ()
     stateless = True
     unit = "images"
+    normalised: ClassVar[bool] = False
+    correction: ClassVar[int] = 0
+    taps: Mapping[Any, Tap] = {}
+    summary: Callable[[Tensor], Tensor] = torch.clone
 
-    def __init__(
-        self, teacher: Classifier, config: Any, num_images: int, seed: int, writer: ShardWriter, processes: int = 1
-    ) -> None:
+    def __init__(self, task: SynthesisTask, config: Any) -> None:
         super().__init__()
-        self.teacher = teacher.freeze().lay_out()
-        self.config, self.num_images, self.seed = config, num_images, seed
-        self.writer, self.processes = writer, processes
-        self.todo = writer.missing() if self.stateless else list(range(writer.count))
-        self.rounds = -(-len(self.todo) // processes)
+        self.teacher = task.teacher.freeze().lay_out()
+        self.config, self.num_images, self.seed = config, task.num_images, task.seed
+        self.writer, self.processes = task.writer, task.processes
+        self.todo = self.writer.missing() if self.stateless else list(range(self.writer.count))
+        self.rounds = -(-len(self.todo) // self.processes)
 
     def done(self, rounds: int) -> int:
         return sum(self._count(shard) for shard in self.todo[: rounds * self.processes])
@@ -80,13 +124,23 @@ class Synthesizer(Learner):
         """What the teacher's BatchNorm layers remember; first asked for in a round, when it is on its device."""
         return recorded_moments(self.teacher)
 
-    def statistics(self, correction: int = 0) -> AbstractContextManager[Mapping[str, Moments]]:
-        """What goes into the teacher's BatchNorm layers inside the ``with`` block; nothing where it has no weight.
+    @contextlib.contextmanager
+    def looking(self) -> Iterator[Callable[[Tensor], Look]]:
+        """A way to show images to the teacher, and to look into it meanwhile; it is hooked inside the ``with`` block.
 
-        Args:
-            correction: 1 for unbiased variances.
+        Moments are taken where the configuration has a weight ``statistics``, which is not 0.
         """
-        return batch_moments(self.teacher, correction) if self.config.statistics else nullcontext({})
+        network = self.teacher.net if self.normalised else self.teacher
+        statistics: contextlib.AbstractContextManager[Mapping[str, Moments]] = contextlib.nullcontext({})
+        if getattr(self.config, "statistics", 0):
+            statistics = batch_moments(self.teacher, self.correction)
+        with statistics as moments, values_at(self.taps, self.summary) as values:
+
+            def show(images: Tensor) -> Look:
+                logits = network(images).float()
+                return Look(images, logits, dict(moments), {name: value.float() for name, value in values.items()})
+
+            yield show
 
     def models(self) -> Mapping[str, Classifier | Generators]:
         """Networks that were trained meanwhile, each to be written under its name. None by default."""
@@ -99,10 +153,10 @@ class Synthesizer(Learner):
             return {}
         shard = self.todo[position]
         seed_torch(self.device, "shard", self.seed, shard)
-        made = self.make(shard * self.config.batch_size, self._count(shard))
-        self.check_finite(made.terms, shard)
-        self._store(shard, made)
-        return made.terms
+        impressions = self.make(shard * self.config.batch_size, self._count(shard))
+        self.check_finite(impressions.terms, shard)
+        self._store(shard, impressions)
+        return impressions.terms
 
     def keep(self) -> None:
         """Write the manifest of what is finished."""
@@ -114,15 +168,15 @@ class Synthesizer(Learner):
         return min(self.config.batch_size, self.num_images - shard * self.config.batch_size)
 
     @torch.no_grad()
-    def _store(self, shard: int, made: Impressions) -> None:
-        stored = made.pixels.to(getattr(torch, self.config.dtype))
+    def _store(self, shard: int, impressions: Impressions) -> None:
+        stored = impressions.pixels.to(getattr(torch, self.config.dtype))
         if not stored.isfinite().all():
             raise RunFailed(f"shard {shard}: pixels are not finite as {self.config.dtype}", "lower --lr")
         with torch.autocast(self.device.type, enabled=False):  # whatever --precision is, answers are exact
             tensors = {"images": stored, "logits": self.teacher(stored.float())}
-        if made.targets is not None:
-            tensors["targets"] = made.targets.float()
-        terms = {name: float(value) for name, value in made.terms.items()}
+        if impressions.targets is not None:
+            tensors["targets"] = impressions.targets.float()
+        terms = {name: float(value) for name, value in impressions.terms.items()}
         self.writer.write(shard, tensors, terms)
 
 
@@ -131,24 +185,23 @@ class ImageOptimizer(Synthesizer):
 
     A subclass gives the targets and the loss terms. Terms are weighted by the configuration keys of their names; a
     term whose weight is zero need not be computed. Everything else has a place of its own to be changed: where images
-    start, how the teacher sees them, at which resolutions, the optimiser, what is watched meanwhile.
-
-    Attributes:
-        normalised: Images are optimised as the teacher's ``net`` takes them, not in pixel space. Learning rate and
-            image terms are in these units.
+    start, how the teacher sees them, at which resolutions, the optimiser, where the teacher is looked into.
     """
 
     kind = "images"
     scaled = False
-    normalised: ClassVar[bool] = False
 
     @abstractmethod
-    def targets(self, first: int, count: int) -> Tensor:
-        """What images ``first`` to ``first + count`` aim at, (count, K) float32, on the CPU."""
+    def targets(self, first: int, count: int) -> Any:
+        """What images ``first`` to ``first + count`` aim at, on the CPU: soft labels (count, K) float32, or more."""
 
     @abstractmethod
-    def terms(self, images: Tensor, logits: Tensor, targets: Tensor) -> dict[str, Tensor]:
-        """Named, unweighted loss terms, 0-d, for images (B, C, H, W) as the teacher saw them, and logits (B, K)."""
+    def terms(self, look: Look, targets: Any) -> dict[str, Tensor]:
+        """Named, unweighted loss terms, 0-d, of what the teacher sees of a batch with those targets."""
+
+    def soft_labels(self, targets: Any) -> Tensor | None:
+        """The soft labels (B, K) among a batch's targets, which are stored with it: by default they are all."""
+        return targets
 
     def start(self, count: int) -> Tensor:
         """Where the optimisation starts, (count, C, H, W), on the CPU: normal noise for ``net``, or uniform pixels."""
@@ -176,10 +229,6 @@ class ImageOptimizer(Synthesizer):
         """What the learning rate is multiplied by in a step of a stage, counted from 0."""
         return 1.0
 
-    def watching(self) -> AbstractContextManager[Any]:
-        """What is hooked while a batch is optimised, for the terms to find in ``seen``. Nothing by default."""
-        return nullcontext()
-
     def project(self, images: Tensor) -> None:
         """Bring images back into their range, in place, after each iteration: [0,1] where that is wanted."""
         if self.config.clamp:
@@ -189,26 +238,26 @@ class ImageOptimizer(Synthesizer):
 
     def make(self, first: int, count: int) -> Impressions:
         """Run the inner iterations on one batch. Images and optimiser are new in every round."""
-        # Drawn on the CPU, so that targets and starting images do not depend on the device.
-        targets = self.targets(first, count).to(self.device)
+        targets = move_data_to_device(self.targets(first, count), self.device)
         images = self.start(count).to(self.device).requires_grad_()
         terms: Mapping[str, Tensor] = {}
-        with self.watching() as self.seen:
+        with self.looking() as show:
             for divisor, iterations in self.resolutions():
-                terms = self._optimize(images, targets, divisor, iterations)
+                terms = self._optimize(images, targets, show, divisor, iterations)
         images = images.detach()
         pixels = self.teacher.denormalise(images) if self.normalised else images
-        return Impressions(pixels, targets, {name: term.detach() for name, term in terms.items()})
+        return Impressions(pixels, self.soft_labels(targets), {name: term.detach() for name, term in terms.items()})
 
-    def _optimize(self, images: Tensor, targets: Tensor, divisor: int, iterations: int) -> Mapping[str, Tensor]:
+    def _optimize(
+        self, images: Tensor, targets: Any, show: Callable[[Tensor], Look], divisor: int, iterations: int
+    ) -> Mapping[str, Tensor]:
         """One stage, in place. Returns its last terms."""
-        answer = self.teacher.net if self.normalised else self.teacher
         optimizer = self.optimizer(images)
         schedule = LambdaLR(optimizer, lambda step: self.rate(step, iterations))
         terms: dict[str, Tensor] = {}
         for _ in range(iterations):
             view = self.view(F.avg_pool2d(images, divisor) if divisor > 1 else images)
-            terms = self.terms(view, answer(view).float(), targets)
+            terms = self.terms(show(view), targets)
             # The teacher's parameters need no gradient: backward goes to the images only.
             (gradient,) = torch.autograd.grad(weighted_sum(terms, self.config), images)
             images.grad = gradient.contiguous()  # it may be channels last, where fused Adam would take wrong pixels

@@ -20,16 +20,14 @@ its input. The other terms are those of ``inception``, which the paper combines 
 
 from __future__ import annotations
 
-from collections.abc import Mapping
-from contextlib import AbstractContextManager
 from dataclasses import dataclass
 from typing import Literal
 
 from torch import Tensor
 
 from dfkd_cli.config import option
-from dfkd_cli.models.statistics import Moments
 from dfkd_cli.settings import SmoothInversion
+from dfkd_cli.synthesizers.base import Look
 from dfkd_cli.synthesizers.inception import Inception
 from dfkd_cli.synthesizers.terms import statistics_distance, statistics_divergence
 
@@ -54,17 +52,13 @@ class BNStatistics(Inception):
     needs = ("batchnorm",)
     config: Config
 
-    def watching(self) -> AbstractContextManager[Mapping[str, Moments]]:
-        """What goes into the BatchNorm layers."""
-        return self.statistics()
-
-    def terms(self, images: Tensor, logits: Tensor, targets: Tensor) -> dict[str, Tensor]:
+    def terms(self, look: Look, targets: Tensor) -> dict[str, Tensor]:
         """Those of Inception, and where it has a weight, the distance to the BatchNorm statistics."""
-        terms = super().terms(images, logits, targets)
-        if not self.seen:
+        terms = super().terms(look, targets)
+        if not look.moments:
             return terms
         if self.config.bn_loss == "l2":
-            distance = statistics_distance(self.seen, self.recorded)
+            distance = statistics_distance(look.moments, self.recorded)
         else:
-            distance = statistics_divergence(self.seen, self.recorded, self.config.bn_loss == "kl-reverse")
+            distance = statistics_divergence(look.moments, self.recorded, self.config.bn_loss == "kl-reverse")
         return terms | {"statistics": distance}

@@ -17,7 +17,7 @@ from torch import Tensor
 
 from dfkd_cli.config import option
 from dfkd_cli.settings import ImageOptimization
-from dfkd_cli.synthesizers.base import ImageOptimizer
+from dfkd_cli.synthesizers.base import ImageOptimizer, Look
 from dfkd_cli.synthesizers.terms import tempered_cross_entropy
 
 
@@ -39,6 +39,6 @@ class ClassImpressions(ImageOptimizer):
         """One-hot labels; image ``n`` is of class ``n mod K``."""
         return self.classes(first, count)
 
-    def terms(self, images: Tensor, logits: Tensor, targets: Tensor) -> dict[str, Tensor]:
+    def terms(self, look: Look, targets: Tensor) -> dict[str, Tensor]:
         """The cross-entropy with the class."""
-        return {"cross_entropy": tempered_cross_entropy(logits, targets, self.config.temperature)}
+        return {"cross_entropy": tempered_cross_entropy(look.logits, targets, self.config.temperature)}

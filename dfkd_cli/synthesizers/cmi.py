@@ -22,10 +22,8 @@ room for its aspect is as wide or high as the image instead of drawn again.
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Mapping, Sequence
-from contextlib import contextmanager
-from dataclasses import dataclass
-from typing import Any
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, replace
 
 import torch
 import torch.nn.functional as F
@@ -38,11 +36,11 @@ from dfkd_cli.config import option
 from dfkd_cli.data.augment import RandomFlip, RandomResizedCrop
 from dfkd_cli.models.activations import Tap, values_at
 from dfkd_cli.models.classifier import probe
-from dfkd_cli.models.statistics import Moments
 from dfkd_cli.models.taps import find_taps
 from dfkd_cli.seeds import derive
 from dfkd_cli.settings import PooledGeneration
-from dfkd_cli.synthesizers.pooled import Attempt, PooledGenerator
+from dfkd_cli.synthesizers.base import SynthesisTask
+from dfkd_cli.synthesizers.pooled import BatchGeneration, Candidate, PooledGenerator
 
 PROJECTED = 256  # outputs of the perceptron
 
@@ -68,27 +66,27 @@ class CMI(PooledGenerator):
     needs = ("batchnorm", "student")
     config: Config
 
-    def __init__(self, *arguments: Any, **more: Any) -> None:
-        super().__init__(*arguments, **more)
-        c = self.config
+    def __init__(self, task: SynthesisTask, config: Config) -> None:
+        super().__init__(task, config)
         layers = enumerate(self.teacher.batch_norms())
         inputs = {str(index): Tap(layer, before=True) for index, layer in layers}
-        self.taps = inputs if c.taps is None else find_taps(self.teacher, c.taps)
-        with values_at(self.taps, channel_means) as features:
+        taps = inputs if config.taps is None else find_taps(self.teacher, config.taps)
+        self.taps, self.summary = taps if config.contrast else {}, channel_means
+        with values_at(taps, channel_means) as features:
             probe(self.teacher.net, self.teacher.info.input_size)
         size = joined(features).shape[1]
         with torch.random.fork_rng(devices=[]):
             torch.manual_seed(derive("projection", self.seed))
             self.projection = nn.Sequential(nn.Linear(size, size), nn.ReLU(), nn.Linear(size, PROJECTED))
-        self.remembered = Memory(min(c.memory, self.num_images), 2 * size)
-        mirror: list[nn.Module] = [RandomFlip()] if c.view_flip else []
-        self.second_view = v2.Compose([RandomResizedCrop(c.contrast_crop), *mirror])
+        self.remembered = Memory(min(config.memory, self.num_images), 2 * size)
+        mirror: list[nn.Module] = [RandomFlip()] if config.view_flip else []
+        self.second_view = v2.Compose([RandomResizedCrop(config.contrast_crop), *mirror])
 
     def trained(self) -> Sequence[tuple[Optimizer, LRScheduler | None]]:
         """The student and the perceptron."""
         return [*super().trained(), (torch.optim.Adam(self.projection.parameters(), self.config.lr, fused=True), None)]
 
-    def start(self, labels: Tensor) -> Attempt:
+    def start(self, labels: Tensor) -> BatchGeneration:
         """A new generator and new latents."""
         initialise(self.generator)
         latents = self.latents(len(labels))
@@ -96,29 +94,19 @@ class CMI(PooledGenerator):
         optimizers: list[Optimizer] = [torch.optim.Adam(trained, self.config.lr, betas=self.config.betas, fused=True)]
         if self.config.contrast:
             optimizers.append(self.pairs[1][0])
-        return Attempt(self.generator, latents, optimizers)
+        return BatchGeneration(self.generator, latents, optimizers)
 
-    @contextmanager
-    def watching(self) -> Iterator[Mapping[str, Moments]]:
-        """The BatchNorm layers and, where the contrast counts, the features."""
-        with super().watching() as seen:
-            if not self.config.contrast:
-                yield seen
-                return
-            with values_at(self.taps, channel_means) as self.features:
-                yield seen
-
-    def terms(self, images: Tensor, labels: Tensor) -> dict[str, Tensor]:
-        """Those of the frame, and the contrastive loss."""
-        terms = super().terms(images, labels)
-        if self.config.contrast:
-            whole = joined(self.features)
-            with values_at(self.taps, channel_means) as features:
-                self.teacher(self.second_view(images))
-            local = joined(features)
-            self.latest = torch.cat([local, whole], dim=1).detach()
-            terms["contrast"] = self.contrast(local, whole)
-        return terms
+    def candidate(self, images: Tensor, labels: Tensor) -> Candidate:
+        """That of the frame, with the contrastive loss and the features of both views."""
+        candidate = super().candidate(images, labels)
+        if not self.config.contrast:
+            return candidate
+        whole = joined(candidate.look.features)
+        with values_at(self.taps, channel_means) as features:
+            self.teacher(self.second_view(images))
+        local = joined(features)
+        terms = {**candidate.terms, "contrast": self.contrast(local, whole)}
+        return replace(candidate, terms=terms, features=torch.cat([local, whole], dim=1).detach())
 
     def contrast(self, local: Tensor, whole: Tensor) -> Tensor:
         """The contrastive loss of features (B, D) of both views, against rows of the memory."""
@@ -128,16 +116,10 @@ class CMI(PooledGenerator):
             keys = F.normalize(self.projection(torch.cat([whole, past_whole])), dim=1)
         return contrastive_loss(queries.float(), keys.float(), len(local), self.config.contrast_temperature)
 
-    def improved(self) -> None:
-        """Keep the features of the best images."""
-        if self.config.contrast:
-            self.best = self.latest
-
-    def finish(self, attempt: Attempt) -> None:
+    def finish(self, batch: BatchGeneration, best: Candidate) -> None:
         """Remember the features of the best images."""
-        super().finish(attempt)
-        if self.config.contrast:
-            self.remembered.push(self.best)
+        if best.features is not None:
+            self.remembered.push(best.features)
 
 
 class Memory(nn.Module):

@@ -5,7 +5,7 @@ from __future__ import annotations
 import functools
 from abc import abstractmethod
 from collections.abc import Mapping, Sequence
-from typing import Any, ClassVar
+from typing import Any
 
 import torch
 from torch import Tensor, nn
@@ -20,10 +20,10 @@ from dfkd_cli.models.classifier import Classifier
 from dfkd_cli.models.generators import Generators
 from dfkd_cli.objectives.base import Outputs, ask
 from dfkd_cli.objectives.response import soft_loss
-from dfkd_cli.rounds import weighted_sum
+from dfkd_cli.rounds.learner import weighted_sum
 from dfkd_cli.seeds import derive, seed_torch
 from dfkd_cli.settings import CoTraining, PoolTraining
-from dfkd_cli.synthesizers.base import Synthesizer
+from dfkd_cli.synthesizers.base import SynthesisTask, Synthesizer
 
 
 class CoTrainer(Synthesizer):
@@ -36,16 +36,18 @@ class CoTrainer(Synthesizer):
         rivals: More students that are trained alike and then forgotten.
         student_taps: For each student, where :meth:`student_terms` wants features.
         teacher_taps: The same of the teacher.
+        training_rounds: Rounds, at the start, that write no shard.
     """
 
-    kind: ClassVar[str]
     stateless = False
     config: CoTraining
     teacher_taps: Mapping[str, Tap] = {}
+    training_rounds = 0
 
-    def __init__(self, *arguments: Any, student: Classifier, **more: Any) -> None:
-        super().__init__(*arguments, **more)
-        self.student = student.lay_out()
+    def __init__(self, task: SynthesisTask, config: CoTraining) -> None:
+        super().__init__(task, config)
+        assert task.student is not None  # it is among the needs
+        self.student = task.student.lay_out()
         self.rivals = nn.ModuleList()
         self.student_taps: list[Mapping[str, Tap]] = [{}]
 
@@ -64,6 +66,9 @@ class CoTrainer(Synthesizer):
         """Whether Adam can be fused: in mixed precision it would unscale gradients itself, too late to clip them."""
         return not (self.config.clip and self.trainer.precision.endswith("mixed"))
 
+    def can_continue(self, index: int) -> bool:
+        return self.writer.rows.keys() >= set(range(index - self.training_rounds))
+
     def models(self) -> Mapping[str, Classifier | Generators]:
         """The student."""
         return {"student": self.student}
@@ -75,8 +80,8 @@ class CoTrainer(Synthesizer):
         if c.student_optimizer == "sgd":
             optimizer = torch.optim.SGD(parameters, c.student_lr, momentum=0.9, weight_decay=c.student_weight_decay)
         else:
-            decay, fused = c.student_weight_decay, self.can_fuse
-            optimizer = torch.optim.Adam(parameters, c.student_lr, weight_decay=decay, fused=fused)
+            decay = c.student_weight_decay
+            optimizer = torch.optim.Adam(parameters, c.student_lr, weight_decay=decay, fused=self.can_fuse)
         return [(optimizer, CosineAnnealingLR(optimizer, T_max=max(self.student_steps, 1)))]
 
     def configure_optimizers(self) -> Any:
@@ -158,10 +163,11 @@ class CoTrainer(Synthesizer):
             loss: 0-d; only this optimiser's parameters get its gradient.
         """
         optimizer, schedule = self.pairs[index]
+        wrapped: Any = self.optimizers()  # as Lightning keeps them: it counts steps, and scales gradients where needed
         parameters = [parameter for group in optimizer.param_groups for parameter in group["params"]]
         optimizer.zero_grad()
         self.manual_backward(loss, inputs=parameters)
-        self.wrapped(index).step()
+        (wrapped[index] if isinstance(wrapped, list) else wrapped).step()
         if schedule is not None:
             schedule.step()
 
@@ -169,11 +175,6 @@ class CoTrainer(Synthesizer):
         """Clip the gradients, which Lightning has unscaled by now; those of optimisers that it does not know stay."""
         if self.config.clip:
             self.clip_gradients(optimizer, gradient_clip_val=self.config.clip, gradient_clip_algorithm="norm")
-
-    def wrapped(self, index: int) -> Any:
-        """The optimiser as Lightning keeps it: it counts the steps and scales gradients where that is needed."""
-        optimizers: Any = self.optimizers()
-        return optimizers[index] if isinstance(optimizers, list) else optimizers
 
 
 class PoolTrainer(CoTrainer):
@@ -183,7 +184,6 @@ class PoolTrainer(CoTrainer):
     on (seed, round) and what the pool holds.
     """
 
-    kind: ClassVar[str]
     config: PoolTraining
 
     @property
@@ -199,9 +199,6 @@ class PoolTrainer(CoTrainer):
     @property
     def student_steps(self) -> int:
         return (self.rounds - self.warmup_rounds) * self.config.student_steps
-
-    def can_continue(self, index: int) -> bool:
-        return self.writer.rows.keys() >= set(range(index))
 
     def student_terms(self, student: Outputs, teacher: Outputs, images: Images) -> dict[str, Tensor]:
         """How far the student's softened answers are from the teacher's."""

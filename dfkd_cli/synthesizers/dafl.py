@@ -19,7 +19,6 @@ from __future__ import annotations
 
 import math
 from dataclasses import dataclass
-from typing import Any
 
 import torch.nn.functional as F
 from torch import Tensor
@@ -30,6 +29,7 @@ from dfkd_cli.models.taps import find_taps
 from dfkd_cli.objectives.base import Outputs
 from dfkd_cli.objectives.response import soft_loss
 from dfkd_cli.settings import SCHEDULE, STUDENT_IMAGES, GeneratorTraining, RateSchedule, StudentImages
+from dfkd_cli.synthesizers.base import Look, SynthesisTask
 from dfkd_cli.synthesizers.streaming import StreamTrainer
 from dfkd_cli.synthesizers.terms import mean_answer_entropy
 
@@ -60,16 +60,16 @@ class DAFL(StreamTrainer):
     epsilon = 0.8
     config: Config
 
-    def __init__(self, *arguments: Any, **more: Any) -> None:
-        super().__init__(*arguments, **more)
-        if self.config.activation:
-            self.generator_taps = find_taps(self.teacher, [self.config.features])
+    def __init__(self, task: SynthesisTask, config: Config) -> None:
+        super().__init__(task, config)
+        if config.activation:
+            self.taps = find_taps(self.teacher, [config.features])
 
-    def generator_terms(self, pixels: Tensor, teacher: Outputs) -> dict[str, Tensor]:
+    def generator_terms(self, look: Look) -> dict[str, Tensor]:
         """One-hot, information and, where it has a weight, activation."""
-        terms = {"one_hot": one_hot(teacher.logits), "information": information(teacher.logits)}
+        terms = {"one_hot": one_hot(look.logits), "information": information(look.logits)}
         if self.config.activation:
-            terms["activation"] = -teacher.features[self.config.features].abs().mean()
+            terms["activation"] = -look.features[self.config.features].abs().mean()
         return terms
 
     def student_terms(self, student: Outputs, teacher: Outputs, images: Images) -> dict[str, Tensor]:

@@ -21,15 +21,13 @@ Differences from the released code:
 
 from __future__ import annotations
 
-from collections.abc import Mapping
-from contextlib import AbstractContextManager
 from dataclasses import dataclass
 from typing import ClassVar
 
 from torch import Tensor
 
-from dfkd_cli.models.statistics import Moments
 from dfkd_cli.settings import StatisticsInversion
+from dfkd_cli.synthesizers.base import Look
 from dfkd_cli.synthesizers.inversion import Inverter
 from dfkd_cli.synthesizers.terms import statistics_distance
 
@@ -44,15 +42,12 @@ class DeepInversion(Inverter):
 
     kind = "images"
     needs: ClassVar[tuple[str, ...]] = ("batchnorm",)
+    correction = 1
     config: StatisticsInversion
 
-    def watching(self) -> AbstractContextManager[Mapping[str, Moments]]:
-        """What goes into the BatchNorm layers."""
-        return self.statistics(correction=1)
-
-    def terms(self, images: Tensor, logits: Tensor, targets: Tensor) -> dict[str, Tensor]:
+    def terms(self, look: Look, targets: Tensor) -> dict[str, Tensor]:
         """Those of DeepDream, and the distance to the BatchNorm statistics."""
-        terms = super().terms(images, logits, targets)
-        if self.seen:
-            terms["statistics"] = statistics_distance(self.seen, self.recorded, self.config.first_layer)
+        terms = super().terms(look, targets)
+        if look.moments:
+            terms["statistics"] = statistics_distance(look.moments, self.recorded, self.config.first_layer)
         return terms

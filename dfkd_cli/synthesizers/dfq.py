@@ -19,17 +19,14 @@ the student takes 80,000 steps as in the latter, by SGD without Nesterov's form.
 
 from __future__ import annotations
 
-from collections.abc import Mapping
-from contextlib import AbstractContextManager
 from dataclasses import dataclass
 
 from torch import Tensor
 
 from dfkd_cli.config import option
-from dfkd_cli.models.statistics import Moments
-from dfkd_cli.objectives.base import Outputs
 from dfkd_cli.objectives.response import soft_loss
 from dfkd_cli.settings import AdversarialTraining
+from dfkd_cli.synthesizers.base import Look
 from dfkd_cli.synthesizers.streaming import Adversary
 from dfkd_cli.synthesizers.terms import mean_answer_entropy, statistics_divergence
 
@@ -58,18 +55,14 @@ class DFQ(Adversary):
         """The KL divergence of the answers to logits (B, K)."""
         return soft_loss(student, teacher, "kl", self.config.student_temperature)
 
-    def watching(self) -> AbstractContextManager[Mapping[str, Moments]]:
-        """What goes into the BatchNorm layers."""
-        return self.statistics()
-
-    def generator_terms(self, pixels: Tensor, teacher: Outputs) -> dict[str, Tensor]:
+    def generator_terms(self, look: Look) -> dict[str, Tensor]:
         """The students' distance, and the parts of L_T."""
-        terms = super().generator_terms(pixels, teacher) | {
-            "instance_entropy": answer_entropy(teacher.logits),
-            "batch_entropy": -mean_answer_entropy(teacher.logits),
+        terms = super().generator_terms(look) | {
+            "instance_entropy": answer_entropy(look.logits),
+            "batch_entropy": -mean_answer_entropy(look.logits),
         }
-        if self.seen:
-            terms["statistics"] = statistics_divergence(self.seen, self.recorded, reverse=True)
+        if look.moments:
+            terms["statistics"] = statistics_divergence(look.moments, self.recorded, reverse=True)
         return terms
 
 

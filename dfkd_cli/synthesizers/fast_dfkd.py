@@ -25,7 +25,7 @@ from __future__ import annotations
 import copy
 from collections.abc import Sequence
 from dataclasses import dataclass
-from typing import Any, Literal
+from typing import Literal
 
 import torch
 from torch import Tensor, nn
@@ -34,7 +34,7 @@ from torch.optim.lr_scheduler import LRScheduler
 
 from dfkd_cli.config import option
 from dfkd_cli.settings import PooledGeneration
-from dfkd_cli.synthesizers.pooled import Attempt, PooledGenerator
+from dfkd_cli.synthesizers.pooled import BatchGeneration, Candidate, PooledGenerator
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -79,34 +79,31 @@ class FastDFKD(PooledGenerator):
         """The second optimiser, without Lightning's wrapper: its gradients are not scaled in mixed precision."""
         return self.pairs[1][0]
 
-    def start(self, labels: Tensor) -> Attempt:
+    def start(self, labels: Tensor) -> BatchGeneration:
         """A copy of the meta generator, and new latents."""
         c = self.config
         if c.reset_first_layer and self.current_epoch + 1 == self.warmup_rounds + c.reset_first_layer:
             reset_first_layer(self.generator)
         self.meta_optimizer.zero_grad()
         network, latents = copy.deepcopy(self.generator), self.latents(len(labels))
-        groups: list[dict[str, Any]] = [
-            {"params": list(network.parameters())},
-            {"params": [latents], "lr": c.latent_lr},
-        ]
-        return Attempt(network, latents, [torch.optim.Adam(groups, c.lr, betas=c.betas, fused=True)])
+        optimizer = torch.optim.Adam(network.parameters(), c.lr, betas=c.betas, fused=True)
+        optimizer.add_param_group({"params": [latents], "lr": c.latent_lr})
+        return BatchGeneration(network, latents, [optimizer])
 
-    def before_step(self, attempt: Attempt) -> None:
+    def before_step(self, batch: BatchGeneration) -> None:
         """FOMAML: the gradient at each inner step."""
         if self.config.meta == "fomaml":
-            for meta, inner in zip(self.generator.parameters(), attempt.network.parameters(), strict=True):
+            for meta, inner in zip(self.generator.parameters(), batch.network.parameters(), strict=True):
                 assert inner.grad is not None
                 meta.grad = inner.grad.clone() if meta.grad is None else meta.grad + inner.grad
 
-    def finish(self, attempt: Attempt) -> None:
+    def finish(self, batch: BatchGeneration, best: Candidate) -> None:
         """The meta generator's step."""
-        super().finish(attempt)
         if self.config.meta == "reptile":
-            for meta, inner in zip(self.generator.parameters(), attempt.network.parameters(), strict=True):
+            for meta, inner in zip(self.generator.parameters(), batch.network.parameters(), strict=True):
                 meta.grad = (meta - inner).detach()
         self.meta_optimizer.step()
-        for mine, its in zip(self.generator.buffers(), attempt.network.buffers(), strict=True):
+        for mine, its in zip(self.generator.buffers(), batch.network.buffers(), strict=True):
             mine.copy_(its)
 
 

@@ -16,7 +16,7 @@ from dataclasses import dataclass
 from torch import Tensor
 
 from dfkd_cli.settings import SmoothInversion
-from dfkd_cli.synthesizers.base import ImageOptimizer
+from dfkd_cli.synthesizers.base import ImageOptimizer, Look
 from dfkd_cli.synthesizers.terms import roughness, tempered_cross_entropy
 
 
@@ -36,9 +36,9 @@ class Inception(ImageOptimizer):
         """One-hot labels; the classes take turns."""
         return self.classes(first, count)
 
-    def terms(self, images: Tensor, logits: Tensor, targets: Tensor) -> dict[str, Tensor]:
+    def terms(self, look: Look, targets: Tensor) -> dict[str, Tensor]:
         """The cross-entropy with the class, and the smoothness prior where it is on."""
-        terms = {"cross_entropy": tempered_cross_entropy(logits, targets, self.config.temperature)}
+        terms = {"cross_entropy": tempered_cross_entropy(look.logits, targets, self.config.temperature)}
         if self.config.smoothness:
-            terms["smoothness"] = roughness(images, self.config.blur)
+            terms["smoothness"] = roughness(look.images, self.config.blur)
         return terms

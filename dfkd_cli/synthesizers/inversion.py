@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import math
-from typing import Any
 
 import torch
 from torch import Tensor, nn
@@ -13,7 +12,7 @@ from dfkd_cli.data.augment import RandomFlip, RandomRoll
 from dfkd_cli.errors import ArtifactError
 from dfkd_cli.models.classifier import probe
 from dfkd_cli.settings import Inversion
-from dfkd_cli.synthesizers.base import ImageOptimizer
+from dfkd_cli.synthesizers.base import ImageOptimizer, Look, SynthesisTask
 from dfkd_cli.synthesizers.terms import neighbour_differences, tempered_cross_entropy
 
 
@@ -23,10 +22,10 @@ class Inverter(ImageOptimizer):
     normalised = True
     config: Inversion
 
-    def __init__(self, *arguments: Any, **more: Any) -> None:
-        super().__init__(*arguments, **more)
+    def __init__(self, task: SynthesisTask, config: Inversion) -> None:
+        super().__init__(task, config)
         channels, height, width = self.teacher.info.input_size
-        if self.config.coarse_iterations:
+        if config.coarse_iterations:
             try:
                 probe(self.teacher.net, (channels, height // 2, width // 2))
             except (RuntimeError, AssertionError, ValueError):  # as it is the network that complains
@@ -38,17 +37,17 @@ class Inverter(ImageOptimizer):
         """One-hot labels; the classes take turns."""
         return self.classes(first, count)
 
-    def terms(self, images: Tensor, logits: Tensor, targets: Tensor) -> dict[str, Tensor]:
+    def terms(self, look: Look, targets: Tensor) -> dict[str, Tensor]:
         """The cross-entropy with the class, and the priors whose weights are not zero."""
-        terms = {"cross_entropy": tempered_cross_entropy(logits, targets, self.config.temperature)}
+        terms = {"cross_entropy": tempered_cross_entropy(look.logits, targets, self.config.temperature)}
         if self.config.total_variation or self.config.total_variation_l1:
-            differences = neighbour_differences(images)
+            differences = neighbour_differences(look.images)
             if self.config.total_variation:
                 terms["total_variation"] = torch.stack([part.norm() for part in differences]).sum()
             if self.config.total_variation_l1:
                 terms["total_variation_l1"] = torch.stack([part.abs().mean() for part in differences]).sum()
         if self.config.l2:
-            terms["l2"] = images.flatten(1).norm(dim=1).mean()
+            terms["l2"] = look.images.flatten(1).norm(dim=1).mean()
         return terms
 
     def view(self, images: Tensor) -> Tensor:

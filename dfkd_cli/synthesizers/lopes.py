@@ -37,9 +37,10 @@ Other differences from the released code:
 from __future__ import annotations
 
 import contextlib
+import functools
 import itertools
 import math
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any, Literal
 
@@ -47,12 +48,11 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from dfkd_cli.artifacts.metadata import Metadata
 from dfkd_cli.config import option
 from dfkd_cli.errors import ArtifactError
-from dfkd_cli.models.activations import outputs_of
+from dfkd_cli.models.activations import Tap
 from dfkd_cli.settings import ImageOptimization
-from dfkd_cli.synthesizers.base import ImageOptimizer, Impressions
+from dfkd_cli.synthesizers.base import ImageOptimizer, Look, SynthesisTask
 from dfkd_cli.synthesizers.terms import total_variation
 
 
@@ -70,6 +70,22 @@ class Config(ImageOptimization):
     total_variation: float = option(0.0, "weight of a smoothness prior, squared neighbour differences", low=0)
 
 
+@dataclass
+class Activations:
+    """What a batch of images is to be like inside the teacher.
+
+    Attributes:
+        labels: (B, K) one-hot classes.
+        values: (B, D) each, sampled activations, by layer.
+        bases: For each part and class of a spectral variant: the layers, the rows of the batch (n,), and the
+            eigenvectors (U, Q).
+    """
+
+    labels: Tensor
+    values: Mapping[str, Tensor]
+    bases: Sequence[tuple[tuple[str, ...], Tensor, Tensor]]
+
+
 class Lopes(ImageOptimizer):
     """Images whose activations are samples of the metadata's statistics."""
 
@@ -77,20 +93,22 @@ class Lopes(ImageOptimizer):
     needs = ("metadata",)
     config: Config
 
-    def __init__(self, *arguments: Any, metadata: Metadata, **more: Any) -> None:
-        super().__init__(*arguments, **more)
-        self.metadata, self.head = metadata, list(metadata.layers)[-1]
+    def __init__(self, task: SynthesisTask, config: Config) -> None:
+        super().__init__(task, config)
+        assert task.metadata is not None  # it is among the needs
+        self.metadata = metadata = task.metadata
+        self.head = list(metadata.layers)[-1]
         self.parts = self._parts()
         watched = {name for part in self.parts for name in part} - {self.head}  # its output is the logits
-        self.layers = {name: self.teacher.net.get_submodule(name) for name in metadata.layers if name in watched}
+        self.taps = {name: Tap(self.teacher.net.get_submodule(name)) for name in metadata.layers if name in watched}
         # A class without statistics cannot be sampled.
         self.possible = torch.tensor([label for label, count in enumerate(metadata.counts) if count])
         self.dropouts = []
-        if self.config.variant == "all-dropout":
+        if config.variant == "all-dropout":
             self.dropouts = [layer for layer in self.teacher.net.modules() if isinstance(layer, nn.Dropout)]
             if not self.dropouts:
                 raise ArtifactError(f"{self.teacher.info.spec} has no dropout layer", "choose another --variant")
-        self._made: dict[tuple[str, tuple[str, ...], int], Tensor] = {}
+        self.factor, self.basis = functools.cache(self._factor), functools.cache(self._basis)
 
     @property
     def spectral(self) -> bool:
@@ -115,27 +133,29 @@ class Lopes(ImageOptimizer):
         """The classes (count,) of images ``first`` to ``first + count``: they take turns."""
         return self.possible[torch.arange(first, first + count) % len(self.possible)]
 
-    def targets(self, first: int, count: int) -> Tensor:
-        """The classes, one-hot."""
-        return F.one_hot(self.labels(first, count), self.teacher.info.num_classes).float()
+    def targets(self, first: int, count: int) -> Activations:
+        """Samples of the activations for the classes."""
+        labels = self.labels(first, count)
+        values = {name: value.relu() for name, value in self.sample(labels).items()}
+        one_hot = F.one_hot(labels, self.teacher.info.num_classes).float()
+        parts = itertools.product(self.parts if self.spectral else (), sorted(set(labels.tolist())))
+        bases = [(names, (labels == label).nonzero().squeeze(1), self.basis(names, label)) for names, label in parts]
+        return Activations(one_hot, values, bases)
+
+    def soft_labels(self, targets: Activations) -> Tensor:
+        """The classes."""
+        return targets.labels
 
     def start(self, count: int) -> Tensor:
         """Gaussian noise with the teacher's own mean and deviation."""
         noise = torch.randn(count, *self.teacher.info.input_size)
         return self.teacher.mean.cpu() + self.teacher.std.cpu() * noise
 
-    def make(self, first: int, count: int) -> Impressions:
-        """Sample the activations to aim at, then run the inner iterations."""
-        labels = self.labels(first, count)
-        self.aims = {name: aim.to(self.device).relu() for name, aim in self.sample(labels).items()}
-        self.bases = self._bases(labels) if self.spectral else []
-        return super().make(first, count)
-
     @contextlib.contextmanager
-    def watching(self) -> Iterator[Mapping[str, Tensor]]:
-        """The layers' outputs; the dropout masks are fixed meanwhile."""
-        with outputs_of(self.layers) as outputs, fixed_dropout(self.dropouts):
-            yield outputs
+    def looking(self) -> Iterator[Callable[[Tensor], Look]]:
+        """The dropout masks are fixed meanwhile."""
+        with super().looking() as show, fixed_dropout(self.dropouts):
+            yield show
 
     def sample(self, labels: Tensor) -> dict[str, Tensor]:
         """One draw of activations (B, D) of every layer that is watched, for classes (B,)."""
@@ -146,7 +166,7 @@ class Lopes(ImageOptimizer):
             noise = torch.randn(mean.shape)
             if layers[0].joint:
                 for label in set(labels.tolist()):
-                    noise[labels == label] @= self._factor(names, label)
+                    noise[labels == label] @= self.factor(names, label)
             else:
                 noise *= layers[0].std[labels]
             parts = torch.split(mean + noise, [layer.mean.shape[1] for layer in layers], dim=1)
@@ -154,41 +174,30 @@ class Lopes(ImageOptimizer):
         return drawn
 
     def _factor(self, names: tuple[str, ...], label: int) -> Tensor:
-        """What noise is multiplied by (U, U)."""
-        key = ("factor", names, label)
-        if key not in self._made:
-            covariance = self.metadata.block(names)[label]
-            self._made[key] = covariance if self.config.sampling == "code" else square_root(covariance)
-        return self._made[key]
+        """What the noise of layers is multiplied by (U, U) for a class."""
+        covariance = self.metadata.block(names)[label]
+        return covariance if self.config.sampling == "code" else square_root(covariance)
 
-    def _bases(self, labels: Tensor) -> list[tuple[tuple[str, ...], Tensor, Tensor]]:
-        """For every part and class: the layers, the rows of the batch (n,), and the eigenvectors (U, Q)."""
-        bases = []
-        for names in self.parts:
-            for label in sorted(set(labels.tolist())):
-                key = ("basis", names, label)
-                if key not in self._made:
-                    self._made[key] = leading_eigenvectors(self.metadata.block(names)[label], self.config.spectrum)
-                rows = (labels == label).nonzero().squeeze(1)
-                bases.append((names, rows.to(self.device), self._made[key].to(self.device)))
-        return bases
+    def _basis(self, names: tuple[str, ...], label: int) -> Tensor:
+        """The eigenvectors (U, Q) that layers are seen in for a class."""
+        return leading_eigenvectors(self.metadata.block(names)[label], self.config.spectrum)
 
-    def terms(self, images: Tensor, logits: Tensor, targets: Tensor) -> dict[str, Tensor]:
+    def terms(self, look: Look, targets: Activations) -> dict[str, Tensor]:
         """The distance to the sampled activations, and the smoothness prior where it is on."""
-        given = {name: output.flatten(1).float() for name, output in self.seen.items()}
-        given[self.head] = logits.flatten(1) / self.metadata.temperature
-        active = {name: given[name].relu() for name in self.aims}
+        outputs = {name: output.flatten(1) for name, output in look.features.items()}
+        outputs[self.head] = look.logits.flatten(1) / self.metadata.temperature
+        active = {name: outputs[name].relu() for name in targets.values}
         if self.config.variant == "top":
-            distance = F.mse_loss(active[self.head], self.aims[self.head])
+            distance = F.mse_loss(active[self.head], targets.values[self.head])
         elif self.spectral:
-            gaps = {name: aim - active[name] for name, aim in self.aims.items()}
-            chosen = [(torch.cat([gaps[n][rows] for n in names], 1), basis) for names, rows, basis in self.bases]
-            distance = spectral_distance(chosen, len(images), len(self.parts))
+            gaps = {name: value - active[name] for name, value in targets.values.items()}
+            chosen = [(torch.cat([gaps[n][rows] for n in names], 1), basis) for names, rows, basis in targets.bases]
+            distance = spectral_distance(chosen, len(look.images), len(self.parts))
         else:
-            distance = layerwise_distance(active, self.aims)
+            distance = layerwise_distance(active, targets.values)
         terms = {"reconstruction": distance}
         if self.config.total_variation:
-            terms["total_variation"] = total_variation(images)
+            terms["total_variation"] = total_variation(look.images)
         return terms
 
 

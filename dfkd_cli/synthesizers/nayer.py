@@ -26,7 +26,7 @@ from __future__ import annotations
 import copy
 from collections.abc import Mapping
 from dataclasses import dataclass
-from typing import Any, Literal
+from typing import Literal
 
 import torch
 import torch.nn.functional as F
@@ -37,7 +37,8 @@ from dfkd_cli.models.classifier import Classifier
 from dfkd_cli.models.generators import Generators
 from dfkd_cli.seeds import derive
 from dfkd_cli.settings import PooledGeneration
-from dfkd_cli.synthesizers.pooled import Attempt, PooledGenerator
+from dfkd_cli.synthesizers.base import SynthesisTask
+from dfkd_cli.synthesizers.pooled import BatchGeneration, PooledGenerator
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -73,9 +74,9 @@ class NAYER(PooledGenerator):
     config: Config
     embeddings: Tensor  # (K, E)
 
-    def __init__(self, *arguments: Any, **more: Any) -> None:
-        super().__init__(*arguments, **more)
-        c, classes = self.config, self.teacher.info.num_classes
+    def __init__(self, task: SynthesisTask, config: Config) -> None:
+        super().__init__(task, config)
+        c, classes = config, self.teacher.info.num_classes
         random = torch.Generator().manual_seed(derive("embedding", self.seed))
         embeddings = torch.randn(classes, c.embedding_size, generator=random)
         embeddings = torch.eye(classes) if c.embedding == "one-hot" else embeddings
@@ -96,7 +97,7 @@ class NAYER(PooledGenerator):
         classes = self.teacher.info.num_classes
         return torch.cat([torch.arange(classes).repeat(count // classes), torch.randperm(classes)[: count % classes]])
 
-    def start(self, labels: Tensor) -> Attempt:
+    def start(self, labels: Tensor) -> BatchGeneration:
         """The generator as it is, or anew, and new noisy layers."""
         c = self.config
         done = self.current_epoch if self.warming_up else self.current_epoch - self.warmup_rounds
@@ -107,7 +108,7 @@ class NAYER(PooledGenerator):
         noisy = NoisyLayers(len(labels), len(self.embeddings), self.embeddings.shape[1], c.latent).to(self.device)
         network = nn.Sequential(self.norm, noisy, self.generator)
         optimizer = torch.optim.Adam(network.parameters(), c.lr, betas=c.betas, fused=True)
-        return Attempt(network, self.embeddings[labels], [optimizer])
+        return BatchGeneration(network, self.embeddings[labels], [optimizer])
 
 
 class NoisyLayers(nn.Module):

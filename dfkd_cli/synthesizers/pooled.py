@@ -11,9 +11,7 @@ from __future__ import annotations
 
 from abc import abstractmethod
 from collections.abc import Mapping, Sequence
-from contextlib import AbstractContextManager
 from dataclasses import dataclass
-from typing import Any, ClassVar
 
 import torch
 import torch.nn.functional as F
@@ -22,17 +20,17 @@ from torch import Tensor, nn
 from dfkd_cli.data.augment import pipeline
 from dfkd_cli.models.classifier import Classifier
 from dfkd_cli.models.generators import Generators
-from dfkd_cli.models.statistics import AveragedMoments, Moments
-from dfkd_cli.rounds import weighted_sum
+from dfkd_cli.models.statistics import AveragedMoments
+from dfkd_cli.rounds.learner import weighted_sum
 from dfkd_cli.seeds import derive
 from dfkd_cli.settings import Augmentation, PooledGeneration
-from dfkd_cli.synthesizers.base import Impressions
+from dfkd_cli.synthesizers.base import Impressions, Look, SynthesisTask
 from dfkd_cli.synthesizers.cotraining import PoolTrainer
 from dfkd_cli.synthesizers.terms import statistics_distance
 
 
 @dataclass
-class Attempt:
+class BatchGeneration:
     """How one batch of images is made.
 
     Attributes:
@@ -46,6 +44,23 @@ class Attempt:
     optimizers: Sequence[torch.optim.Optimizer]
 
 
+@dataclass(frozen=True)
+class Candidate:
+    """The images of one inner step, of which the best are kept.
+
+    Attributes:
+        images: (B, C, H, W) in pixel space, without gradients.
+        terms: Their named, unweighted loss terms, 0-d.
+        look: What the teacher saw of a view of them.
+        features: (B, D) what a method remembers of images that are kept, without gradients, or None.
+    """
+
+    images: Tensor
+    terms: Mapping[str, Tensor]
+    look: Look
+    features: Tensor | None = None
+
+
 class PooledGenerator(PoolTrainer):
     """Trains a generator anew, or on, for each batch of the pool. Its ``Config`` extends :class:`PooledGeneration`.
 
@@ -53,26 +68,24 @@ class PooledGenerator(PoolTrainer):
     images that are still wanted are kept: BatchNorm and its statistics always see as many.
     """
 
-    kind: ClassVar[str]
     scaled = False
     config: PooledGeneration
 
-    def __init__(self, *arguments: Any, **more: Any) -> None:
-        super().__init__(*arguments, **more)
-        c = self.config
+    def __init__(self, task: SynthesisTask, config: PooledGeneration) -> None:
+        super().__init__(task, config)
         with torch.random.fork_rng(devices=[]):
             torch.manual_seed(derive("generator", self.seed))
-            generator = Generators(self.teacher.info, c.latent, "sigmoid", c.width)
+            generator = Generators(self.teacher.info, config.latent, "sigmoid", config.width)
         self.generator = generator.to(memory_format=torch.channels_last)
-        self.average = AveragedMoments(self.teacher, c.statistics_momentum)
-        self.view = pipeline(Augmentation(crop=c.view_crop, flip=c.view_flip), 0.0)
+        self.average = AveragedMoments(self.teacher, config.statistics_momentum)
+        self.view = pipeline(Augmentation(crop=config.view_crop, flip=config.view_flip), 0.0)
 
     def models(self) -> Mapping[str, Classifier | Generators]:
         """The student and the generator."""
         return {**super().models(), "generator": self.generator}
 
     @abstractmethod
-    def start(self, labels: Tensor) -> Attempt:
+    def start(self, labels: Tensor) -> BatchGeneration:
         """Where a batch of these classes (B,) starts."""
 
     def labels(self, count: int) -> Tensor:
@@ -83,59 +96,47 @@ class PooledGenerator(PoolTrainer):
         """Normal latents (count, D) that can be trained. Drawn on the CPU: they do not depend on the device."""
         return torch.randn(count, self.config.latent).to(self.device).requires_grad_()
 
-    def watching(self) -> AbstractContextManager[Mapping[str, Moments]]:
-        """What is hooked while the teacher looks at a view: its BatchNorm layers."""
-        return self.statistics()
-
-    def terms(self, images: Tensor, labels: Tensor) -> dict[str, Tensor]:
-        """Named, unweighted loss terms, 0-d, of images (B, C, H, W) for classes (B,)."""
-        view = self.view(images)
-        with self.watching() as self.seen:
-            logits = self.teacher(view).float()
-        terms = {"cross_entropy": F.cross_entropy(logits, labels)}
-        if self.seen:
-            blended = self.average.blend(self.seen)
-            terms["statistics"] = statistics_distance(blended, self.recorded)
+    def candidate(self, images: Tensor, labels: Tensor) -> Candidate:
+        """What is to be known of images (B, C, H, W) for classes (B,)."""
+        with self.looking() as show:
+            look = show(self.view(images))
+        terms = {"cross_entropy": F.cross_entropy(look.logits, labels)}
+        if look.moments:
+            terms["statistics"] = statistics_distance(self.average.blend(look.moments), self.recorded)
         if self.config.adversarial and not self.warming_up:
-            terms["adversarial"] = agreed_divergence(self.student(view).float(), logits)
-        return terms
+            terms["adversarial"] = agreed_divergence(self.student(look.images).float(), look.logits)
+        return Candidate(images.detach(), terms, look)
 
-    def before_step(self, attempt: Attempt) -> None:
+    def before_step(self, batch: BatchGeneration) -> None:
         """Called in each inner step when the gradients are there. Nothing by default."""
 
-    def improved(self) -> None:
-        """Called when the images of an inner step are the best so far. Nothing by default."""
-
-    def finish(self, attempt: Attempt) -> None:
-        """Called after the last inner step, whose statistics count."""
-        if self.seen:
-            self.average.update(self.seen)
+    def finish(self, batch: BatchGeneration, best: Candidate) -> None:
+        """Called after the last inner step, with the images that are kept. Nothing by default."""
 
     def make(self, first: int, count: int) -> Impressions:
         """Run the inner steps on one batch."""
         labels = self.labels(self.config.batch_size).to(self.device)
-        attempt = self.start(labels)
-        trained = [p for o in attempt.optimizers for group in o.param_groups for p in group["params"]]
-        best: Tensor | None = None
-        terms: dict[str, Tensor] = {}
+        batch = self.start(labels)
+        trained = [p for o in batch.optimizers for group in o.param_groups for p in group["params"]]
+        candidate = best = None
         lowest = float("inf")
         for _ in range(self.config.iterations):
-            images = attempt.network(attempt.inputs)
-            now = self.terms(images, labels)
-            loss = weighted_sum(now, self.config)
+            candidate = self.candidate(batch.network(batch.inputs), labels)
+            loss = weighted_sum(candidate.terms, self.config)
             if best is None or loss < lowest:
-                lowest, best, terms = loss.item(), images.detach(), now
-                self.improved()
-            for optimizer in attempt.optimizers:
+                lowest, best = loss.item(), candidate
+            for optimizer in batch.optimizers:
                 optimizer.zero_grad()
             torch.autograd.backward(loss, inputs=trained)  # not to the student's parameters
-            self.before_step(attempt)
-            for optimizer in attempt.optimizers:
+            self.before_step(batch)
+            for optimizer in batch.optimizers:
                 optimizer.step()
-        self.finish(attempt)
-        assert best is not None  # there is at least one step
+        assert candidate is not None and best is not None  # there is at least one step
+        if candidate.look.moments:
+            self.average.update(candidate.look.moments)  # those of the last step count
+        self.finish(batch, best)
         targets = F.one_hot(labels[:count], self.teacher.info.num_classes)
-        return Impressions(best[:count], targets, {name: term.detach() for name, term in terms.items()})
+        return Impressions(best.images[:count], targets, {name: term.detach() for name, term in best.terms.items()})
 
 
 def agreed_divergence(student: Tensor, teacher: Tensor) -> Tensor:

@@ -22,10 +22,8 @@ No code was released, and of the paper's details few are known. Ours are:
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
-from contextlib import AbstractContextManager
-from dataclasses import dataclass, replace
-from typing import Any
+from collections.abc import Sequence
+from dataclasses import dataclass
 
 import torch
 import torch.nn.functional as F
@@ -33,10 +31,10 @@ from torch import Tensor, nn
 
 from dfkd_cli.config import option
 from dfkd_cli.errors import ConfigError
-from dfkd_cli.models.activations import Tap, values_at
+from dfkd_cli.models.activations import Tap
 from dfkd_cli.models.taps import LOGITS, Taps
 from dfkd_cli.settings import TAPS, TEMPERATURE, ImageOptimization
-from dfkd_cli.synthesizers.base import ImageOptimizer, Impressions
+from dfkd_cli.synthesizers.base import ImageOptimizer, Look, SynthesisTask
 from dfkd_cli.synthesizers.terms import tempered_divergence, total_variation
 
 
@@ -54,6 +52,9 @@ class Config(ImageOptimization):
     total_variation: float = option(0.0, "weight of a smoothness prior, squared neighbour differences", low=0)
 
 
+LayerTargets = dict[str, tuple[slice, Tensor]]  # by layer of U units: of which images, soft labels (n, U)
+
+
 class SoftTarget(ImageOptimizer):
     """Data impressions for normal targets."""
 
@@ -61,56 +62,43 @@ class SoftTarget(ImageOptimizer):
     normalised = True
     config: Config
 
-    def __init__(self, *arguments: Any, **more: Any) -> None:
-        super().__init__(*arguments, **more)
+    def __init__(self, task: SynthesisTask, config: Config) -> None:
+        super().__init__(task, config)
         taps = Taps(self.teacher)
-        self.layers = {name: _linear(taps, name) for name in dict.fromkeys(self.config.layers)}
-        names = taps.names(self.config.taps) if self.config.activation else []
-        self.taps = {("feature", name): taps.find(name) for name in names}
-        self.taps |= {("layer", name): Tap(layer) for name, layer in self.layers.items() if name != LOGITS}
+        self.layers = {name: _linear(taps, name) for name in dict.fromkeys(config.layers)}
+        features = {
+            ("feature", name): taps.find(name) for name in (taps.names(config.taps) if config.activation else ())
+        }
+        self.taps = features | {("layer", name): Tap(layer) for name, layer in self.layers.items() if name != LOGITS}
 
-    @property
-    def of_classes(self) -> bool:
-        """Whether every target is one of the logits."""
-        return list(self.layers) == [LOGITS]
-
-    def targets(self, first: int, count: int) -> Tensor:
-        """Soft labels; zeros for images whose target is in a hidden layer. All are kept in ``aims``, by layer."""
-        self.aims: dict[str, tuple[slice, Tensor]] = {}
-        labels = torch.zeros(count, self.teacher.info.num_classes)
+    def targets(self, first: int, count: int) -> LayerTargets:
+        """Each image has its target in one layer."""
+        targets: LayerTargets = {}
         for index, (name, layer) in enumerate(self.layers.items()):
             rows = slice((index - first) % len(self.layers), None, len(self.layers))
             wanted = len(range(count)[rows])
             drawn = normal_logits(layer.weight.flatten(1).float().cpu(), self.config.sigma, wanted)
-            aim = (drawn / self.config.temperature).softmax(1)
-            self.aims[name] = rows, aim.to(self.device)
-            if name == LOGITS:
-                labels[rows] = aim
-        return labels
+            targets[name] = rows, (drawn / self.config.temperature).softmax(1)
+        return targets
 
-    def make(self, first: int, count: int) -> Impressions:
-        """Run the inner iterations on one batch."""
-        made = super().make(first, count)
-        return made if self.of_classes else replace(made, targets=None)
+    def soft_labels(self, targets: LayerTargets) -> Tensor | None:
+        """The targets at the logits, where there are no others."""
+        return targets[LOGITS][1] if list(targets) == [LOGITS] else None
 
-    def watching(self) -> AbstractContextManager[Mapping[Any, Tensor]]:
-        """The features that shall be large, and the outputs that have targets."""
-        return values_at(self.taps)
-
-    def terms(self, images: Tensor, logits: Tensor, targets: Tensor) -> dict[str, Tensor]:
+    def terms(self, look: Look, targets: LayerTargets) -> dict[str, Tensor]:
         """The divergence from the targets, and where they are on, the reward (negative) and the smoothness prior."""
         parts = []
-        for name, (rows, aim) in self.aims.items():
-            given = logits if name == LOGITS else self.seen["layer", name].float()
-            if len(aim):  # a batch may be smaller than there are layers
-                share = len(aim) / len(images)
-                parts.append(share * tempered_divergence(given[rows], aim, self.config.temperature))
+        for name, (rows, labels) in targets.items():
+            outputs = look.logits if name == LOGITS else look.features["layer", name]
+            if len(labels):  # a batch may be smaller than there are layers
+                share = len(labels) / len(look.images)
+                parts.append(share * tempered_divergence(outputs[rows], labels, self.config.temperature))
         terms = {"divergence": torch.stack(parts).sum()}
         if self.config.activation:
-            features = [values.float() for (kind, _), values in self.seen.items() if kind == "feature"]
+            features = [values for (kind, _), values in look.features.items() if kind == "feature"]
             terms["activation"] = activation_reward(features)
         if self.config.total_variation:
-            terms["total_variation"] = total_variation(images)
+            terms["total_variation"] = total_variation(look.images)
         return terms
 
 

@@ -30,7 +30,7 @@ from torch import Tensor
 
 from dfkd_cli.config import option
 from dfkd_cli.settings import ImageOptimization
-from dfkd_cli.synthesizers.base import ImageOptimizer
+from dfkd_cli.synthesizers.base import ImageOptimizer, Look
 from dfkd_cli.synthesizers.terms import tempered_cross_entropy, total_variation
 
 
@@ -58,11 +58,11 @@ class ZSKD(ImageOptimizer):
         beta = torch.tensor(self.config.beta)[index // len(similarity) % len(self.config.beta)]
         return dirichlet_targets(similarity[index % len(similarity)], beta)
 
-    def terms(self, images: Tensor, logits: Tensor, targets: Tensor) -> dict[str, Tensor]:
+    def terms(self, look: Look, targets: Tensor) -> dict[str, Tensor]:
         """The tempered cross-entropy, and the smoothness prior where it is on."""
-        terms = {"cross_entropy": tempered_cross_entropy(logits, targets, self.config.temperature)}
+        terms = {"cross_entropy": tempered_cross_entropy(look.logits, targets, self.config.temperature)}
         if self.config.total_variation:
-            terms["total_variation"] = total_variation(images)
+            terms["total_variation"] = total_variation(look.images)
         return terms
 
     def project(self, images: Tensor) -> None:

@@ -22,7 +22,6 @@ and strokes on black are then out of reach.
 from __future__ import annotations
 
 from dataclasses import dataclass
-from typing import Any
 
 from torch import Tensor
 
@@ -44,6 +43,7 @@ from dfkd_cli.settings import (
     StudentImages,
     StudentOptimizer,
 )
+from dfkd_cli.synthesizers.base import SynthesisTask
 from dfkd_cli.synthesizers.streaming import Adversary
 
 
@@ -71,14 +71,14 @@ class ZSKT(Adversary):
     needs = ("student",)
     config: Config
 
-    def __init__(self, *arguments: Any, **more: Any) -> None:
-        super().__init__(*arguments, **more)
-        if self.config.attention:
-            self.maps = AttentionTransfer(Attention(taps=self.config.taps, teacher_taps=self.config.teacher_taps))
+    def __init__(self, task: SynthesisTask, config: Config) -> None:
+        super().__init__(task, config)
+        if config.attention:
+            self.maps = AttentionTransfer(Attention(taps=config.taps, teacher_taps=config.teacher_taps))
             self.maps.connect(self.student, self.teacher)
             names = list(zip(*self.maps.pairs, strict=True))
             self.student_taps = [find_taps(student, names[0]) for student in self.students]
-            self.teacher_taps = find_taps(self.teacher, names[1])
+            self.taps = self.teacher_taps = find_taps(self.teacher, names[1])
 
     def distance(self, student: Tensor, teacher: Tensor) -> Tensor:
         """D of logits (B, K)."""

@@ -98,7 +98,7 @@ def test_supervised_training_learns(tmp_path):
     labels = (inputs(images) @ linear(network(5)).T).argmax(1)  # classes that a linear student can tell apart
     source = Given(images, torch.from_numpy(labels))
     learner = work(regime("supervised", source, steps=300, lr=0.1, optimizer="adam"), tmp_path / "run")
-    assert learner.right(Images(images, source.images.labels)).all()
+    assert learner.correct(Images(images, source.images.labels)).all()
 
 
 # -- the schedule ------------------------------------------------------------------------------------------------------

@@ -11,7 +11,7 @@ from pipeline import finish, kill_after_saving
 
 from dfkd_cli.cli.app import main
 from dfkd_cli.models.generators import load_generators
-from dfkd_cli.rounds import CHECKPOINT
+from dfkd_cli.rounds.trainer import CHECKPOINT
 
 COMMON = ["--device", "cpu", "--student", "resnet8", "--width", "0.25", "--student-lr", "0.1"]
 STREAMED = [*COMMON, "--num-images", "64", "--batch-size", "64", "--latent", "50", "--student-optimizer", "sgd"]

@@ -26,7 +26,7 @@ from dfkd_cli.artifacts.shards import ShardWriter
 from dfkd_cli.models.classifier import Classifier, ModelInfo
 from dfkd_cli.models.statistics import AveragedMoments, Moments, batch_moments
 from dfkd_cli.resolve import resolve
-from dfkd_cli.rounds import fit
+from dfkd_cli.rounds.trainer import fit
 from dfkd_cli.seeds import derive
 from dfkd_cli.synthesizers.cmi import Memory, contrastive_loss, initialise
 from dfkd_cli.synthesizers.fast_dfkd import reset_first_layer

@@ -1,0 +1,99 @@
+"""Work cut into rounds: what training regimes and synthesizers are."""
+
+from __future__ import annotations
+
+import math
+from abc import ABC, abstractmethod
+from collections.abc import Mapping
+from typing import Any
+
+import lightning.pytorch as pl
+import torch
+from torch import Tensor
+
+from dfkd_cli.errors import RunFailed, memory_can_end
+
+
+class Learner(pl.LightningModule, ABC):
+    """Work cut into rounds.
+
+    Attributes:
+        rounds: How many rounds there are.
+        unit: What progress counts.
+        scaled: Every gradient goes through Lightning, which scales losses where small ones would vanish in 16 bits.
+        stateless: Rounds do not depend on each other; nothing has to be saved between them.
+        teacher: The classifier that is frozen meanwhile, or None.
+        note: What the user should know of this run from the start.
+    """
+
+    rounds: int
+    note: str | None = None
+    teacher: Any
+    stateless = False
+    scaled = True
+    unit = "rounds"
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.automatic_optimization = False
+        self.strict_loading = False  # the teacher is not in the checkpoint
+
+    @abstractmethod
+    def round(self, index: int) -> Mapping[str, Tensor]:
+        """Do one round. Returns the named loss terms and measures to log, 0-d."""
+
+    def done(self, rounds: int) -> int:
+        """How many units are done after so many rounds."""
+        return rounds
+
+    def concern(self, measures: Mapping[str, float]) -> str | None:
+        """What a round's measures say is going wrong, in words, or None: the work goes on."""
+        return None
+
+    def can_continue(self, index: int) -> bool:
+        """Whether what the rounds before ``index`` left on disk is still there; they are done anew if it is not."""
+        return True
+
+    def keep(self) -> None:
+        """Write what is kept beside checkpoints, as often as these. Called in the first process; nothing by default."""
+
+    def training_step(self, batch: Any, batch_idx: int) -> None:
+        """One round; stops the run when a term is not finite."""
+        failure = None
+        try:
+            with memory_can_end():
+                terms = self.round(self.current_epoch)
+            self.check_finite(terms, self.current_epoch)
+        except RunFailed as error:
+            failure = error
+        # All processes stop together: one that only vanished would take the others down without a word.
+        if not self.trainer.strategy.reduce_boolean_decision(failure is None, all=True):
+            raise failure or RunFailed("another process of this run failed", "see its message")
+        self.log_dict(dict(terms), on_step=True, on_epoch=False)
+
+    @staticmethod
+    def check_finite(terms: Mapping[str, Tensor], index: int) -> None:
+        """Raise :class:`RunFailed` when a term of round ``index`` is not finite."""
+        bad = [name for name, value in terms.items() if not math.isfinite(value)]
+        if bad:
+            raise RunFailed(
+                f"round {index}: {', '.join(bad)} is not finite",
+                "lower --lr, or --student-lr of a student in the loop, or use --precision 32; with --overwrite",
+            )
+
+    def on_save_checkpoint(self, checkpoint: dict[str, Any]) -> None:
+        """The teacher is frozen and on disk already: it is no part of the state."""
+        state = checkpoint["state_dict"]
+        checkpoint["state_dict"] = {key: value for key, value in state.items() if not key.startswith("teacher.")}
+
+    def on_train_end(self) -> None:
+        """Processes leave together."""
+        self.trainer.strategy.barrier()
+
+    def configure_optimizers(self) -> Any:
+        """No optimiser that outlives a round, unless a subclass has one."""
+
+
+def weighted_sum(terms: Mapping[str, Tensor], weights: Any) -> Tensor:
+    """The terms times the attributes of the same names, summed."""
+    return torch.stack([getattr(weights, name) * term for name, term in terms.items()]).sum()
