@@ -1,4 +1,4 @@
-"""Settings shared by several methods and commands, and the inputs of every command. Nothing here imports torch."""
+"""Settings that several methods or commands share. Nothing here imports torch."""
 
 from __future__ import annotations
 
@@ -47,9 +47,9 @@ class Augmentation:
 class Training(Augmentation):
     """How a network is trained: any teacher, any student."""
 
-    epochs: int = option(100, "passes over the images", low=1)
-    steps: int | None = option(None, "optimiser steps, instead of --epochs", low=1)
-    batch_size: int = option(128, "images per step", low=1)
+    epochs: int = option(100, "passes over the images", low=1, rehearsal=1)
+    steps: int | None = option(None, "optimiser steps, instead of --epochs", low=1, rehearsal=1)
+    batch_size: int = option(128, "images per step", low=1, rehearsal=2)
     optimizer: Literal["adam", "adamw", "sgd"] = option("adam", _OPTIMIZER)
     lr: float = option(4e-3, _LR, above=0)
     momentum: float = option(0.9, "momentum of sgd", low=0, high=1)
@@ -67,7 +67,7 @@ class Training(Augmentation):
 class Shards:
     """How images are cut into shards and stored."""
 
-    batch_size: int = option(1000, "images of one shard", low=1)
+    batch_size: int = option(1000, "images of one shard", low=1, rehearsal=2)
     dtype: Literal["float16", "float32"] = option("float16", "stored pixels")
 
 
@@ -76,7 +76,7 @@ class ImageOptimization(Shards):
     """How a batch of images is optimised through a frozen teacher. One batch is one round is one shard."""
 
     batch_size: int = option(200, "images optimised together; also the images of one shard", low=1)
-    iterations: int = option(50, "inner steps on one batch of images", low=1)
+    iterations: int = option(50, "inner steps on one batch of images", low=1, rehearsal=1)
     lr: float = option(0.1, "Adam learning rate on the pixels", above=0)
     clamp: bool = option(False, "keep pixels in [0,1] after each inner step")
 
@@ -87,7 +87,7 @@ class Inversion(ImageOptimization):
 
     batch_size: int = option(256, "images optimised together; also the images of one shard", low=1)
     iterations: int = option(2000, "inner steps on one batch of images", low=1)
-    coarse_iterations: int = option(0, "inner steps before these, on images of half the sides", low=0)
+    coarse_iterations: int = option(0, "inner steps before these, on images of half the sides", low=0, rehearsal=1)
     lr: float = option(0.05, "Adam learning rate on the normalised pixels", above=0)
     betas: tuple[float, float] = option((0.9, 0.999), "Adam's betas, below 1", low=0, high=0.99999)
     warmup: int = option(0, "inner steps with rising learning rate, at each resolution", low=0)
@@ -135,17 +135,19 @@ class CoTraining(Augmentation):
 class GeneratorTraining(CoTraining):
     """How a generator and a student are trained in turns."""
 
-    steps: int = option(10_000, "iterations, each of which trains the generator and then the student", low=1)
-    batch_size: int = option(256, "images of one step; also the images of one shard", low=2)
+    steps: int = option(
+        10_000, "iterations, each of which trains the generator and then the student", low=1, rehearsal=1
+    )
+    batch_size: int = option(256, "images of one step; also the images of one shard", low=2, rehearsal=2)
     latent: int = option(100, "numbers that the generator makes an image from", low=1)
     lr: float = option(1e-3, "the generator's Adam learning rate", above=0)
     betas: tuple[float, float] = option((0.9, 0.999), "the generator's Adam betas, below 1", low=0, high=0.99999)
     schedule: RateSchedule = option("cosine", SCHEDULE)
     width: float = option(1.0, "the generator's numbers of maps, times this", above=0)
     end: GeneratorEnd = option("tanh", END)
-    generators: int = option(1, "generators, which share the images of a step; all are written", low=1)
-    students: int = option(1, "students; all but the first only stand against the generators", low=1)
-    student_steps: int = option(1, "steps of the student in each iteration", low=1)
+    generators: int = option(1, "generators, which share the images of a step; all are written", low=1, rehearsal=2)
+    students: int = option(1, "students; all but the first only stand against the generators", low=1, rehearsal=2)
+    student_steps: int = option(1, "steps of the student in each iteration", low=1, rehearsal=1)
     student_images: StudentImages = option("new", STUDENT_IMAGES)
     dtype: Literal["float16", "float32"] = option("float16", "stored pixels")
 
@@ -169,8 +171,8 @@ class AdversarialTraining(GeneratorTraining):
 class PoolTraining(CoTraining):
     """How a student is trained on the pool of all images made so far."""
 
-    student_steps: int = option(400, "steps of the student after each batch of images", low=0)
-    student_batch_size: int = option(128, "images of one step of the student", low=2)
+    student_steps: int = option(400, "steps of the student after each batch of images", low=0, rehearsal=1)
+    student_batch_size: int = option(128, "images of one step of the student", low=2, rehearsal=2)
     student_temperature: float = option(20.0, "softmax temperature of the student's loss", above=0)
     warmup_share: float = option(
         0.0, "share of the rounds, at the start, that only make images: the student rests", low=0, high=1
@@ -181,8 +183,8 @@ class PoolTraining(CoTraining):
 class PooledGeneration(PoolTraining):
     """How a generator makes the pool: for each batch of images it is trained for a few steps through the teacher."""
 
-    batch_size: int = option(256, "images made together; also the images of one shard", low=2)
-    iterations: int = option(200, "inner steps on one batch of images", low=1)
+    batch_size: int = option(256, "images made together; also the images of one shard", low=2, rehearsal=2)
+    iterations: int = option(200, "inner steps on one batch of images", low=1, rehearsal=1)
     lr: float = option(1e-3, "Adam learning rate of the generator", above=0)
     betas: tuple[float, float] = option((0.5, 0.999), "Adam's betas, below 1", low=0, high=0.99999)
     latent: int = option(256, "numbers that the generator makes an image from", low=1)
@@ -232,27 +234,7 @@ class Compared:
     teacher_taps: tuple[str, ...] | None = option(None, "the teacher's, in the same order (default: the same names)")
 
 
-# -- the inputs of each command ----------------------------------------------------------------------------------------
-
-
-@dataclass(frozen=True, kw_only=True)
-class TrainTeacher(Training):
-    """Inputs of ``train-teacher``."""
-
-    dataset: str = option("digits", "dataset NAME, or a DIR with train/<class>/ and test/<class>/")
-    data_dir: str | None = option(None, "where datasets lie", volatile=True)
-    model: str = option(
-        "lenet5", "model SPEC: dfkd ls models, torchvision:NAME, timm:NAME, FILE.py:factory, a model directory"
-    )
-    input_size: tuple[int, int, int] | None = option(None, "channels, height and width of the images", low=1)
-    # Decayed weights and little augmentation: impressions of a teacher that was hardened by strong augmentation teach
-    # far less, however accurate it is.
-    optimizer: Literal["adam", "adamw", "sgd"] = option("sgd", _OPTIMIZER)
-    lr: float = option(0.05, _LR, above=0)
-    weight_decay: float = option(1e-3, _DECAY, low=0)
-    rotate: float = option(5.0, _ROTATE, low=0, high=180)
-    translate: float = option(0.05, _TRANSLATE, low=0, high=1)
-    scale: float = option(0.05, _SCALE, low=0, high=0.9)
+# -- commands ----------------------------------------------------------------------------------------------------------
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -272,84 +254,6 @@ FOREIGN = tuple(field.name for field in fields(ForeignModel))
 
 
 @dataclass(frozen=True, kw_only=True)
-class CollectMetadata(ForeignModel):
-    """Inputs of ``collect-metadata``."""
-
-    teacher: str = option("teacher", "teacher: model directory or SPEC")
-    dataset: str | None = option(None, "dataset whose training images are read (default: the teacher's)")
-    data_dir: str | None = option(None, "where datasets lie", volatile=True)
-    num_images: int | None = option(None, "images to read, balanced over the classes (default: all)", low=1)
-    batch_size: int = option(200, "images per forward pass", low=1)
-    temperature: float = option(8.0, "what the logits are divided by", above=0)
-    covariance_units: int = option(2048, "units that the last layers with a covariance have at most, in all", low=1)
-
-
-@dataclass(frozen=True, kw_only=True)
-class Synthesize(ForeignModel):
-    """Inputs of ``synthesize``."""
-
-    teacher: str = option("teacher", "teacher: model directory or SPEC")
-    num_images: int = option(8000, "images to make", low=1)
-    student: str | None = option(None, "student SPEC, for methods with a student in the loop")
-    # Volatile: what decides the result is what the directory holds, by hash.
-    metadata: str | None = option(None, "metadata directory, for methods that use metadata", volatile=True)
-
-
-@dataclass(frozen=True, kw_only=True)
-class Distill(Training, ForeignModel):
-    """Inputs of ``distill``."""
-
-    teacher: str = option("teacher", "teacher: model directory or SPEC")
-    transfer_set: tuple[str, ...] = option(
-        ("shards",), "shard or generator directory, real, real:N, noise:N, folder of images"
-    )
-    num_images: int | None = option(None, "take the first so many images of the transfer sets (default: all)", low=1)
-    student: str = option(
-        "lenet5-half", "student model SPEC, as of train-teacher --model; of a directory, the architecture"
-    )
-    epochs: int = option(30, "passes over the images", low=1)
-    # Stronger than for real images: impressions are alike, and the teacher answers each changed one anew.
-    rotate: float = option(45.0, _ROTATE, low=0, high=180)
-    translate: float = option(0.4, _TRANSLATE, low=0, high=1)
-    scale: float = option(0.5, _SCALE, low=0, high=0.9)
-    noise: float = option(0.2, _NOISE, low=0)
-    data_dir: str | None = option(None, "where the real images lie, for real and real:N", volatile=True)
-    holdout: float = option(0.02, "share of the images that only measures agreement", low=0, high=0.5)
-
-
-@dataclass(frozen=True, kw_only=True)
-class Evaluate(ForeignModel):
-    """Inputs of ``evaluate``."""
-
-    # Volatile: what decides the result is what the paths hold, by hash.
-    paths: tuple[str, ...] | None = option(None, "what to measure (default: teacher/ and student/)", volatile=True)
-    teacher: str | None = option(None, "teacher to compare with (default: teacher/)")
-    dataset: str | None = option(None, "dataset to test on (default: the teacher's)")
-    data_dir: str | None = option(None, "where datasets lie", volatile=True)
-    batch_size: int = option(500, "images per forward pass", low=1, volatile=True)
-    min_top1: float | None = option(
-        None, "gate: exit 5 when top-1 accuracy is below (0 to 1)", low=0, high=1, volatile=True
-    )
-
-
-@dataclass(frozen=True, kw_only=True)
-class Compare(ForeignModel):
-    """Inputs of ``compare``."""
-
-    paths: tuple[str, ...] | None = option(None, "model, shard or comparison directories", volatile=True)
-    # Volatile: a grid may grow in its directory, and its own hash counts.
-    rows: tuple[str, ...] | None = option(
-        None, "of a grid only these rows, ROW or TEACHER/ROW, and what they are made from", volatile=True
-    )
-    teacher: str | None = option(None, "teacher: model directory or SPEC (default: the one each student records)")
-    dataset: str | None = option(None, "dataset to test on (default: the teacher's)")
-    data_dir: str | None = option(None, "where datasets lie", volatile=True)
-    fail_below: float | None = option(
-        None, "gate: exit 5 when any student's top-1 is below (0 to 1)", low=0, high=1, volatile=True
-    )
-
-
-@dataclass(frozen=True, kw_only=True)
 class Run:
     """How a command runs: flags that every command has."""
 
@@ -364,26 +268,3 @@ class Run:
         "csv", "curves: metrics.csv alone, or also tensorboard", volatile=True
     )
     allow_code: bool = option(False, "run the Python file or module that an artifact names", volatile=True)
-
-
-OUT = {
-    "train-teacher": "teacher",
-    "collect-metadata": "metadata",
-    "synthesize": "shards",
-    "distill": "student",
-    "compare": "comparison",
-}
-INPUTS: dict[str, type] = {
-    "train-teacher": TrainTeacher,
-    "collect-metadata": CollectMetadata,
-    "synthesize": Synthesize,
-    "distill": Distill,
-    "evaluate": Evaluate,
-    "compare": Compare,
-}
-# What a command chooses by name: flag, package, default.
-CHOICES: dict[str, tuple[tuple[str, str, str | None], ...]] = {
-    "train-teacher": (("method", "regimes", "supervised"),),
-    "synthesize": (("method", "synthesizers", None),),
-    "distill": (("method", "regimes", "offline"), ("objective", "objectives", "response")),
-}

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import importlib
 import os
 import signal
 import sys
@@ -18,43 +17,9 @@ from dfkd_cli.cli import arguments, listing
 from dfkd_cli.errors import ConfigError, DfkdError, Interrupted, memory_can_end
 from dfkd_cli.processes import first_process, join_machines, stop_on_signals
 from dfkd_cli.resolve import TYPED, Layer, Settings, assignments, choose, recipe_layer, resolve
-from dfkd_cli.settings import CHOICES, INPUTS, Run
+from dfkd_cli.settings import Run
 from dfkd_cli.ui import NORMAL, QUIET, VERBOSE, Terminal
 
-HELP = {
-    "train-teacher": "Train a teacher on a dataset.\n\nReads a dataset, writes a model directory (teacher/).",
-    "collect-metadata": "Record activation statistics of a teacher while its training images are at hand.\n\nReads a "
-    "teacher and its dataset, writes a metadata directory (metadata/) for methods that use metadata.",
-    "synthesize": "Make data impressions from a teacher, without data.\n\nReads a teacher, writes a shard directory "
-    "(shards/). The flags of a method: dfkd synthesize --method NAME --help",
-    "distill": "Train a smaller student from a teacher and a transfer set.\n\nReads a teacher and transfer sets, "
-    "writes a model directory (student/). The flags of an objective: dfkd distill --objective NAME --help",
-    "evaluate": "Measure models on test images, or images on a teacher.\n\nReads model or shard directories, folders "
-    "of images, datasets by name, real:N, noise:N; writes results.json when --out is given.",
-    "compare": "Put finished directories side by side, or run a grid of pipelines.\n\nReads model and shard "
-    "directories, and of a comparison what its grid has made so far; writes comparison/ with results.json, table.md "
-    "and report.html.",
-}
-EXAMPLES = {
-    "train-teacher": ["dfkd train-teacher", "dfkd train-teacher --dataset mnist --model lenet5 --out teacher/"],
-    "collect-metadata": ["dfkd collect-metadata", "dfkd collect-metadata --teacher teacher/ --data-dir data/"],
-    "synthesize": ["dfkd synthesize --method zskd --beta 1.0 0.1", "dfkd synthesize --method noise --num-images 1000"],
-    "distill": ["dfkd distill --transfer-set shards/", "dfkd distill --transfer-set real:200 --student lenet5-half"],
-    "evaluate": ["dfkd evaluate", "dfkd evaluate student/ --min-top1 0.97", "dfkd evaluate shards/ noise:1000 real"],
-    "compare": [
-        "dfkd compare student/",
-        "dfkd compare --recipe digits --out grid/",
-        "dfkd compare grid/ --out so-far/",
-    ],
-}
-NEXT = {
-    "train-teacher": "dfkd synthesize --method zskd",
-    "collect-metadata": "dfkd synthesize --method lopes --metadata metadata/",
-    "synthesize": "dfkd distill --transfer-set shards/",
-    "distill": "dfkd evaluate",
-    "evaluate": "dfkd compare student/",
-    "compare": "open comparison/report.html",
-}
 CONTEXT = {"help_option_names": ["-h", "--help"], "max_content_width": 200}
 
 
@@ -110,7 +75,7 @@ def _terminal(argv: list[str]) -> Terminal:
 
 def _try(argv: list[str]) -> str:
     command = next((token for token in argv if not token.startswith("-")), "")
-    words = [command] if command in (*INPUTS, "ls", "cp", "info") else []
+    words = [command] if command in (*catalog.commands(), "ls", "cp", "info") else []
     for method in arguments.values_of(argv, "--method")[-1:] if words else ():
         words += ["--method", method]
     return f"try: dfkd {' '.join([*words, '--help'])}"
@@ -118,7 +83,7 @@ def _try(argv: list[str]) -> str:
 
 def _command_of(argv: list[str]) -> str | None:
     first = next((token for token in argv if not token.startswith("-")), None)
-    return first if first in INPUTS else None
+    return first if first in catalog.commands() else None
 
 
 Chosen = list[tuple[str, catalog.Entry]]  # methods, each with the flag that names it
@@ -127,15 +92,15 @@ Chosen = list[tuple[str, catalog.Entry]]  # methods, each with the flag that nam
 def _classes(command: str, chosen: Chosen) -> list[tuple[str, type]]:
     """The configuration classes that give a command its flags, each with the title of its help panel."""
     methods = [(f"{flag.capitalize()} {entry.name}", entry.config) for flag, entry in chosen]
-    return [("Inputs", INPUTS[command]), *methods, ("Run", Run)]
+    return [("Inputs", catalog.command(command).inputs), *methods, ("Run", Run)]
 
 
 def _chosen(command: str, argv: list[str]) -> Chosen:
     """The methods that the arguments name."""
     layers = _named_layers(argv, command)
     undecided = any(
-        default is None and not any(layer.get(flag) for _, layer in layers)
-        for flag, _, default in CHOICES.get(command, ())
+        choice.default is None and not any(layer.get(choice.flag) for _, layer in layers)
+        for choice in catalog.command(command).choices
     )
     if undecided and {"-h", "--help"} & set(argv):  # help must work before a method is chosen
         return []
@@ -145,14 +110,20 @@ def _chosen(command: str, argv: list[str]) -> Chosen:
 def _named_layers(argv: list[str], command: str) -> list[Layer]:
     """What the arguments say about methods, before they are parsed: a method's flags exist only once it is known."""
     layers: list[Layer] = []
-    # `--objective a b` must be read whole, other lists are not of interest here.
-    tokens = arguments.expand(argv, {arguments.flag(flag) for flag, *_ in CHOICES.get(command, ()) if flag != "method"})
+    tokens = arguments.expand(argv, _several(command))  # `--objective a b`; other lists are not of interest here
     for name in arguments.values_of(tokens, "--recipe")[-1:]:
         layers.append(recipe_layer(name, command))
     layers.append(("--set ", assignments(arguments.values_of(tokens, "--set"))))
-    typed = {flag: arguments.values_of(tokens, arguments.flag(flag)) for flag, *_ in CHOICES.get(command, ())}
-    layers.append(("", {flag: named[-1] if flag == "method" else named for flag, named in typed.items() if named}))
-    return layers
+    typed: dict[str, Any] = {}
+    for choice in catalog.command(command).choices:
+        if named := arguments.values_of(tokens, arguments.flag(choice.flag)):
+            typed[choice.flag] = named if choice.several else named[-1]
+    return [*layers, ("", typed)]
+
+
+def _several(command: str) -> set[str]:
+    """The flags that name any number of methods."""
+    return {arguments.flag(choice.flag) for choice in catalog.command(command).choices if choice.several}
 
 
 def _expanded(argv: list[str]) -> list[str]:
@@ -160,8 +131,7 @@ def _expanded(argv: list[str]) -> list[str]:
     if command is None:
         return argv
     lists = arguments.list_flags(cls for _, cls in _classes(command, _chosen(command, argv)))
-    lists |= {arguments.flag(flag) for flag, *_ in CHOICES.get(command, ()) if flag != "method"}
-    return arguments.expand(argv, lists)
+    return arguments.expand(argv, lists | _several(command))
 
 
 def build(argv: list[str], terminal: Terminal) -> typer.Typer:
@@ -193,9 +163,9 @@ def build(argv: list[str], terminal: Terminal) -> typer.Typer:
             raise typer.Exit
 
     active = _command_of(argv)
-    for command in catalog.COMMANDS:
+    for command, record in catalog.commands().items():
         function: Any = _named
-        text = HELP[command]
+        text = record.help
         if command == active:  # the flags of the others would be read and thrown away
             chosen = _chosen(command, argv)
             function, text = _stage(command, _classes(command, chosen), terminal), _help(command, chosen)
@@ -215,7 +185,7 @@ def _named() -> None:
 
 def _help(command: str, chosen: Chosen) -> str:
     """What a command does, and what the methods are that it is to use."""
-    lines = [HELP[command]]
+    lines = [catalog.command(command).help]
     for _, entry in chosen:
         needs = f" Needs: {', '.join(entry.needs)}." if entry.needs else ""
         lines.append(f"{entry.name}: {entry.summary}{f' ({entry.paper})' if entry.paper else ''}.{needs}")
@@ -223,10 +193,11 @@ def _help(command: str, chosen: Chosen) -> str:
 
 
 def _epilog(command: str) -> str:
-    lines = ["Examples:", *EXAMPLES[command], f"Next: {NEXT[command]}"]
-    for flag, package, default in CHOICES.get(command, ()):
-        known = ", ".join(catalog.entries(package))
-        lines.append(f"--{flag}: {known}" + (f" (default {default})" if default else ""))
+    record = catalog.command(command)
+    lines = ["Examples:", *record.examples, f"Next: {record.next}"]
+    for choice in record.choices:
+        names = ", ".join(catalog.entries(choice.package))
+        lines.append(f"--{choice.flag}: {names}" + (f" (default {choice.default})" if choice.default else ""))
     return "\n\n".join(lines)
 
 
@@ -246,10 +217,10 @@ def _stage(command: str, classes: list[tuple[str, type]], terminal: Terminal) ->
             annotation=Annotated[annotation, info],
         )
 
-    for flag, *_ in CHOICES.get(command, ()):
-        kind = str | None if flag == "method" else list[str] | None
-        metavar = "NAME" if flag == "method" else "NAME[=WEIGHT] ..."
-        extra(flag, kind, f"--{flag}", help=f"{flag}: see below", panel="Inputs", metavar=metavar)
+    for choice in catalog.command(command).choices:
+        kind = list[str] | None if choice.several else str | None
+        metavar = "NAME[=WEIGHT] ..." if choice.several else "NAME"
+        extra(choice.flag, kind, f"--{choice.flag}", help=f"{choice.flag}: see below", panel="Inputs", metavar=metavar)
     extra("recipe", str | None, "--recipe", help="recipe: NAME (dfkd ls recipes) or FILE.yaml", metavar="NAME|FILE")
     extra("set", list[str] | None, "--set", help="override any key", metavar="KEY=VALUE ...")
     extra("dry_run", bool, "--dry-run", help="check everything, run one small step, write nothing")
@@ -257,47 +228,37 @@ def _stage(command: str, classes: list[tuple[str, type]], terminal: Terminal) ->
     extra("quiet", bool, "-q", "--quiet", help="errors only")
     extra("verbose", bool, "-v", "--verbose", help="more messages")
     extra("debug", bool, "--debug", help="show tracebacks")
-    if command in ("evaluate", "compare"):
-        what = {
-            "evaluate": "model or shard directories, other images",
-            "compare": "model, shard or comparison directories",
-        }[command]
-        info = typer.Argument(metavar="PATH ...", help=what, show_default=False)
-        parameters["paths"] = Parameter(
-            "paths", Parameter.KEYWORD_ONLY, default=None, annotation=Annotated[list[str] | None, info]
-        )
 
     def stage(**values: Any) -> None:
-        paths = values.pop("paths", None) or []
         recipe, dry_run = values.pop("recipe"), values.pop("dry_run")
         for name in ("json", "quiet", "verbose", "debug"):
             values.pop(name)
         stack = [recipe_layer(recipe, command)] if recipe else []
         stack.append(("--set ", assignments(values.pop("set") or [])))
         stack.append((TYPED, {name: value for name, value in values.items() if value not in (None, [])}))
-        run_stage(resolve(command, stack), terminal, paths=paths, dry_run=dry_run)
+        run_stage(resolve(command, stack), terminal, dry_run)
 
     stage.__name__ = command.replace("-", "_")
     return arguments.with_signature(stage, parameters.values())
 
 
-def run_stage(settings: Settings, terminal: Terminal, paths: list[str], dry_run: bool) -> None:
+def run_stage(settings: Settings, terminal: Terminal, dry_run: bool) -> None:
     """Carry out a command; torch is imported here, not before."""
     stop_on_signals()
     start = time.monotonic()
-    if settings.run.num_nodes > 1 and settings.command not in CHOICES:
-        raise ConfigError(f"{settings.command} runs on one machine", "leave out --num-nodes")
-    if settings.run.num_nodes > 1 and settings.run.overwrite:
+    command, how = catalog.command(settings.command), settings.run
+    if how.num_nodes > 1 and not command.shared:
+        raise ConfigError(f"{command.name} runs on one machine", "leave out --num-nodes")
+    if how.num_nodes > 1 and how.overwrite:
         raise ConfigError("--overwrite: several machines begin at different times", "remove the directory first")
-    join_machines(1 if dry_run else settings.run.num_nodes)
-    stage = importlib.import_module(f"dfkd_cli.stages.{settings.command.replace('-', '_')}")
+    join_machines(1 if dry_run else how.num_nodes)
+    run = command.load()
     from dfkd_cli.stages.inputs import pick_device
 
-    device = pick_device(settings.run.device, settings.run.devices if settings.command in CHOICES else 1)
-    if device.type == "cpu" and settings.run.precision == "16":
+    device = pick_device(how.device, how.devices if command.shared else 1)
+    if device.type == "cpu" and how.precision == "16":
         raise ConfigError("--precision 16: not on a CPU", "give --precision bf16, or 32, which is faster on most")
-    more = {"paths": paths} if paths or settings.command in ("evaluate", "compare") else {}
     with memory_can_end():
-        answer = stage.run(settings, terminal, dry_run=dry_run, **more)
-    answer = {"ok": True, "command": settings.command, **answer, "seconds": round(time.monotonic() - start, 3)}
+        answer = run(settings, terminal, dry_run=dry_run)
+    answer = {"ok": True, "command": command.name, **answer, "seconds": round(time.monotonic() - start, 3)}
     terminal.document(answer)

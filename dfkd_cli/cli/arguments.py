@@ -11,7 +11,7 @@ from typing import Annotated, Any
 
 import typer
 
-from dfkd_cli.config import hints, is_list, strip_none
+from dfkd_cli.config import hints, is_list, options, strip_none
 
 _NUMBER = re.compile(r"-?(\d+\.?\d*|\.\d+)([eE][+-]?\d+)?$")
 
@@ -84,13 +84,17 @@ def parameters(cls: type, panel: str) -> dict[str, inspect.Parameter]:
         else:
             annotation = list[str] | None if is_list(kind) else str | None
         default = "" if field.default in (None, dataclasses.MISSING) else _shown(field.default)
-        info = typer.Option(
+        traits = options(cls)[field.name]
+        text = traits.get("help", "") + (f" (default: {default})" if default else "")
+        info: Any = typer.Option(
             *decls,
-            help=field.metadata.get("help", "") + (f" (default: {default})" if default else ""),
+            help=text,
             metavar=None if kind is bool else _metavar(kind),
             show_default=False,
             rich_help_panel=panel,
         )
+        if "argument" in traits:
+            info = typer.Argument(metavar=traits["argument"], help=text, show_default=False)
         made[field.name] = inspect.Parameter(
             field.name, inspect.Parameter.KEYWORD_ONLY, default=None, annotation=Annotated[annotation, info]
         )

@@ -59,12 +59,11 @@ from collections.abc import Callable, Collection, Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
-from dfkd_cli import config
+from dfkd_cli import catalog, config
 from dfkd_cli.artifacts.files import digest
 from dfkd_cli.errors import ConfigError, did_you_mean, memory_can_end
 from dfkd_cli.resolve import TYPED, Layer, Settings, recipe_layer, resolve
-from dfkd_cli.settings import FOREIGN, INPUTS, Run
-from dfkd_cli.stages import collect_metadata, distill, synthesize, train_teacher
+from dfkd_cli.settings import FOREIGN, Run
 from dfkd_cli.ui import Terminal
 from dfkd_cli.workers import Workers
 
@@ -76,12 +75,6 @@ _NAME = re.compile(r"[A-Za-z0-9][A-Za-z0-9._-]*")
 # The flags of `compare` that reach every stage which has them.
 _PASSED = ("device", "precision", "logger", "allow_code", "data_dir")
 MODELS = ("train-teacher", "distill")  # the commands that make models
-STAGES: dict[str, Callable[[Settings, Terminal], Any]] = {
-    "train-teacher": train_teacher.run,
-    "collect-metadata": collect_metadata.run,
-    "synthesize": synthesize.run,
-    "distill": distill.run,
-}
 
 
 @dataclasses.dataclass(frozen=True)
@@ -169,7 +162,7 @@ def plan(settings: Settings, out: Path) -> Grid:
     Raises:
         ConfigError: Unknown key, bad value, or a row from nothing.
     """
-    grid = _mapping(settings.grid, "grid", _KEYS)
+    grid = _mapping(settings.sections["grid"], "grid", _KEYS)
     teachers = _teachers(grid, settings.inputs.teacher)
 
     def planners(root: Path) -> list[_Planner]:
@@ -177,7 +170,7 @@ def plan(settings: Settings, out: Path) -> Grid:
 
     def steps(root: Path) -> tuple[Step, ...]:
         found = [step for planner in planners(root) for step in planner.steps()]
-        return _only(settings.inputs.rows, list(_published(_mapping(settings.about, "about"), found)))
+        return _only(settings.inputs.rows, list(_published(_mapping(settings.sections["about"], "about"), found)))
 
     identity, chosen = [], set()
     for step in steps(Path()):
@@ -500,9 +493,9 @@ class _Planner:
 
     def _passed(self, command: str, foreign: bool) -> dict[str, Any]:
         """The flags given to ``compare`` that the command has too; of a foreign teacher only where it is the one."""
-        known = {*config.hints(INPUTS[command]), *config.hints(Run)}
+        known = {*config.hints(catalog.command(command).inputs), *config.hints(Run)}
         values = config.plain(self.settings.inputs) | config.plain(self.settings.run)
-        unset = config.defaults(INPUTS["compare"]) | config.defaults(Run)
+        unset = config.defaults(type(self.settings.inputs)) | config.defaults(Run)
         names = _PASSED + FOREIGN if foreign else _PASSED
         return {name: values[name] for name in names if name in known and values[name] != unset[name]}
 
@@ -553,4 +546,4 @@ def _carry_out(values: dict[str, Any], verbosity: int, silent: bool) -> None:
     command = values.pop("command")
     quiet = Terminal(verbosity, as_json=True, silent=silent)  # stdout is for the comparison
     with memory_can_end():  # of one command: the others go on
-        STAGES[command](resolve(command, [("", values)]), quiet)
+        catalog.command(command).load()(resolve(command, [("", values)]), quiet)
