@@ -57,16 +57,15 @@ class Command:
 
     Attributes:
         position: Commands stand in the help by this number.
-        examples: Command lines; they work one after the other, in this order of the commands.
+        examples: Command lines that work in a directory where those of the commands before have.
         next: The command line that follows.
         out: The directory that is written where ``--out`` names none, called after what it holds; None where nothing
             is written then.
         choices: What is chosen by name.
         shared: Several devices and machines can share the work.
-        sections: Keys of a recipe that are no option and reach ``Settings.sections`` as they are.
-        name: What the user types.
-        help: What the command does, in paragraphs, the first of which is one line.
-        head: The file, as far as it was read.
+        sections: Keys of a recipe that are no options and reach ``Settings.sections`` as they are.
+        name: What the user types. The file's name.
+        help: What the command does, in paragraphs, the first of one line. The file's docstring.
     """
 
     position: int
@@ -76,31 +75,27 @@ class Command:
     choices: tuple[Choice, ...] = ()
     shared: bool = False
     sections: tuple[str, ...] = ()
-    # Read off the file.
     name: str = ""
     help: str = ""
-    head: Module | None = dataclasses.field(default=None, repr=False, compare=False)
 
-    @functools.cached_property
+    @property
     def inputs(self) -> type:
-        """The configuration class of what the command reads and how, ``Inputs``."""
-        assert self.head is not None
-        cls: type = self.head.value("Inputs")
-        return cls
+        """The configuration class of what the command reads and how."""
+        return _heads()[self.name].value("Inputs")
 
     def load(self) -> Callable[..., dict[str, Any]]:
-        """Import the file and return ``run``."""
-        module = importlib.import_module(f"dfkd_cli.stages.{self.name.replace('-', '_')}")
-        run: Callable[..., dict[str, Any]] = module.run
-        return run
+        """Import the file and return ``run``, which does the work."""
+        return importlib.import_module(f"dfkd_cli.stages.{self.name.replace('-', '_')}").run
 
 
 @functools.cache
 def commands() -> dict[str, Command]:
     """Every command by name, in the order of the help."""
-    heads = {path: _HEAD.match(path.read_text(encoding="utf-8")) for path in (PACKAGE / "stages").glob("*.py")}
-    records = [_command(Module(path, head.group())) for path, head in heads.items() if head is not None]
-    return {record.name: record for record in sorted(records, key=lambda record: (record.position, record.name))}
+    records = []
+    for name, head in _heads().items():
+        text = "\n\n".join(" ".join(paragraph.split()) for paragraph in head.doc.split("\n\n"))
+        records.append(dataclasses.replace(head.value("COMMAND"), name=name, help=text))
+    return {record.name: record for record in sorted(records, key=lambda record: record.position)}
 
 
 def command(name: str) -> Command:
@@ -108,10 +103,11 @@ def command(name: str) -> Command:
     return commands()[name]
 
 
-def _command(head: Module) -> Command:
-    record: Command = head.value("COMMAND")
-    text = "\n\n".join(" ".join(paragraph.split()) for paragraph in head.doc.split("\n\n"))
-    return dataclasses.replace(record, name=_public(head.path), help=text, head=head)
+@functools.cache
+def _heads() -> dict[str, Module]:
+    """The heads of the files of commands, by the commands' names."""
+    texts = {path: path.read_text(encoding="utf-8") for path in sorted((PACKAGE / "stages").glob("*.py"))}
+    return {_public(path): Module(path, head.group()) for path, text in texts.items() if (head := _HEAD.match(text))}
 
 
 def _public(path: Path) -> str:

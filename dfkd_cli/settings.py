@@ -75,7 +75,7 @@ class Shards:
 class ImageOptimization(Shards):
     """How a batch of images is optimised through a frozen teacher. One batch is one round is one shard."""
 
-    batch_size: int = option(200, "images optimised together; also the images of one shard", low=1)
+    batch_size: int = option(200, "images optimised together; also the images of one shard")
     iterations: int = option(50, "inner steps on one batch of images", low=1, rehearsal=1)
     lr: float = option(0.1, "Adam learning rate on the pixels", above=0)
     clamp: bool = option(False, "keep pixels in [0,1] after each inner step")
@@ -85,10 +85,10 @@ class ImageOptimization(Shards):
 class Inversion(ImageOptimization):
     """How DeepDream and DeepInversion optimise images, as the teacher's ``net`` takes them, and their image priors."""
 
-    batch_size: int = option(256, "images optimised together; also the images of one shard", low=1)
-    iterations: int = option(2000, "inner steps on one batch of images", low=1)
+    batch_size: int = 256
+    iterations: int = 2000
     coarse_iterations: int = option(0, "inner steps before these, on images of half the sides", low=0, rehearsal=1)
-    lr: float = option(0.05, "Adam learning rate on the normalised pixels", above=0)
+    lr: float = option(0.05, "Adam learning rate on the normalised pixels")
     betas: tuple[float, float] = option((0.9, 0.999), "Adam's betas, below 1", low=0, high=0.99999)
     warmup: int = option(0, "inner steps with rising learning rate, at each resolution", low=0)
     schedule: Literal["constant", "cosine"] = option("constant", "learning rate after the warm-up")
@@ -113,7 +113,7 @@ class StatisticsInversion(Inversion):
 class SmoothInversion(ImageOptimization):
     """How The Knowledge Within optimises images of one class each, as the teacher's ``net`` takes them."""
 
-    lr: float = option(0.3, "Adam learning rate on the normalised pixels", above=0)
+    lr: float = option(0.3, "Adam learning rate on the normalised pixels")
     temperature: float = option(1.0, "softmax temperature of the teacher", above=0)
     cross_entropy: float = option(1.0, "weight of the cross-entropy with the class", low=0)
     smoothness: float = option(1e-3, "weight of a smoothness prior, squared distance to the blurred image", low=0)
@@ -193,7 +193,7 @@ class PooledGeneration(PoolTraining):
         4, "networks see generated images cropped at random, after padding by so many pixels", low=0
     )
     view_flip: bool = option(True, "networks see generated images mirrored with probability 1/2")
-    crop: int = option(4, "random crop of the student's images after padding by so many pixels", low=0)
+    crop: int = option(4, "random crop of the student's images after padding by so many pixels")
     flip: bool = option(True, "mirror the student's images with probability 1/2")
     cross_entropy: float = option(1.0, "weight of the cross-entropy with the class", low=0)
     statistics: float = option(1.0, "weight of the distance to the BatchNorm statistics", low=0)

@@ -61,7 +61,7 @@ class Inputs(Training, ForeignModel):
     scale: float = 0.5
     noise: float = 0.2
     data_dir: str | None = option(None, "where the real images lie, for real and real:N", volatile=True)
-    holdout: float = option(0.02, "share of the images that only measures agreement", low=0, high=0.5)
+    holdout: float = option(0.02, "share of the images that only measures agreement")
 
 
 COMMAND = Command(

@@ -44,7 +44,7 @@ from dfkd_cli.synthesizers.terms import tempered_divergence, total_variation
 class Config(ImageOptimization):
     """Data impressions for normal targets."""
 
-    lr: float = option(0.3, "Adam learning rate on the normalised pixels", above=0)
+    lr: float = option(0.3, "Adam learning rate on the normalised pixels")
     sigma: float = option(100.0, "standard deviation of the logits that are sampled as targets", above=0)
     temperature: float = option(20.0, TEMPERATURE, above=0)
     divergence: float = option(1.0, "weight of the divergence from the targets", low=0)
