@@ -68,7 +68,7 @@ class Regime(Learner):
         idle: Parameters that the loss of the latest batch does not depend on: neither moved nor decayed.
     """
 
-    kind: ClassVar[str]
+    kind = "regime"
     needs: ClassVar[tuple[str, ...]] = ()
     idle: Sequence[nn.Parameter] = ()
     unit = "steps"

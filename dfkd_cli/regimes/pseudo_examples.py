@@ -48,9 +48,7 @@ class Config:
 class PseudoExamples(Offline):
     """One frozen teacher, one student, and images that move to where the two differ most."""
 
-    kind = "regime"
     scaled = False
-    needs = ("teacher",)
     config: Config
     pseudo: Tensor  # (N, C, H, W) in [0,1]
 

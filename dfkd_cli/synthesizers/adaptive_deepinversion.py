@@ -46,7 +46,6 @@ class Config(PoolTraining, StatisticsInversion):
 class AdaptiveDeepInversion(PoolTrainer, DeepInversion):
     """DeepInversion against a student that is trained in the loop."""
 
-    kind = "images"
     needs = ("batchnorm", "student")
     config: Config
 

@@ -50,7 +50,6 @@ class Config(SmoothInversion):
 class BNStatistics(Inception):
     """Images of one class each whose batch has the recorded statistics."""
 
-    kind = "images"
     needs = ("batchnorm",)
     config: Config
 

@@ -64,8 +64,6 @@ class Config(PooledGeneration):
 class CMI(PooledGenerator):
     """A new generator for each batch."""
 
-    kind = "generator"
-    needs = ("batchnorm", "student")
     config: Config
 
     def __init__(self, *arguments: Any, **more: Any) -> None:

@@ -37,7 +37,7 @@ class CoTrainer(Synthesizer):
         teacher_taps: The same of the teacher.
     """
 
-    kind: ClassVar[str]
+    needs: ClassVar[tuple[str, ...]] = ("student",)
     stateless = False
     config: CoTraining
     teacher_taps: Mapping[str, Tap] = {}
@@ -182,7 +182,6 @@ class PoolTrainer(CoTrainer):
     on (seed, round) and what the pool holds.
     """
 
-    kind: ClassVar[str]
     config: PoolTraining
 
     @property

@@ -55,8 +55,6 @@ class Config(GeneratorTraining):
 class DAFL(StreamTrainer):
     """A generator whose images the teacher is sure of."""
 
-    kind = "generator"
-    needs = ("student",)
     epsilon = 0.8
     config: Config
 

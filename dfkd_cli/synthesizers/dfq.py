@@ -50,7 +50,6 @@ class Config(AdversarialTraining):
 class DFQ(Adversary):
     """Generators against students that keep to what the teacher knows."""
 
-    kind = "generator"
     needs = ("batchnorm", "student")
     config: Config
 

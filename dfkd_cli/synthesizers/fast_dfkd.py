@@ -60,8 +60,6 @@ class Config(PooledGeneration):
 class FastDFKD(PooledGenerator):
     """Each batch starts from the meta generator."""
 
-    kind = "generator"
-    needs = ("batchnorm", "student")
     config: Config
 
     def trained(self) -> Sequence[tuple[Optimizer, LRScheduler | None]]:

@@ -73,7 +73,6 @@ class Config(ImageOptimization):
 class Lopes(ImageOptimizer):
     """Images whose activations are samples of the metadata's statistics."""
 
-    kind = "images"
     needs = ("metadata",)
     config: Config
 

@@ -66,8 +66,6 @@ class Config(PooledGeneration):
 class NAYER(PooledGenerator):
     """A generator of noisy label embeddings."""
 
-    kind = "generator"
-    needs = ("batchnorm", "student")
     config: Config
     embeddings: Tensor  # (K, E)
 

@@ -13,7 +13,7 @@ from abc import abstractmethod
 from collections.abc import Mapping, Sequence
 from contextlib import AbstractContextManager
 from dataclasses import dataclass
-from typing import Any, ClassVar
+from typing import Any
 
 import torch
 import torch.nn.functional as F
@@ -53,7 +53,8 @@ class PooledGenerator(PoolTrainer):
     images that are still wanted are kept: BatchNorm and its statistics always see as many.
     """
 
-    kind: ClassVar[str]
+    kind = "generator"
+    needs = ("batchnorm", "student")
     scaled = False
     config: PooledGeneration
 

@@ -57,7 +57,6 @@ class Config(ImageOptimization):
 class SoftTarget(ImageOptimizer):
     """Data impressions for normal targets."""
 
-    kind = "images"
     normalised = True
     config: Config
 

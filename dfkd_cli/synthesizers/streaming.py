@@ -39,7 +39,7 @@ class StreamTrainer(CoTrainer):
         generator_taps: Where :meth:`generator_terms` wants the teacher's features.
     """
 
-    kind: ClassVar[str]
+    kind = "generator"
     config: GeneratorTraining
     epsilon: ClassVar[float] = 1e-5
     unit = "iterations"
@@ -143,7 +143,6 @@ class Adversary(StreamTrainer):
     The method says in :meth:`distance` by what; its ``Config`` has the weight ``adversarial``.
     """
 
-    kind: ClassVar[str]
     config: AdversarialTraining
 
     @abstractmethod

@@ -63,8 +63,6 @@ class Config(Compared, AdversarialTraining):
 class ZSKT(Adversary):
     """A generator against a student, by the divergence of their answers."""
 
-    kind = "generator"
-    needs = ("student",)
     config: Config
 
     def __init__(self, *arguments: Any, **more: Any) -> None:
