@@ -8,21 +8,7 @@ from typing import Literal
 from dfkd_cli.config import option
 from dfkd_cli.errors import ConfigError
 
-_ROTATE = "random rotation, +- degrees"
-_TRANSLATE = "random shift, +- fraction of the side"
-_SCALE = "random zoom, +- fraction: 0.1 zooms by 0.9 to 1.1"
-_NOISE = "Gaussian noise, standard deviation in pixel units"
-_OPTIMIZER = "optimiser"
-_LR = "peak learning rate"
-_DECAY = "weight decay"
-TEMPERATURE = "softmax temperature"
 TAPS = "features: stage1 ..., stages, last, penultimate, logits, a module's path"
-SCHEDULE = "learning rates: all stay, all fall to 0, only the student's falls"
-END = "how the generator ends: tanh and BatchNorm, BatchNorm with scale, or within [0,1]"
-CLIP = "limit of the norm of the students' gradient, and of that of generators trained in turns with them; 0: none"
-STUDENT_OPTIMIZER = "the student's optimiser; sgd with momentum 0.9"
-STUDENT_IMAGES = "the student's images: the generator's own, of the same latents after its step, new in every step"
-
 StudentOptimizer = Literal["adam", "sgd"]
 RateSchedule = Literal["constant", "cosine", "student"]
 GeneratorEnd = Literal["tanh", "normal", "sigmoid"]
@@ -33,12 +19,12 @@ StudentImages = Literal["same", "updated", "new"]
 class Augmentation:
     """Changes to training images; random ones are drawn anew for every image of every batch."""
 
-    rotate: float = option(0.0, _ROTATE, low=0, high=180)
-    translate: float = option(0.0, _TRANSLATE, low=0, high=1)
-    scale: float = option(0.0, _SCALE, low=0, high=0.9)
+    rotate: float = option(0.0, "random rotation, +- degrees", low=0, high=180)
+    translate: float = option(0.0, "random shift, +- fraction of the side", low=0, high=1)
+    scale: float = option(0.0, "random zoom, +- fraction: 0.1 zooms by 0.9 to 1.1", low=0, high=0.9)
     flip: bool = option(False, "mirror left-right with probability 1/2")
     crop: int = option(0, "random crop after padding by this many pixels on each side", low=0)
-    noise: float = option(0.0, _NOISE, low=0)
+    noise: float = option(0.0, "Gaussian noise, standard deviation in pixel units", low=0)
     saturate: bool = option(False, "cut pixels to [0,1] before all other changes, as an image file would")
     fill: Literal["black", "mean"] = option("black", "what comes in from outside the image; mean: the model's")
 
@@ -50,11 +36,11 @@ class Training(Augmentation):
     epochs: int = option(100, "passes over the images", low=1, rehearsal=1)
     steps: int | None = option(None, "optimiser steps, instead of --epochs", low=1, rehearsal=1)
     batch_size: int = option(128, "images per step", low=1, rehearsal=2)
-    optimizer: Literal["adam", "adamw", "sgd"] = option("adam", _OPTIMIZER)
-    lr: float = option(4e-3, _LR, above=0)
+    optimizer: Literal["adam", "adamw", "sgd"] = option("adam", "optimiser")
+    lr: float = option(4e-3, "peak learning rate", above=0)
     momentum: float = option(0.9, "momentum of sgd", low=0, high=1)
     nesterov: bool = option(True, "Nesterov's momentum, of sgd")
-    weight_decay: float = option(0.0, _DECAY, low=0)
+    weight_decay: float = option(0.0, "weight decay", low=0)
     warmup: float = option(0.05, "share of the steps with rising learning rate", low=0, high=1)
     schedule: Literal["cosine", "step", "constant"] = option("cosine", "learning rate after the warm-up")
     milestones: tuple[float, ...] = option((0.5, 0.75), "shares of all steps after which a step falls", low=0, high=1)
@@ -124,10 +110,14 @@ class SmoothInversion(ImageOptimization):
 class CoTraining(Augmentation):
     """How a student is trained in the loop. The random changes are those of the images that it is trained on."""
 
-    student_optimizer: StudentOptimizer = option("sgd", STUDENT_OPTIMIZER)
+    student_optimizer: StudentOptimizer = option("sgd", "the student's optimiser; sgd with momentum 0.9")
     student_lr: float = option(0.1, "the student's first learning rate", above=0)
     student_weight_decay: float = option(1e-4, "the student's weight decay", low=0)
-    clip: float = option(0.0, CLIP, low=0)
+    clip: float = option(
+        0.0,
+        "limit of the norm of the students' gradient, and of that of generators trained in turns with them; 0: none",
+        low=0,
+    )
     soft: float = option(1.0, "weight of the student's distance from the teacher's answers", low=0)
 
 
@@ -142,13 +132,17 @@ class GeneratorTraining(CoTraining):
     latent: int = option(100, "numbers that the generator makes an image from", low=1)
     lr: float = option(1e-3, "the generator's Adam learning rate", above=0)
     betas: tuple[float, float] = option((0.9, 0.999), "the generator's Adam betas, below 1", low=0, high=0.99999)
-    schedule: RateSchedule = option("cosine", SCHEDULE)
+    schedule: RateSchedule = option("cosine", "learning rates: all stay, all fall to 0, only the student's falls")
     width: float = option(1.0, "the generator's numbers of maps, times this", above=0)
-    end: GeneratorEnd = option("tanh", END)
+    end: GeneratorEnd = option(
+        "tanh", "how the generator ends: tanh and BatchNorm, BatchNorm with scale, or within [0,1]"
+    )
     generators: int = option(1, "generators, which share the images of a step; all are written", low=1, rehearsal=2)
     students: int = option(1, "students; all but the first only stand against the generators", low=1, rehearsal=2)
     student_steps: int = option(1, "steps of the student in each iteration", low=1, rehearsal=1)
-    student_images: StudentImages = option("new", STUDENT_IMAGES)
+    student_images: StudentImages = option(
+        "new", "the student's images: the generator's own, of the same latents after its step, new in every step"
+    )
     dtype: Literal["float16", "float32"] = option("float16", "stored pixels")
 
     def __post_init__(self) -> None:
@@ -206,7 +200,7 @@ class PooledGeneration(PoolTraining):
 class Answers:
     """What losses between the logits share."""
 
-    temperature: float = option(4.0, TEMPERATURE, above=0)
+    temperature: float = option(4.0, "softmax temperature", above=0)
     standardise: bool = option(False, "z-scores of each image's logits instead of the logits (arXiv:2403.01427)")
     hard: float = option(0.0, "weight of the true labels; the teacher's own where the set has none", low=0)
     label_smoothing: float = option(0.0, "share of the hard label spread over all classes", low=0, high=1)
@@ -230,7 +224,9 @@ class Preceding:
 class Compared:
     """What losses between features share."""
 
-    taps: tuple[str, ...] = option(("stages",), TAPS)
+    taps: tuple[str, ...] = option(
+        ("stages",), "features: stage1 ..., stages, last, penultimate, logits, a module's path"
+    )
     teacher_taps: tuple[str, ...] | None = option(None, "the teacher's, in the same order (default: the same names)")
 
 

@@ -44,7 +44,6 @@ class Config(Answers):
 class Response(AnswerObjective):
     """KL divergence at temperature, cross-entropy or logit error, and an optional hard-label term."""
 
-    kind = "response"
     terms = ("soft", "hard")
     config: Config
 
