@@ -34,53 +34,53 @@ class Module:
         tree = ast.parse(text)
         self.path, self.doc = path, ast.get_docstring(tree) or ""
         self.names = {name: statement for statement in tree.body for name in _bound(statement)}
-        self.classes = [statement.name for statement in tree.body if isinstance(statement, ast.ClassDef)]
-        self._undefined = dict(self.names)
-        self._values: dict[str, Any] = {"__name__": __name__}
-        self._traits: dict[str, type] = {}
+        self.classes = [name for name, statement in self.names.items() if isinstance(statement, ast.ClassDef)]
+        self._undefined, self._values = dict(self.names), dict[str, Any](__name__=__name__)
+        self.traits = functools.cache(self._traits)
 
     def value(self, name: str) -> Any:
         """What a name stands for, after running nothing but its definition and what that draws on.
 
         Raises:
-            NameError: No such name, or the definition needs something that only importing the module would give.
+            NameError: No such name, or only importing the module would give it.
         """
         self._define(name)
         if name not in self._values:
-            raise NameError(f"{self.path}: {name!r} cannot be had without importing the module", name=name)
+            raise NameError(f"{self.path}: only importing the module would give {name!r}", name=name)
         return self._values[name]
 
     def _define(self, name: str) -> None:
         statement = self._undefined.pop(name, None)
         if isinstance(statement, (ast.Import, ast.ImportFrom)):
-            with contextlib.suppress(NameError):  # a method may use it that is not called here
-                self._values |= _imported(statement, name)
+            with contextlib.suppress(NameError):  # it may be for a function that is not called here
+                self._values[name] = _imported(statement, name)
         elif statement is not None:
             for node in ast.walk(statement):
                 if isinstance(node, ast.Name):
                     self._define(node.id)
-            module = ast.Module([statement], type_ignores=[])
-            exec(compile(module, str(self.path), "exec", annotations.compiler_flag, dont_inherit=True), self._values)
-            value = self._values[name]
-            if isinstance(value, type) and dataclasses.is_dataclass(value):
-                # Type hints are strings here: resolve them while the names are at hand.
+            code = compile(ast.Module([statement], []), str(self.path), "exec", annotations.compiler_flag)
+            exec(code, self._values)
+            if dataclasses.is_dataclass(value := self._values[name]) and isinstance(value, type):
+                # Its type hints are strings: resolve them while the names are at hand.
                 value.__annotations__ = inspect.get_annotations(value, globals=self._values, eval_str=True)
 
-    def traits(self, name: str) -> type:
+    def _traits(self, name: str) -> type:
         """A class with nothing but its literal attributes, such as ``kind = "images"``, and its bases in the package.
 
         What is no class of the package is ``object``.
         """
-        if name not in self._traits:
-            self._traits[name] = object
-            statement = self.names.get(name)
-            if isinstance(statement, ast.ImportFrom) and (source := _source(statement)):
-                self._traits[name] = source.traits(_alias(statement, name).name)
-            elif isinstance(statement, ast.ClassDef):
-                bases = [self.traits(base.id) for base in statement.bases if isinstance(base, ast.Name)]
-                inherited = tuple(base for base in bases if base is not object)
-                self._traits[name] = type(name, inherited, _literals(statement))
-        return self._traits[name]
+        statement = self.names.get(name)
+        if isinstance(statement, ast.ImportFrom) and (source := _source(statement)):
+            return source.traits(_alias(statement, name).name)
+        if not isinstance(statement, ast.ClassDef):
+            return object
+        bases = [self.traits(base.id) for base in statement.bases if isinstance(base, ast.Name)]
+        literals: dict[str, Any] = {}
+        for attribute in statement.body:
+            if isinstance(attribute, (ast.Assign, ast.AnnAssign)) and attribute.value is not None:
+                with contextlib.suppress(ValueError):
+                    literals |= dict.fromkeys(_bound(attribute), ast.literal_eval(attribute.value))
+        return type(name, tuple(base for base in bases if base is not object), literals)
 
 
 @functools.cache
@@ -97,15 +97,16 @@ def _source(statement: ast.ImportFrom) -> Module | None:
     return read(path) if root == __package__ and path is not None else None
 
 
-def _imported(statement: ast.Import | ast.ImportFrom, name: str) -> dict[str, Any]:
-    """What an import binds to a name, as a mapping; nothing where that is not to be imported here."""
+def _imported(statement: ast.Import | ast.ImportFrom, name: str) -> Any:
+    """What an import gives, or :class:`NameError` where that is not to be imported here."""
     alias = _alias(statement, name)
     module = alias.name if isinstance(statement, ast.Import) else statement.module or ""
     if not {module, module.partition(".")[0]}.isdisjoint(_LIGHT):
         imported = importlib.import_module(module)
-        return {name: imported if isinstance(statement, ast.Import) else getattr(imported, alias.name)}
-    source = _source(statement) if isinstance(statement, ast.ImportFrom) else None
-    return {} if source is None else {name: source.value(alias.name)}
+        return imported if isinstance(statement, ast.Import) else getattr(imported, alias.name)
+    if isinstance(statement, ast.ImportFrom) and (source := _source(statement)):
+        return source.value(alias.name)
+    raise NameError(f"{module} is not imported for its definitions", name=name)
 
 
 def _alias(statement: ast.Import | ast.ImportFrom, name: str) -> ast.alias:
@@ -122,13 +123,3 @@ def _bound(statement: ast.stmt) -> list[str]:
         targets = statement.targets if isinstance(statement, ast.Assign) else [statement.target]
         return [node.id for target in targets for node in ast.walk(target) if isinstance(node, ast.Name)]
     return []
-
-
-def _literals(statement: ast.ClassDef) -> dict[str, Any]:
-    """The class attributes whose value is a literal."""
-    literals: dict[str, Any] = {}
-    for attribute in statement.body:
-        if isinstance(attribute, (ast.Assign, ast.AnnAssign)) and attribute.value is not None:
-            with contextlib.suppress(ValueError):
-                literals |= dict.fromkeys(_bound(attribute), ast.literal_eval(attribute.value))
-    return literals

@@ -27,14 +27,7 @@ from dfkd_cli.resolve import Component, Settings
 from dfkd_cli.seeds import derive
 from dfkd_cli.settings import ForeignModel, Training
 from dfkd_cli.stages.calibrate import calibrate, check
-from dfkd_cli.stages.inputs import (
-    LoadedModel,
-    TransferSet,
-    concatenate,
-    load_teacher,
-    may_be_real,
-    open_transfer_set,
-)
+from dfkd_cli.stages.inputs import LoadedModel, TransferSet, concatenate, load_teacher, may_be_real, open_transfer_set
 from dfkd_cli.stages.measures import agreement
 from dfkd_cli.stages.training import architecture, fresh, rehearse, train
 from dfkd_cli.ui import Terminal

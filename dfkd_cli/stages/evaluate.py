@@ -30,14 +30,7 @@ from dfkd_cli.errors import ArtifactError, ConfigError, GateNotMet
 from dfkd_cli.models.directory import RECORD
 from dfkd_cli.resolve import Settings
 from dfkd_cli.settings import FOREIGN, ForeignModel
-from dfkd_cli.stages.inputs import (
-    LoadedModel,
-    TransferSet,
-    is_images,
-    load_teacher,
-    open_images,
-    pick_device,
-)
+from dfkd_cli.stages.inputs import LoadedModel, TransferSet, is_images, load_teacher, open_images, pick_device
 from dfkd_cli.stages.measures import cost, examine, finite, share
 from dfkd_cli.stages.shard_measures import measure_images, measure_shards
 from dfkd_cli.stages.training import rehearse
