@@ -48,8 +48,8 @@ class Config(Answers):
     soft: float = option(4.0, "weight of the teacher's answers, falls to a quarter", low=0)
     boundary: float = option(2.0, "weight of the answers at the boundary, falls to zero", low=0)
     variant: Literal["code", "paper"] = option("code", "images move to a class drawn for each, or to every other class")
-    boundary_images: int = option(64, "images of a batch that are moved to the boundary, at most", low=1)
-    iterations: int = option(10, "steps towards the boundary, at most", low=1)
+    boundary_images: int = option(64, "images of a batch that are moved to the boundary, at most", low=1, rehearsal=2)
+    iterations: int = option(10, "steps towards the boundary, at most", low=1, rehearsal=1)
     attack_step: float = option(0.3, "length of a step for each unit of the logits' difference", above=0)
 
 

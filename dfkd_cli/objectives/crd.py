@@ -49,7 +49,7 @@ class Config(Compared):
     taps: tuple[str, ...] = ("penultimate",)
     variant: Literal["exact", "relax"] = option("exact", "the positive: the image itself, or any of its class")
     dimensions: int = option(128, "of the space in which features are compared", low=1)
-    negatives: int = option(16384, "negatives of each image, drawn anew in every step", low=1)
+    negatives: int = option(16384, "negatives of each image, drawn anew in every step", low=1, rehearsal=2)
     temperature: float = option(0.07, "softmax temperature", above=0)
     memory_momentum: float = option(0.5, "what a memory keeps when its image comes along", low=0, high=1)
     contrast: float = option(1.0, "weight of the contrast, beside that of the objective", low=0)

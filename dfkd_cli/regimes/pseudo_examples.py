@@ -38,10 +38,10 @@ from dfkd_cli.seeds import derive
 class Config:
     """Pseudo examples."""
 
-    pseudo_images: int = option(200, "pseudo images, all of them used in every step", low=1)
+    pseudo_images: int = option(200, "pseudo images, all of them used in every step", low=1, rehearsal=2)
     pseudo_noise: float = option(0.1, "Gaussian noise they start with, standard deviation in pixel units", low=0)
     pseudo: float = option(1.0, "weight of the pseudo images' loss beside the transfer set's", low=0)
-    iterations: int = option(1, "ascent steps on the pseudo images after each step of the student", low=0)
+    iterations: int = option(1, "ascent steps on the pseudo images after each step of the student", low=0, rehearsal=1)
     ascent_lr: float = option(0.01, "Adam learning rate of the ascent, on the pixels", above=0)
 
 

@@ -126,7 +126,12 @@ def run(settings: Settings, terminal: Terminal, dry_run: bool = False) -> dict[s
         if not dry_run:
             return learn(settings, job, terminal)
         pulls = calibrate(task) if task.objectives else []
-        answer = rehearse(settings, lambda small, quiet: learn(small, job, quiet), terminal)
+
+        def short(cut: Settings, quiet: Terminal) -> dict[str, Any]:
+            losses = connect(cut.components["objective"], job.student, job.teacher.classifier, cut.run.seed)
+            return learn(cut, dataclasses.replace(job, objectives=losses), quiet)
+
+        answer = rehearse(settings, short, terminal)
     for pull in pulls:
         terminal.answer(str(pull))
     return answer | {"terms": [dataclasses.asdict(pull) for pull in pulls]}

@@ -39,8 +39,8 @@ from dfkd_cli.objectives.reviewkd import hierarchical
 from dfkd_cli.regimes.base import Task
 from dfkd_cli.regimes.offline import Config, Offline
 from dfkd_cli.resolve import Component, recipe_layer, resolve
-from dfkd_cli.settings import Distill
 from dfkd_cli.stages.calibrate import BATCHES, calibrate, check
+from dfkd_cli.stages.distill import Inputs as Distill
 from dfkd_cli.stages.distill import connect
 from dfkd_cli.stages.grid import plan
 

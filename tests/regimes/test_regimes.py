@@ -27,7 +27,8 @@ from dfkd_cli.regimes import base
 from dfkd_cli.regimes.base import Regime, Task
 from dfkd_cli.resolve import recipe_layer, resolve
 from dfkd_cli.rounds import fit
-from dfkd_cli.settings import Augmentation, Distill
+from dfkd_cli.settings import Augmentation
+from dfkd_cli.stages.distill import Inputs as Distill
 from dfkd_cli.ui import Terminal
 
 REGIMES = catalog.entries("regimes")
