@@ -7,7 +7,7 @@ import signal
 import sys
 import time
 import traceback
-from inspect import Parameter
+from inspect import Parameter, Signature
 from typing import Annotated, Any
 
 import typer
@@ -29,7 +29,8 @@ def main(argv: list[str] | None = None) -> int:
     terminal = _terminal(argv)
     debug = "--debug" in argv or bool(os.environ.get("DFKD_DEBUG"))
     try:
-        status = build(argv, terminal)(_expanded(argv), standalone_mode=False)
+        app, tokens = build(argv, terminal)
+        status = app(tokens, standalone_mode=False)
         sys.stdout.flush()
         return status if isinstance(status, int) else 0
     except typer.Exit as leave:
@@ -81,61 +82,44 @@ def _try(argv: list[str]) -> str:
     return f"try: dfkd {' '.join([*words, '--help'])}"
 
 
-def _command_of(argv: list[str]) -> str | None:
-    first = next((token for token in argv if not token.startswith("-")), None)
-    return first if first in catalog.commands() else None
-
-
 Chosen = list[tuple[str, catalog.Entry]]  # methods, each with the flag that names it
 
 
-def _classes(command: str, chosen: Chosen) -> list[tuple[str, type]]:
-    """The configuration classes that give a command its flags, each with the title of its help panel."""
-    methods = [(f"{flag.capitalize()} {entry.name}", entry.config) for flag, entry in chosen]
-    return [("Inputs", catalog.command(command).inputs), *methods, ("Run", Run)]
-
-
-def _chosen(command: str, argv: list[str]) -> Chosen:
+def _chosen(command: catalog.Command, argv: list[str]) -> Chosen:
     """The methods that the arguments name."""
-    layers = _named_layers(argv, command)
+    layers = _named_layers(command, argv)
     undecided = any(
-        choice.default is None and not any(layer.get(choice.flag) for _, layer in layers)
-        for choice in catalog.command(command).choices
+        choice.default is None and not any(layer.get(choice.flag) for _, layer in layers) for choice in command.choices
     )
     if undecided and {"-h", "--help"} & set(argv):  # help must work before a method is chosen
         return []
-    return [(flag, entry) for flag, picked in choose(command, layers).items() for entry, _ in picked]
+    return [(flag, entry) for flag, picked in choose(command.name, layers).items() for entry, _ in picked]
 
 
-def _named_layers(argv: list[str], command: str) -> list[Layer]:
+def _named_layers(command: catalog.Command, argv: list[str]) -> list[Layer]:
     """What the arguments say about methods, before they are parsed: a method's flags exist only once it is known."""
     layers: list[Layer] = []
     tokens = arguments.expand(argv, _several(command))  # `--objective a b`; other lists are not of interest here
     for name in arguments.values_of(tokens, "--recipe")[-1:]:
-        layers.append(recipe_layer(name, command))
+        layers.append(recipe_layer(name, command.name))
     layers.append(("--set ", assignments(arguments.values_of(tokens, "--set"))))
     typed: dict[str, Any] = {}
-    for choice in catalog.command(command).choices:
+    for choice in command.choices:
         if named := arguments.values_of(tokens, arguments.flag(choice.flag)):
             typed[choice.flag] = named if choice.several else named[-1]
     return [*layers, ("", typed)]
 
 
-def _several(command: str) -> set[str]:
+def _several(command: catalog.Command) -> set[str]:
     """The flags that name any number of methods."""
-    return {arguments.flag(choice.flag) for choice in catalog.command(command).choices if choice.several}
+    return {arguments.flag(choice.flag) for choice in command.choices if choice.several}
 
 
-def _expanded(argv: list[str]) -> list[str]:
-    command = _command_of(argv)
-    if command is None:
-        return argv
-    lists = arguments.list_flags(cls for _, cls in _classes(command, _chosen(command, argv)))
-    return arguments.expand(argv, lists | _several(command))
+def build(argv: list[str], terminal: Terminal) -> tuple[typer.Typer, list[str]]:
+    """The Typer application, and the arguments as it takes them.
 
-
-def build(argv: list[str], terminal: Terminal) -> typer.Typer:
-    """The Typer application; the command that ``argv`` names has the flags of the methods it chooses."""
+    The command that ``argv`` names has the flags of the methods it chooses, those of the others are not read.
+    """
     app = typer.Typer(
         name="dfkd",
         help="Compress an image classifier whose training data nobody may see any more.",
@@ -162,46 +146,43 @@ def build(argv: list[str], terminal: Terminal) -> typer.Typer:
             typer.echo(context.get_help())
             raise typer.Exit
 
-    active = _command_of(argv)
-    for command, record in catalog.commands().items():
+    active = next((token for token in argv if not token.startswith("-")), None)
+    for name, command in catalog.commands().items():
         function: Any = _named
-        text = record.help
-        if command == active:  # the flags of the others would be read and thrown away
+        text, epilog = command.help, None
+        if name == active:
             chosen = _chosen(command, argv)
-            function, text = _stage(command, _classes(command, chosen), terminal), _help(command, chosen)
-        app.command(
-            command,
-            help=text,
-            epilog=_epilog(command) if command == active else None,
-            context_settings=CONTEXT,
-        )(function)
+            methods = [(f"{flag.capitalize()} {entry.name}", entry.config) for flag, entry in chosen]
+            classes = [("Inputs", command.inputs), *methods, ("Run", Run)]
+            argv = arguments.expand(argv, arguments.list_flags(cls for _, cls in classes) | _several(command))
+            function, text, epilog = _stage(command, classes, terminal), _help(command, chosen), _epilog(command)
+        app.command(name, help=text, epilog=epilog, context_settings=CONTEXT)(function)
     listing.register(app, terminal)
-    return app
+    return app, argv
 
 
 def _named() -> None:
     """A command that is only listed."""
 
 
-def _help(command: str, chosen: Chosen) -> str:
+def _help(command: catalog.Command, chosen: Chosen) -> str:
     """What a command does, and what the methods are that it is to use."""
-    lines = [catalog.command(command).help]
+    lines = [command.help]
     for _, entry in chosen:
         needs = f" Needs: {', '.join(entry.needs)}." if entry.needs else ""
         lines.append(f"{entry.name}: {entry.summary}{f' ({entry.paper})' if entry.paper else ''}.{needs}")
     return "\n\n".join(lines)
 
 
-def _epilog(command: str) -> str:
-    record = catalog.command(command)
-    lines = ["Examples:", *record.examples, f"Next: {record.next}"]
-    for choice in record.choices:
+def _epilog(command: catalog.Command) -> str:
+    lines = ["Examples:", *command.examples, f"Next: {command.next}"]
+    for choice in command.choices:
         names = ", ".join(catalog.entries(choice.package))
         lines.append(f"--{choice.flag}: {names}" + (f" (default {choice.default})" if choice.default else ""))
     return "\n\n".join(lines)
 
 
-def _stage(command: str, classes: list[tuple[str, type]], terminal: Terminal) -> Any:
+def _stage(command: catalog.Command, classes: list[tuple[str, type]], terminal: Terminal) -> Any:
     """The function behind a command, with the signature that Typer reads."""
     parameters: dict[str, Parameter] = {}
     for title, cls in classes:
@@ -210,14 +191,11 @@ def _stage(command: str, classes: list[tuple[str, type]], terminal: Terminal) ->
 
     def extra(name: str, annotation: Any, *decls: str, help: str, panel: str = "Run", **more: Any) -> None:
         info = typer.Option(*decls, help=help, rich_help_panel=panel, show_default=False, **more)
-        parameters[name] = Parameter(
-            name,
-            Parameter.KEYWORD_ONLY,
-            default=False if annotation is bool else None,
-            annotation=Annotated[annotation, info],
-        )
+        default = False if annotation is bool else None
+        kind = Parameter.KEYWORD_ONLY
+        parameters[name] = Parameter(name, kind, default=default, annotation=Annotated[annotation, info])
 
-    for choice in catalog.command(command).choices:
+    for choice in command.choices:
         kind = list[str] | None if choice.several else str | None
         metavar = "NAME[=WEIGHT] ..." if choice.several else "NAME"
         extra(choice.flag, kind, f"--{choice.flag}", help=f"{choice.flag}: see below", panel="Inputs", metavar=metavar)
@@ -233,13 +211,14 @@ def _stage(command: str, classes: list[tuple[str, type]], terminal: Terminal) ->
         recipe, dry_run = values.pop("recipe"), values.pop("dry_run")
         for name in ("json", "quiet", "verbose", "debug"):
             values.pop(name)
-        stack = [recipe_layer(recipe, command)] if recipe else []
+        stack = [recipe_layer(recipe, command.name)] if recipe else []
         stack.append(("--set ", assignments(values.pop("set") or [])))
         stack.append((TYPED, {name: value for name, value in values.items() if value not in (None, [])}))
-        run_stage(resolve(command, stack), terminal, dry_run)
+        run_stage(resolve(command.name, stack), terminal, dry_run)
 
-    stage.__name__ = command.replace("-", "_")
-    return arguments.with_signature(stage, parameters.values())
+    stage.__signature__ = Signature(list(parameters.values()))  # type: ignore[attr-defined]  # Typer reads it
+    stage.__annotations__ = {name: parameter.annotation for name, parameter in parameters.items()}
+    return stage
 
 
 def run_stage(settings: Settings, terminal: Terminal, dry_run: bool) -> None:
