@@ -2,28 +2,120 @@
 
 A method is one file in ``synthesizers/``, ``objectives/`` or ``regimes/``. Its name is the file's name in kebab-case,
 its paper and summary come from the module docstring, its flags from its ``Config`` class, its ``kind`` and ``needs``
-(and the ``default_weight`` of an objective) from the class that does the work. There is no list to edit elsewhere.
+(and the ``default_weight`` of an objective) from the class that does the work, or that class's bases.
+
+A command is one file in ``stages/``. Its name is the file's name, its help the module docstring, its flags come from
+its ``Inputs`` class, all else is in its ``COMMAND``, which stands at the head of the file, and ``run`` does the work:
+
+    def run(settings: Settings, terminal: Terminal, dry_run: bool = False) -> dict[str, Any]
+
+There is no list to edit elsewhere. Whoever asks about commands asks :func:`commands` and :func:`command`.
 """
 
 from __future__ import annotations
 
-import ast
-import contextlib
 import dataclasses
 import functools
 import importlib
-import inspect
 import re
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
 from dfkd_cli.config import parse_yaml
 from dfkd_cli.errors import ConfigError, did_you_mean
+from dfkd_cli.unimported import PACKAGE, Module, read
 
-PACKAGE = Path(__file__).parent
-COMMANDS = ("train-teacher", "collect-metadata", "synthesize", "distill", "evaluate", "compare")
-# Modules that a Config class may draw on: none of them imports torch.
-_TORCH_FREE = ("__future__", "dataclasses", "typing", "dfkd_cli.config", "dfkd_cli.settings")
+# The part of a command's file that is read: up to the end of its record.
+_HEAD = re.compile(r".*?^COMMAND\b.*?(?=^[\w@#]|\Z)", re.MULTILINE | re.DOTALL)
+
+# -- commands ----------------------------------------------------------------------------------------------------------
+
+
+@dataclasses.dataclass(frozen=True)
+class Choice:
+    """Something that a command chooses by name.
+
+    Attributes:
+        flag: How; what ``method`` chooses is the command's own work.
+        package: Where the methods are to choose from.
+        default: What is chosen where nothing is named; None where something must be.
+        several: Any number of them may be named, each with a weight.
+        beside: There is nothing to choose unless the method needs this.
+    """
+
+    flag: str
+    package: str
+    default: str | None = None
+    several: bool = False
+    beside: str | None = None
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class Command:
+    """What a file in ``stages/`` says of its command, in ``COMMAND``.
+
+    Attributes:
+        position: Commands stand in the help by this number.
+        examples: Command lines that work in a directory where those of the commands before have.
+        next: The command line that follows.
+        out: The directory that is written where ``--out`` names none, called after what it holds; None where nothing
+            is written then.
+        choices: What is chosen by name.
+        shared: Several devices and machines can share the work.
+        sections: Keys of a recipe that are no options and reach ``Settings.sections`` as they are.
+        name: What the user types. The file's name.
+        help: What the command does, in paragraphs, the first of one line. The file's docstring.
+    """
+
+    position: int
+    examples: tuple[str, ...]
+    next: str
+    out: str | None = None
+    choices: tuple[Choice, ...] = ()
+    shared: bool = False
+    sections: tuple[str, ...] = ()
+    name: str = ""
+    help: str = ""
+
+    @property
+    def inputs(self) -> type:
+        """The configuration class of what the command reads and how."""
+        return _heads()[self.name].value("Inputs")
+
+    def load(self) -> Callable[..., dict[str, Any]]:
+        """Import the file and return ``run``, which does the work."""
+        return importlib.import_module(f"dfkd_cli.stages.{self.name.replace('-', '_')}").run
+
+
+@functools.cache
+def commands() -> dict[str, Command]:
+    """Every command by name, in the order of the help."""
+    records = []
+    for name, head in _heads().items():
+        text = "\n\n".join(" ".join(paragraph.split()) for paragraph in head.doc.split("\n\n"))
+        records.append(dataclasses.replace(head.value("COMMAND"), name=name, help=text))
+    return {record.name: record for record in sorted(records, key=lambda record: record.position)}
+
+
+def command(name: str) -> Command:
+    """The command of that name, which exists."""
+    return commands()[name]
+
+
+@functools.cache
+def _heads() -> dict[str, Module]:
+    """The heads of the files of commands, by the commands' names."""
+    texts = {path: path.read_text(encoding="utf-8") for path in sorted((PACKAGE / "stages").glob("*.py"))}
+    return {_public(path): Module(path, head.group()) for path, text in texts.items() if (head := _HEAD.match(text))}
+
+
+def _public(path: Path) -> str:
+    """The name of what is in a file."""
+    return path.stem.replace("_", "-")
+
+
+# -- methods -----------------------------------------------------------------------------------------------------------
 
 
 @dataclasses.dataclass(frozen=True)
@@ -67,66 +159,24 @@ def find(package: str, name: str, what: str) -> Entry:
 
 
 def _read(path: Path, package: str) -> Entry | None:
-    tree = ast.parse(path.read_text(encoding="utf-8"))
-    classes = {node.name: node for node in tree.body if isinstance(node, ast.ClassDef)}
-    if "Config" not in classes:
+    module = read(path)
+    if "Config" not in module.names:
         return None  # the package's own base classes
-    doc = ast.get_docstring(tree) or ""
-    worker, traits = next((name, traits) for name, node in classes.items() if "kind" in (traits := _constants(node)))
+    # Of several classes the last: those before it are its bases.
+    worker = [name for name in module.classes if hasattr(module.traits(name), "kind")][-1]
+    traits: Any = module.traits(worker)
     return Entry(
-        name=path.stem.replace("_", "-"),
+        name=_public(path),
         package=package,
-        kind=traits["kind"],
-        needs=tuple(traits.get("needs", ())),
-        paper=_paper(doc),
-        summary=doc.partition("\n")[0].rstrip("."),
-        doc=doc,
+        kind=traits.kind,
+        needs=tuple(getattr(traits, "needs", ())),
+        paper=_paper(module.doc),
+        summary=_summary(module.doc),
+        doc=module.doc,
         class_name=worker,
-        config=_config_class(tree, classes["Config"], path),
-        weight=traits.get("default_weight", 1.0),
+        config=module.value("Config"),
+        weight=getattr(traits, "default_weight", 1.0),
     )
-
-
-def _constants(node: ast.ClassDef) -> dict[str, Any]:
-    """The literal class attributes, e.g. ``kind = "images"``."""
-    found = {}
-    for statement in node.body:
-        if isinstance(statement, ast.Assign):
-            target, value = statement.targets[0], statement.value
-        elif isinstance(statement, ast.AnnAssign) and statement.value is not None:
-            target, value = statement.target, statement.value
-        else:
-            continue
-        if isinstance(target, ast.Name):
-            with contextlib.suppress(ValueError):
-                found[target.id] = ast.literal_eval(value)
-    return found
-
-
-def _config_class(tree: ast.Module, node: ast.ClassDef, path: Path) -> type:
-    """Run only the torch-free imports and the ``Config`` class of a method file."""
-    imports = [s for s in tree.body if isinstance(s, ast.ImportFrom) and s.module in _TORCH_FREE]
-    imports.sort(key=lambda s: s.module != "__future__")
-    namespace: dict[str, Any] = {"__name__": __name__}
-    exec(compile(ast.Module([*imports, node], []), str(path), "exec"), namespace)
-    config = namespace["Config"]
-    # Type hints are strings under `from __future__ import annotations`: resolve them while the namespace is at hand.
-    config.__annotations__ = inspect.get_annotations(config, globals=namespace, eval_str=True)
-    return config
-
-
-def _literal(tree: ast.Module, name: str) -> Any:
-    """A module-level constant, or None."""
-    for statement in tree.body:
-        if isinstance(statement, ast.Assign):
-            targets, value = statement.targets, statement.value
-        elif isinstance(statement, ast.AnnAssign) and statement.value is not None:
-            targets, value = [statement.target], statement.value
-        else:
-            continue
-        if any(isinstance(target, ast.Name) and target.id == name for target in targets):
-            return ast.literal_eval(value)
-    return None
 
 
 def _paper(doc: str) -> str:
@@ -134,23 +184,27 @@ def _paper(doc: str) -> str:
     return f"{found.group(1)}:{found.group(2)}" if found else ""
 
 
+def _summary(doc: str) -> str:
+    return doc.partition("\n")[0].rstrip(".")
+
+
 def models() -> list[dict[str, Any]]:
-    """The built-in architectures: every file in ``models/`` with a literal ``NAMES`` is a family."""
+    """The built-in architectures: every file in ``models/`` with ``NAMES`` is a family."""
     items = []
     for path in sorted((PACKAGE / "models").glob("*.py")):
-        tree = ast.parse(path.read_text(encoding="utf-8"))
-        doc = ast.get_docstring(tree) or ""
-        facts = {"kind": path.stem.replace("_", "-"), "needs": [], "paper": _paper(doc)}
-        summary = doc.partition("\n")[0].rstrip(".")
-        items += [{"name": name, **facts, "summary": summary} for name in _literal(tree, "NAMES") or ()]
+        module = read(path)
+        if "NAMES" in module.names:
+            facts = {"kind": _public(path), "needs": [], "paper": _paper(module.doc), "summary": _summary(module.doc)}
+            items += [{"name": name, **facts} for name in module.value("NAMES")]
     return items
 
 
 def datasets() -> list[dict[str, Any]]:
     """The named datasets."""
+    names = read(PACKAGE / "data" / "datasets.py").value("DATASETS")
     return [
         {"name": name, "kind": "dataset", "needs": [], "paper": "", "summary": summary}
-        for name, summary in _literal(ast.parse((PACKAGE / "data" / "datasets.py").read_text()), "DATASETS").items()
+        for name, summary in names.items()
     ]
 
 

@@ -23,14 +23,16 @@ from dfkd_cli.errors import ConfigError, did_you_mean
 
 def option(
     default: Any = dataclasses.MISSING,
-    help: str = "",
+    help: str | None = None,
     *,
     low: float | None = None,
     above: float | None = None,
     high: float | None = None,
-    volatile: bool = False,
+    volatile: bool | None = None,
+    rehearsal: int | None = None,
+    argument: str | None = None,
 ) -> Any:
-    """A configuration field.
+    """A configuration field. What a subclass restates, as a default alone or with more, keeps all else that it was.
 
     Args:
         default: The default value; without one the field is required.
@@ -39,9 +41,24 @@ def option(
         above: Exclusive lower bound.
         high: Inclusive upper bound.
         volatile: The value does not change the result (a device, a logger): it may differ when a run continues.
+        rehearsal: The value is a length: work grows with it, and ``--dry-run`` takes no more than this.
+        argument: What help calls the value, which is typed without a flag.
     """
-    metadata = {"help": help, "low": low, "above": above, "high": high, "volatile": volatile}
-    return dataclasses.field(default=default, metadata=metadata)
+    traits = {
+        "help": help, "low": low, "above": above, "high": high, "volatile": volatile, "rehearsal": rehearsal,
+        "argument": argument,
+    }  # fmt: skip
+    return dataclasses.field(default=default, metadata={k: v for k, v in traits.items() if v is not None})
+
+
+@functools.cache
+def options(cls: type) -> Mapping[str, Mapping[str, Any]]:
+    """What :func:`option` said of every field of a configuration class, in it and in its bases."""
+    said: dict[str, dict[str, Any]] = {}
+    for base in reversed(cls.__mro__):  # in the order in which dataclasses take fields
+        for field in getattr(base, "__dataclass_fields__", {}).values():
+            said[field.name] = said.get(field.name, {}) | field.metadata
+    return said
 
 
 @functools.cache
@@ -98,16 +115,7 @@ def convert(value: Any, annotation: Any, where: str) -> Any:
     if isinstance(value, (list, tuple, dict)):
         raise ConfigError(f"{where}: needs one {annotation.__name__}, got {value!r}")
     if annotation is bool:
-        words = {
-            "true": True,
-            "yes": True,
-            "on": True,
-            "1": True,
-            "false": False,
-            "no": False,
-            "off": False,
-            "0": False,
-        }
+        words = dict.fromkeys(("true", "yes", "on", "1"), True) | dict.fromkeys(("false", "no", "off", "0"), False)
         if str(value).lower() in words:
             return words[str(value).lower()]
     elif annotation is str:
@@ -162,12 +170,13 @@ def build(cls: type, values: Mapping[str, Any], labels: Mapping[str, str] = type
     for field in dataclasses.fields(cls):
         if field.name not in made and field.default is dataclasses.MISSING:
             raise ConfigError(f"{field.name}: needs a value", f"give --{field.name.replace('_', '-')}")
-        _check_range(field, made.get(field.name, field.default), labels.get(field.name, field.name))
+        value, label = made.get(field.name, field.default), labels.get(field.name, field.name)
+        _check_range(options(cls)[field.name], value, label)
     return cls(**made)
 
 
-def _check_range(field: dataclasses.Field[Any], value: Any, label: str) -> None:
-    low, above, high = (field.metadata.get(k) for k in ("low", "above", "high"))
+def _check_range(traits: Mapping[str, Any], value: Any, label: str) -> None:
+    low, above, high = (traits.get(bound) for bound in ("low", "above", "high"))
     for number in value if isinstance(value, tuple) else (value,):
         if isinstance(number, bool) or not isinstance(number, (int, float)):
             continue
@@ -178,6 +187,15 @@ def _check_range(field: dataclasses.Field[Any], value: Any, label: str) -> None:
         ):
             if bad:
                 raise ConfigError(f"{label}: {number} is out of range, it must be {wish}")
+
+
+def shortened(config: Any) -> Any:
+    """The configuration object with all lengths cut to what a rehearsal takes. What 0 turns off stays off."""
+    cls: type = type(config)
+    lengths = {name: traits["rehearsal"] for name, traits in options(cls).items() if "rehearsal" in traits}
+    values = {name: getattr(config, name) for name in lengths}
+    # None is no limit, or one that another length gives.
+    return dataclasses.replace(config, **{n: m if values[n] is None else min(values[n], m) for n, m in lengths.items()})
 
 
 def plain(config: Any) -> dict[str, Any]:

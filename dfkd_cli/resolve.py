@@ -9,7 +9,7 @@ from typing import Any
 
 from dfkd_cli import catalog, config
 from dfkd_cli.errors import ConfigError, did_you_mean
-from dfkd_cli.settings import CHOICES, FOREIGN, INPUTS, OUT, Run
+from dfkd_cli.settings import FOREIGN, Run
 
 TYPED = "--"  # where typed flags come from
 Layer = tuple[str, Mapping[str, Any]]  # where the values come from (a prefix for messages), and the values
@@ -26,14 +26,21 @@ class Component:
 
 @dataclasses.dataclass(frozen=True)
 class Settings:
-    """Everything a command was told, defaults filled in."""
+    """Everything a command was told, defaults filled in.
+
+    Attributes:
+        command: Its name.
+        run: How it runs.
+        inputs: What it reads and how, as its ``Inputs`` say.
+        components: What was chosen, by flag.
+        sections: What a recipe says beside its options, such as the pipelines of a grid; None where it says nothing.
+    """
 
     command: str
     run: Run
     inputs: Any
     components: dict[str, tuple[Component, ...]]
-    grid: Mapping[str, Any] | None = None  # the pipelines of a compare recipe
-    about: Mapping[str, Any] | None = None  # and its head: published numbers stand there
+    sections: Mapping[str, Any]
 
     @property
     def method(self) -> Component:
@@ -42,8 +49,8 @@ class Settings:
 
     @property
     def out(self) -> Path:
-        """The directory that the command writes; ``evaluate`` writes one only where it is named."""
-        return Path(self.run.out or OUT[self.command])
+        """The directory that the command writes, if it writes one: ``--out``, or the command's own."""
+        return Path(self.run.out or catalog.command(self.command).out or "")
 
     def plain(self, *, volatile: bool = True) -> dict[str, Any]:
         """Plain values that give the same settings when read as a recipe.
@@ -53,32 +60,33 @@ class Settings:
                 their own.
         """
         values: dict[str, Any] = {"command": self.command}
-        for flag, chosen in self.components.items():
-            if flag == "method":
-                values |= {"method": chosen[0].entry.name} | config.plain(chosen[0].config)
+        for choice in catalog.command(self.command).choices:
+            chosen = self.components[choice.flag]
+            if choice.several:
+                values[choice.flag] = {c.entry.name: {"weight": c.weight} | config.plain(c.config) for c in chosen}
             else:
-                values[flag] = {c.entry.name: {"weight": c.weight} | config.plain(c.config) for c in chosen}
+                values |= {choice.flag: chosen[0].entry.name} | config.plain(chosen[0].config)
         for section in (self.inputs, self.run):
-            dropped = {f.name for f in dataclasses.fields(section) if f.metadata.get("volatile") and not volatile}
-            values |= {k: v for k, v in config.plain(section).items() if k not in dropped}
-        for name, section in (("about", self.about), ("grid", self.grid)):
-            if section is not None and volatile:
-                values[name] = dict(section)
-        return values
+            cls: type = type(section)
+            traits = config.options(cls)
+            values |= {k: v for k, v in config.plain(section).items() if volatile or not traits[k].get("volatile")}
+        return values | {name: section for name, section in self.sections.items() if volatile and section is not None}
 
     def completed(self, identity: Mapping[str, Any]) -> dict[str, Any]:
         """What an older version recorded, with the defaults of settings that it did not know.
 
         A setting that is added must have the default that changes nothing.
         """
-        methods = self.components.get("method", ())
-        sections = [*(type(method.config) for method in methods), type(self.inputs), type(self.run)]
-        known = {name: value for section in sections for name, value in _plain_defaults(section).items()}
-        completed = known | dict(identity)
-        for flag, chosen in self.components.items():
-            if flag != "method" and isinstance(identity.get(flag), dict):
+        choices = catalog.command(self.command).choices
+        components = [(choice, self.components[choice.flag]) for choice in choices]
+        methods = [chosen[0].config for choice, chosen in components if not choice.several]
+        sections = [*methods, self.inputs, self.run]
+        completed = {name: value for section in sections for name, value in _plain_defaults(type(section)).items()}
+        completed |= identity
+        for choice, chosen in components:
+            if choice.several and isinstance(values := identity.get(choice.flag), dict):
                 defaults = {c.entry.name: _plain_defaults(type(c.config)) for c in chosen}
-                completed[flag] = {name: defaults.get(name, {}) | values for name, values in identity[flag].items()}
+                completed[choice.flag] = {name: defaults.get(name, {}) | values[name] for name in values}
         return completed
 
     def replace(self, **changes: Any) -> Settings:
@@ -95,29 +103,25 @@ def resolve(command: str, layers: list[Layer]) -> Settings:
     Raises:
         ConfigError: Unknown key, bad value, or a recipe for another command.
     """
-    chosen = choose(command, layers)
-    types: dict[tuple[str, ...], type] = {("inputs",): INPUTS[command], ("run",): Run}
+    record, chosen = catalog.command(command), choose(command, layers)
+    types: dict[tuple[str, ...], type] = {("inputs",): record.inputs, ("run",): Run}
     types |= {(flag, entry.name): entry.config for flag, picked in chosen.items() for entry, _ in picked}
     values: dict[tuple[str, ...], dict[str, Any]] = {key: {} for key in types}
     labels: dict[tuple[str, ...], dict[str, str]] = {key: {} for key in types}
     fields = {key: config.hints(cls) for key, cls in types.items()}
-    grid = about = None
+    sections: dict[str, Any] = dict.fromkeys(record.sections)
     for source, layer in layers:
-        if command == "compare":
-            about = layer.get("about", about)
+        sections |= {name: layer[name] for name in record.sections if name in layer}
         if "teacher" in layer and layer["teacher"] != values["inputs",].get("teacher"):
             for name in FOREIGN:  # what was said of another teacher
                 values["inputs",].pop(name, None)
         flat = _flatten(layer, chosen)
         for path, value in sorted(flat.items(), key=lambda item: len(item[0])):  # short forms first: specifics win
-            if path == ("grid",) and command == "compare":
-                grid = value
+            if path[0] in record.sections and len(path) == 1:
                 continue
             targets = [key for key in fields if (path[:-1] in ((), key)) and path[-1] in fields[key]]
             if not targets:
-                known = {name for names in fields.values() for name in names} | {
-                    flag for flag, *_ in CHOICES.get(command, ())
-                }
+                known = {name for names in fields.values() for name in names} | {c.flag for c in record.choices}
                 raise ConfigError(f"{source}{'.'.join(path)}: unknown key", did_you_mean(path[-1], known))
             for key in targets:
                 values[key][path[-1]] = value
@@ -127,24 +131,24 @@ def resolve(command: str, layers: list[Layer]) -> Settings:
         flag: tuple(Component(entry, built[flag, entry.name], weight) for entry, weight in picked)
         for flag, picked in chosen.items()
     }
-    return Settings(command, built["run",], built["inputs",], components, grid, about)
+    return Settings(command, built["run",], built["inputs",], components, sections)
 
 
 def choose(command: str, layers: list[Layer]) -> dict[str, list[tuple[catalog.Entry, float]]]:
     """The methods and objectives that the layers name, the last layer's word counting."""
     chosen: dict[str, list[tuple[catalog.Entry, float]]] = {}
-    for flag, package, default in CHOICES.get(command, ()):
-        if flag == "objective" and "teacher" not in chosen["method"][0][0].needs:
+    for choice in catalog.command(command).choices:
+        flag, package = choice.flag, choice.package
+        if choice.beside is not None and choice.beside not in (method := chosen["method"][0][0]).needs:
             if any(layer.get(flag) for source, layer in layers if source == TYPED):
-                name = chosen["method"][0][0].name
-                raise ConfigError(f"--method {name} has no teacher to learn from", f"leave out --{flag}")
+                raise ConfigError(f"--method {method.name} has no {choice.beside} to learn from", f"leave out --{flag}")
             chosen[flag] = []
             continue
-        named = next((layer[flag] for _, layer in reversed(layers) if layer.get(flag)), default)
+        named = next((layer[flag] for _, layer in reversed(layers) if layer.get(flag)), choice.default)
         if named is None:
             known = ", ".join(catalog.entries(package))
             raise ConfigError(f"{command} needs a --{flag}", f"choose from: {known}")
-        picked = {name: (catalog.find(package, name, flag), weight) for name, weight in _named(named, flag)}
+        picked = {name: (catalog.find(package, name, flag), weight) for name, weight in _named(named, choice)}
         weights = {name: entry.weight if weight is None else weight for name, (entry, weight) in picked.items()}
         for source, layer in layers:  # `--set objective.NAME.weight=2`
             for name in weights:
@@ -157,16 +161,16 @@ def choose(command: str, layers: list[Layer]) -> dict[str, list[tuple[catalog.En
     return chosen
 
 
-def _named(named: Any, flag: str) -> list[tuple[str, float | None]]:
+def _named(named: Any, choice: catalog.Choice) -> list[tuple[str, float | None]]:
     """``zskd``, ``["response=0.9", "at"]`` or ``{response: {weight: 0.9}}`` as names with the weights that they say."""
     if isinstance(named, Mapping):
         pairs = [(n, v.get("weight") if isinstance(v, Mapping) else v) for n, v in named.items()]
     else:
         items = named if isinstance(named, (list, tuple)) else [named]
         pairs = [(n, w or None) for n, _, w in (str(item).partition("=") for item in items)]
-    if flag == "method" and len(pairs) != 1:
-        raise ConfigError(f"{flag}: needs one name, got {named!r}")
-    return [(str(n), None if w is None else config.convert(w, float, f"{flag} {n}")) for n, w in pairs]
+    if not choice.several and len(pairs) != 1:
+        raise ConfigError(f"{choice.flag}: needs one name, got {named!r}")
+    return [(str(n), None if w is None else config.convert(w, float, f"{choice.flag} {n}")) for n, w in pairs]
 
 
 def _flatten(layer: Mapping[str, Any], chosen: Mapping[str, Any]) -> dict[tuple[str, ...], Any]:

@@ -1,4 +1,4 @@
-"""Settings shared by several methods and commands, and the inputs of every command. Nothing here imports torch."""
+"""Settings that several methods or commands share. Nothing here imports torch."""
 
 from __future__ import annotations
 
@@ -8,21 +8,7 @@ from typing import Literal
 from dfkd_cli.config import option
 from dfkd_cli.errors import ConfigError
 
-_ROTATE = "random rotation, +- degrees"
-_TRANSLATE = "random shift, +- fraction of the side"
-_SCALE = "random zoom, +- fraction: 0.1 zooms by 0.9 to 1.1"
-_NOISE = "Gaussian noise, standard deviation in pixel units"
-_OPTIMIZER = "optimiser"
-_LR = "peak learning rate"
-_DECAY = "weight decay"
-TEMPERATURE = "softmax temperature"
 TAPS = "features: stage1 ..., stages, last, penultimate, logits, a module's path"
-SCHEDULE = "learning rates: all stay, all fall to 0, only the student's falls"
-END = "how the generator ends: tanh and BatchNorm, BatchNorm with scale, or within [0,1]"
-CLIP = "limit of the norm of the students' gradient, and of that of generators trained in turns with them; 0: none"
-STUDENT_OPTIMIZER = "the student's optimiser; sgd with momentum 0.9"
-STUDENT_IMAGES = "the student's images: the generator's own, of the same latents after its step, new in every step"
-
 StudentOptimizer = Literal["adam", "sgd"]
 RateSchedule = Literal["constant", "cosine", "student"]
 GeneratorEnd = Literal["tanh", "normal", "sigmoid"]
@@ -33,12 +19,12 @@ StudentImages = Literal["same", "updated", "new"]
 class Augmentation:
     """Changes to training images; random ones are drawn anew for every image of every batch."""
 
-    rotate: float = option(0.0, _ROTATE, low=0, high=180)
-    translate: float = option(0.0, _TRANSLATE, low=0, high=1)
-    scale: float = option(0.0, _SCALE, low=0, high=0.9)
+    rotate: float = option(0.0, "random rotation, +- degrees", low=0, high=180)
+    translate: float = option(0.0, "random shift, +- fraction of the side", low=0, high=1)
+    scale: float = option(0.0, "random zoom, +- fraction: 0.1 zooms by 0.9 to 1.1", low=0, high=0.9)
     flip: bool = option(False, "mirror left-right with probability 1/2")
     crop: int = option(0, "random crop after padding by this many pixels on each side", low=0)
-    noise: float = option(0.0, _NOISE, low=0)
+    noise: float = option(0.0, "Gaussian noise, standard deviation in pixel units", low=0)
     saturate: bool = option(False, "cut pixels to [0,1] before all other changes, as an image file would")
     fill: Literal["black", "mean"] = option("black", "what comes in from outside the image; mean: the model's")
 
@@ -47,14 +33,14 @@ class Augmentation:
 class Training(Augmentation):
     """How a network is trained: any teacher, any student."""
 
-    epochs: int = option(100, "passes over the images", low=1)
-    steps: int | None = option(None, "optimiser steps, instead of --epochs", low=1)
-    batch_size: int = option(128, "images per step", low=1)
-    optimizer: Literal["adam", "adamw", "sgd"] = option("adam", _OPTIMIZER)
-    lr: float = option(4e-3, _LR, above=0)
+    epochs: int = option(100, "passes over the images", low=1, rehearsal=1)
+    steps: int | None = option(None, "optimiser steps, instead of --epochs", low=1, rehearsal=1)
+    batch_size: int = option(128, "images per step", low=1, rehearsal=2)
+    optimizer: Literal["adam", "adamw", "sgd"] = option("adam", "optimiser")
+    lr: float = option(4e-3, "peak learning rate", above=0)
     momentum: float = option(0.9, "momentum of sgd", low=0, high=1)
     nesterov: bool = option(True, "Nesterov's momentum, of sgd")
-    weight_decay: float = option(0.0, _DECAY, low=0)
+    weight_decay: float = option(0.0, "weight decay", low=0)
     warmup: float = option(0.05, "share of the steps with rising learning rate", low=0, high=1)
     schedule: Literal["cosine", "step", "constant"] = option("cosine", "learning rate after the warm-up")
     milestones: tuple[float, ...] = option((0.5, 0.75), "shares of all steps after which a step falls", low=0, high=1)
@@ -67,7 +53,7 @@ class Training(Augmentation):
 class Shards:
     """How images are cut into shards and stored."""
 
-    batch_size: int = option(1000, "images of one shard", low=1)
+    batch_size: int = option(1000, "images of one shard", low=1, rehearsal=2)
     dtype: Literal["float16", "float32"] = option("float16", "stored pixels")
 
 
@@ -75,8 +61,8 @@ class Shards:
 class ImageOptimization(Shards):
     """How a batch of images is optimised through a frozen teacher. One batch is one round is one shard."""
 
-    batch_size: int = option(200, "images optimised together; also the images of one shard", low=1)
-    iterations: int = option(50, "inner steps on one batch of images", low=1)
+    batch_size: int = option(200, "images optimised together; also the images of one shard")
+    iterations: int = option(50, "inner steps on one batch of images", low=1, rehearsal=1)
     lr: float = option(0.1, "Adam learning rate on the pixels", above=0)
     clamp: bool = option(False, "keep pixels in [0,1] after each inner step")
 
@@ -85,10 +71,10 @@ class ImageOptimization(Shards):
 class Inversion(ImageOptimization):
     """How DeepDream and DeepInversion optimise images, as the teacher's ``net`` takes them, and their image priors."""
 
-    batch_size: int = option(256, "images optimised together; also the images of one shard", low=1)
-    iterations: int = option(2000, "inner steps on one batch of images", low=1)
-    coarse_iterations: int = option(0, "inner steps before these, on images of half the sides", low=0)
-    lr: float = option(0.05, "Adam learning rate on the normalised pixels", above=0)
+    batch_size: int = 256
+    iterations: int = 2000
+    coarse_iterations: int = option(0, "inner steps before these, on images of half the sides", low=0, rehearsal=1)
+    lr: float = option(0.05, "Adam learning rate on the normalised pixels")
     betas: tuple[float, float] = option((0.9, 0.999), "Adam's betas, below 1", low=0, high=0.99999)
     warmup: int = option(0, "inner steps with rising learning rate, at each resolution", low=0)
     schedule: Literal["constant", "cosine"] = option("constant", "learning rate after the warm-up")
@@ -113,7 +99,7 @@ class StatisticsInversion(Inversion):
 class SmoothInversion(ImageOptimization):
     """How The Knowledge Within optimises images of one class each, as the teacher's ``net`` takes them."""
 
-    lr: float = option(0.3, "Adam learning rate on the normalised pixels", above=0)
+    lr: float = option(0.3, "Adam learning rate on the normalised pixels")
     temperature: float = option(1.0, "softmax temperature of the teacher", above=0)
     cross_entropy: float = option(1.0, "weight of the cross-entropy with the class", low=0)
     smoothness: float = option(1e-3, "weight of a smoothness prior, squared distance to the blurred image", low=0)
@@ -124,10 +110,14 @@ class SmoothInversion(ImageOptimization):
 class CoTraining(Augmentation):
     """How a student is trained in the loop. The random changes are those of the images that it is trained on."""
 
-    student_optimizer: StudentOptimizer = option("sgd", STUDENT_OPTIMIZER)
+    student_optimizer: StudentOptimizer = option("sgd", "the student's optimiser; sgd with momentum 0.9")
     student_lr: float = option(0.1, "the student's first learning rate", above=0)
     student_weight_decay: float = option(1e-4, "the student's weight decay", low=0)
-    clip: float = option(0.0, CLIP, low=0)
+    clip: float = option(
+        0.0,
+        "limit of the norm of the students' gradient, and of that of generators trained in turns with them; 0: none",
+        low=0,
+    )
     soft: float = option(1.0, "weight of the student's distance from the teacher's answers", low=0)
 
 
@@ -135,18 +125,24 @@ class CoTraining(Augmentation):
 class GeneratorTraining(CoTraining):
     """How a generator and a student are trained in turns."""
 
-    steps: int = option(10_000, "iterations, each of which trains the generator and then the student", low=1)
-    batch_size: int = option(256, "images of one step; also the images of one shard", low=2)
+    steps: int = option(
+        10_000, "iterations, each of which trains the generator and then the student", low=1, rehearsal=1
+    )
+    batch_size: int = option(256, "images of one step; also the images of one shard", low=2, rehearsal=2)
     latent: int = option(100, "numbers that the generator makes an image from", low=1)
     lr: float = option(1e-3, "the generator's Adam learning rate", above=0)
     betas: tuple[float, float] = option((0.9, 0.999), "the generator's Adam betas, below 1", low=0, high=0.99999)
-    schedule: RateSchedule = option("cosine", SCHEDULE)
+    schedule: RateSchedule = option("cosine", "learning rates: all stay, all fall to 0, only the student's falls")
     width: float = option(1.0, "the generator's numbers of maps, times this", above=0)
-    end: GeneratorEnd = option("tanh", END)
-    generators: int = option(1, "generators, which share the images of a step; all are written", low=1)
-    students: int = option(1, "students; all but the first only stand against the generators", low=1)
-    student_steps: int = option(1, "steps of the student in each iteration", low=1)
-    student_images: StudentImages = option("new", STUDENT_IMAGES)
+    end: GeneratorEnd = option(
+        "tanh", "how the generator ends: tanh and BatchNorm, BatchNorm with scale, or within [0,1]"
+    )
+    generators: int = option(1, "generators, which share the images of a step; all are written", low=1, rehearsal=2)
+    students: int = option(1, "students; all but the first only stand against the generators", low=1, rehearsal=2)
+    student_steps: int = option(1, "steps of the student in each iteration", low=1, rehearsal=1)
+    student_images: StudentImages = option(
+        "new", "the student's images: the generator's own, of the same latents after its step, new in every step"
+    )
     dtype: Literal["float16", "float32"] = option("float16", "stored pixels")
 
     def __post_init__(self) -> None:
@@ -169,8 +165,8 @@ class AdversarialTraining(GeneratorTraining):
 class PoolTraining(CoTraining):
     """How a student is trained on the pool of all images made so far."""
 
-    student_steps: int = option(400, "steps of the student after each batch of images", low=0)
-    student_batch_size: int = option(128, "images of one step of the student", low=2)
+    student_steps: int = option(400, "steps of the student after each batch of images", low=0, rehearsal=1)
+    student_batch_size: int = option(128, "images of one step of the student", low=2, rehearsal=2)
     student_temperature: float = option(20.0, "softmax temperature of the student's loss", above=0)
     warmup_share: float = option(
         0.0, "share of the rounds, at the start, that only make images: the student rests", low=0, high=1
@@ -181,8 +177,8 @@ class PoolTraining(CoTraining):
 class PooledGeneration(PoolTraining):
     """How a generator makes the pool: for each batch of images it is trained for a few steps through the teacher."""
 
-    batch_size: int = option(256, "images made together; also the images of one shard", low=2)
-    iterations: int = option(200, "inner steps on one batch of images", low=1)
+    batch_size: int = option(256, "images made together; also the images of one shard", low=2, rehearsal=2)
+    iterations: int = option(200, "inner steps on one batch of images", low=1, rehearsal=1)
     lr: float = option(1e-3, "Adam learning rate of the generator", above=0)
     betas: tuple[float, float] = option((0.5, 0.999), "Adam's betas, below 1", low=0, high=0.99999)
     latent: int = option(256, "numbers that the generator makes an image from", low=1)
@@ -191,7 +187,7 @@ class PooledGeneration(PoolTraining):
         4, "networks see generated images cropped at random, after padding by so many pixels", low=0
     )
     view_flip: bool = option(True, "networks see generated images mirrored with probability 1/2")
-    crop: int = option(4, "random crop of the student's images after padding by so many pixels", low=0)
+    crop: int = option(4, "random crop of the student's images after padding by so many pixels")
     flip: bool = option(True, "mirror the student's images with probability 1/2")
     cross_entropy: float = option(1.0, "weight of the cross-entropy with the class", low=0)
     statistics: float = option(1.0, "weight of the distance to the BatchNorm statistics", low=0)
@@ -204,7 +200,7 @@ class PooledGeneration(PoolTraining):
 class Answers:
     """What losses between the logits share."""
 
-    temperature: float = option(4.0, TEMPERATURE, above=0)
+    temperature: float = option(4.0, "softmax temperature", above=0)
     standardise: bool = option(False, "z-scores of each image's logits instead of the logits (arXiv:2403.01427)")
     hard: float = option(0.0, "weight of the true labels; the teacher's own where the set has none", low=0)
     label_smoothing: float = option(0.0, "share of the hard label spread over all classes", low=0, high=1)
@@ -228,31 +224,13 @@ class Preceding:
 class Compared:
     """What losses between features share."""
 
-    taps: tuple[str, ...] = option(("stages",), TAPS)
+    taps: tuple[str, ...] = option(
+        ("stages",), "features: stage1 ..., stages, last, penultimate, logits, a module's path"
+    )
     teacher_taps: tuple[str, ...] | None = option(None, "the teacher's, in the same order (default: the same names)")
 
 
-# -- the inputs of each command ----------------------------------------------------------------------------------------
-
-
-@dataclass(frozen=True, kw_only=True)
-class TrainTeacher(Training):
-    """Inputs of ``train-teacher``."""
-
-    dataset: str = option("digits", "dataset NAME, or a DIR with train/<class>/ and test/<class>/")
-    data_dir: str | None = option(None, "where datasets lie", volatile=True)
-    model: str = option(
-        "lenet5", "model SPEC: dfkd ls models, torchvision:NAME, timm:NAME, FILE.py:factory, a model directory"
-    )
-    input_size: tuple[int, int, int] | None = option(None, "channels, height and width of the images", low=1)
-    # Decayed weights and little augmentation: impressions of a teacher that was hardened by strong augmentation teach
-    # far less, however accurate it is.
-    optimizer: Literal["adam", "adamw", "sgd"] = option("sgd", _OPTIMIZER)
-    lr: float = option(0.05, _LR, above=0)
-    weight_decay: float = option(1e-3, _DECAY, low=0)
-    rotate: float = option(5.0, _ROTATE, low=0, high=180)
-    translate: float = option(0.05, _TRANSLATE, low=0, high=1)
-    scale: float = option(0.05, _SCALE, low=0, high=0.9)
+# -- commands ----------------------------------------------------------------------------------------------------------
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -272,84 +250,6 @@ FOREIGN = tuple(field.name for field in fields(ForeignModel))
 
 
 @dataclass(frozen=True, kw_only=True)
-class CollectMetadata(ForeignModel):
-    """Inputs of ``collect-metadata``."""
-
-    teacher: str = option("teacher", "teacher: model directory or SPEC")
-    dataset: str | None = option(None, "dataset whose training images are read (default: the teacher's)")
-    data_dir: str | None = option(None, "where datasets lie", volatile=True)
-    num_images: int | None = option(None, "images to read, balanced over the classes (default: all)", low=1)
-    batch_size: int = option(200, "images per forward pass", low=1)
-    temperature: float = option(8.0, "what the logits are divided by", above=0)
-    covariance_units: int = option(2048, "units that the last layers with a covariance have at most, in all", low=1)
-
-
-@dataclass(frozen=True, kw_only=True)
-class Synthesize(ForeignModel):
-    """Inputs of ``synthesize``."""
-
-    teacher: str = option("teacher", "teacher: model directory or SPEC")
-    num_images: int = option(8000, "images to make", low=1)
-    student: str | None = option(None, "student SPEC, for methods with a student in the loop")
-    # Volatile: what decides the result is what the directory holds, by hash.
-    metadata: str | None = option(None, "metadata directory, for methods that use metadata", volatile=True)
-
-
-@dataclass(frozen=True, kw_only=True)
-class Distill(Training, ForeignModel):
-    """Inputs of ``distill``."""
-
-    teacher: str = option("teacher", "teacher: model directory or SPEC")
-    transfer_set: tuple[str, ...] = option(
-        ("shards",), "shard or generator directory, real, real:N, noise:N, folder of images"
-    )
-    num_images: int | None = option(None, "take the first so many images of the transfer sets (default: all)", low=1)
-    student: str = option(
-        "lenet5-half", "student model SPEC, as of train-teacher --model; of a directory, the architecture"
-    )
-    epochs: int = option(30, "passes over the images", low=1)
-    # Stronger than for real images: impressions are alike, and the teacher answers each changed one anew.
-    rotate: float = option(45.0, _ROTATE, low=0, high=180)
-    translate: float = option(0.4, _TRANSLATE, low=0, high=1)
-    scale: float = option(0.5, _SCALE, low=0, high=0.9)
-    noise: float = option(0.2, _NOISE, low=0)
-    data_dir: str | None = option(None, "where the real images lie, for real and real:N", volatile=True)
-    holdout: float = option(0.02, "share of the images that only measures agreement", low=0, high=0.5)
-
-
-@dataclass(frozen=True, kw_only=True)
-class Evaluate(ForeignModel):
-    """Inputs of ``evaluate``."""
-
-    # Volatile: what decides the result is what the paths hold, by hash.
-    paths: tuple[str, ...] | None = option(None, "what to measure (default: teacher/ and student/)", volatile=True)
-    teacher: str | None = option(None, "teacher to compare with (default: teacher/)")
-    dataset: str | None = option(None, "dataset to test on (default: the teacher's)")
-    data_dir: str | None = option(None, "where datasets lie", volatile=True)
-    batch_size: int = option(500, "images per forward pass", low=1, volatile=True)
-    min_top1: float | None = option(
-        None, "gate: exit 5 when top-1 accuracy is below (0 to 1)", low=0, high=1, volatile=True
-    )
-
-
-@dataclass(frozen=True, kw_only=True)
-class Compare(ForeignModel):
-    """Inputs of ``compare``."""
-
-    paths: tuple[str, ...] | None = option(None, "model, shard or comparison directories", volatile=True)
-    # Volatile: a grid may grow in its directory, and its own hash counts.
-    rows: tuple[str, ...] | None = option(
-        None, "of a grid only these rows, ROW or TEACHER/ROW, and what they are made from", volatile=True
-    )
-    teacher: str | None = option(None, "teacher: model directory or SPEC (default: the one each student records)")
-    dataset: str | None = option(None, "dataset to test on (default: the teacher's)")
-    data_dir: str | None = option(None, "where datasets lie", volatile=True)
-    fail_below: float | None = option(
-        None, "gate: exit 5 when any student's top-1 is below (0 to 1)", low=0, high=1, volatile=True
-    )
-
-
-@dataclass(frozen=True, kw_only=True)
 class Run:
     """How a command runs: flags that every command has."""
 
@@ -364,26 +264,3 @@ class Run:
         "csv", "curves: metrics.csv alone, or also tensorboard", volatile=True
     )
     allow_code: bool = option(False, "run the Python file or module that an artifact names", volatile=True)
-
-
-OUT = {
-    "train-teacher": "teacher",
-    "collect-metadata": "metadata",
-    "synthesize": "shards",
-    "distill": "student",
-    "compare": "comparison",
-}
-INPUTS: dict[str, type] = {
-    "train-teacher": TrainTeacher,
-    "collect-metadata": CollectMetadata,
-    "synthesize": Synthesize,
-    "distill": Distill,
-    "evaluate": Evaluate,
-    "compare": Compare,
-}
-# What a command chooses by name: flag, package, default.
-CHOICES: dict[str, tuple[tuple[str, str, str | None], ...]] = {
-    "train-teacher": (("method", "regimes", "supervised"),),
-    "synthesize": (("method", "synthesizers", None),),
-    "distill": (("method", "regimes", "offline"), ("objective", "objectives", "response")),
-}

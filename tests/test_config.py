@@ -14,7 +14,6 @@ from dfkd_cli.cli.arguments import expand
 from dfkd_cli.config import build, convert, defaults, dump_yaml, hints, option, parse_yaml, plain
 from dfkd_cli.errors import ConfigError, did_you_mean
 from dfkd_cli.resolve import assignments, recipe_layer, resolve
-from dfkd_cli.settings import CHOICES
 
 FLOATS = tuple[float, ...]
 NUMBERS = (
@@ -276,13 +275,10 @@ def test_a_path_may_go_through_a_name_with_dashes():
     assert resolve("synthesize", layers).method.config.lr == 3
 
 
-@pytest.mark.parametrize("command", catalog.COMMANDS)
+@pytest.mark.parametrize("command", catalog.commands())
 def test_written_settings_are_read_as_the_same(command):
-    for _, package, default in CHOICES.get(command, ()):
-        layer = {} if default else {"method": next(iter(catalog.entries(package)))}
-        break
-    else:
-        layer = {}
+    choices = [choice for choice in catalog.command(command).choices if choice.default is None]
+    layer = {choice.flag: next(iter(catalog.entries(choice.package))) for choice in choices}
     settings = resolve(command, [("", layer | {"seed": 5})])
     text = dump_yaml(settings.plain())
     assert resolve(command, [("config.yaml: ", parse_yaml(text, "config.yaml"))]) == settings

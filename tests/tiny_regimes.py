@@ -15,7 +15,7 @@ from dfkd_cli.data.sources import Source
 from dfkd_cli.models.classifier import Classifier, ModelInfo
 from dfkd_cli.objectives.base import Objective
 from dfkd_cli.regimes.base import Regime, Task
-from dfkd_cli.settings import Distill
+from dfkd_cli.stages.distill import Inputs as Distill
 
 REGIMES = catalog.entries("regimes")
 CLASSES, SIZE = 4, (1, 3, 3)

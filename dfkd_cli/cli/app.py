@@ -2,13 +2,12 @@
 
 from __future__ import annotations
 
-import importlib
 import os
 import signal
 import sys
 import time
 import traceback
-from inspect import Parameter
+from inspect import Parameter, Signature
 from typing import Annotated, Any
 
 import typer
@@ -18,43 +17,9 @@ from dfkd_cli.cli import arguments, listing
 from dfkd_cli.errors import ConfigError, DfkdError, Interrupted, memory_can_end
 from dfkd_cli.processes import first_process, join_machines, stop_on_signals
 from dfkd_cli.resolve import TYPED, Layer, Settings, assignments, choose, recipe_layer, resolve
-from dfkd_cli.settings import CHOICES, INPUTS, Run
+from dfkd_cli.settings import Run
 from dfkd_cli.ui import NORMAL, QUIET, VERBOSE, Terminal
 
-HELP = {
-    "train-teacher": "Train a teacher on a dataset.\n\nReads a dataset, writes a model directory (teacher/).",
-    "collect-metadata": "Record activation statistics of a teacher while its training images are at hand.\n\nReads a "
-    "teacher and its dataset, writes a metadata directory (metadata/) for methods that use metadata.",
-    "synthesize": "Make data impressions from a teacher, without data.\n\nReads a teacher, writes a shard directory "
-    "(shards/). The flags of a method: dfkd synthesize --method NAME --help",
-    "distill": "Train a smaller student from a teacher and a transfer set.\n\nReads a teacher and transfer sets, "
-    "writes a model directory (student/). The flags of an objective: dfkd distill --objective NAME --help",
-    "evaluate": "Measure models on test images, or images on a teacher.\n\nReads model or shard directories, folders "
-    "of images, datasets by name, real:N, noise:N; writes results.json when --out is given.",
-    "compare": "Put finished directories side by side, or run a grid of pipelines.\n\nReads model and shard "
-    "directories, and of a comparison what its grid has made so far; writes comparison/ with results.json, table.md "
-    "and report.html.",
-}
-EXAMPLES = {
-    "train-teacher": ["dfkd train-teacher", "dfkd train-teacher --dataset mnist --model lenet5 --out teacher/"],
-    "collect-metadata": ["dfkd collect-metadata", "dfkd collect-metadata --teacher teacher/ --data-dir data/"],
-    "synthesize": ["dfkd synthesize --method zskd --beta 1.0 0.1", "dfkd synthesize --method noise --num-images 1000"],
-    "distill": ["dfkd distill --transfer-set shards/", "dfkd distill --transfer-set real:200 --student lenet5-half"],
-    "evaluate": ["dfkd evaluate", "dfkd evaluate student/ --min-top1 0.97", "dfkd evaluate shards/ noise:1000 real"],
-    "compare": [
-        "dfkd compare student/",
-        "dfkd compare --recipe digits --out grid/",
-        "dfkd compare grid/ --out so-far/",
-    ],
-}
-NEXT = {
-    "train-teacher": "dfkd synthesize --method zskd",
-    "collect-metadata": "dfkd synthesize --method lopes --metadata metadata/",
-    "synthesize": "dfkd distill --transfer-set shards/",
-    "distill": "dfkd evaluate",
-    "evaluate": "dfkd compare student/",
-    "compare": "open comparison/report.html",
-}
 CONTEXT = {"help_option_names": ["-h", "--help"], "max_content_width": 200}
 
 
@@ -64,7 +29,8 @@ def main(argv: list[str] | None = None) -> int:
     terminal = _terminal(argv)
     debug = "--debug" in argv or bool(os.environ.get("DFKD_DEBUG"))
     try:
-        status = build(argv, terminal)(_expanded(argv), standalone_mode=False)
+        app, tokens = build(argv, terminal)
+        status = app(tokens, standalone_mode=False)
         sys.stdout.flush()
         return status if isinstance(status, int) else 0
     except typer.Exit as leave:
@@ -110,62 +76,50 @@ def _terminal(argv: list[str]) -> Terminal:
 
 def _try(argv: list[str]) -> str:
     command = next((token for token in argv if not token.startswith("-")), "")
-    words = [command] if command in (*INPUTS, "ls", "cp", "info") else []
+    words = [command] if command in (*catalog.commands(), "ls", "cp", "info") else []
     for method in arguments.values_of(argv, "--method")[-1:] if words else ():
         words += ["--method", method]
     return f"try: dfkd {' '.join([*words, '--help'])}"
 
 
-def _command_of(argv: list[str]) -> str | None:
-    first = next((token for token in argv if not token.startswith("-")), None)
-    return first if first in INPUTS else None
-
-
 Chosen = list[tuple[str, catalog.Entry]]  # methods, each with the flag that names it
 
 
-def _classes(command: str, chosen: Chosen) -> list[tuple[str, type]]:
-    """The configuration classes that give a command its flags, each with the title of its help panel."""
-    methods = [(f"{flag.capitalize()} {entry.name}", entry.config) for flag, entry in chosen]
-    return [("Inputs", INPUTS[command]), *methods, ("Run", Run)]
-
-
-def _chosen(command: str, argv: list[str]) -> Chosen:
+def _chosen(command: catalog.Command, argv: list[str]) -> Chosen:
     """The methods that the arguments name."""
-    layers = _named_layers(argv, command)
+    layers = _named_layers(command, argv)
     undecided = any(
-        default is None and not any(layer.get(flag) for _, layer in layers)
-        for flag, _, default in CHOICES.get(command, ())
+        choice.default is None and not any(layer.get(choice.flag) for _, layer in layers) for choice in command.choices
     )
     if undecided and {"-h", "--help"} & set(argv):  # help must work before a method is chosen
         return []
-    return [(flag, entry) for flag, picked in choose(command, layers).items() for entry, _ in picked]
+    return [(flag, entry) for flag, picked in choose(command.name, layers).items() for entry, _ in picked]
 
 
-def _named_layers(argv: list[str], command: str) -> list[Layer]:
+def _named_layers(command: catalog.Command, argv: list[str]) -> list[Layer]:
     """What the arguments say about methods, before they are parsed: a method's flags exist only once it is known."""
     layers: list[Layer] = []
-    # `--objective a b` must be read whole, other lists are not of interest here.
-    tokens = arguments.expand(argv, {arguments.flag(flag) for flag, *_ in CHOICES.get(command, ()) if flag != "method"})
+    tokens = arguments.expand(argv, _several(command))  # `--objective a b`; other lists are not of interest here
     for name in arguments.values_of(tokens, "--recipe")[-1:]:
-        layers.append(recipe_layer(name, command))
+        layers.append(recipe_layer(name, command.name))
     layers.append(("--set ", assignments(arguments.values_of(tokens, "--set"))))
-    typed = {flag: arguments.values_of(tokens, arguments.flag(flag)) for flag, *_ in CHOICES.get(command, ())}
-    layers.append(("", {flag: named[-1] if flag == "method" else named for flag, named in typed.items() if named}))
-    return layers
+    typed: dict[str, Any] = {}
+    for choice in command.choices:
+        if named := arguments.values_of(tokens, arguments.flag(choice.flag)):
+            typed[choice.flag] = named if choice.several else named[-1]
+    return [*layers, ("", typed)]
 
 
-def _expanded(argv: list[str]) -> list[str]:
-    command = _command_of(argv)
-    if command is None:
-        return argv
-    lists = arguments.list_flags(cls for _, cls in _classes(command, _chosen(command, argv)))
-    lists |= {arguments.flag(flag) for flag, *_ in CHOICES.get(command, ()) if flag != "method"}
-    return arguments.expand(argv, lists)
+def _several(command: catalog.Command) -> set[str]:
+    """The flags that name any number of methods."""
+    return {arguments.flag(choice.flag) for choice in command.choices if choice.several}
 
 
-def build(argv: list[str], terminal: Terminal) -> typer.Typer:
-    """The Typer application; the command that ``argv`` names has the flags of the methods it chooses."""
+def build(argv: list[str], terminal: Terminal) -> tuple[typer.Typer, list[str]]:
+    """The Typer application, and the arguments as it takes them.
+
+    The command that ``argv`` names has the flags of the methods it chooses, those of the others are not read.
+    """
     app = typer.Typer(
         name="dfkd",
         help="Compress an image classifier whose training data nobody may see any more.",
@@ -192,45 +146,43 @@ def build(argv: list[str], terminal: Terminal) -> typer.Typer:
             typer.echo(context.get_help())
             raise typer.Exit
 
-    active = _command_of(argv)
-    for command in catalog.COMMANDS:
+    active = next((token for token in argv if not token.startswith("-")), None)
+    for name, command in catalog.commands().items():
         function: Any = _named
-        text = HELP[command]
-        if command == active:  # the flags of the others would be read and thrown away
+        text, epilog = command.help, None
+        if name == active:
             chosen = _chosen(command, argv)
-            function, text = _stage(command, _classes(command, chosen), terminal), _help(command, chosen)
-        app.command(
-            command,
-            help=text,
-            epilog=_epilog(command) if command == active else None,
-            context_settings=CONTEXT,
-        )(function)
+            methods = [(f"{flag.capitalize()} {entry.name}", entry.config) for flag, entry in chosen]
+            classes = [("Inputs", command.inputs), *methods, ("Run", Run)]
+            argv = arguments.expand(argv, arguments.list_flags(cls for _, cls in classes) | _several(command))
+            function, text, epilog = _stage(command, classes, terminal), _help(command, chosen), _epilog(command)
+        app.command(name, help=text, epilog=epilog, context_settings=CONTEXT)(function)
     listing.register(app, terminal)
-    return app
+    return app, argv
 
 
 def _named() -> None:
     """A command that is only listed."""
 
 
-def _help(command: str, chosen: Chosen) -> str:
+def _help(command: catalog.Command, chosen: Chosen) -> str:
     """What a command does, and what the methods are that it is to use."""
-    lines = [HELP[command]]
+    lines = [command.help]
     for _, entry in chosen:
         needs = f" Needs: {', '.join(entry.needs)}." if entry.needs else ""
         lines.append(f"{entry.name}: {entry.summary}{f' ({entry.paper})' if entry.paper else ''}.{needs}")
     return "\n\n".join(lines)
 
 
-def _epilog(command: str) -> str:
-    lines = ["Examples:", *EXAMPLES[command], f"Next: {NEXT[command]}"]
-    for flag, package, default in CHOICES.get(command, ()):
-        known = ", ".join(catalog.entries(package))
-        lines.append(f"--{flag}: {known}" + (f" (default {default})" if default else ""))
+def _epilog(command: catalog.Command) -> str:
+    lines = ["Examples:", *command.examples, f"Next: {command.next}"]
+    for choice in command.choices:
+        names = ", ".join(catalog.entries(choice.package))
+        lines.append(f"--{choice.flag}: {names}" + (f" (default {choice.default})" if choice.default else ""))
     return "\n\n".join(lines)
 
 
-def _stage(command: str, classes: list[tuple[str, type]], terminal: Terminal) -> Any:
+def _stage(command: catalog.Command, classes: list[tuple[str, type]], terminal: Terminal) -> Any:
     """The function behind a command, with the signature that Typer reads."""
     parameters: dict[str, Parameter] = {}
     for title, cls in classes:
@@ -239,17 +191,14 @@ def _stage(command: str, classes: list[tuple[str, type]], terminal: Terminal) ->
 
     def extra(name: str, annotation: Any, *decls: str, help: str, panel: str = "Run", **more: Any) -> None:
         info = typer.Option(*decls, help=help, rich_help_panel=panel, show_default=False, **more)
-        parameters[name] = Parameter(
-            name,
-            Parameter.KEYWORD_ONLY,
-            default=False if annotation is bool else None,
-            annotation=Annotated[annotation, info],
-        )
+        default = False if annotation is bool else None
+        kind = Parameter.KEYWORD_ONLY
+        parameters[name] = Parameter(name, kind, default=default, annotation=Annotated[annotation, info])
 
-    for flag, *_ in CHOICES.get(command, ()):
-        kind = str | None if flag == "method" else list[str] | None
-        metavar = "NAME" if flag == "method" else "NAME[=WEIGHT] ..."
-        extra(flag, kind, f"--{flag}", help=f"{flag}: see below", panel="Inputs", metavar=metavar)
+    for choice in command.choices:
+        kind = list[str] | None if choice.several else str | None
+        metavar = "NAME[=WEIGHT] ..." if choice.several else "NAME"
+        extra(choice.flag, kind, f"--{choice.flag}", help=f"{choice.flag}: see below", panel="Inputs", metavar=metavar)
     extra("recipe", str | None, "--recipe", help="recipe: NAME (dfkd ls recipes) or FILE.yaml", metavar="NAME|FILE")
     extra("set", list[str] | None, "--set", help="override any key", metavar="KEY=VALUE ...")
     extra("dry_run", bool, "--dry-run", help="check everything, run one small step, write nothing")
@@ -257,47 +206,38 @@ def _stage(command: str, classes: list[tuple[str, type]], terminal: Terminal) ->
     extra("quiet", bool, "-q", "--quiet", help="errors only")
     extra("verbose", bool, "-v", "--verbose", help="more messages")
     extra("debug", bool, "--debug", help="show tracebacks")
-    if command in ("evaluate", "compare"):
-        what = {
-            "evaluate": "model or shard directories, other images",
-            "compare": "model, shard or comparison directories",
-        }[command]
-        info = typer.Argument(metavar="PATH ...", help=what, show_default=False)
-        parameters["paths"] = Parameter(
-            "paths", Parameter.KEYWORD_ONLY, default=None, annotation=Annotated[list[str] | None, info]
-        )
 
     def stage(**values: Any) -> None:
-        paths = values.pop("paths", None) or []
         recipe, dry_run = values.pop("recipe"), values.pop("dry_run")
         for name in ("json", "quiet", "verbose", "debug"):
             values.pop(name)
-        stack = [recipe_layer(recipe, command)] if recipe else []
+        stack = [recipe_layer(recipe, command.name)] if recipe else []
         stack.append(("--set ", assignments(values.pop("set") or [])))
         stack.append((TYPED, {name: value for name, value in values.items() if value not in (None, [])}))
-        run_stage(resolve(command, stack), terminal, paths=paths, dry_run=dry_run)
+        run_stage(resolve(command.name, stack), terminal, dry_run)
 
-    stage.__name__ = command.replace("-", "_")
-    return arguments.with_signature(stage, parameters.values())
+    stage.__signature__ = Signature(list(parameters.values()))  # type: ignore[attr-defined]  # Typer reads it
+    stage.__annotations__ = {name: parameter.annotation for name, parameter in parameters.items()}
+    return stage
 
 
-def run_stage(settings: Settings, terminal: Terminal, paths: list[str], dry_run: bool) -> None:
+def run_stage(settings: Settings, terminal: Terminal, dry_run: bool) -> None:
     """Carry out a command; torch is imported here, not before."""
     stop_on_signals()
     start = time.monotonic()
-    if settings.run.num_nodes > 1 and settings.command not in CHOICES:
-        raise ConfigError(f"{settings.command} runs on one machine", "leave out --num-nodes")
-    if settings.run.num_nodes > 1 and settings.run.overwrite:
+    command, how = catalog.command(settings.command), settings.run
+    if how.num_nodes > 1 and not command.shared:
+        raise ConfigError(f"{command.name} runs on one machine", "leave out --num-nodes")
+    if how.num_nodes > 1 and how.overwrite:
         raise ConfigError("--overwrite: several machines begin at different times", "remove the directory first")
-    join_machines(1 if dry_run else settings.run.num_nodes)
-    stage = importlib.import_module(f"dfkd_cli.stages.{settings.command.replace('-', '_')}")
+    join_machines(1 if dry_run else how.num_nodes)
+    run = command.load()
     from dfkd_cli.stages.inputs import pick_device
 
-    device = pick_device(settings.run.device, settings.run.devices if settings.command in CHOICES else 1)
-    if device.type == "cpu" and settings.run.precision == "16":
+    device = pick_device(how.device, how.devices if command.shared else 1)
+    if device.type == "cpu" and how.precision == "16":
         raise ConfigError("--precision 16: not on a CPU", "give --precision bf16, or 32, which is faster on most")
-    more = {"paths": paths} if paths or settings.command in ("evaluate", "compare") else {}
     with memory_can_end():
-        answer = stage.run(settings, terminal, dry_run=dry_run, **more)
-    answer = {"ok": True, "command": settings.command, **answer, "seconds": round(time.monotonic() - start, 3)}
+        answer = run(settings, terminal, dry_run=dry_run)
+    answer = {"ok": True, "command": command.name, **answer, "seconds": round(time.monotonic() - start, 3)}
     terminal.document(answer)

@@ -6,12 +6,12 @@ import dataclasses
 import inspect
 import re
 import typing
-from collections.abc import Callable, Iterable, Set
+from collections.abc import Iterable, Set
 from typing import Annotated, Any
 
 import typer
 
-from dfkd_cli.config import hints, is_list, strip_none
+from dfkd_cli.config import hints, is_list, options, strip_none
 
 _NUMBER = re.compile(r"-?(\d+\.?\d*|\.\d+)([eE][+-]?\d+)?$")
 
@@ -84,13 +84,13 @@ def parameters(cls: type, panel: str) -> dict[str, inspect.Parameter]:
         else:
             annotation = list[str] | None if is_list(kind) else str | None
         default = "" if field.default in (None, dataclasses.MISSING) else _shown(field.default)
-        info = typer.Option(
-            *decls,
-            help=field.metadata.get("help", "") + (f" (default: {default})" if default else ""),
-            metavar=None if kind is bool else _metavar(kind),
-            show_default=False,
-            rich_help_panel=panel,
-        )
+        traits = options(cls)[field.name]
+        text = traits.get("help", "") + (f" (default: {default})" if default else "")
+        if "argument" in traits:
+            info = typer.Argument(metavar=traits["argument"], help=text, show_default=False)
+        else:
+            metavar = None if kind is bool else _metavar(kind)
+            info = typer.Option(*decls, help=text, metavar=metavar, show_default=False, rich_help_panel=panel)
         made[field.name] = inspect.Parameter(
             field.name, inspect.Parameter.KEYWORD_ONLY, default=None, annotation=Annotated[annotation, info]
         )
@@ -111,17 +111,3 @@ def _metavar(kind: Any) -> str:
     if origin is typing.Literal:
         return "|".join(map(str, args))
     return {int: "INT", float: "FLOAT", str: "TEXT"}[kind]
-
-
-def with_signature(function: Callable[..., Any], parameters: Iterable[inspect.Parameter]) -> Callable[..., Any]:
-    """``function(**values)`` wearing these parameters, for Typer to read."""
-    parameters = list(parameters)
-
-    def command(**values: Any) -> Any:
-        return function(**values)
-
-    command.__name__ = getattr(function, "__name__", "command")
-    command.__doc__ = function.__doc__
-    command.__signature__ = inspect.Signature(parameters)  # type: ignore[attr-defined]  # inspect reads it
-    command.__annotations__ = {p.name: p.annotation for p in parameters}
-    return command

@@ -41,6 +41,7 @@ class AnswerObjective(Objective):
         ConfigError: Hard labels are to be smoothed, and have no weight.
     """
 
+    kind = "response"
     config: Answers
 
     def __init__(self, config: Any) -> None:

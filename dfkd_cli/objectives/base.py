@@ -118,8 +118,6 @@ class Objective(nn.Module):
 class FeatureObjective(Objective):
     """An objective on pairs of features. Its ``Config`` extends :class:`dfkd_cli.settings.Compared`."""
 
-    kind: ClassVar[str]
-
     def connect(self, student: Classifier, teacher: Classifier) -> None:
         """Pair the taps of both networks, and prepare for the shapes of each pair."""
         students, teachers = Taps(student), Taps(teacher)
@@ -144,8 +142,6 @@ class FeatureObjective(Objective):
 
 class PairwiseObjective(FeatureObjective):
     """An objective on pairs of features that do not depend on each other: its terms are those of each pair, summed."""
-
-    kind: ClassVar[str]
 
     def forward(self, student: Outputs, teacher: Outputs, images: Images) -> dict[str, Tensor]:
         terms = [self.compare(index, *pair) for index, pair in enumerate(self.features(student, teacher))]

@@ -34,7 +34,7 @@ from dfkd_cli.data.sources import Images
 from dfkd_cli.models.classifier import Classifier
 from dfkd_cli.objectives.answers import AnswerObjective, hard_labels
 from dfkd_cli.objectives.base import Outputs
-from dfkd_cli.settings import TEMPERATURE, Answers
+from dfkd_cli.settings import Answers
 
 EPS = 1e-4  # beyond the boundary
 TINY = 1e-12  # no gradient is shorter
@@ -44,12 +44,12 @@ TINY = 1e-12  # no gradient is shorter
 class Config(Answers):
     """Boundary supporting samples."""
 
-    temperature: float = option(3.0, TEMPERATURE, above=0)
+    temperature: float = 3.0
     soft: float = option(4.0, "weight of the teacher's answers, falls to a quarter", low=0)
     boundary: float = option(2.0, "weight of the answers at the boundary, falls to zero", low=0)
     variant: Literal["code", "paper"] = option("code", "images move to a class drawn for each, or to every other class")
-    boundary_images: int = option(64, "images of a batch that are moved to the boundary, at most", low=1)
-    iterations: int = option(10, "steps towards the boundary, at most", low=1)
+    boundary_images: int = option(64, "images of a batch that are moved to the boundary, at most", low=1, rehearsal=2)
+    iterations: int = option(10, "steps towards the boundary, at most", low=1, rehearsal=1)
     attack_step: float = option(0.3, "length of a step for each unit of the logits' difference", above=0)
 
 

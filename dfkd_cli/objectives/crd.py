@@ -36,7 +36,7 @@ from dfkd_cli.errors import ConfigError
 from dfkd_cli.models.classifier import Classifier
 from dfkd_cli.objectives.answers import hard_labels
 from dfkd_cli.objectives.base import FeatureObjective, Outputs
-from dfkd_cli.settings import TAPS, TEMPERATURE, Compared
+from dfkd_cli.settings import Compared
 
 EPS = 1e-7
 UNSEEN = -1  # the class of an image that has not come along yet
@@ -46,11 +46,11 @@ UNSEEN = -1  # the class of an image that has not come along yet
 class Config(Compared):
     """Contrast with a memory of all images."""
 
-    taps: tuple[str, ...] = option(("penultimate",), TAPS)
+    taps: tuple[str, ...] = ("penultimate",)
     variant: Literal["exact", "relax"] = option("exact", "the positive: the image itself, or any of its class")
     dimensions: int = option(128, "of the space in which features are compared", low=1)
-    negatives: int = option(16384, "negatives of each image, drawn anew in every step", low=1)
-    temperature: float = option(0.07, TEMPERATURE, above=0)
+    negatives: int = option(16384, "negatives of each image, drawn anew in every step", low=1, rehearsal=2)
+    temperature: float = option(0.07, "softmax temperature", above=0)
     memory_momentum: float = option(0.5, "what a memory keeps when its image comes along", low=0, high=1)
     contrast: float = option(1.0, "weight of the contrast, beside that of the objective", low=0)
 

@@ -38,7 +38,6 @@ class Config(Answers):
 class DIST(AnswerObjective):
     """One minus the correlation of the answers' rows, and of their columns."""
 
-    kind = "response"
     terms = ("inter", "intra", "hard")
     config: Config
 

@@ -43,7 +43,6 @@ class Config(Answers, Rising):
 class DKD(AnswerObjective):
     """Binary divergence of the target class, divergence among the others."""
 
-    kind = "response"
     terms = ("target", "non_target", "hard")
     config: Config
 

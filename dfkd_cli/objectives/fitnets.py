@@ -25,14 +25,14 @@ from torch import Tensor, nn
 from dfkd_cli.config import option
 from dfkd_cli.objectives.base import PairwiseObjective
 from dfkd_cli.objectives.features import BatchNorm, as_maps, require_maps_or_vectors, same_size
-from dfkd_cli.settings import TAPS, Compared
+from dfkd_cli.settings import Compared
 
 
 @dataclass(frozen=True, kw_only=True)
 class Config(Compared):
     """Hints."""
 
-    taps: tuple[str, ...] = option(("stage2",), TAPS)
+    taps: tuple[str, ...] = ("stage2",)
     variant: Literal["code", "paper"] = option(
         "code", "mean of squares, or half their sum for each image (weight: about 200/(CHW))"
     )

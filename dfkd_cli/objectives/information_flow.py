@@ -28,7 +28,7 @@ from torch import Tensor
 from dfkd_cli.config import option
 from dfkd_cli.objectives.base import PairwiseObjective
 from dfkd_cli.objectives.features import cosine_kernel, shares
-from dfkd_cli.settings import TAPS, Compared
+from dfkd_cli.settings import Compared
 
 EPS = 1e-6
 
@@ -37,7 +37,7 @@ EPS = 1e-6
 class Config(Compared):
     """Neighbours at every stage."""
 
-    taps: tuple[str, ...] = option(("stages", "penultimate"), TAPS)
+    taps: tuple[str, ...] = ("stages", "penultimate")
     variant: Literal["code", "paper"] = option("code", "whether an image is its own neighbour: yes, or no")
     critical: float = option(100.0, "weight of all places but the last in the first epoch", low=0)
     decay: float = option(0.7, "what that weight is multiplied by in each epoch", above=0, high=1)

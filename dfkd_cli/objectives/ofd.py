@@ -27,7 +27,7 @@ from dfkd_cli.models.classifier import Classifier
 from dfkd_cli.models.taps import Taps
 from dfkd_cli.objectives.base import PairwiseObjective
 from dfkd_cli.objectives.features import BatchNorm, require_maps, same_size
-from dfkd_cli.settings import TAPS, Compared
+from dfkd_cli.settings import Compared
 
 RARE = 0.001  # a channel that is negative less often has no mean of its own there
 
@@ -36,7 +36,7 @@ RARE = 0.001  # a channel that is negative less often has no mean of its own the
 class Config(Compared):
     """Features before their activation."""
 
-    taps: tuple[str, ...] = option(("stages.pre",), TAPS)
+    taps: tuple[str, ...] = ("stages.pre",)
     distance: float = option(1.0, "weight of the partial distance, beside that of the objective", low=0)
 
 

@@ -19,7 +19,7 @@ from torch import Tensor
 from dfkd_cli.config import option
 from dfkd_cli.objectives.base import PairwiseObjective
 from dfkd_cli.objectives.features import cosine_kernel, shares
-from dfkd_cli.settings import TAPS, Compared
+from dfkd_cli.settings import Compared
 
 EPS = 1e-7
 
@@ -28,7 +28,7 @@ EPS = 1e-7
 class Config(Compared):
     """Neighbours."""
 
-    taps: tuple[str, ...] = option(("penultimate",), TAPS)
+    taps: tuple[str, ...] = ("penultimate",)
     neighbours: float = option(1.0, "weight of the neighbours, beside that of the objective", low=0)
 
 

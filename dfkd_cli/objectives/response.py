@@ -29,7 +29,7 @@ from dfkd_cli.config import option
 from dfkd_cli.data.sources import Images
 from dfkd_cli.objectives.answers import AnswerObjective, divergence
 from dfkd_cli.objectives.base import Outputs
-from dfkd_cli.settings import TEMPERATURE, Answers
+from dfkd_cli.settings import Answers
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -37,14 +37,13 @@ class Config(Answers):
     """Response distillation."""
 
     form: Literal["kl", "ce", "mse"] = option("kl", "divergence between the answers")
-    temperature: float = option(20.0, TEMPERATURE, above=0)
+    temperature: float = 20.0
     soft: float = option(1.0, "weight of the teacher's answers", low=0)
 
 
 class Response(AnswerObjective):
     """KL divergence at temperature, cross-entropy or logit error, and an optional hard-label term."""
 
-    kind = "response"
     terms = ("soft", "hard")
     config: Config
 

@@ -23,7 +23,7 @@ from torch import Tensor
 
 from dfkd_cli.config import option
 from dfkd_cli.objectives.base import PairwiseObjective
-from dfkd_cli.settings import TAPS, Compared
+from dfkd_cli.settings import Compared
 
 # No pair is closer: the released code's 1e-12 for squares. It divides directions by their lengths down to 1e-12, where
 # two images with equal features, such as dead ones, would get gradients of that inverse.
@@ -34,7 +34,7 @@ EPS = 1e-6
 class Config(Compared):
     """Relations of images."""
 
-    taps: tuple[str, ...] = option(("penultimate",), TAPS)
+    taps: tuple[str, ...] = ("penultimate",)
     distance: float = option(25.0, "weight of the distances between two images", low=0)
     angle: float = option(50.0, "weight of the angles between three images", low=0)
 

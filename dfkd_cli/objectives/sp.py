@@ -18,14 +18,14 @@ from torch import Tensor
 
 from dfkd_cli.config import option
 from dfkd_cli.objectives.base import PairwiseObjective
-from dfkd_cli.settings import TAPS, Compared
+from dfkd_cli.settings import Compared
 
 
 @dataclass(frozen=True, kw_only=True)
 class Config(Compared):
     """Similarity of images."""
 
-    taps: tuple[str, ...] = option(("last",), TAPS)
+    taps: tuple[str, ...] = ("last",)
     similarity: float = option(1.0, "weight of the similarities, beside that of the objective", low=0)
 
 

@@ -66,7 +66,7 @@ class Regime(Learner):
     neither moved nor decayed.
     """
 
-    kind: ClassVar[str]
+    kind = "regime"
     needs: ClassVar[tuple[str, ...]] = ()
     unit = "steps"
 

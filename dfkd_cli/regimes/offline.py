@@ -37,7 +37,6 @@ class Config:
 class Offline(Regime):
     """One frozen teacher, one student."""
 
-    kind = "regime"
     needs = ("teacher",)
     measure = "agreement"
 

@@ -38,19 +38,17 @@ from dfkd_cli.seeds import derive
 class Config:
     """Pseudo examples."""
 
-    pseudo_images: int = option(200, "pseudo images, all of them used in every step", low=1)
+    pseudo_images: int = option(200, "pseudo images, all of them used in every step", low=1, rehearsal=2)
     pseudo_noise: float = option(0.1, "Gaussian noise they start with, standard deviation in pixel units", low=0)
     pseudo: float = option(1.0, "weight of the pseudo images' loss beside the transfer set's", low=0)
-    iterations: int = option(1, "ascent steps on the pseudo images after each step of the student", low=0)
+    iterations: int = option(1, "ascent steps on the pseudo images after each step of the student", low=0, rehearsal=1)
     ascent_lr: float = option(0.01, "Adam learning rate of the ascent, on the pixels", above=0)
 
 
 class PseudoExamples(Offline):
     """One frozen teacher, one student, and images that move to where the two differ most."""
 
-    kind = "regime"
     scaled = False
-    needs = ("teacher",)
     config: Config
     pseudo: Tensor  # (N, C, H, W) in [0,1]
 

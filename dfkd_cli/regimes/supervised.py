@@ -27,7 +27,6 @@ class Config:
 class Supervised(Regime):
     """Cross-entropy with the labels."""
 
-    kind = "regime"
     needs = ("labels",)
     measure = "accuracy"
     config: Config

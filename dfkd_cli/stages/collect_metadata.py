@@ -1,10 +1,14 @@
-"""``dfkd collect-metadata``: a teacher and its training images to a metadata directory."""
+"""Record activation statistics of a teacher while its training images are at hand.
+
+Reads a teacher and its dataset, writes a metadata directory (metadata/) for methods that use metadata.
+"""
 
 from __future__ import annotations
 
 import itertools
 import math
 from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass
 from typing import Any
 
 import torch
@@ -12,6 +16,8 @@ from torch import Tensor
 
 from dfkd_cli.artifacts.metadata import LayerStatistics, Metadata, write_metadata
 from dfkd_cli.artifacts.run import RunDirectory
+from dfkd_cli.catalog import Command
+from dfkd_cli.config import option
 from dfkd_cli.data import datasets
 from dfkd_cli.data.sources import Source
 from dfkd_cli.errors import ConfigError, RunFailed
@@ -19,10 +25,34 @@ from dfkd_cli.models.activations import outputs_of, pre_activations
 from dfkd_cli.models.classifier import Classifier, probe
 from dfkd_cli.models.statistics import RunningMoments
 from dfkd_cli.resolve import Settings
+from dfkd_cli.settings import ForeignModel
 from dfkd_cli.stages.inputs import load_teacher, pick_device, real_images
 from dfkd_cli.stages.measures import batches
 from dfkd_cli.stages.training import rehearse
 from dfkd_cli.ui import Progress, Terminal
+
+
+@dataclass(frozen=True, kw_only=True)
+class Inputs(ForeignModel):
+    """What is read, and how."""
+
+    teacher: str = option("teacher", "teacher: model directory or SPEC")
+    dataset: str | None = option(None, "dataset whose training images are read (default: the teacher's)")
+    data_dir: str | None = option(None, "where datasets lie", volatile=True)
+    num_images: int | None = option(
+        None, "images to read, balanced over the classes (default: all)", low=1, rehearsal=2
+    )
+    batch_size: int = option(200, "images per forward pass", low=1, rehearsal=2)
+    temperature: float = option(8.0, "what the logits are divided by", above=0)
+    covariance_units: int = option(2048, "units that the last layers with a covariance have at most, in all", low=1)
+
+
+COMMAND = Command(
+    position=20,
+    out="metadata",
+    examples=("dfkd collect-metadata", "dfkd collect-metadata --teacher teacher/ --data-dir data/"),
+    next="dfkd synthesize --method lopes --metadata metadata/",
+)
 
 
 def run(settings: Settings, terminal: Terminal, dry_run: bool = False) -> dict[str, Any]:

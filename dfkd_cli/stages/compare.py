@@ -1,10 +1,14 @@
-"""``dfkd compare``: finished directories, or the pipelines of a grid, side by side."""
+"""Put finished directories side by side, or run a grid of pipelines.
+
+Reads model and shard directories, and of a comparison what its grid has made so far; writes comparison/ with
+results.json, table.md and report.html.
+"""
 
 from __future__ import annotations
 
 import dataclasses
 from collections.abc import Mapping, Sequence
-from dataclasses import replace
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
@@ -14,6 +18,8 @@ from torch import Tensor
 from dfkd_cli.artifacts.files import read_json, write_atomic, write_json
 from dfkd_cli.artifacts.run import RunDirectory, check_free
 from dfkd_cli.artifacts.shards import MANIFEST
+from dfkd_cli.catalog import Command
+from dfkd_cli.config import option
 from dfkd_cli.data import datasets
 from dfkd_cli.data.datasets import Dataset
 from dfkd_cli.data.sources import RealSource
@@ -25,6 +31,7 @@ from dfkd_cli.report.entries import Model, ShardSet, read_model, read_run, read_
 from dfkd_cli.report.results import rows
 from dfkd_cli.report.sections import Section, arrange
 from dfkd_cli.resolve import Settings, recipe_layer, resolve
+from dfkd_cli.settings import ForeignModel
 from dfkd_cli.stages.grid.commands import Grid, PlannedRun, qualified
 from dfkd_cli.stages.grid.planner import plan
 from dfkd_cli.stages.grid.scheduler import run_grid
@@ -32,6 +39,35 @@ from dfkd_cli.stages.inputs import load_teacher, pick_device
 from dfkd_cli.stages.measures import cost, examine, finite, share, top1
 from dfkd_cli.stages.snapshots import SNAPSHOTS, look_back
 from dfkd_cli.ui import Progress, Terminal
+
+
+@dataclass(frozen=True, kw_only=True)
+class Inputs(ForeignModel):
+    """What is read, and how."""
+
+    paths: tuple[str, ...] | None = option(
+        None, "model, shard or comparison directories", volatile=True, argument="PATH ..."
+    )
+    # Volatile: a grid may grow in its directory, and its own hash counts.
+    rows: tuple[str, ...] | None = option(
+        None, "of a grid only these rows, ROW or TEACHER/ROW, and what they are made from", volatile=True
+    )
+    teacher: str | None = option(None, "teacher: model directory or SPEC (default: the one each student records)")
+    dataset: str | None = option(None, "dataset to test on (default: the teacher's)")
+    data_dir: str | None = option(None, "where datasets lie", volatile=True)
+    fail_below: float | None = option(
+        None, "gate: exit 5 when any student's top-1 is below (0 to 1)", low=0, high=1, volatile=True
+    )
+
+
+COMMAND = Command(
+    position=60,
+    out="comparison",
+    sections=("about", "grid"),
+    examples=("dfkd compare student/", "dfkd compare --recipe digits --out grid/", "dfkd compare grid/ --out so-far/"),
+    next="open comparison/report.html",
+)
+
 
 RESULTS, TABLE, REPORT, MEASUREMENTS = "results.json", "table.md", "report.html", "measurements.json"
 
@@ -55,19 +91,18 @@ class Subjects:
         return self.foreign.get(model.sha256) or load_model(model.path, allow_code)[0]
 
 
-def run(settings: Settings, terminal: Terminal, dry_run: bool = False, paths: Sequence[str] = ()) -> dict[str, Any]:
+def run(settings: Settings, terminal: Terminal, dry_run: bool = False) -> dict[str, Any]:
     """Compare what ``paths`` hold and what the grid makes. Both are only read.
 
     A grid may have changed since ``--out`` was made, as long as no run that is there would be another one: new rows are
     run, the others are kept.
     """
-    settings = settings.replace(paths=tuple(paths) or settings.inputs.paths)
     out = settings.out
-    if settings.grid is not None and settings.run.seed:
+    if settings.sections["grid"] is not None and settings.run.seed:
         raise ConfigError(f"--seed {settings.run.seed}: the grid has seeds of its own", "change grid.seeds")
-    if settings.grid is None and settings.inputs.rows is not None:
+    if settings.sections["grid"] is None and settings.inputs.rows is not None:
         raise ConfigError("--rows: there is no grid to choose rows of", "give --recipe with a grid, or leave it out")
-    grid = None if settings.grid is None else plan(settings, out)
+    grid = None if settings.sections["grid"] is None else plan(settings, out)
     subjects = _open(settings, grid, terminal)
     sections = _arrange(subjects, settings)  # what does not fit is found before anything is written
     check_free(out, settings)
@@ -147,7 +182,7 @@ def _so_far(path: Path, subjects: Subjects, allow_code: bool, terminal: Terminal
         ArtifactError: A comparison without a grid makes nothing.
     """
     settings = resolve("compare", [recipe_layer(str(path / "config.yaml"), "compare")])
-    if settings.grid is None:
+    if settings.sections["grid"] is None:
         raise ArtifactError(f"{path}: a comparison without a grid", "give the directories that it compares")
     grid = plan(settings, path)
     finished = [step for step in grid.runs if read_run(step.out).get("status") == "done"]

@@ -1,4 +1,8 @@
-"""``dfkd distill``: a teacher and transfer sets to a student's model directory."""
+"""Train a smaller student from a teacher and a transfer set.
+
+Reads a teacher and transfer sets, writes a model directory (student/). The flags of an objective: dfkd distill
+--objective NAME --help
+"""
 
 from __future__ import annotations
 
@@ -11,6 +15,8 @@ from typing import Any
 import torch
 
 from dfkd_cli.artifacts.run import RunDirectory
+from dfkd_cli.catalog import Choice, Command
+from dfkd_cli.config import option
 from dfkd_cli.data.seal import sealed
 from dfkd_cli.data.sources import first
 from dfkd_cli.errors import ConfigError
@@ -19,18 +25,49 @@ from dfkd_cli.objectives.base import Objective
 from dfkd_cli.regimes.base import Task
 from dfkd_cli.resolve import Component, Settings
 from dfkd_cli.seeds import derive
+from dfkd_cli.settings import ForeignModel, Training
 from dfkd_cli.stages.calibrate import calibrate, check
-from dfkd_cli.stages.inputs import (
-    LoadedModel,
-    TransferSet,
-    concatenate,
-    load_teacher,
-    may_be_real,
-    open_transfer_set,
-)
+from dfkd_cli.stages.inputs import LoadedModel, TransferSet, concatenate, load_teacher, may_be_real, open_transfer_set
 from dfkd_cli.stages.measures import agreement
 from dfkd_cli.stages.training import architecture, fresh, rehearse, train
 from dfkd_cli.ui import Terminal
+
+
+@dataclass(frozen=True, kw_only=True)
+class Inputs(Training, ForeignModel):
+    """What is read, and how."""
+
+    teacher: str = option("teacher", "teacher: model directory or SPEC")
+    transfer_set: tuple[str, ...] = option(
+        ("shards",), "shard or generator directory, real, real:N, noise:N, folder of images"
+    )
+    num_images: int | None = option(
+        None, "take the first so many images of the transfer sets (default: all)", low=1, rehearsal=2
+    )
+    student: str = option(
+        "lenet5-half", "student model SPEC, as of train-teacher --model; of a directory, the architecture"
+    )
+    epochs: int = 30
+    # Stronger than for real images: impressions are alike, and the teacher answers each changed one anew.
+    rotate: float = 45.0
+    translate: float = 0.4
+    scale: float = 0.5
+    noise: float = 0.2
+    data_dir: str | None = option(None, "where the real images lie, for real and real:N", volatile=True)
+    holdout: float = option(0.02, "share of the images that only measures agreement")
+
+
+COMMAND = Command(
+    position=40,
+    out="student",
+    choices=(
+        Choice("method", "regimes", "offline"),
+        Choice("objective", "objectives", "response", several=True, beside="teacher"),
+    ),
+    shared=True,
+    examples=("dfkd distill --transfer-set shards/", "dfkd distill --transfer-set real:200 --student lenet5-half"),
+    next="dfkd evaluate",
+)
 
 
 @dataclass
@@ -89,7 +126,12 @@ def run(settings: Settings, terminal: Terminal, dry_run: bool = False) -> dict[s
         if not dry_run:
             return learn(settings, job, terminal)
         measured = calibrate(task) if task.objectives else []
-        answer = rehearse(settings, lambda small, quiet: learn(small, job, quiet), terminal)
+
+        def short(cut: Settings, quiet: Terminal) -> dict[str, Any]:
+            losses = connect(cut.components["objective"], job.student, job.teacher.classifier, cut.run.seed)
+            return learn(cut, dataclasses.replace(job, objectives=losses), quiet)
+
+        answer = rehearse(settings, short, terminal)
     for term in measured:
         terminal.answer(str(term))
     return answer | {"terms": [dataclasses.asdict(term) for term in measured]}

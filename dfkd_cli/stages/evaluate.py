@@ -1,10 +1,14 @@
-"""``dfkd evaluate``: what models do on test images and what they cost, and what data impressions are like."""
+"""Measure models on test images, or images on a teacher.
+
+Reads model or shard directories, folders of images, datasets by name, real:N, noise:N; writes results.json when --out
+is given.
+"""
 
 from __future__ import annotations
 
 import dataclasses
 import functools
-from collections.abc import Callable, Sequence
+from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, ClassVar
@@ -17,34 +21,53 @@ from torch import Tensor
 from dfkd_cli.artifacts.files import read_json, write_json
 from dfkd_cli.artifacts.run import RunDirectory
 from dfkd_cli.artifacts.shards import MANIFEST, ShardReader
+from dfkd_cli.catalog import Command
+from dfkd_cli.config import option
 from dfkd_cli.data import datasets
 from dfkd_cli.data.datasets import Dataset
 from dfkd_cli.data.sources import RealSource
 from dfkd_cli.errors import ArtifactError, ConfigError, GateNotMet
 from dfkd_cli.models.directory import RECORD
 from dfkd_cli.resolve import Settings
-from dfkd_cli.settings import FOREIGN
-from dfkd_cli.stages.inputs import (
-    LoadedModel,
-    TransferSet,
-    is_images,
-    load_teacher,
-    open_images,
-    pick_device,
-)
+from dfkd_cli.settings import FOREIGN, ForeignModel
+from dfkd_cli.stages.inputs import LoadedModel, TransferSet, is_images, load_teacher, open_images, pick_device
 from dfkd_cli.stages.measures import cost, examine, finite, share
 from dfkd_cli.stages.shard_measures import measure_images, measure_shards
 from dfkd_cli.stages.training import rehearse
 from dfkd_cli.ui import VERBOSE, Progress, Terminal
+
+
+@dataclass(frozen=True, kw_only=True)
+class Inputs(ForeignModel):
+    """What is read, and how."""
+
+    # Volatile: what decides the result is what the paths hold, by hash.
+    paths: tuple[str, ...] | None = option(
+        None, "model or shard directories, other images", volatile=True, argument="PATH ..."
+    )
+    teacher: str | None = option(None, "teacher to compare with (default: teacher/)")
+    dataset: str | None = option(None, "dataset to test on (default: the teacher's)")
+    data_dir: str | None = option(None, "where datasets lie", volatile=True)
+    batch_size: int = option(500, "images per forward pass", low=1, rehearsal=2, volatile=True)
+    min_top1: float | None = option(
+        None, "gate: exit 5 when top-1 accuracy is below (0 to 1)", low=0, high=1, volatile=True
+    )
+
+
+COMMAND = Command(
+    position=50,
+    examples=("dfkd evaluate", "dfkd evaluate student/ --min-top1 0.97", "dfkd evaluate shards/ noise:1000 real"),
+    next="dfkd compare student/",
+)
+
 
 TEACHER, STUDENT = "teacher", "student"  # what is evaluated when nothing is named
 RESULTS = "results.json"
 DIVERGENCE = "bn_divergence"
 
 
-def run(settings: Settings, terminal: Terminal, dry_run: bool = False, paths: Sequence[str] = ()) -> dict[str, Any]:
+def run(settings: Settings, terminal: Terminal, dry_run: bool = False) -> dict[str, Any]:
     """Measure what the paths hold, in float32; the teacher and the student when there are none."""
-    settings = settings.replace(paths=tuple(paths) or settings.inputs.paths)
     if dry_run:
         return rehearse(settings, open_subjects, terminal)
     subjects = open_subjects(settings, terminal)

@@ -1,9 +1,13 @@
-"""``dfkd synthesize``: a teacher to a shard directory of data impressions."""
+"""Make data impressions from a teacher, without data.
+
+Reads a teacher, writes a shard directory (shards/). The flags of a method: dfkd synthesize --method NAME --help
+"""
 
 from __future__ import annotations
 
 import dataclasses
 from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
@@ -16,7 +20,8 @@ from dfkd_cli.artifacts.files import write_atomic
 from dfkd_cli.artifacts.metadata import read_metadata
 from dfkd_cli.artifacts.run import RunDirectory
 from dfkd_cli.artifacts.shards import MANIFEST, ShardReader, ShardWriter
-from dfkd_cli.config import plain
+from dfkd_cli.catalog import Choice, Command
+from dfkd_cli.config import option, plain
 from dfkd_cli.data.seal import sealed
 from dfkd_cli.errors import ArtifactError, ConfigError
 from dfkd_cli.models.classifier import Classifier
@@ -25,10 +30,33 @@ from dfkd_cli.models.generators import Generators, save_generators
 from dfkd_cli.resolve import Settings
 from dfkd_cli.rounds.curves import write_csv
 from dfkd_cli.rounds.trainer import fit
+from dfkd_cli.settings import ForeignModel
 from dfkd_cli.stages.inputs import LoadedModel, load_teacher
 from dfkd_cli.stages.training import architecture, fresh, rehearse
 from dfkd_cli.synthesizers.base import SynthesisTask
 from dfkd_cli.ui import Terminal
+
+
+@dataclass(frozen=True, kw_only=True)
+class Inputs(ForeignModel):
+    """What is read, and how."""
+
+    teacher: str = option("teacher", "teacher: model directory or SPEC")
+    num_images: int = option(8000, "images to make", low=1, rehearsal=2)
+    student: str | None = option(None, "student SPEC, for methods with a student in the loop")
+    # Volatile: what decides the result is what the directory holds, by hash.
+    metadata: str | None = option(None, "metadata directory, for methods that use metadata", volatile=True)
+
+
+COMMAND = Command(
+    position=30,
+    out="shards",
+    choices=(Choice("method", "synthesizers"),),
+    shared=True,
+    examples=("dfkd synthesize --method zskd --beta 1.0 0.1", "dfkd synthesize --method noise --num-images 1000"),
+    next="dfkd distill --transfer-set shards/",
+)
+
 
 RARE = 0.05  # a class is rare that has less than this share of what it had if all had the same
 PREVIEW = 4, 16  # rows of preview.png, each of as many images of one round

@@ -1,18 +1,55 @@
-"""``dfkd train-teacher``: a dataset to a model directory."""
+"""Train a teacher on a dataset.
+
+Reads a dataset, writes a model directory (teacher/).
+"""
 
 from __future__ import annotations
 
-from typing import Any
+from dataclasses import dataclass
+from typing import Any, Literal
 
 from dfkd_cli.artifacts.run import RunDirectory
+from dfkd_cli.catalog import Choice, Command
+from dfkd_cli.config import option
 from dfkd_cli.data import datasets
 from dfkd_cli.data.sources import RealSource
 from dfkd_cli.models.classifier import Classifier, ModelInfo
 from dfkd_cli.regimes.base import Task
 from dfkd_cli.resolve import Settings
+from dfkd_cli.settings import Training
 from dfkd_cli.stages.measures import top1
 from dfkd_cli.stages.training import architecture, fresh, rehearse, train
 from dfkd_cli.ui import Terminal
+
+
+@dataclass(frozen=True, kw_only=True)
+class Inputs(Training):
+    """What is read, and how."""
+
+    dataset: str = option("digits", "dataset NAME, or a DIR with train/<class>/ and test/<class>/")
+    data_dir: str | None = option(None, "where datasets lie", volatile=True)
+    model: str = option(
+        "lenet5", "model SPEC: dfkd ls models, torchvision:NAME, timm:NAME, FILE.py:factory, a model directory"
+    )
+    input_size: tuple[int, int, int] | None = option(None, "channels, height and width of the images", low=1)
+    # Decayed weights and little augmentation: impressions of a teacher that was hardened by strong augmentation teach
+    # far less, however accurate it is.
+    optimizer: Literal["adam", "adamw", "sgd"] = "sgd"
+    lr: float = 0.05
+    weight_decay: float = 1e-3
+    rotate: float = 5.0
+    translate: float = 0.05
+    scale: float = 0.05
+
+
+COMMAND = Command(
+    position=10,
+    out="teacher",
+    choices=(Choice("method", "regimes", "supervised"),),
+    shared=True,
+    examples=("dfkd train-teacher", "dfkd train-teacher --dataset mnist --model lenet5 --out teacher/"),
+    next="dfkd synthesize --method zskd",
+)
 
 
 def run(settings: Settings, terminal: Terminal, dry_run: bool = False) -> dict[str, Any]:

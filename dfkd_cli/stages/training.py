@@ -10,9 +10,10 @@ from typing import Any
 
 import torch
 
+from dfkd_cli import catalog
 from dfkd_cli.artifacts.files import digest, sha256_file
 from dfkd_cli.artifacts.run import RunDirectory, check_free
-from dfkd_cli.config import dump_yaml
+from dfkd_cli.config import dump_yaml, shortened
 from dfkd_cli.data.sources import ANSWERS
 from dfkd_cli.errors import ConfigError
 from dfkd_cli.models.classifier import Classifier, ModelInfo
@@ -22,7 +23,6 @@ from dfkd_cli.regimes.base import Task
 from dfkd_cli.resolve import Settings
 from dfkd_cli.rounds.trainer import fit
 from dfkd_cli.seeds import derive
-from dfkd_cli.settings import OUT
 from dfkd_cli.stages.inputs import pick_device
 from dfkd_cli.stages.snapshots import SNAPSHOTS, Snapshots
 from dfkd_cli.ui import Terminal
@@ -98,33 +98,26 @@ def train(
             save_model(run.path, task.student, metrics=metrics, provenance=dict(provenance))
             files = [run.path / name for name in ("model.safetensors", "model.json", "metrics.csv")]
             run.finish(files + snapshots.files, metrics)
-    role = "teacher" if settings.command == "train-teacher" else "student"
-    return {"artifacts": {role: str(run.path)}, "metrics": metrics, "concerns": run.record["concerns"]}
+    return {
+        "artifacts": {catalog.command(settings.command).out: str(run.path)},
+        "metrics": metrics,
+        "concerns": run.record["concerns"],
+    }
 
 
 def rehearse(settings: Settings, stage: Callable[..., Any], terminal: Terminal) -> dict[str, Any]:
-    """``--dry-run``: the command itself, shrunk to one small step on the CPU, in a directory that is thrown away."""
+    """``--dry-run``: the command itself, with all lengths cut, on the CPU, in a directory that is thrown away."""
     pick_device(settings.run.device)
-    if settings.run.out is not None or settings.command in OUT:
+    if settings.run.out is not None or catalog.command(settings.command).out is not None:
         check_free(settings.out, settings)
-    small = {
-        "steps": 1, "batch_size": 2, "num_images": 2, "iterations": 1, "coarse_iterations": 1, "student_steps": 1,
-        "generators": 2,
-    }  # fmt: skip
-
-    def shrink(section: Any) -> Any:
-        known = {f.name for f in dataclasses.fields(section)} & small.keys()
-        # What is turned off with 0 stays off.
-        return dataclasses.replace(section, **{name: small[name] for name in known if getattr(section, name) != 0})
-
     with tempfile.TemporaryDirectory() as directory:
         run = dataclasses.replace(settings.run, out=str(Path(directory, "out")), device="cpu", devices=1, num_nodes=1)
         components = {
-            flag: tuple(dataclasses.replace(c, config=shrink(c.config)) for c in chosen)
+            flag: tuple(dataclasses.replace(c, config=shortened(c.config)) for c in chosen)
             for flag, chosen in settings.components.items()
         }
         quiet = Terminal(silent=True)
-        stage(dataclasses.replace(settings, run=run, inputs=shrink(settings.inputs), components=components), quiet)
+        stage(dataclasses.replace(settings, run=run, inputs=shortened(settings.inputs), components=components), quiet)
     terminal.answer(dump_yaml(settings.plain()).rstrip())
     terminal.say("dry run: everything fits; nothing was written")
     return {"dry_run": True, "config": settings.plain()}

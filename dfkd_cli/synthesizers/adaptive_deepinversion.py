@@ -41,13 +41,12 @@ class Config(PoolTraining, StatisticsInversion):
 
     competition: float = option(0.2, "weight of the student's agreement with the teacher", low=0)
     variant: Literal["paper", "code"] = option("code", "the divergence in it: the paper's, or the released code's")
-    student_temperature: float = option(3.0, "softmax temperature of the student's loss", above=0)
+    student_temperature: float = 3.0
 
 
 class AdaptiveDeepInversion(PoolTrainer, DeepInversion):
     """DeepInversion against a student that is trained in the loop."""
 
-    kind = "images"
     needs = ("batchnorm", "student")
     config: Config
 

@@ -36,9 +36,9 @@ from dfkd_cli.synthesizers.terms import statistics_distance, statistics_divergen
 class Config(SmoothInversion):
     """Images with the BatchNorm statistics of the training data."""
 
-    batch_size: int = option(256, "images optimised together, whose statistics count; also those of a shard", low=1)
-    iterations: int = option(500, "inner steps on one batch of images", low=1)
-    lr: float = option(0.1, "Adam learning rate on the normalised pixels", above=0)
+    batch_size: int = option(256, "images optimised together, whose statistics count; also those of a shard")
+    iterations: int = 500
+    lr: float = 0.1
     statistics: float = option(1000.0, "weight of the distance to the BatchNorm statistics", low=0)
     bn_loss: Literal["kl", "kl-reverse", "l2"] = option(
         "kl", "that distance: divergence of the batch from the statistics, the reverse, norms of the differences"
@@ -48,7 +48,6 @@ class Config(SmoothInversion):
 class BNStatistics(Inception):
     """Images of one class each whose batch has the recorded statistics."""
 
-    kind = "images"
     needs = ("batchnorm",)
     config: Config
 

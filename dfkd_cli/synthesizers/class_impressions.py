@@ -32,7 +32,6 @@ class Config(ImageOptimization):
 class ClassImpressions(ImageOptimizer):
     """Images of one class each."""
 
-    kind = "images"
     config: Config
 
     def targets(self, first: int, count: int) -> Tensor:

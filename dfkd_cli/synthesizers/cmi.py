@@ -52,8 +52,8 @@ class Config(PooledGeneration):
     contrast: float = option(0.8, "weight of the contrastive loss", low=0)
     contrast_temperature: float = option(0.1, "what similarities are divided by", above=0)
     contrast_crop: float = option(0.25, "least share of an image's area in its second view", above=0, high=1)
-    memory: int = option(40960, "images whose features are remembered; the oldest are forgotten", low=1)
-    negatives: int = option(4096, "rows of the memory in each inner step", low=0)
+    memory: int = option(40960, "images whose features are remembered; the oldest are forgotten", low=1, rehearsal=2)
+    negatives: int = option(4096, "rows of the memory in each inner step", low=0, rehearsal=2)
     taps: tuple[str, ...] | None = option(
         None, "the teacher's features, as objectives take them (default: what goes into each BatchNorm layer)"
     )
@@ -62,8 +62,6 @@ class Config(PooledGeneration):
 class CMI(PooledGenerator):
     """A new generator for each batch."""
 
-    kind = "generator"
-    needs = ("batchnorm", "student")
     config: Config
 
     def __init__(self, task: SynthesisTask, config: Config) -> None:

@@ -5,7 +5,7 @@ from __future__ import annotations
 import functools
 from abc import abstractmethod
 from collections.abc import Mapping, Sequence
-from typing import Any
+from typing import Any, ClassVar
 
 import torch
 from torch import Tensor, nn
@@ -39,6 +39,7 @@ class CoTrainer(Synthesizer):
         training_rounds: Rounds, at the start, that write no shard.
     """
 
+    needs: ClassVar[tuple[str, ...]] = ("student",)
     stateless = False
     config: CoTraining
     teacher_taps: Mapping[str, Tap] = {}

@@ -28,7 +28,7 @@ from dfkd_cli.data.sources import Images
 from dfkd_cli.models.taps import find_taps
 from dfkd_cli.objectives.base import Outputs
 from dfkd_cli.objectives.response import soft_loss
-from dfkd_cli.settings import SCHEDULE, STUDENT_IMAGES, GeneratorTraining, RateSchedule, StudentImages
+from dfkd_cli.settings import GeneratorTraining, RateSchedule, StudentImages
 from dfkd_cli.synthesizers.base import Look, SynthesisTask
 from dfkd_cli.synthesizers.streaming import StreamTrainer
 from dfkd_cli.synthesizers.terms import mean_answer_entropy
@@ -38,13 +38,13 @@ from dfkd_cli.synthesizers.terms import mean_answer_entropy
 class Config(GeneratorTraining):
     """DAFL."""
 
-    steps: int = option(240_000, "iterations, each of which trains the generator and then the student", low=1)
-    batch_size: int = option(1024, "images of one step; also the images of one shard", low=2)
-    latent: int = option(1000, "numbers that the generator makes an image from", low=1)
-    lr: float = option(0.02, "the generator's Adam learning rate", above=0)
-    schedule: RateSchedule = option("student", SCHEDULE)
-    student_images: StudentImages = option("same", STUDENT_IMAGES)
-    student_weight_decay: float = option(5e-4, "the student's weight decay", low=0)
+    steps: int = 240_000
+    batch_size: int = 1024
+    latent: int = 1000
+    lr: float = 0.02
+    schedule: RateSchedule = "student"
+    student_images: StudentImages = "same"
+    student_weight_decay: float = 5e-4
     student_temperature: float = option(1.0, "softmax temperature of the student's loss", above=0)
     features: str = option("penultimate", "the teacher's features: stage1 ..., penultimate, a module's path")
     one_hot: float = option(0.05, "weight of the cross-entropy with the teacher's own class", low=0)
@@ -55,8 +55,6 @@ class Config(GeneratorTraining):
 class DAFL(StreamTrainer):
     """A generator whose images the teacher is sure of."""
 
-    kind = "generator"
-    needs = ("student",)
     epsilon = 0.8
     config: Config
 

@@ -26,5 +26,4 @@ class Config(Inversion):
 class DeepDream(Inverter):
     """Images of one class each."""
 
-    kind = "images"
     config: Config

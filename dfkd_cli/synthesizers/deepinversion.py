@@ -40,7 +40,6 @@ class Config(StatisticsInversion):
 class DeepInversion(Inverter):
     """Images of one class each that look to BatchNorm like the training data."""
 
-    kind = "images"
     needs: ClassVar[tuple[str, ...]] = ("batchnorm",)
     correction = 1
     config: StatisticsInversion

@@ -17,7 +17,6 @@ from dataclasses import dataclass
 import torch.nn.functional as F
 from torch import Tensor
 
-from dfkd_cli.config import option
 from dfkd_cli.settings import AdversarialTraining
 from dfkd_cli.synthesizers.streaming import Adversary
 
@@ -26,17 +25,15 @@ from dfkd_cli.synthesizers.streaming import Adversary
 class Config(AdversarialTraining):
     """DFAD."""
 
-    steps: int = option(25_000, "iterations, each of which trains the generator and then the student", low=1)
-    latent: int = option(256, "numbers that the generator makes an image from", low=1)
-    student_steps: int = option(5, "steps of the student in each iteration", low=1)
-    student_weight_decay: float = option(5e-4, "the student's weight decay", low=0)
+    steps: int = 25_000
+    latent: int = 256
+    student_steps: int = 5
+    student_weight_decay: float = 5e-4
 
 
 class DFAD(Adversary):
     """A generator against a student, by the distance of the logits."""
 
-    kind = "generator"
-    needs = ("student",)
     config: Config
 
     def distance(self, student: Tensor, teacher: Tensor) -> Tensor:

@@ -35,9 +35,9 @@ from dfkd_cli.synthesizers.terms import mean_answer_entropy, statistics_divergen
 class Config(AdversarialTraining):
     """DFQ."""
 
-    steps: int = option(16_000, "iterations, each of which trains the generator and then the student", low=1)
-    latent: int = option(512, "numbers that the generator makes an image from", low=1)
-    student_steps: int = option(5, "steps of the student in each iteration", low=1)
+    steps: int = 16_000
+    latent: int = 512
+    student_steps: int = 5
     student_temperature: float = option(1.0, "softmax temperature of both losses", above=0)
     statistics: float = option(300.0, "weight of the divergence from the BatchNorm statistics", low=0)
     instance_entropy: float = option(1.0, "weight of the entropy of each answer", low=0)
@@ -47,7 +47,6 @@ class Config(AdversarialTraining):
 class DFQ(Adversary):
     """Generators against students that keep to what the teacher knows."""
 
-    kind = "generator"
     needs = ("batchnorm", "student")
     config: Config
 

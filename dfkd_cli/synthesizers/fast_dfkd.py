@@ -41,31 +41,25 @@ from dfkd_cli.synthesizers.pooled import BatchGeneration, Candidate, PooledGener
 class Config(PooledGeneration):
     """Fast-DFKD."""
 
-    iterations: int = option(5, "inner steps on one batch of images", low=1)
-    lr: float = option(
-        3e-3, "Adam learning rate of the generator; the meta generator's is iterations times it", above=0
-    )
+    iterations: int = 5
+    lr: float = option(3e-3, "Adam learning rate of the generator; the meta generator's is iterations times it")
     latent_lr: float = option(0.01, "Adam learning rate of the latents", above=0)
     meta: Literal["fomaml", "reptile"] = option("fomaml", "what the meta generator learns from a batch")
     reset_first_layer: int | None = option(
         120, "round after the warm-up in which the generator's first layer starts anew; none: never", low=1
     )
-    cross_entropy: float = option(0.5, "weight of the cross-entropy with the class", low=0)
-    statistics: float = option(10.0, "weight of the distance to the BatchNorm statistics", low=0)
-    statistics_momentum: float = option(0.9, "share of former batches in the statistics", low=0, high=1)
-    adversarial: float = option(1.33, "weight of the disagreement with the student that is sought", low=0)
-    warmup_share: float = option(
-        0.09, "share of the rounds, at the start, that only make images: the student rests", low=0, high=1
-    )
-    student_lr: float = option(0.2, "the student's first learning rate, which falls along a cosine", above=0)
-    student_batch_size: int = option(256, "images of one step of the student", low=1)
+    cross_entropy: float = 0.5
+    statistics: float = 10.0
+    statistics_momentum: float = 0.9
+    adversarial: float = 1.33
+    warmup_share: float = 0.09
+    student_lr: float = option(0.2, "the student's first learning rate, which falls along a cosine")
+    student_batch_size: int = option(256, low=1)
 
 
 class FastDFKD(PooledGenerator):
     """Each batch starts from the meta generator."""
 
-    kind = "generator"
-    needs = ("batchnorm", "student")
     config: Config
 
     def trained(self) -> Sequence[tuple[Optimizer, LRScheduler | None]]:

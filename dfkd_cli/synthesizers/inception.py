@@ -28,7 +28,6 @@ class Config(SmoothInversion):
 class Inception(ImageOptimizer):
     """Images of one class each that are near to their blurred selves."""
 
-    kind = "images"
     normalised = True
     config: SmoothInversion
 

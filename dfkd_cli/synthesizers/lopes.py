@@ -60,9 +60,9 @@ from dfkd_cli.synthesizers.terms import total_variation
 class Config(ImageOptimization):
     """Images from activation statistics."""
 
-    batch_size: int = option(64, "images optimised together; also the images of one shard", low=1)
-    iterations: int = option(1000, "inner steps on one batch of images", low=1)
-    lr: float = option(0.07, "Adam learning rate on the pixels", above=0)
+    batch_size: int = 64
+    iterations: int = 1000
+    lr: float = 0.07
     variant: Literal["top", "all", "all-dropout", "spectral-all", "spectral-pairs"] = option("all", "what is matched")
     sampling: Literal["gaussian", "code"] = option("gaussian", "noise times the root of the covariance, or times it")
     spectrum: float = option(0.1, "share of the eigenvectors that spectral variants keep", above=0, high=1)
@@ -89,7 +89,6 @@ class Activations:
 class Lopes(ImageOptimizer):
     """Images whose activations are samples of the metadata's statistics."""
 
-    kind = "images"
     needs = ("metadata",)
     config: Config
 

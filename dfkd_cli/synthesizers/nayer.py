@@ -45,32 +45,28 @@ from dfkd_cli.synthesizers.pooled import BatchGeneration, PooledGenerator
 class Config(PooledGeneration):
     """NAYER."""
 
-    batch_size: int = option(400, "images made together; also the images of one shard", low=2)
-    iterations: int = option(30, "inner steps on one batch of images", low=1)
-    lr: float = option(4e-3, "Adam learning rate of the generator and the noisy layers", above=0)
-    latent: int = option(1000, "outputs of a noisy layer, which the generator makes an image from", low=1)
+    batch_size: int = 400
+    iterations: int = 30
+    lr: float = option(4e-3, "Adam learning rate of the generator and the noisy layers")
+    latent: int = option(1000, "outputs of a noisy layer, which the generator makes an image from")
     embedding: Literal["one-hot", "random"] = option("one-hot", "embeddings of the classes, no text encoder's")
     embedding_size: int = option(512, "numbers of a random embedding", low=1)
     generator_life: tuple[int, int] = option(
         (100, 20), "rounds after which the generator starts anew: in the warm-up, later", low=1
     )
-    cross_entropy: float = option(0.5, "weight of the cross-entropy with the class", low=0)
-    statistics: float = option(10.0, "weight of the distance to the BatchNorm statistics", low=0)
-    statistics_momentum: float = option(0.9, "share of former batches in the statistics", low=0, high=1)
-    adversarial: float = option(1.33, "weight of the disagreement with the student that is sought", low=0)
-    warmup_share: float = option(
-        0.25, "share of the rounds, at the start, that only make images: the student rests", low=0, high=1
-    )
-    student_lr: float = option(0.2, "the student's first learning rate, which falls along a cosine", above=0)
-    student_steps: int = option(200, "steps of the student after each batch of images", low=0)
-    student_batch_size: int = option(512, "images of one step of the student", low=1)
+    cross_entropy: float = 0.5
+    statistics: float = 10.0
+    statistics_momentum: float = 0.9
+    adversarial: float = 1.33
+    warmup_share: float = 0.25
+    student_lr: float = option(0.2, "the student's first learning rate, which falls along a cosine")
+    student_steps: int = 200
+    student_batch_size: int = option(512, low=1)
 
 
 class NAYER(PooledGenerator):
     """A generator of noisy label embeddings."""
 
-    kind = "generator"
-    needs = ("batchnorm", "student")
     config: Config
     embeddings: Tensor  # (K, E)
 

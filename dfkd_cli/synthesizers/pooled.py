@@ -68,6 +68,8 @@ class PooledGenerator(PoolTrainer):
     images that are still wanted are kept: BatchNorm and its statistics always see as many.
     """
 
+    kind = "generator"
+    needs = ("batchnorm", "student")
     scaled = False
     config: PooledGeneration
 

@@ -33,7 +33,7 @@ from dfkd_cli.config import option
 from dfkd_cli.errors import ConfigError
 from dfkd_cli.models.activations import Tap
 from dfkd_cli.models.taps import LOGITS, Taps
-from dfkd_cli.settings import TAPS, TEMPERATURE, ImageOptimization
+from dfkd_cli.settings import TAPS, ImageOptimization
 from dfkd_cli.synthesizers.base import ImageOptimizer, Look, SynthesisTask
 from dfkd_cli.synthesizers.terms import tempered_divergence, total_variation
 
@@ -42,9 +42,9 @@ from dfkd_cli.synthesizers.terms import tempered_divergence, total_variation
 class Config(ImageOptimization):
     """Data impressions for normal targets."""
 
-    lr: float = option(0.3, "Adam learning rate on the normalised pixels", above=0)
+    lr: float = option(0.3, "Adam learning rate on the normalised pixels")
     sigma: float = option(100.0, "standard deviation of the logits that are sampled as targets", above=0)
-    temperature: float = option(20.0, TEMPERATURE, above=0)
+    temperature: float = option(20.0, "softmax temperature", above=0)
     divergence: float = option(1.0, "weight of the divergence from the targets", low=0)
     activation: float = option(0.01, "weight of the reward for large features", low=0)
     taps: tuple[str, ...] = option(("last",), TAPS)
@@ -58,7 +58,6 @@ LayerTargets = dict[str, tuple[slice, Tensor]]  # by layer of U units: of which 
 class SoftTarget(ImageOptimizer):
     """Data impressions for normal targets."""
 
-    kind = "images"
     normalised = True
     config: Config
 

@@ -35,6 +35,7 @@ class StreamTrainer(CoTrainer):
         epsilon: Of the generator's BatchNorm layers.
     """
 
+    kind = "generator"
     config: GeneratorTraining
     epsilon: ClassVar[float] = 1e-5
     unit = "iterations"

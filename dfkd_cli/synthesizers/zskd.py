@@ -48,7 +48,6 @@ class Config(ImageOptimization):
 class ZSKD(ImageOptimizer):
     """Data impressions for Dirichlet targets."""
 
-    kind = "images"
     config: Config
 
     def targets(self, first: int, count: int) -> Tensor:

@@ -32,17 +32,7 @@ from dfkd_cli.objectives.at import AttentionTransfer
 from dfkd_cli.objectives.at import Config as Attention
 from dfkd_cli.objectives.base import Outputs
 from dfkd_cli.objectives.response import soft_loss
-from dfkd_cli.settings import (
-    CLIP,
-    END,
-    STUDENT_IMAGES,
-    STUDENT_OPTIMIZER,
-    AdversarialTraining,
-    Compared,
-    GeneratorEnd,
-    StudentImages,
-    StudentOptimizer,
-)
+from dfkd_cli.settings import AdversarialTraining, Compared, GeneratorEnd, StudentImages, StudentOptimizer
 from dfkd_cli.synthesizers.base import SynthesisTask
 from dfkd_cli.synthesizers.streaming import Adversary
 
@@ -51,15 +41,15 @@ from dfkd_cli.synthesizers.streaming import Adversary
 class Config(Compared, AdversarialTraining):
     """Adversarial belief matching."""
 
-    steps: int = option(80_000, "iterations, each of which trains the generator and then the student", low=1)
-    batch_size: int = option(128, "images of one step; also the images of one shard", low=2)
-    end: GeneratorEnd = option("normal", END)
-    clip: float = option(5.0, CLIP, low=0)
-    student_steps: int = option(10, "steps of the student in each iteration", low=1)
-    student_images: StudentImages = option("updated", STUDENT_IMAGES)
-    student_optimizer: StudentOptimizer = option("adam", STUDENT_OPTIMIZER)
-    student_lr: float = option(2e-3, "the student's first learning rate", above=0)
-    student_weight_decay: float = option(0.0, "the student's weight decay", low=0)
+    steps: int = 80_000
+    batch_size: int = 128
+    end: GeneratorEnd = "normal"
+    clip: float = 5.0
+    student_steps: int = 10
+    student_images: StudentImages = "updated"
+    student_optimizer: StudentOptimizer = "adam"
+    student_lr: float = 2e-3
+    student_weight_decay: float = 0.0
     student_temperature: float = option(1.0, "softmax temperature of both losses", above=0)
     attention: float = option(250.0, "weight of the attention maps", low=0)
 
@@ -67,8 +57,6 @@ class Config(Compared, AdversarialTraining):
 class ZSKT(Adversary):
     """A generator against a student, by the divergence of their answers."""
 
-    kind = "generator"
-    needs = ("student",)
     config: Config
 
     def __init__(self, task: SynthesisTask, config: Config) -> None:

@@ -15,9 +15,9 @@ from dfkd_cli import catalog
 from dfkd_cli.artifacts.shards import ShardReader
 from dfkd_cli.cli import listing
 from dfkd_cli.config import defaults, hints
-from dfkd_cli.settings import CHOICES, INPUTS, Run
+from dfkd_cli.settings import Run
 
-COMMANDS = [*catalog.COMMANDS, "ls", "cp", "info"]
+COMMANDS = [*catalog.commands(), "ls", "cp", "info"]
 # Environments that make many tools believe in a colour terminal.
 FORCED = {"GITHUB_ACTIONS": "true", "FORCE_COLOR": "1", "PY_COLORS": "1", "CLICOLOR_FORCE": "1", "TERM": "xterm"}
 ESCAPE = "\x1b"
@@ -39,9 +39,10 @@ def words(text: str) -> str:
 
 def test_help_and_listings_never_import_torch(tmp_path):
     """They answer at once: importing torch takes seconds."""
-    argvs = [[], ["-h"], ["--help"], ["--version"], *([command, "--help"] for command in COMMANDS)]
-    for flag, command, package in ((f, c, p) for c, choices in CHOICES.items() for f, p, _ in choices):
-        argvs += [[command, f"--{flag}", name, "--help"] for name in catalog.entries(package)]
+    argvs = [[], ["-h"], ["--help"], ["--version"], *([name, "--help"] for name in COMMANDS)]
+    for command in catalog.commands().values():
+        for choice in command.choices:
+            argvs += [[command.name, f"--{choice.flag}", name, "--help"] for name in catalog.entries(choice.package)]
     argvs += [["ls", kind, *more] for kind in KINDS for more in ([], ["--json"])]
     program = (
         "import sys, json\n"
@@ -58,20 +59,18 @@ def test_help_and_listings_never_import_torch(tmp_path):
     assert list(tmp_path.iterdir()) == []
 
 
-@pytest.mark.parametrize("command", catalog.COMMANDS)
+@pytest.mark.parametrize("command", catalog.commands().values(), ids=lambda command: command.name)
 def test_help_shows_every_flag_with_meaning_and_default(command, cli, monkeypatch):
     monkeypatch.setenv("COLUMNS", "400")
-    named = [(flag, name) for flag, package, _ in CHOICES.get(command, ()) for name in catalog.entries(package)]
-    for flag, name in named or [(None, None)]:
-        code, out, _ = cli(command, *([f"--{flag}", name] if flag else []), "--help")
+    named = [(choice.flag, entry) for choice in command.choices for entry in catalog.entries(choice.package).values()]
+    for flag, entry in named or [(None, None)]:
+        code, out, _ = cli(command.name, *([f"--{flag}", entry.name] if flag else []), "--help")
         assert code == 0
         text = words(out)
-        classes = [INPUTS[command], Run]
+        classes = [command.inputs, Run]
         if flag:
-            package = next(p for f, p, _ in CHOICES[command] if f == flag)
-            entry = catalog.entries(package)[name]
             classes.append(entry.config)
-            assert f"{name}: {entry.summary}" in text and entry.paper in text
+            assert f"{entry.name}: {entry.summary}" in text and entry.paper in text
         for cls in classes:
             for key in hints(cls):
                 if key != "paths":
@@ -80,8 +79,8 @@ def test_help_shows_every_flag_with_meaning_and_default(command, cli, monkeypatc
                 if isinstance(value, (int, float)) and not isinstance(value, bool):
                     line = next(part for part in out.splitlines() if f"--{key.replace('_', '-')} " in part)
                     assert f"(default: {value})" in line
-        for flag_, package, _ in CHOICES.get(command, ()):
-            assert f"--{flag_}: {', '.join(catalog.entries(package))}" in text
+        for choice in command.choices:
+            assert f"--{choice.flag}: {', '.join(catalog.entries(choice.package))}" in text
 
 
 def test_help_in_a_pipe_has_no_escape_codes(dfkd, tmp_path):

@@ -21,7 +21,7 @@ from dfkd_cli.models.classifier import Classifier, ModelInfo
 from dfkd_cli.objectives.response import soft_loss
 from dfkd_cli.regimes import base
 from dfkd_cli.regimes.base import Task
-from dfkd_cli.settings import Distill
+from dfkd_cli.stages.distill import Inputs as Distill
 
 NAME = "pseudo-examples"
 TAU = 4.0

@@ -3,25 +3,18 @@
 from __future__ import annotations
 
 import dataclasses
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
-from dfkd_cli import config
+from dfkd_cli import catalog, config
 from dfkd_cli.errors import ConfigError, did_you_mean, memory_can_end
 from dfkd_cli.resolve import Settings, resolve
-from dfkd_cli.settings import FOREIGN, INPUTS, Run
-from dfkd_cli.stages import collect_metadata, distill, synthesize, train_teacher
+from dfkd_cli.settings import FOREIGN, Run
 from dfkd_cli.ui import Terminal
 
 # The flags of `compare` that reach every command which has them.
 _PASSED = ("device", "precision", "logger", "allow_code", "data_dir")
-STAGES: dict[str, Callable[[Settings, Terminal], Any]] = {
-    "train-teacher": train_teacher.run,
-    "collect-metadata": collect_metadata.run,
-    "synthesize": synthesize.run,
-    "distill": distill.run,
-}
 
 
 @dataclasses.dataclass(frozen=True)
@@ -93,7 +86,7 @@ def choose_rows(runs: Sequence[PlannedRun], rows: Sequence[str] | None) -> tuple
 
 def passed_flags(settings: Settings, command: str, foreign: bool) -> dict[str, Any]:
     """The flags given to ``compare`` that the command has too; those of a foreign teacher only where it reads that."""
-    fields = {*config.hints(INPUTS[command]), *config.hints(Run)}
+    fields = {*config.hints(catalog.command(command).inputs), *config.hints(Run)}
     values = config.plain(settings.inputs) | config.plain(settings.run)
     unset = config.defaults(type(settings.inputs)) | config.defaults(Run)
     names = _PASSED + FOREIGN if foreign else _PASSED
@@ -105,4 +98,4 @@ def carry_out(values: dict[str, Any], verbosity: int, silent: bool) -> None:
     command = values.pop("command")
     quiet = Terminal(verbosity, as_json=True, silent=silent)  # stdout is for the comparison
     with memory_can_end():  # of one command: the others go on
-        STAGES[command](resolve(command, [("", values)]), quiet)
+        catalog.command(command).load()(resolve(command, [("", values)]), quiet)

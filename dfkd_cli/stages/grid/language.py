@@ -104,7 +104,7 @@ def parse(settings: Settings) -> tuple[GridTeacher, ...]:
     Raises:
         ConfigError: Unknown key, bad value, or a row from nothing. The settings of commands are not checked yet.
     """
-    grid = mapping(settings.grid, "grid", _KEYS)
+    grid = mapping(settings.sections["grid"], "grid", _KEYS)
     teachers = _teachers(grid, settings.inputs.teacher)
     seeds = config.convert(grid.get("seeds", [0]), tuple[int, ...], "grid.seeds")
     if len(set(seeds)) < len(seeds) or min(seeds) < 0:

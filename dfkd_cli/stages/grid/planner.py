@@ -30,7 +30,7 @@ def plan(settings: Settings, out: Path) -> Grid:
 
     def runs_under(root: Path) -> tuple[PlannedRun, ...]:
         runs = [run for teacher in teachers for run in _Planner(settings, teacher, root).runs()]
-        return choose_rows(list(_published(mapping(settings.about, "about"), runs)), settings.inputs.rows)
+        return choose_rows(list(_published(mapping(settings.sections["about"], "about"), runs)), settings.inputs.rows)
 
     identity = []
     for run in runs_under(Path()):

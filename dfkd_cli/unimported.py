@@ -1,0 +1,125 @@
+"""What a module of the package defines, read off its text: importing torch takes seconds, reading takes none."""
+
+from __future__ import annotations
+
+import ast
+import contextlib
+import dataclasses
+import functools
+import importlib
+import inspect
+import sys
+from pathlib import Path
+from typing import Any
+
+PACKAGE = Path(__file__).parent
+# Modules that are imported where a definition draws on them. None of them imports torch.
+_LIGHT = {*sys.stdlib_module_names, *(f"{__package__}.{name}" for name in ("catalog", "config", "errors", "settings"))}
+
+
+class Module:
+    """A module as text.
+
+    Args:
+        path: Its file.
+        text: What of the file is read.
+
+    Attributes:
+        doc: The docstring.
+        names: The statement that defines or imports each name.
+        classes: The names of its classes, in the order of the text.
+    """
+
+    def __init__(self, path: Path, text: str) -> None:
+        tree = ast.parse(text)
+        self.path, self.doc = path, ast.get_docstring(tree) or ""
+        self.names = {name: statement for statement in tree.body for name in _bound(statement)}
+        self.classes = [name for name, statement in self.names.items() if isinstance(statement, ast.ClassDef)]
+        self._undefined, self._values = dict(self.names), dict[str, Any](__name__=__name__)
+        self.traits = functools.cache(self._traits)
+
+    def value(self, name: str) -> Any:
+        """What a name stands for, after running nothing but its definition and what that draws on.
+
+        Raises:
+            NameError: No such name, or only importing the module would give it.
+        """
+        self._define(name)
+        if name not in self._values:
+            raise NameError(f"{self.path}: only importing the module would give {name!r}", name=name)
+        return self._values[name]
+
+    def _define(self, name: str) -> None:
+        statement = self._undefined.pop(name, None)
+        if isinstance(statement, (ast.Import, ast.ImportFrom)):
+            with contextlib.suppress(NameError):  # it may be for a function that is not called here
+                self._values[name] = _imported(statement, name)
+        elif statement is not None:
+            for node in ast.walk(statement):
+                if isinstance(node, ast.Name):
+                    self._define(node.id)
+            code = compile(ast.Module([statement], []), str(self.path), "exec", annotations.compiler_flag)
+            exec(code, self._values)
+            if dataclasses.is_dataclass(value := self._values[name]) and isinstance(value, type):
+                # Its type hints are strings: resolve them while the names are at hand.
+                value.__annotations__ = inspect.get_annotations(value, globals=self._values, eval_str=True)
+
+    def _traits(self, name: str) -> type:
+        """A class with nothing but its literal attributes, such as ``kind = "images"``, and its bases in the package.
+
+        What is no class of the package is ``object``.
+        """
+        statement = self.names.get(name)
+        if isinstance(statement, ast.ImportFrom) and (source := _source(statement)):
+            return source.traits(_alias(statement, name).name)
+        if not isinstance(statement, ast.ClassDef):
+            return object
+        bases = [self.traits(base.id) for base in statement.bases if isinstance(base, ast.Name)]
+        literals: dict[str, Any] = {}
+        for attribute in statement.body:
+            if isinstance(attribute, (ast.Assign, ast.AnnAssign)) and attribute.value is not None:
+                with contextlib.suppress(ValueError):
+                    literals |= dict.fromkeys(_bound(attribute), ast.literal_eval(attribute.value))
+        return type(name, tuple(base for base in bases if base is not object), literals)
+
+
+@functools.cache
+def read(path: Path) -> Module:
+    """The module in a file."""
+    return Module(path, path.read_text(encoding="utf-8"))
+
+
+def _source(statement: ast.ImportFrom) -> Module | None:
+    """The module of the package that an import is from, or None."""
+    root, *parts = (statement.module or "").split(".")
+    stem = PACKAGE.joinpath(*parts)
+    path = next((p for p in (stem.with_suffix(".py"), stem / "__init__.py") if p.is_file()), None)
+    return read(path) if root == __package__ and path is not None else None
+
+
+def _imported(statement: ast.Import | ast.ImportFrom, name: str) -> Any:
+    """What an import gives, or :class:`NameError` where that is not to be imported here."""
+    alias = _alias(statement, name)
+    module = alias.name if isinstance(statement, ast.Import) else statement.module or ""
+    if not {module, module.partition(".")[0]}.isdisjoint(_LIGHT):
+        imported = importlib.import_module(module)
+        return imported if isinstance(statement, ast.Import) else getattr(imported, alias.name)
+    if isinstance(statement, ast.ImportFrom) and (source := _source(statement)):
+        return source.value(alias.name)
+    raise NameError(f"{module} is not imported for its definitions", name=name)
+
+
+def _alias(statement: ast.Import | ast.ImportFrom, name: str) -> ast.alias:
+    return next(alias for alias in statement.names if name in (alias.asname, alias.name))
+
+
+def _bound(statement: ast.stmt) -> list[str]:
+    """The names that a statement binds."""
+    if isinstance(statement, (ast.ClassDef, ast.FunctionDef)):
+        return [statement.name]
+    if isinstance(statement, (ast.Import, ast.ImportFrom)):
+        return [alias.asname or alias.name for alias in statement.names]
+    if isinstance(statement, (ast.Assign, ast.AnnAssign)) and statement.value is not None:
+        targets = statement.targets if isinstance(statement, ast.Assign) else [statement.target]
+        return [node.id for target in targets for node in ast.walk(target) if isinstance(node, ast.Name)]
+    return []

@@ -1,0 +1,296 @@
+"""The catalogue: what is read off the text of a file is what importing it gives, and a file is all that is needed."""
+
+from __future__ import annotations
+
+import json
+import shutil
+import sys
+from collections.abc import Callable
+from dataclasses import replace
+from pathlib import Path
+
+import pytest
+
+import dfkd_cli
+from dfkd_cli import catalog
+from dfkd_cli.config import defaults, hints, options
+from dfkd_cli.unimported import Module
+
+METHODS = [
+    entry for package in ("synthesizers", "objectives", "regimes") for entry in catalog.entries(package).values()
+]
+
+
+# -- text and import ---------------------------------------------------------------------------------------------------
+
+
+def alike(read: type, imported: type) -> bool:
+    """Whether two configuration classes have the same fields, in the same order."""
+    same = all(look(read) == look(imported) for look in (hints, defaults, options))
+    return same and list(hints(read)) == list(hints(imported))
+
+
+@pytest.mark.parametrize("entry", METHODS, ids=lambda entry: entry.name)
+def test_a_method_is_what_its_text_says(entry):
+    worker = entry.load()
+    assert (entry.kind, entry.needs) == (worker.kind, worker.needs)
+    assert entry.weight == getattr(worker, "default_weight", 1.0)
+    assert alike(entry.config, sys.modules[worker.__module__].Config)
+
+
+@pytest.mark.parametrize("command", catalog.commands().values(), ids=lambda command: command.name)
+def test_a_command_is_what_its_text_says(command):
+    module = sys.modules[command.load().__module__]
+    assert replace(command, name="", help="") == module.COMMAND
+    assert alike(command.inputs, module.Inputs)
+    assert command.help.startswith(module.__doc__.partition("\n")[0])
+
+
+def test_no_two_commands_stand_in_one_place():
+    positions = [command.position for command in catalog.commands().values()]
+    assert positions == sorted(set(positions))
+
+
+BASES = """
+import torch
+from torch import nn
+from dfkd_cli.synthesizers.deepinversion import DeepInversion
+from dfkd_cli.synthesizers.cotraining import PoolTrainer
+
+class Own(nn.Module):
+    kind = "own"
+
+class Restated(PoolTrainer, DeepInversion):
+    needs: tuple[str, ...] = ("batchnorm", "student")
+
+class Inherited(DeepInversion):
+    scaled = True
+
+class Computed(Own):
+    kind = "".join(["no", "literal"])
+
+class Mixed(Own, DeepInversion):
+    pass
+"""
+
+
+def test_traits_are_inherited_as_python_inherits_them():
+    module = Module(Path("bases.py"), BASES)
+    inherited, mixed = module.traits("Inherited"), module.traits("Mixed")
+    assert (inherited.kind, inherited.needs, inherited.scaled) == ("images", ("batchnorm",), True)
+    assert module.traits("Restated").needs == ("batchnorm", "student")
+    assert (mixed.kind, mixed.needs) == ("own", ("batchnorm",))
+    assert module.traits("Computed").kind == "own"
+    assert module.traits("nn") is module.traits("torch") is module.traits("absent") is object
+
+
+DRAWN = """
+import math
+import torch
+from dfkd_cli.models.taps import LOGITS
+from dfkd_cli.regimes.offline import Config as Offline
+COUNT, (TWICE, *MORE) = 3, (6, 7)
+AREA: float = math.pi * COUNT ** 2
+def half(): return TWICE / 2
+class Both(Offline):
+    place = LOGITS
+    def slow(self): return torch.zeros(COUNT)
+TENSOR = torch.zeros(3)
+raise RuntimeError("the module is not run")
+"""
+
+
+def test_a_definition_is_run_with_what_it_draws_on_and_nothing_else():
+    module = Module(Path("drawn.py"), DRAWN)
+    assert module.value("AREA") == pytest.approx(28.274, abs=1e-3)
+    assert module.value("half")() == 3
+    assert module.value("Both").place == "logits"
+    assert module.value("Both").__mro__[1] is catalog.entries("regimes")["offline"].config
+    for name in ("TENSOR", "torch", "absent"):
+        with pytest.raises(NameError):
+            module.value(name)
+
+
+# -- one new file ------------------------------------------------------------------------------------------------------
+
+SYNTHESIZER = '''"""Grey images: a baseline."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+import torch
+
+from dfkd_cli.config import option
+from dfkd_cli.synthesizers.base import Impressions
+from dfkd_cli.synthesizers.noise import Config as NoiseConfig
+from dfkd_cli.synthesizers.noise import Noise
+
+
+@dataclass(frozen=True, kw_only=True)
+class Config(NoiseConfig):
+    """Grey images."""
+
+    batch_size: int = 4
+    grey: float = option(0.5, "what every pixel is", low=0, high=1)
+
+
+class Grey(Noise):
+    """Images without anything on them."""
+
+    def make(self, first: int, count: int) -> Impressions:
+        images = torch.full((count, *self.teacher.info.input_size), self.config.grey)
+        return Impressions(images.to(self.device), None, {})
+'''
+OBJECTIVE = '''"""The gap between the logits: a baseline."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+from dfkd_cli.config import option
+from dfkd_cli.objectives.answers import AnswerObjective
+from dfkd_cli.settings import Answers
+
+
+@dataclass(frozen=True, kw_only=True)
+class Config(Answers):
+    """Gaps."""
+
+    gap: float = option(1.0, "weight of the gap", low=0)
+
+
+class Gap(AnswerObjective):
+    """Absolute differences."""
+
+    default_weight = 0.25
+    terms = ("gap", "hard")
+
+    def forward(self, student, teacher, images):
+        one, other = self.answers(student, teacher)
+        return {"gap": (one - other).abs().mean()} | self.hard(student, teacher, images)
+'''
+REGIME = '''"""Offline distillation, louder: a baseline."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+from dfkd_cli.config import option
+from dfkd_cli.regimes.offline import Config as OfflineConfig
+from dfkd_cli.regimes.offline import Offline
+
+
+@dataclass(frozen=True, kw_only=True)
+class Config(OfflineConfig):
+    """Loud distillation."""
+
+    loudness: float = option(2.0, "what the loss is multiplied by", above=0)
+
+
+class Louder(Offline):
+    """A loss that is multiplied."""
+
+    def loss(self, images):
+        loss, terms = super().loss(images)
+        return self.config.loudness * loss, terms
+'''
+COMMAND = '''"""Count the images of shards.
+
+Reads shard directories, writes nothing.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from dfkd_cli.artifacts.shards import ShardReader
+from dfkd_cli.catalog import Command
+from dfkd_cli.config import option
+from dfkd_cli.errors import GateNotMet
+from dfkd_cli.resolve import Settings
+from dfkd_cli.ui import Terminal
+
+
+@dataclass(frozen=True, kw_only=True)
+class Inputs:
+    """What is read."""
+
+    paths: tuple[str, ...] = option(("shards",), "shard directories", argument="PATH ...")
+    least: int = option(1, "gate: exit 5 when there are fewer", low=1)
+
+
+COMMAND = Command(position=35, examples=("dfkd count-images shards/",), next="dfkd distill")
+
+
+def run(settings: Settings, terminal: Terminal, dry_run: bool = False) -> dict[str, Any]:
+    """Count."""
+    count = sum(sum(ShardReader(Path(path)).sizes) for path in settings.inputs.paths)
+    terminal.answer(f"{count} images")
+    answer = {"metrics": {"count": count}}
+    if count < settings.inputs.least:
+        raise GateNotMet(f"{count} images", answer=answer)
+    return answer
+'''
+FILES = {
+    "synthesizers/grey.py": SYNTHESIZER,
+    "objectives/gap.py": OBJECTIVE,
+    "regimes/louder.py": REGIME,
+    "stages/count_images.py": COMMAND,
+}
+
+
+@pytest.fixture(scope="module")
+def typed(dfkd, teacher, tmp_path_factory) -> Callable[[str], str]:
+    """``typed(line)``: stdout of a command line of the package with the new files, beside a teacher."""
+    package, here = tmp_path_factory.mktemp("package"), tmp_path_factory.mktemp("work")
+    shutil.copytree(Path(dfkd_cli.__file__).parent, package / "dfkd_cli", ignore=shutil.ignore_patterns("__pycache__"))
+    for name, text in FILES.items():
+        (package / "dfkd_cli" / name).write_text(text)
+    shutil.copytree(teacher, here / "teacher")
+
+    def run(line: str, code: int = 0) -> str:
+        done = dfkd(*line.split(), cwd=here, env={"PYTHONPATH": str(package)})
+        assert done.returncode == code, done.stderr
+        return done.stdout
+
+    return run
+
+
+def test_new_methods_are_listed(typed):
+    items = [item for kind in ("methods", "objectives") for item in json.loads(typed(f"ls {kind} --json"))["items"]]
+    new = {item["name"]: (item["kind"], item["needs"], item["summary"]) for item in items}
+    assert new["grey"] == ("noise", [], "Grey images: a baseline")
+    assert new["gap"] == ("response", [], "The gap between the logits: a baseline")
+    assert new["louder"] == ("regime", ["teacher"], "Offline distillation, louder: a baseline")
+
+
+def test_a_new_command_is_in_the_help_at_its_place(typed):
+    commands = [line.split()[0] for line in typed("--help").splitlines() if line.startswith("  ") and line.strip()]
+    at = commands.index("count-images")
+    assert commands[at - 1 : at + 2] == ["synthesize", "count-images", "distill"]
+    text = " ".join(typed("count-images --help").split())
+    for part in ("Count the images of shards.", "[PATH ...]", "--least INT", "(default: 1)", "Next: dfkd distill"):
+        assert part in text
+
+
+def test_new_methods_have_their_flags_and_those_of_their_bases(typed):
+    text = " ".join(typed("synthesize --method grey --help").split())
+    for part in (
+        "--grey FLOAT what every pixel is (default: 0.5)",
+        "--batch-size INT images of one shard (default: 4)",
+    ):
+        assert part in text
+    text = " ".join(typed("distill --method louder --objective gap --help").split())
+    for part in ("--loudness FLOAT", "--gap FLOAT", "--hard FLOAT", "louder: Offline distillation, louder"):
+        assert part in text
+
+
+def test_new_files_work_from_end_to_end(typed):
+    assert json.loads(typed("synthesize --method grey --num-images 6 --json"))["metrics"]["count"] == 6
+    assert typed("count-images") == "6 images\n"
+    assert json.loads(typed("count-images shards shards --least 13 --json", code=5))["metrics"] == {"count": 12}
+    answer = json.loads(typed("distill --method louder --objective gap --steps 1 --batch-size 2 --json"))
+    assert answer["artifacts"] == {"student": "student"}
