@@ -323,7 +323,7 @@ class Evaluate(ForeignModel):
 
     # Volatile: what decides the result is what the paths hold, by hash.
     paths: tuple[str, ...] | None = option(None, "what to measure (default: teacher/ and student/)", volatile=True)
-    teacher: str | None = option(None, "teacher to compare with (default: teacher/)")
+    teacher: str | None = option(None, "teacher to compare with (default: the one that is on record)")
     dataset: str | None = option(None, "dataset to test on (default: the teacher's)")
     data_dir: str | None = option(None, "where datasets lie", volatile=True)
     batch_size: int = option(500, "images per forward pass", low=1, volatile=True)
