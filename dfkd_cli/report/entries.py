@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import csv
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
@@ -12,7 +13,8 @@ from dfkd_cli.artifacts.files import digest, read_json, sha256_file
 from dfkd_cli.artifacts.run import RUN
 from dfkd_cli.artifacts.shards import MANIFEST, ShardReader
 from dfkd_cli.errors import ArtifactError
-from dfkd_cli.models.directory import RECORD, identity, load_model
+from dfkd_cli.models.directory import RECORD, identity
+from dfkd_cli.models.names import Location, ModelDirectory
 
 
 @dataclass(frozen=True)
@@ -47,10 +49,7 @@ class ShardSet:
             "count": self.manifest["count"],
             "confidence": self.run.get("metrics", {}).get("confidence"),
             "concerns": self.run.get("concerns", []),
-            "seconds": self.run.get("seconds"),
-            "device": self.run.get("device"),
-            "argv": self.run.get("argv"),
-            "versions": self.run.get("versions"),
+            **{key: self.run.get(key) for key in ("seconds", "device", "argv", "versions")},
         }
 
 
@@ -59,7 +58,8 @@ class Model:
     """A model directory, or a foreign teacher.
 
     Attributes:
-        path: Where it is.
+        location: What opens it.
+        path: Where it is; of a foreign teacher its SPEC.
         sha256: Of its weights and their use.
         parameters: Number of them.
         record: ``model.json``.
@@ -71,6 +71,7 @@ class Model:
         published: What a paper reports as its top-1, a share.
     """
 
+    location: Location
     path: Path
     sha256: str
     parameters: int
@@ -142,19 +143,21 @@ class Model:
         return read_curves(self.path / "metrics.csv")
 
 
-def read_model(path: Path, allow_code: bool) -> Model:
-    """Read a model directory, and find the shard sets it names.
+def read_model(location: Location, allow_code: bool) -> Model:
+    """Read a model, and find the shard sets that its directory names.
 
     Raises:
         ArtifactError: Missing, damaged, or not a model.
+        ConfigError: A foreign model cannot be built.
     """
-    classifier, record = load_model(path, allow_code)
-    run = read_run(path)
-    found = [find(parent, path, MANIFEST) for parent in run.get("parents", [])]
-    if (beside := made_beside(path)) is not None:
-        found = [beside]
-    shards = [read_shards(place) for place in found if place is not None]
-    return Model(path, identity(record), classifier.num_parameters, record, run, shards)
+    model = location.open(allow_code)
+    facts = location, Path(model.path), model.sha256, model.classifier.num_parameters, model.record
+    if not isinstance(location, ModelDirectory):
+        return Model(*facts)
+    path, run = Path(model.path), read_run(Path(model.path))
+    beside = made_beside(path)
+    places = [find(parent, path, MANIFEST) for parent in run.get("parents", [])] if beside is None else [beside]
+    return Model(*facts, run, [read_shards(place) for place in places if place is not None])
 
 
 def read_shards(path: Path) -> ShardSet:
@@ -172,21 +175,35 @@ def made_beside(path: Path) -> Path | None:
     return path.parent if not (path / RUN).is_file() and (path.parent / MANIFEST).is_file() else None
 
 
+def where(parent: Mapping[str, Any], child: Path) -> list[Path]:
+    """Where a parent of ``child``, as a ``run.json`` names it, may lie; nowhere if it has no path.
+
+    The path is relative to where the command ran: here, or, as a rule, beside the child.
+    """
+    return [base / parent["path"] for base in (Path(), child.resolve().parent)] if "path" in parent else []
+
+
 def find(parent: Mapping[str, Any], child: Path, file: str) -> Path | None:
     """The directory that a ``run.json`` names as a parent, if it is still there and still the same.
-
-    Its path is relative to where the command ran: here, or, as a rule, beside the child.
 
     Args:
         parent: ``{"path": ..., "sha256": ...}``, other parents are never found.
         child: The directory whose parent it is.
         file: ``manifest.json`` or ``model.json``, whichever makes a directory of that kind.
     """
-    for base in (Path(), child.resolve().parent):
-        path = base / parent.get("path", "")
-        if "path" in parent and (path / file).is_file() and _sha256(path / file) == parent["sha256"]:
-            return path
+    for path in where(parent, child):
+        with contextlib.suppress(KeyError, TypeError):  # what lies there now is something else
+            if (path / file).is_file() and _sha256(path / file) == parent["sha256"]:
+                return path
     return None
+
+
+def find_teacher(child: Path, sha256: str) -> Path | None:
+    """The teacher, by its hash, of a model or shard directory: where its run says, or in ``teacher/``; else None."""
+    run = made_beside(child) or child
+    recorded = [parent for parent in read_run(run).get("parents", []) if parent["role"] == "teacher"]
+    candidates = [parent | {"sha256": sha256} for parent in [*recorded, {"path": "teacher"}]]
+    return next(filter(None, (find(parent, run, RECORD) for parent in candidates)), None)
 
 
 def read_curves(path: Path) -> dict[str, list[float]]:

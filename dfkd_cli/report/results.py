@@ -97,9 +97,7 @@ def _run(model: Model, section: Section, measured: Mapping[Path, Measures]) -> d
         "rounds": len(curves.get("round", [])),
         "last": {name: column[-1] for name, column in curves.items()},
         "shards": [s.facts() for s in model.shards],
-        "argv": model.run.get("argv"),
-        "versions": model.run.get("versions"),
-        "started": model.run.get("started"),
+        **{key: model.run.get(key) for key in ("argv", "versions", "started")},
     }
 
 

@@ -7,8 +7,8 @@ from dataclasses import dataclass, field
 from pathlib import Path
 
 from dfkd_cli.errors import ArtifactError, ConfigError
-from dfkd_cli.models.directory import RECORD
-from dfkd_cli.report.entries import Model, find, read_model
+from dfkd_cli.models.names import ModelDirectory
+from dfkd_cli.report.entries import Model, find_teacher, read_model
 
 
 @dataclass
@@ -95,12 +95,8 @@ def _section(sections: dict[str, Section], model: Model, teacher: Model, dataset
 def _teacher_of(student: Model, known: dict[str, Model], allow_code: bool) -> Model | None:
     """Among the known models, by hash, or where the student says, or in ``teacher/``: then it is known as well."""
     wanted = str(student.teacher)
-    if wanted not in known:
-        recorded = [parent for parent in student.run.get("parents", []) if parent["role"] == "teacher"]
-        candidates = [*recorded, {"path": "teacher", "sha256": wanted}]
-        places = (find(parent, student.path, RECORD) for parent in candidates)
-        if (place := next(filter(None, places), None)) is not None:
-            known[wanted] = read_model(place, allow_code)
+    if wanted not in known and (place := find_teacher(student.path, wanted)) is not None:
+        known[wanted] = read_model(ModelDirectory(str(place)), allow_code)
     return known.get(wanted)
 
 

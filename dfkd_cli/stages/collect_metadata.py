@@ -23,10 +23,11 @@ from dfkd_cli.data.sources import Source
 from dfkd_cli.errors import ConfigError, RunFailed
 from dfkd_cli.models.activations import outputs_of, pre_activations
 from dfkd_cli.models.classifier import Classifier, probe
+from dfkd_cli.models.names import locate
 from dfkd_cli.models.statistics import RunningMoments
 from dfkd_cli.resolve import Settings
 from dfkd_cli.settings import ForeignModel
-from dfkd_cli.stages.inputs import load_teacher, pick_device, real_images
+from dfkd_cli.stages.inputs import pick_device, real_images
 from dfkd_cli.stages.measures import batches
 from dfkd_cli.stages.training import rehearse
 from dfkd_cli.ui import Progress, Terminal
@@ -60,7 +61,7 @@ def run(settings: Settings, terminal: Terminal, dry_run: bool = False) -> dict[s
     if dry_run:
         return rehearse(settings, run, terminal)
     inputs = settings.inputs
-    teacher = load_teacher(inputs, settings.run.allow_code)
+    teacher = locate(inputs.teacher, inputs).open(settings.run.allow_code)
     dataset = inputs.dataset or teacher.dataset
     if dataset is None:
         raise ConfigError(f"{inputs.teacher}: the teacher's record names no dataset", "give --dataset NAME or DIR")

@@ -21,15 +21,16 @@ from dfkd_cli.data.seal import sealed
 from dfkd_cli.data.sources import first
 from dfkd_cli.errors import ConfigError
 from dfkd_cli.models.classifier import Classifier
+from dfkd_cli.models.names import LoadedModel, architecture, locate
 from dfkd_cli.objectives.base import Objective
 from dfkd_cli.regimes.base import Task
 from dfkd_cli.resolve import Component, Settings
 from dfkd_cli.seeds import derive
 from dfkd_cli.settings import ForeignModel, Training
 from dfkd_cli.stages.calibrate import calibrate, check
-from dfkd_cli.stages.inputs import LoadedModel, TransferSet, concatenate, load_teacher, may_be_real, open_transfer_set
+from dfkd_cli.stages.inputs import TransferSet, concatenate, may_be_real, open_transfer_set, real_data
 from dfkd_cli.stages.measures import agreement
-from dfkd_cli.stages.training import architecture, fresh, rehearse, train
+from dfkd_cli.stages.training import fresh, rehearse, train
 from dfkd_cli.ui import Terminal
 
 
@@ -140,7 +141,7 @@ def run(settings: Settings, terminal: Terminal, dry_run: bool = False) -> dict[s
 def learn(settings: Settings, job: Job, terminal: Terminal) -> dict[str, Any]:
     """Train the student of a job into its model directory."""
     task, teacher = job.task(settings), job.teacher
-    parents = [teacher.parent("teacher"), *(s.parent for s in job.sets), *architecture(settings.inputs.student)]
+    parents = [teacher.parent("teacher"), *(s.parent for s in job.sets), *architecture(settings.inputs.student).parents]
     facts = {"data_free": job.data_free, "uses": job.uses, "num_images": len(task.source)}
     directory = RunDirectory(settings.out, settings, parents, facts)
 
@@ -154,7 +155,7 @@ def learn(settings: Settings, job: Job, terminal: Terminal) -> dict[str, Any]:
         "uses": job.uses,
         "seed": settings.run.seed,
         "teacher": teacher.sha256,
-        "line": list(teacher.line),
+        "line": list(teacher.ancestry),
         "transfer_set": [{k: v for k, v in s.parent.items() if k in ("spec", "sha256")} for s in job.sets],
         "num_images": len(task.source),
     }
@@ -172,9 +173,9 @@ def opened(settings: Settings) -> Iterator[Job]:
     with contextlib.ExitStack() as seals:
         if data_free:
             seals.enter_context(sealed("the transfer set is data-free"))
-        teacher = load_teacher(inputs, settings.run.allow_code)
+        teacher = locate(inputs.teacher, inputs).open(settings.run.allow_code)
         if data_free:
-            seals.enter_context(sealed("the transfer set is data-free", teacher.real_data(inputs.data_dir)))
+            seals.enter_context(sealed("the transfer set is data-free", real_data(teacher, inputs.data_dir)))
         needs = [need for chosen in settings.components.values() for one in chosen for need in one.entry.needs]
         sets = [open_transfer_set(name, teacher, inputs.data_dir, seed, needs) for name in inputs.transfer_set]
         info = dataclasses.replace(teacher.classifier.info, spec=inputs.student)

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import dataclasses
 from collections.abc import Collection, Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -10,102 +9,21 @@ from typing import Any
 
 import torch
 
-from dfkd_cli.artifacts.files import digest, sha256_file
 from dfkd_cli.artifacts.shards import MANIFEST, ShardReader
 from dfkd_cli.data import datasets
 from dfkd_cli.data.sources import Concat, FolderSource, GeneratorSource, NoiseSource, RealSource, ShardSource, Source
 from dfkd_cli.errors import ArtifactError, ConfigError
 from dfkd_cli.models import generators
-from dfkd_cli.models.classifier import Classifier, ModelInfo
-from dfkd_cli.models.directory import identity, load_model
-from dfkd_cli.models.registry import build, code_file
-from dfkd_cli.models.weights import load_weights
+from dfkd_cli.models.classifier import ModelInfo
+from dfkd_cli.models.names import LoadedModel
 from dfkd_cli.seeds import derive
-from dfkd_cli.settings import FOREIGN
 
 
-@dataclass
-class LoadedModel:
-    """A model that was read, with its identity.
-
-    Attributes:
-        classifier: On the CPU.
-        sha256: Stands for the weights and how they are used.
-        record: ``model.json``, or what stands for it with a foreign model.
-        path: Where it was read from.
-    """
-
-    classifier: Classifier
-    sha256: str
-    record: dict[str, Any]
-    path: str
-
-    @property
-    def dataset(self) -> str | None:
-        """The dataset it was trained on, as far as its record says."""
-        return self.record.get("provenance", {}).get("dataset")
-
-    @property
-    def line(self) -> tuple[str, ...]:
-        """Its own hash, that of its teacher where it was a student, of that one's teacher...: images of all fit it."""
-        provenance = self.record.get("provenance", {})
-        taught_by = [provenance["teacher"]] if "teacher" in provenance else []
-        return (self.sha256, *provenance.get("line", taught_by))
-
-    def real_data(self, data_dir: str | None = None) -> list[str]:
-        """Directories that hold real images, as far as the teacher's record and the command know."""
-        # A dataset's name is no directory, even where one happens to be called like it.
-        given = None if self.dataset in datasets.DATASETS else self.dataset
-        return [place for place in (data_dir, given) if place and Path(place).is_dir()]
-
-    def parent(self, role: str) -> dict[str, Any]:
-        """The entry in a run's list of parents."""
-        return {"role": role, "path": self.path, "sha256": self.sha256}
-
-
-def load_teacher(inputs: Any, allow_code: bool) -> LoadedModel:
-    """The teacher that ``--teacher`` names: a model directory, or a SPEC with ``--weights``.
-
-    Raises:
-        ArtifactError: Missing, damaged, or not a model.
-        ConfigError: A foreign model whose input space is not known.
-    """
-    path = Path(inputs.teacher)
-    given = [f"--{name.replace('_', '-')}" for name in FOREIGN if getattr(inputs, name) is not None]
-    if path.is_dir() and given:
-        raise ConfigError(f"{path} is a directory, which says what it is", f"leave out {', '.join(given)}")
-    if path.is_dir() or (inputs.weights is None and (path.exists() or ":" not in inputs.teacher)):
-        if path.is_file():
-            raise ArtifactError(
-                f"{path} is a file, not a model directory",
-                "give its architecture and file: --teacher SPEC --weights FILE --input-size C H W --num-classes K",
-            )
-        if not path.exists():
-            hint = "train one: dfkd train-teacher" if inputs.teacher == "teacher" else "a SPEC needs --weights FILE too"
-            raise ArtifactError(f"no teacher at {path}", hint)
-        classifier, record = load_model(path, allow_code=allow_code)
-        return LoadedModel(classifier, identity(record), record, inputs.teacher)
-    return _foreign(inputs)
-
-
-def _foreign(inputs: Any) -> LoadedModel:
-    if inputs.weights is None:
-        raise ConfigError(f"teacher {inputs.teacher} has no weights", "give --weights FILE")
-    missing = [f"--{name.replace('_', '-')}" for name in ("input_size", "num_classes") if getattr(inputs, name) is None]
-    if missing:
-        raise ConfigError(f"teacher {inputs.teacher}: its file does not say its input", f"give {' and '.join(missing)}")
-    channels = inputs.input_size[0]
-    mean, std = inputs.mean or (0.0,) * channels, inputs.std or (1.0,) * channels
-    file, (_, colon, factory) = code_file(inputs.teacher), inputs.teacher.partition(":")
-    spec = inputs.teacher if file is None else f"{file}{colon}{factory}"  # without a leading ./
-    info = ModelInfo(spec, inputs.num_classes, inputs.input_size, mean, std)
-    with torch.random.fork_rng(devices=[]):
-        net = build(info.spec, info.num_classes, info.input_size, allow_code=True)  # the user's own words
-    if not Path(inputs.weights).is_file():
-        raise ArtifactError(f"no weights file {inputs.weights}", "check --weights")
-    load_weights(net, Path(inputs.weights))
-    sha256 = digest([sha256_file(Path(inputs.weights)), dataclasses.asdict(info)])
-    return LoadedModel(Classifier(net, info), sha256, {"provenance": {}}, inputs.teacher)
+def real_data(model: LoadedModel, data_dir: str | None = None) -> list[str]:
+    """Directories that hold real images, as far as a model's record and the command know."""
+    # A dataset's name is no directory, even where one happens to be called like it.
+    recorded = None if model.dataset in datasets.DATASETS else model.dataset
+    return [place for place in (data_dir, recorded) if place and Path(place).is_dir()]
 
 
 @dataclass
@@ -116,11 +34,13 @@ class TransferSet:
         source: Its images.
         parent: Its entry in the run's list of parents.
         uses: What they were made with that was itself made from real images, such as ``metadata``.
+        made_from: The hash of the teacher that they were made from, where they were.
     """
 
     source: Source
     parent: dict[str, Any]
     uses: Sequence[str] = ()
+    made_from: str | None = None
 
 
 def real_images(teacher: LoadedModel, name: str, data_dir: str | None, count: int | None, seed: int) -> RealSource:
@@ -141,8 +61,8 @@ def _some(images: datasets.Dataset, count: int | None, seed: int) -> RealSource:
 
 def may_be_real(name: str) -> bool:
     """Whether a transfer set holds real images, or images that nobody says are not: a folder."""
-    ours = (Path(name) / MANIFEST).exists() or (Path(name) / generators.RECORD).exists()
-    return name.partition(":")[0] == "real" or (Path(name).is_dir() and not ours)
+    made = any((Path(name) / record).exists() for record in (MANIFEST, generators.RECORD))
+    return name.partition(":")[0] == "real" or (Path(name).is_dir() and not made)
 
 
 def _counted(name: str) -> tuple[str, int | None]:
@@ -175,8 +95,8 @@ def open_images(name: str, teacher: LoadedModel, data_dir: str | None, seed: int
     """
     dataset, count = _counted(name)
     if dataset not in datasets.DATASETS or Path(name).exists():
-        ours = _ours(name, teacher.classifier.info, seed)
-        return ours[0] if ours is not None else open_transfer_set(name, teacher, data_dir, seed)
+        impressions = _impressions(name, teacher.classifier.info, seed)
+        return impressions or open_transfer_set(name, teacher, data_dir, seed)
     images = datasets.load(dataset, "train", data_dir=data_dir, image_shape=teacher.classifier.info.input_size)
     return TransferSet(_some(images, count, seed), {"role": "images", "spec": name})
 
@@ -208,18 +128,16 @@ def open_transfer_set(
     if not path.is_dir():
         hint = "make it: dfkd synthesize --method zskd" if name.rstrip("/") == "shards" else "check --transfer-set"
         raise ArtifactError(f"no transfer set at {name}", hint)
-    ours = _ours(name, info, seed, wanted)
-    if ours is not None:
-        found, made_from = ours
-        if made_from not in teacher.line:
+    if (impressions := _impressions(name, info, seed, wanted)) is not None:
+        if impressions.made_from not in teacher.ancestry:
             raise ArtifactError(f"{name} was made from another teacher", "give the --teacher it was made from")
-        return found
+        return impressions
     folder = FolderSource(path, info.input_size)
     return TransferSet(folder, {"role": "transfer-set", "path": name, "sha256": folder.sha256})
 
 
-def _ours(name: str, info: ModelInfo, seed: int, wanted: Collection[str] = ()) -> tuple[TransferSet, str] | None:
-    """Shards or a generator, and the identity of the teacher they were made from; None where the name is neither's."""
+def _impressions(name: str, info: ModelInfo, seed: int, wanted: Collection[str] = ()) -> TransferSet | None:
+    """Shards, or a generator; None where the name is neither's."""
     path = Path(name)
     if (path / MANIFEST).exists():
         reader = ShardReader(path)
@@ -238,7 +156,7 @@ def _ours(name: str, info: ModelInfo, seed: int, wanted: Collection[str] = ()) -
         return None
     if source.shape != info.input_size:
         raise ArtifactError(f"{name} has images of {source.shape}, the teacher takes {info.input_size}")
-    return TransferSet(source, {"role": "transfer-set", "path": name, "sha256": sha256}, uses), made_from
+    return TransferSet(source, {"role": "transfer-set", "path": name, "sha256": sha256}, uses, made_from)
 
 
 def concatenate(sets: list[TransferSet]) -> Source:

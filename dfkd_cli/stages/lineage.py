@@ -7,12 +7,13 @@ from pathlib import Path
 from typing import Any
 
 from dfkd_cli.artifacts import metadata
-from dfkd_cli.artifacts.files import digest, read_json, sha256_file
+from dfkd_cli.artifacts.files import read_json, sha256_file
 from dfkd_cli.artifacts.run import RUN
 from dfkd_cli.artifacts.shards import MANIFEST, ShardReader
 from dfkd_cli.errors import ArtifactError, DfkdError
 from dfkd_cli.models import directory, generators
-from dfkd_cli.report.entries import made_beside, read_run
+from dfkd_cli.models.names import architecture
+from dfkd_cli.report.entries import made_beside, read_run, where
 
 RECORDS = (directory.RECORD, MANIFEST, metadata.RECORD, generators.RECORD, RUN)
 LONG = ("shards", "identity", "artifacts", "parents")  # what is left out of them
@@ -48,31 +49,30 @@ def lineage(path: Path, below: tuple[Path, ...] = ()) -> list[dict[str, Any]]:
     """
     if path.resolve() in below:
         return []
-    line = (*below, path.resolve())
+    chain = (*below, path.resolve())
     if (beside := made_beside(path)) is not None:
-        return lineage(beside, line)
-    return [parent | _found(parent, path, line) for parent in read_run(path).get("parents", [])]
+        return lineage(beside, chain)
+    return [parent | _found(parent, path, chain) for parent in read_run(path).get("parents", [])]
 
 
-def _found(parent: dict[str, Any], child: Path, line: tuple[Path, ...]) -> dict[str, Any]:
+def _found(parent: dict[str, Any], child: Path, chain: tuple[Path, ...]) -> dict[str, Any]:
     if "path" not in parent:
         return {}
-    # Relative to where the command ran: here, or, as a rule, beside the child.
-    bases = (Path(), child.resolve().parent)
-    places = [base / parent["path"] for base in bases if (base / parent["path"]).exists()]
-    if not places:
+    there = [place for place in where(parent, child) if place.exists()]
+    if not there:
         return {} if ":" in parent["path"] else {"found": "gone"}  # a SPEC is no place
-    ours = [place for place in places if any((place / name).is_file() for name in RECORDS)]
-    for place in ours:
+    artifacts = [place for place in there if any((place / name).is_file() for name in RECORDS)]
+    for place in artifacts:
         with contextlib.suppress(DfkdError, OSError, KeyError, TypeError):  # damaged is not the same either
-            identity = digest(directory.read_record(place)["spec"]) if parent["role"] == "architecture" else None
-            if (identity or _identity(place)) == parent["sha256"]:
-                return {"found": "same", "lineage": lineage(place, line)}
-    return {"found": "another"} if ours else {}
+            if _identity(place, parent["role"]) == parent["sha256"]:
+                return {"found": "same", "lineage": lineage(place, chain)}
+    return {"found": "another"} if artifacts else {}
 
 
-def _identity(path: Path) -> str:
+def _identity(path: Path, role: str) -> str:
     """The hash by which runs record what lies there."""
+    if role == "architecture":
+        return architecture(str(path)).parents[0]["sha256"]
     for kind in (directory, generators):
         if (path / kind.RECORD).is_file():
             record = read_json(path / kind.RECORD)

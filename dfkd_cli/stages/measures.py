@@ -1,10 +1,12 @@
-"""What is measured of a model: its answers on images, and its cost."""
+"""What is measured of a model: its answers on images, how far they are those of its teacher, and its cost."""
 
 from __future__ import annotations
 
+import functools
 import logging
 import math
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from dataclasses import dataclass
 from typing import Any
 
 import torch
@@ -13,8 +15,11 @@ from torch import Tensor
 from torch.utils.flop_counter import FlopCounterMode
 from torchmetrics.classification import MulticlassCalibrationError, MulticlassStatScores
 
-from dfkd_cli.data.sources import Images, Source
-from dfkd_cli.models.classifier import Classifier
+from dfkd_cli.data import datasets
+from dfkd_cli.data.sources import Images, RealSource, Source
+from dfkd_cli.errors import GateNotMet
+from dfkd_cli.models.classifier import Classifier, ModelInfo
+from dfkd_cli.models.names import LoadedModel
 
 BATCH = 500  # images of a forward pass
 CPU = torch.device("cpu")
@@ -34,41 +39,59 @@ def share(hits: Tensor) -> float:
 
 def top1(model: Classifier, source: Source) -> float:
     """Share of the labelled images whose label the model gives."""
-    return _share_given(model, source, lambda images: images.true_labels)
+    return _share_answered(model, source, lambda images: images.true_labels)
 
 
 def agreement(student: Classifier, teacher: Classifier, source: Source) -> float:
     """Share of images on which two models give the same class."""
     teacher.eval().to(student.mean.device)
-    return _share_given(student, source, lambda images: teacher(images.pixels).argmax(1))
+    return _share_answered(student, source, lambda images: teacher(images.pixels).argmax(1))
 
 
 @torch.no_grad()
-def _share_given(model: Classifier, source: Source, expected: Callable[[Images], Tensor]) -> float:
+def _share_answered(model: Classifier, source: Source, expected: Callable[[Images], Tensor]) -> float:
     # Counted batch by batch: answers kept among the large buffers of a long set would hold on to their memory.
     model.eval()
     device = model.mean.device
-    right = sum(int((model(i.pixels).argmax(1) == expected(i)).sum()) for i in batches(source, BATCH, device))
-    return right / len(source)
+    correct = sum(int((model(i.pixels).argmax(1) == expected(i)).sum()) for i in batches(source, BATCH, device))
+    return correct / len(source)
+
+
+@dataclass(frozen=True, eq=False)
+class Examination:
+    """What a model answers to labelled images.
+
+    Attributes:
+        measures: ``top1`` and ``top5`` (shares; top-K of fewer than five classes), ``nll`` (nats per image), ``ece``
+            (15 bins of equal width, weighted absolute gaps), ``per_class`` (share correct by class name, NaN without
+            images).
+        answers: The class (N,) that it gives to each image, on the CPU.
+        classes: The names of its classes.
+    """
+
+    measures: dict[str, Any]
+    answers: Tensor
+    classes: Sequence[str]
+
+    def agreement(self, teacher: Examination) -> float:
+        """Share of the images to which both give the class of the same name; of the same number if names differ."""
+        answers, own, theirs = self.answers, list(self.classes), list(teacher.classes)
+        if own != theirs and set(own) == set(theirs):
+            answers = torch.tensor([theirs.index(name) for name in own])[answers]
+        return share(answers == teacher.answers)
 
 
 @torch.no_grad()
 def examine(
     model: Classifier, source: Source, classes: Sequence[str], device: torch.device, batch_size: int = BATCH
-) -> tuple[dict[str, Any], Tensor]:
-    """Accuracy and calibration on labelled images, in one pass.
-
-    Returns:
-        ``top1`` and ``top5`` (shares; top-K of fewer than five classes), ``nll`` (nats per image), ``ece`` (15 bins of
-        equal width, weighted absolute gaps), ``per_class`` (share right by class name, NaN without images); and the
-        class (N,) that the model gives each image, on the CPU.
-    """
+) -> Examination:
+    """Accuracy and calibration on images that are labelled as the model counts its classes, in one pass."""
     model, count = model.eval().to(device), len(classes)
     # Counts, because torchmetrics' ready accuracies are rounded to float32.
     by_class = MulticlassStatScores(count, average="none").to(device)
     in_five = MulticlassStatScores(count, average="micro", top_k=min(5, count)).to(device)
     ece = MulticlassCalibrationError(count, n_bins=15, norm="l1").to(device)
-    nll, given = 0.0, []
+    nll, answers = 0.0, []
     for images in batches(source, batch_size, device):
         assert images.labels is not None
         logits = model(images.pixels).float()
@@ -77,16 +100,16 @@ def examine(
         # Not logits: where all lie in [0,1] they would be taken for probabilities. Below 1: exactly 1 has a 16th bin.
         ece.update(logits.softmax(1).clamp(max=1 - 2**-24), images.labels)
         nll += float(F.cross_entropy(logits, images.labels, reduction="sum"))
-        given.append(logits.argmax(1).cpu())
-    right, *_, present = by_class.compute().cpu().double().unbind(1)
+        answers.append(logits.argmax(1).cpu())
+    correct, *_, present = by_class.compute().cpu().double().unbind(1)
     measures = {
-        "top1": float(right.sum() / present.sum()),
+        "top1": float(correct.sum() / present.sum()),
         "top5": int(in_five.compute()[0]) / len(source),
         "nll": nll / len(source),
         "ece": float(ece.compute()) if math.isfinite(nll) else math.nan,  # torchmetrics counts NaN as 0
-        "per_class": dict(zip(classes, (right / present).tolist(), strict=True)),
+        "per_class": dict(zip(classes, (correct / present).tolist(), strict=True)),
     }
-    return measures, torch.cat(given)
+    return Examination(measures, torch.cat(answers), model.info.classes or classes)
 
 
 @torch.no_grad()
@@ -109,6 +132,63 @@ def cost(model: Classifier, device: torch.device) -> dict[str, Any]:
         "macs": flops.get_total_flops() // 2,
         "latency_ms": 1000 * timer.blocked_autorange().median,
     }
+
+
+class Examiner:
+    """Examines models on the test images of datasets, each model once.
+
+    Classes are matched by their names, in whatever order a model counts them; by position where it has no names for
+    them, or others than the dataset.
+    """
+
+    def __init__(self, device: torch.device, data_dir: str | None, batch_size: int = BATCH) -> None:
+        self.device, self.batch_size = device, batch_size
+        self._load = functools.cache(functools.partial(datasets.load, split="test", data_dir=data_dir))
+        self._examinations: dict[Any, Examination] = {}
+        self._costs: dict[Any, dict[str, Any]] = {}  # of each architecture: repeats over seeds cost the same
+        self._by_position: dict[str, None] = {}
+
+    def images(self, dataset: str, info: ModelInfo, model: str) -> datasets.Dataset:
+        """A dataset's test images as a model takes them, labelled as it counts its classes.
+
+        Raises what :func:`datasets.load` and :meth:`datasets.Dataset.labelled_for` do.
+        """
+        images = self._load(dataset, image_shape=info.input_size).labelled_for(info, model)
+        if images.classes != info.classes:
+            self._by_position[model] = None
+        return images
+
+    @property
+    def caveat(self) -> str:
+        """What is to be said of models whose classes are matched by position; empty if there are none."""
+        models = ", ".join(self._by_position)
+        return models and f"{models}: no class names, or not the dataset's -- classes are matched by position"
+
+    def examine(self, model: LoadedModel, dataset: str) -> Examination:
+        """Show a dataset's test images to a model."""
+        key = model.sha256, model.classifier.info.classes, dataset  # names of classes are no part of the hash
+        if key not in self._examinations:
+            images = self.images(dataset, model.classifier.info, model.path)
+            examination = examine(model.classifier, RealSource(images), images.classes, self.device, self.batch_size)
+            self._examinations[key] = examination
+        return self._examinations[key]
+
+    def measure(self, model: LoadedModel, teacher: LoadedModel | None, dataset: str) -> dict[str, Any]:
+        """The measures of a model, its ``agreement`` with the teacher, None without one, and what it costs."""
+        examination, info = self.examine(model, dataset), model.classifier.info
+        agreement = None if teacher is None else examination.agreement(self.examine(teacher, dataset))
+        architecture = info.spec, info.num_classes, info.input_size
+        if architecture not in self._costs:
+            self._costs[architecture] = cost(model.classifier, self.device)
+        model.classifier.cpu()  # many models are measured, one after the other
+        return {**examination.measures, "agreement": agreement, **self._costs[architecture]}
+
+
+def check_gate(models: Iterable[tuple[str, float]], least: float | None, answer: Mapping[str, Any]) -> None:
+    """Raise :class:`GateNotMet`, with the answer, where the top-1 of a model, by its path, is below."""
+    below = [f"{path} {top1:.6g}" for path, top1 in models if least is not None and top1 < least]
+    if below:
+        raise GateNotMet(f"top-1 is below {least:.6g}: {', '.join(below)}", answer=answer)
 
 
 def finite(value: Any) -> Any:

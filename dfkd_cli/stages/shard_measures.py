@@ -44,7 +44,8 @@ def measure_shards(
     """
     shards = (reader.read(index) for index in range(len(reader.sizes)))
     temperature = reader.manifest.get("config", {}).get("temperature", 1.0)
-    return _measure(shards, sum(reader.sizes), reader.num_classes, temperature, teacher, device, batch_size)
+    tally = _Tally(sum(reader.sizes), reader.num_classes, temperature)
+    return _measure(shards, tally, teacher, device, batch_size)
 
 
 def measure_images(
@@ -52,15 +53,13 @@ def measure_images(
 ) -> dict[str, Any]:
     """Read every image of a source once and measure them as :func:`measure_shards` does."""
     chunks = ({"images": source.chunk(index).pixels} for index in range(len(source.sizes)))
-    return _measure(chunks, len(source), teacher.info.num_classes, 1.0, teacher, device, batch_size)
+    return _measure(chunks, _Tally(len(source), teacher.info.num_classes), teacher, device, batch_size)
 
 
 @torch.no_grad()
 def _measure(
     chunks: Iterable[Mapping[str, Tensor]],
-    count: int,
-    num_classes: int,
-    temperature: float,
+    tally: _Tally,
     teacher: Classifier | None,
     device: torch.device,
     batch_size: int,
@@ -68,62 +67,80 @@ def _measure(
     """Measures of ``images`` and of the ``logits`` and ``targets`` stored with them; shares are of all images.
 
     Returns:
-        Of the logits: ``count``, ``confidence`` (mean greatest probability), ``class_histogram`` (images by the class
-        given), ``class_balance`` (its entropy as a share of the greatest possible: 1 is balanced).
-        Of the stored targets, None without them: ``target_match`` (share whose most probable class is the one given),
-        ``target_divergence`` (mean KL(target || softmax(logits / temperature)), nats, at the method's temperature).
-        Of the images: ``value_range``, ``diversity`` (mean distance of two images, root mean square over pixels).
+        What :class:`_Tally` adds up, and ``count``.
         ``logits_ok``: whether the stored logits are the teacher's answers; None without either.
         With a teacher that has BatchNorm, else None: ``bn_distance``, the sum of :func:`bn_distances`;
         ``bn_divergence``, the mean of :func:`bn_divergences`; both by layer in ``bn_distance_layers`` and
         ``bn_divergence_layers``.
     """
-    chosen = torch.arange(min(count, SAMPLE)) * count // min(count, SAMPLE)
-    histogram = torch.zeros(num_classes, dtype=torch.int64)
-    confidence = divergence = 0.0
-    matches = aimed = first = 0
-    low, high = math.inf, -math.inf
-    sample: list[Tensor] = []
-    logits_ok: bool | None = None
+    same = []
     watching: AbstractContextManager[dict[str, RunningMoments]]
     watching = nullcontext({}) if teacher is None else running_moments(teacher)
     with watching as seen:
         for chunk in chunks:
             images = Images(chunk["images"]).to(CPU)
-            size, targets = len(images.pixels), chunk.get("targets")
             answers = {} if teacher is None else {"logits": _logits(teacher, images, device, batch_size)}
             if answers and "logits" in chunk:
-                same = torch.allclose(answers["logits"], chunk["logits"], atol=TOLERANCE)
-                logits_ok = logits_ok is not False and same
-            logits = {**answers, **chunk}["logits"].double()
-            given = logits.argmax(1)
-            histogram += given.bincount(minlength=num_classes)
-            confidence += float(logits.softmax(1).amax(1).sum())
-            if targets is not None:
-                aimed += size
-                matches += int((targets.argmax(1) == given).sum())
-                divergence += float(F.kl_div((logits / temperature).log_softmax(1), targets.double(), reduction="sum"))
-            low, high = min(low, float(images.pixels.min())), max(high, float(images.pixels.max()))
-            sample.append(images.pixels[chosen[(chosen >= first) & (chosen < first + size)] - first])
-            first += size
-    drawn = torch.cat(sample)
+                same.append(torch.allclose(answers["logits"], chunk["logits"], atol=TOLERANCE))
+            tally.add(images.pixels, {**answers, **chunk}["logits"].double(), chunk.get("targets"))
     recorded = {} if teacher is None else recorded_moments(teacher)
     distances, divergences = bn_distances(seen, recorded), bn_divergences(seen, recorded)
     return {
-        "count": count,
-        "confidence": confidence / count,
-        "class_balance": float(torch.special.entr(histogram / count).sum()) / math.log(num_classes),
-        "class_histogram": histogram.tolist(),
-        "target_match": matches / aimed if aimed else None,
-        "target_divergence": divergence / aimed if aimed else None,
-        "diversity": float(torch.pdist(drawn.flatten(1)).double().mean()) / math.sqrt(drawn[0].numel()),
-        "value_range": [low, high],
+        "count": tally.count,
+        **tally.measures(),
         "bn_distance": sum(distances.values()) if distances else None,
         "bn_distance_layers": distances or None,
         "bn_divergence": sum(divergences.values()) / len(divergences) if divergences else None,
         "bn_divergence_layers": divergences or None,
-        "logits_ok": logits_ok,
+        "logits_ok": all(same) if same else None,
     }
+
+
+class _Tally:
+    """What is added up over chunks.
+
+    Of the logits: ``confidence`` (mean greatest probability), ``class_histogram`` (images by the class given),
+    ``class_balance`` (its entropy as a share of the greatest possible: 1 is balanced).
+    Of the stored targets, None without them: ``target_match`` (share whose most probable class is the one given),
+    ``target_divergence`` (mean KL(target || softmax(logits / temperature)), nats, at the method's temperature).
+    Of the images: ``value_range``, ``diversity`` (mean distance of two images, root mean square over pixels).
+    """
+
+    def __init__(self, count: int, num_classes: int, temperature: float = 1.0) -> None:
+        self.count, self.temperature = count, temperature
+        self.histogram = torch.zeros(num_classes, dtype=torch.int64)
+        self.confidence = self.divergence = 0.0
+        self.matches = self.aimed = self.seen = 0
+        self.low, self.high = math.inf, -math.inf
+        self.chosen = torch.arange(min(count, SAMPLE)) * count // min(count, SAMPLE)
+        self.sample: list[Tensor] = []
+
+    def add(self, pixels: Tensor, logits: Tensor, targets: Tensor | None) -> None:
+        """Take in a chunk; its logits are float64."""
+        answers = logits.argmax(1)
+        self.histogram += answers.bincount(minlength=len(self.histogram))
+        self.confidence += float(logits.softmax(1).amax(1).sum())
+        if targets is not None:
+            reached = (logits / self.temperature).log_softmax(1)
+            self.aimed += len(targets)
+            self.matches += int((targets.argmax(1) == answers).sum())
+            self.divergence += float(F.kl_div(reached, targets.double(), reduction="sum"))
+        self.low, self.high = min(self.low, float(pixels.min())), max(self.high, float(pixels.max()))
+        here = self.chosen - self.seen
+        self.sample.append(pixels[here[(here >= 0) & (here < len(pixels))]])
+        self.seen += len(pixels)
+
+    def measures(self) -> dict[str, Any]:
+        sample, balance = torch.cat(self.sample), torch.special.entr(self.histogram / self.count).sum()
+        return {
+            "confidence": self.confidence / self.count,
+            "class_balance": float(balance) / math.log(len(self.histogram)),
+            "class_histogram": self.histogram.tolist(),
+            "target_match": self.matches / self.aimed if self.aimed else None,
+            "target_divergence": self.divergence / self.aimed if self.aimed else None,
+            "diversity": float(torch.pdist(sample.flatten(1)).double().mean()) / math.sqrt(sample[0].numel()),
+            "value_range": [self.low, self.high],
+        }
 
 
 def _logits(teacher: Classifier, images: Images, device: torch.device, batch_size: int) -> Tensor:

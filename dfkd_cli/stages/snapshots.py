@@ -31,11 +31,6 @@ class Snapshots(Callback):
         chosen = {-(-rounds * (i + 1) // count) - 1 for i in range(count)}
         self.paths = {index: directory / f"round-{index:05d}.safetensors" for index in sorted(chosen)}
 
-    @property
-    def files(self) -> list[Path]:
-        """All snapshots of a finished training."""
-        return list(self.paths.values())
-
     @rank_zero_only
     def on_train_epoch_end(self, trainer: pl.Trainer, module: pl.LightningModule) -> None:
         """Write a snapshot when its round is done."""

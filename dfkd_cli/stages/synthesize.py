@@ -27,12 +27,13 @@ from dfkd_cli.errors import ArtifactError, ConfigError
 from dfkd_cli.models.classifier import Classifier
 from dfkd_cli.models.directory import save_model
 from dfkd_cli.models.generators import Generators, save_generators
+from dfkd_cli.models.names import LoadedModel, architecture, locate
 from dfkd_cli.resolve import Settings
 from dfkd_cli.rounds.curves import write_csv
 from dfkd_cli.rounds.trainer import fit
 from dfkd_cli.settings import ForeignModel
-from dfkd_cli.stages.inputs import LoadedModel, load_teacher
-from dfkd_cli.stages.training import architecture, fresh, rehearse
+from dfkd_cli.stages.inputs import real_data
+from dfkd_cli.stages.training import fresh, rehearse
 from dfkd_cli.synthesizers.base import SynthesisTask
 from dfkd_cli.ui import Terminal
 
@@ -75,10 +76,10 @@ def run(settings: Settings, terminal: Terminal, dry_run: bool = False) -> dict[s
     if dry_run:
         return rehearse(settings, run, terminal)
     with sealed("synthesize is data-free"):
-        teacher = load_teacher(settings.inputs, settings.run.allow_code)
+        teacher = locate(settings.inputs.teacher, settings.inputs).open(settings.run.allow_code)
         check_needs(settings.method.entry, teacher.classifier, settings.inputs)
         extras, parents = open_inputs(settings, teacher)
-    with sealed("synthesize is data-free", teacher.real_data()):
+    with sealed("synthesize is data-free", real_data(teacher)):
         facts = {"data_free": True, "uses": uses(settings.method.entry)}
         directory = RunDirectory(settings.out, settings, [teacher.parent("teacher"), *parents], facts)
         if directory.claim():
@@ -108,7 +109,7 @@ def open_inputs(settings: Settings, teacher: LoadedModel) -> tuple[dict[str, Any
     if inputs.student is not None:
         info = dataclasses.replace(teacher.classifier.info, spec=inputs.student)
         extras["student"] = fresh(info, "student", how.seed, how.allow_code)
-        parents += architecture(inputs.student)
+        parents += architecture(inputs.student).parents
     if inputs.metadata is not None:
         extras["metadata"], sha256 = read_metadata(Path(inputs.metadata), teacher.sha256)
         parents.append({"role": "metadata", "path": inputs.metadata, "sha256": sha256})

@@ -14,11 +14,12 @@ from dfkd_cli.config import option
 from dfkd_cli.data import datasets
 from dfkd_cli.data.sources import RealSource
 from dfkd_cli.models.classifier import Classifier, ModelInfo
+from dfkd_cli.models.names import architecture
 from dfkd_cli.regimes.base import Task
 from dfkd_cli.resolve import Settings
 from dfkd_cli.settings import Training
 from dfkd_cli.stages.measures import top1
-from dfkd_cli.stages.training import architecture, fresh, rehearse, train
+from dfkd_cli.stages.training import fresh, rehearse, train
 from dfkd_cli.ui import Terminal
 
 
@@ -60,7 +61,7 @@ def run(settings: Settings, terminal: Terminal, dry_run: bool = False) -> dict[s
     dataset = datasets.load(inputs.dataset, "train", data_dir=inputs.data_dir, image_shape=inputs.input_size)
     mean, std = dataset.mean_std()
     info = ModelInfo(inputs.model, len(dataset.classes), dataset.image_shape, mean, std, dataset.classes)
-    parents = [*architecture(inputs.model), *datasets.contents(inputs.dataset)]
+    parents = [*architecture(inputs.model).parents, *datasets.contents(inputs.dataset)]
     directory = RunDirectory(settings.out, settings, parents, {"data_free": False})
     student = fresh(info, "teacher", settings.run.seed, settings.run.allow_code)
     task = Task(student, None, RealSource(dataset), {}, inputs, settings.run.seed)

@@ -11,14 +11,14 @@ from typing import Any
 import torch
 
 from dfkd_cli import catalog
-from dfkd_cli.artifacts.files import digest, sha256_file
 from dfkd_cli.artifacts.run import RunDirectory, check_free
 from dfkd_cli.config import dump_yaml, shortened
 from dfkd_cli.data.sources import ANSWERS
 from dfkd_cli.errors import ConfigError
 from dfkd_cli.models.classifier import Classifier, ModelInfo
-from dfkd_cli.models.directory import read_record, save_model
-from dfkd_cli.models.registry import build, code_file, family
+from dfkd_cli.models.directory import save_model
+from dfkd_cli.models.names import architecture
+from dfkd_cli.models.registry import build
 from dfkd_cli.regimes.base import Task
 from dfkd_cli.resolve import Settings
 from dfkd_cli.rounds.trainer import fit
@@ -32,29 +32,16 @@ def fresh(info: ModelInfo, role: str, seed: int, allow_code: bool) -> Classifier
     """A newly initialised classifier; its weights depend on its role and the seed only.
 
     Args:
-        info: What it is; as ``spec`` also a model directory, whose architecture is taken.
+        info: What it is; its ``spec`` is any that :func:`~dfkd_cli.models.names.architecture` knows.
         role: What it is for.
         seed: The run's seed.
-        allow_code: Whether such a directory may name code. The user may.
+        allow_code: Whether a model directory may name code. The user may.
     """
-    named = _names_directory(info.spec)
-    if named:
-        info = dataclasses.replace(info, spec=read_record(Path(info.spec))["spec"])
+    named = architecture(info.spec)
     with torch.random.fork_rng(devices=[]):
         torch.manual_seed(derive(role, seed))
-        return Classifier(build(info.spec, info.num_classes, info.input_size, allow_code or not named), info)
-
-
-def _names_directory(spec: str) -> bool:
-    return family(spec) is None and Path(spec).is_dir()
-
-
-def architecture(spec: str) -> list[dict[str, Any]]:
-    """What a SPEC reads, as a run's parents: a model directory counts by what its record says, a file by its code."""
-    if _names_directory(spec):
-        return [{"role": "architecture", "path": spec, "sha256": digest(read_record(Path(spec))["spec"])}]
-    file = code_file(spec)
-    return [] if file is None else [{"role": "architecture", "path": str(file), "sha256": sha256_file(file)}]
+        net = build(named.spec, info.num_classes, info.input_size, allow_code or named.directory is None)
+    return Classifier(net, dataclasses.replace(info, spec=named.spec))
 
 
 def train(
@@ -97,7 +84,7 @@ def train(
             metrics = dict(score(task.student.eval().to(run.record["device"])))
             save_model(run.path, task.student, metrics=metrics, provenance=dict(provenance))
             files = [run.path / name for name in ("model.safetensors", "model.json", "metrics.csv")]
-            run.finish(files + snapshots.files, metrics)
+            run.finish([*files, *snapshots.paths.values()], metrics)
     return {
         "artifacts": {catalog.command(settings.command).out: str(run.path)},
         "metrics": metrics,

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import csv
+import dataclasses
 import functools
 import hashlib
 import json
@@ -15,9 +16,12 @@ from pathlib import Path
 
 import numpy as np
 import pytest
+import torch
 from PIL import Image
 from tiny_comparisons import SMALL, accuracy, check_self_contained, results_in, tree
 
+from dfkd_cli.models.classifier import Classifier
+from dfkd_cli.models.directory import load_model, save_model
 from dfkd_cli.report.readme import fill
 from dfkd_cli.report.results import spread
 
@@ -194,6 +198,51 @@ def test_a_student_finds_its_teacher_from_anywhere_or_says_what_to_do(made, tmp_
     (row,) = [r for r in results_in(tmp_path / "yes")["sections"][0]["rows"] if r["role"] == "student"]
     assert row["seconds"]["training"] is not None
     assert row["seconds"]["total"] is None, "nobody knows how long its shards took"
+
+
+def test_a_model_may_count_its_classes_in_another_order(here, cli):
+    """It is compared by their names: as if it counted them like the others, by this command and by evaluate."""
+    classifier, record = load_model(here / "student0")
+    head, info = classifier.head(), classifier.info
+    with torch.no_grad():
+        for parameter in head.parameters():
+            parameter.copy_(parameter.flip(0))
+    reverse = Classifier(classifier.net, dataclasses.replace(info, classes=info.classes[::-1]))
+    save_model(here / "reversed", reverse, metrics={}, provenance=record["provenance"])
+    unnamed = Classifier(load_model(here / "student0")[0].net, dataclasses.replace(info, classes=None))
+    save_model(here / "unnamed", unnamed, metrics={}, provenance=record["provenance"])
+    code, _, err = cli("compare", "reversed", "unnamed", "student0", "--out", "orders")
+    assert code == 0, err
+    assert err.count("matched by position") == err.count("unnamed: no class names, or not the dataset's") == 1
+    (section,) = results_in(here / "orders")["sections"]
+    measures = {run["path"]: run["measures"] for row in section["rows"] for run in row["runs"]}
+    assert set(measures) == {"teacher", "reversed", "unnamed", "student0"}
+    for name in ("top1", "agreement", "per_class"):
+        assert measures["reversed"][name] == measures["unnamed"][name] == measures["student0"][name]
+    assert 0 < measures["reversed"]["agreement"] < 1
+    assert measures["reversed"]["top1"] != accuracy(here / "reversed"), "numbers of classes would do as well as names"
+    assert section["classes"] == list(info.classes)
+    code, out, err = cli("evaluate", *measures, "--json")
+    assert (code, err.count("matched by position")) == (0, 1)
+    for result in json.loads(out)["results"]:
+        known = measures[result["path"]]
+        assert {name: result[name] for name in known if name not in ("latency_ms", "snapshots")} == {
+            name: value for name, value in known.items() if name not in ("latency_ms", "snapshots")
+        }
+
+
+def test_a_student_in_the_loop_finds_its_teacher_where_its_shards_say(tmp_path, monkeypatch, cli):
+    monkeypatch.chdir(tmp_path)
+    tiny = ("--steps", "2", "--batch-size", "4")
+    assert cli("train-teacher", *tiny, "--out", "mentor")[0] == 0
+    made = ("--method", "zskt", "--student", "lenet5-half", "--num-images", "4", *tiny)
+    assert cli("synthesize", "--teacher", "mentor", *made)[0] == 0
+    code, _, err = cli("compare", "shards/student", "--out", "found")
+    assert code == 0, err
+    assert [row["runs"][0]["path"] for row in results_in(tmp_path / "found")["sections"][0]["rows"]] == [
+        "mentor",
+        "shards/student",
+    ]
 
 
 @pytest.mark.parametrize(

@@ -62,14 +62,15 @@ def test_accuracy_and_calibration(scale, classes):
     logits = logits.astype(np.float32).astype(np.float64)
     labels = np.where(rng.random(201) < 0.5, logits.argmax(1), rng.integers(0, classes, 201))
     labels[labels == 1] = 0  # class 1 has no image
-    measures, given = examine(*exam(logits, labels), CPU, batch_size=7)
+    examination = examine(*exam(logits, labels), CPU, batch_size=7)
+    measures = examination.measures
 
     best = np.argsort(-logits, axis=1)[:, :5]
     probabilities = oracles.softmax(logits)
     log_probabilities = logits - logits.max(1, keepdims=True)
     log_probabilities -= np.log(np.exp(log_probabilities).sum(1, keepdims=True))
     per_class = measures.pop("per_class")
-    assert given.tolist() == logits.argmax(1).tolist()
+    assert examination.answers.tolist() == logits.argmax(1).tolist()
     assert measures == {
         "top1": (logits.argmax(1) == labels).mean(),  # exactly
         "top5": (best == labels[:, None]).any(1).mean(),
@@ -84,14 +85,14 @@ def test_accuracy_and_calibration(scale, classes):
 def test_certainty_is_in_the_last_of_the_15_bins():
     logits = np.repeat([[30.0, 0.0], [3.0, 0.0]], 10, axis=0)  # confidence 1 in float32, and 0.95
     labels = np.repeat([1, 0], 10)  # wrong, and right: gaps of opposite sign that one bin cancels
-    measures, _ = examine(*exam(logits, labels), CPU)
+    measures = examine(*exam(logits, labels), CPU).measures
     assert measures["ece"] == pytest.approx((1 + oracles.softmax(logits)[-1, 0]) / 2 - 0.5, rel=1e-6)
 
 
 def test_a_share_is_exact_so_that_a_gate_at_it_is_met():
     right = np.array([0] * 19 + [1])
     model, source, names = exam(np.tile([[1.0, 0.0]], (20, 1)), right)
-    assert examine(model, source, names, CPU)[0]["top1"] == 0.95
+    assert examine(model, source, names, CPU).measures["top1"] == 0.95
     assert top1(model, source) == 0.95  # float32 says 0.9499999881
     other, *_ = exam(np.eye(2)[right], right)
     assert agreement(model, other, source) == 0.95
@@ -108,7 +109,7 @@ def test_shares_count_every_image_of_every_chunk():
 def test_a_broken_model_has_no_likelihood_and_no_calibration():
     logits = np.random.default_rng(0).normal(size=(30, 4))
     logits[3] = np.nan
-    measures = finite(examine(*exam(logits, np.zeros(30, dtype=np.int64)), CPU)[0])
+    measures = finite(examine(*exam(logits, np.zeros(30, dtype=np.int64)), CPU).measures)
     assert measures["nll"] is None
     assert measures["ece"] is None
     json.dumps(measures, allow_nan=False)

@@ -1,0 +1,164 @@
+"""What the name of a model means: one that is there, to be opened, or an architecture, to be built anew."""
+
+from __future__ import annotations
+
+import dataclasses
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from dfkd_cli.artifacts.files import digest, sha256_file
+from dfkd_cli.errors import ArtifactError, ConfigError
+from dfkd_cli.models.classifier import Classifier, ModelInfo
+from dfkd_cli.models.directory import identity, load_model, read_record
+from dfkd_cli.models.registry import build, code_file, family
+from dfkd_cli.models.weights import load_weights
+from dfkd_cli.settings import FOREIGN, ForeignModel
+
+
+@dataclass(frozen=True, eq=False)
+class LoadedModel:
+    """A model that was read, with its identity.
+
+    Attributes:
+        classifier: On the CPU.
+        sha256: Stands for the weights and how they are used.
+        record: ``model.json``, or what would stand there of a foreign model.
+        path: Where it was read from, as it was named.
+    """
+
+    classifier: Classifier
+    sha256: str
+    record: dict[str, Any]
+    path: str
+
+    @property
+    def provenance(self) -> dict[str, Any]:
+        """Where it comes from: its ``dataset``, ``teacher`` (by hash) ..., as far as its record says."""
+        return self.record.get("provenance", {})
+
+    @property
+    def dataset(self) -> str | None:
+        """The dataset it was trained on, as far as its record says."""
+        return self.provenance.get("dataset")
+
+    @property
+    def ancestry(self) -> tuple[str, ...]:
+        """Its own hash, that of its teacher where it was a student, of that one's teacher...: images of all fit it."""
+        taught_by = [self.provenance["teacher"]] if "teacher" in self.provenance else []
+        return (self.sha256, *self.provenance.get("line", taught_by))
+
+    def parent(self, role: str) -> dict[str, Any]:
+        """The entry in a run's list of parents."""
+        return {"role": role, "path": self.path, "sha256": self.sha256}
+
+
+@dataclass(frozen=True)
+class ModelDirectory:
+    """A directory with ``model.json``, which says what it is."""
+
+    name: str
+
+    def open(self, allow_code: bool) -> LoadedModel:
+        """Read and check it, as :func:`~dfkd_cli.models.directory.load_model` does."""
+        classifier, record = load_model(Path(self.name), allow_code)
+        return LoadedModel(classifier, identity(record), record, self.name)
+
+
+@dataclass(frozen=True)
+class ForeignWeights:
+    """A SPEC, a file of weights for it, and what the file does not say."""
+
+    name: str
+    weights: Path
+    info: ModelInfo
+
+    def open(self, allow_code: bool) -> LoadedModel:
+        """Build it and load the weights. It may be code in any case: the SPEC is the user's own word.
+
+        Raises:
+            ConfigError: It cannot be built.
+            ArtifactError: The file is missing, or is not of this network.
+        """
+        with torch.random.fork_rng(devices=[]):
+            net = build(self.info.spec, self.info.num_classes, self.info.input_size, allow_code=True)
+        if not self.weights.is_file():
+            raise ArtifactError(f"no weights file {self.weights}", "check --weights")
+        load_weights(net, self.weights)
+        facts = dataclasses.asdict(self.info)
+        sha256 = digest([sha256_file(self.weights), facts])
+        return LoadedModel(Classifier(net, self.info), sha256, facts | {"provenance": {}}, self.name)
+
+
+Location = ModelDirectory | ForeignWeights
+
+
+def locate(name: str, said: ForeignModel) -> Location:
+    """What ``--teacher`` names: a model directory, or a SPEC of which ``--weights`` and other flags say the rest.
+
+    Raises:
+        ArtifactError: There is nothing, or a file.
+        ConfigError: Too much is said of a directory, or too little of a foreign model.
+    """
+    path = Path(name)
+    flags = [f"--{key.replace('_', '-')}" for key in FOREIGN if getattr(said, key) is not None]
+    if path.is_dir():
+        if flags:
+            raise ConfigError(f"{path} is a directory, which says what it is", f"leave out {', '.join(flags)}")
+        return ModelDirectory(name)
+    if said.weights is not None:
+        return _foreign(name, Path(said.weights), said)
+    if path.is_file():
+        raise ArtifactError(
+            f"{path} is a file, not a model directory",
+            "give its architecture and file: --teacher SPEC --weights FILE --input-size C H W --num-classes K",
+        )
+    if ":" in name:
+        raise ConfigError(f"teacher {name} has no weights", "give --weights FILE")
+    hint = "train one: dfkd train-teacher" if name == "teacher" else "a SPEC needs --weights FILE too"
+    raise ArtifactError(f"no teacher at {path}", hint)
+
+
+def _foreign(name: str, weights: Path, said: ForeignModel) -> ForeignWeights:
+    if said.input_size is None or said.num_classes is None:
+        missing = [f"--{key.replace('_', '-')}" for key in ("input_size", "num_classes") if getattr(said, key) is None]
+        raise ConfigError(f"teacher {name}: its file does not say its input", f"give {' and '.join(missing)}")
+    channels = said.input_size[0]
+    file, (_, colon, factory) = code_file(name), name.partition(":")
+    spec = name if file is None else f"{file}{colon}{factory}"  # without a leading ./
+    mean, std = said.mean or (0.0,) * channels, said.std or (1.0,) * channels
+    return ForeignWeights(name, weights, ModelInfo(spec, said.num_classes, said.input_size, mean, std))
+
+
+@dataclass(frozen=True)
+class Architecture:
+    """What a SPEC means where a new model is wanted.
+
+    Attributes:
+        spec: What builds it.
+        directory: The model directory whose record says so; None where the user does, who may name code.
+    """
+
+    spec: str
+    directory: str | None = None
+
+    @property
+    def parents(self) -> list[dict[str, Any]]:
+        """What it is read from, as a run's parents: a directory counts by what its record says, a file by its code."""
+        if self.directory is not None:
+            return [{"role": "architecture", "path": self.directory, "sha256": digest(self.spec)}]
+        file = code_file(self.spec)
+        return [] if file is None else [{"role": "architecture", "path": str(file), "sha256": sha256_file(file)}]
+
+
+def architecture(name: str) -> Architecture:
+    """The architecture that a SPEC names: that of a model directory, or any that can be built.
+
+    Raises:
+        ArtifactError: A directory without a model.
+    """
+    if family(name) is None and Path(name).is_dir():
+        return Architecture(read_record(Path(name))["spec"], name)
+    return Architecture(name)
