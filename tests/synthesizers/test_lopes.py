@@ -114,7 +114,7 @@ def test_a_class_without_images_has_no_statistics_and_is_never_made(tmp_path):
     metadata = collect(teacher, source, CPU, 10, TEMPERATURE, 8)
     assert metadata.counts == [10, 0, 20]
     assert not any(layer.mean[1].any() or layer.std[1].any() for layer in metadata.layers.values())
-    targets = method(teacher, tmp_path, metadata).targets(1, 4)
+    targets = method(teacher, tmp_path, metadata).targets(1, 4).labels
     assert targets.argmax(1).tolist() == [2, 0, 2, 0]
 
 
@@ -314,10 +314,10 @@ class Watched(Lopes):
     def start(self, count):
         return self.pixels.clone()
 
-    def terms(self, images, logits, targets):
-        terms = super().terms(images, logits, targets)
+    def terms(self, look, targets):
+        terms, self.aims = super().terms(look, targets), targets.values
         if self.value is None:
-            (self.gradient,) = torch.autograd.grad(terms["reconstruction"], images, retain_graph=True)
+            (self.gradient,) = torch.autograd.grad(terms["reconstruction"], look.images, retain_graph=True)
             self.value = float(terms["reconstruction"].detach())
         return terms
 
