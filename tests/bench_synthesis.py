@@ -44,6 +44,7 @@ from dfkd_cli.models.registry import build
 from dfkd_cli.resolve import Settings, resolve
 from dfkd_cli.rounds.trainer import fit
 from dfkd_cli.stages.collect_metadata import collect
+from dfkd_cli.synthesizers.base import SynthesisTask
 from dfkd_cli.ui import Terminal
 
 Loss = Callable[[Tensor, Tensor], Tensor]  # of images and targets
@@ -296,18 +297,19 @@ def bare(teacher: Classifier, settings: Settings, rounds: int) -> float:
 def ours(teacher: Classifier, settings: Settings, rounds: int) -> float:
     """Seconds of the work as ``dfkd synthesize`` does it, Trainer and shards included."""
     config, entry = settings.method.config, settings.method.entry
-    given: dict[str, Any] = {}
+    extras: dict[str, Any] = {}
     if "student" in entry.needs:
-        given["student"] = fresh(teacher.info.spec, teacher.info.input_size[0]).requires_grad_(True)
+        extras["student"] = fresh(teacher.info.spec, teacher.info.input_size[0]).requires_grad_(True)
     if "metadata" in entry.needs:
         few_units = 256  # with a covariance: its factors are made once, not in every round
-        given["metadata"] = collect(teacher, Noise(teacher.info), torch.device("cpu"), 200, 8.0, few_units)
+        extras["metadata"] = collect(teacher, Noise(teacher.info), torch.device("cpu"), 200, 8.0, few_units)
     shards = 1 if BARE[entry.name] is stream else rounds
     with tempfile.TemporaryDirectory() as directory:
         start = time.perf_counter()
         run = RunDirectory(Path(directory), settings, [], {})
         writer = ShardWriter(Path(directory), {"shape": list(teacher.info.input_size), "dtype": config.dtype}, shards)
-        fit(entry.load()(teacher, config, shards * config.batch_size, 0, writer, **given), run, Terminal(silent=True))
+        task = SynthesisTask(teacher, shards * config.batch_size, 0, writer, **extras)
+        fit(entry.load()(task, config), run, Terminal(silent=True))
         return time.perf_counter() - start
 
 

@@ -29,7 +29,7 @@ from dfkd_cli.rounds.learner import Learner
 from dfkd_cli.rounds.trainer import CHECKPOINT, fit
 from dfkd_cli.settings import Augmentation
 from dfkd_cli.stages.collect_metadata import collect
-from dfkd_cli.synthesizers.base import Synthesizer
+from dfkd_cli.synthesizers.base import SynthesisTask, Synthesizer
 from dfkd_cli.ui import Terminal
 
 STILL = {f.name: 0 for f in dataclasses.fields(Augmentation) if f.type in ("int", "float")}  # no augmentation
@@ -137,9 +137,9 @@ def synthesizer(
     num_images: int = 6,
     seed: int = 0,
     cls: type[Synthesizer] | None = None,
-    **given: Any,
+    **extras: Any,
 ) -> Synthesizer:
-    """A method as ``synthesize`` makes it: its settings changed by ``values``, ``given`` beside the teacher."""
+    """A method as ``synthesize`` makes it: its settings changed by ``values``, ``extras`` beside the teacher."""
     entry, info = catalog.entries("synthesizers")[name], teacher.info
     config = build(entry.config, values)
     head = {
@@ -150,4 +150,4 @@ def synthesizer(
         "seed": seed,
     }
     writer = ShardWriter(directory, head, -(-num_images // config.batch_size))
-    return (cls or entry.load())(teacher, config, num_images, seed, writer, **given)
+    return (cls or entry.load())(SynthesisTask(teacher, num_images, seed, writer, **extras), config)

@@ -26,6 +26,7 @@ from dfkd_cli.errors import ConfigError
 from dfkd_cli.models.directory import load_model
 from dfkd_cli.resolve import resolve
 from dfkd_cli.rounds.trainer import fit
+from dfkd_cli.synthesizers.base import SynthesisTask
 from dfkd_cli.ui import Terminal
 
 SMALL = ["--num-images", "20", "--batch-size", "10", "--iterations", "1"]
@@ -369,7 +370,7 @@ def test_half_precision_is_for_accelerators(here: Path, cli) -> None:
     settings = resolve("synthesize", [half])
     teacher, _ = load_model(Path("teacher"))
     writer = ShardWriter(Path("half"), {"shape": [1, 32, 32], "dtype": "float16"}, 1)
-    learner = settings.method.entry.load()(teacher, settings.method.config, 2, 0, writer)
+    learner = settings.method.entry.load()(SynthesisTask(teacher, 2, 0, writer), settings.method.config)
     with pytest.raises(ConfigError, match="gradients of images would vanish"):
         fit(learner, RunDirectory(Path("half"), settings, [], {}), Terminal(silent=True))
 

@@ -94,6 +94,16 @@ def test_manifest_says_what_the_shards_hold(directory):
     assert manifest.items() >= HEAD.items()
 
 
+def test_the_writer_knows_how_sure_the_teacher_is(directory):
+    """As exactly as from the files, whether it wrote a shard or found it."""
+    writers = ShardWriter(directory, HEAD, 3), ShardWriter(directory.parent / "again", HEAD, 3)
+    for index in range(3):
+        writers[1].write(index, tensors(index), {})
+    for writer in writers:
+        for index in range(3):
+            assert writer.confidences[index] == float(tensors(index)["logits"].softmax(1).amax(1).sum())
+
+
 def test_shards_of_different_sizes(tmp_path):
     writer = ShardWriter(tmp_path, HEAD, 2)
     writer.write(0, tensors(0, 4), {})

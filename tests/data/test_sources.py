@@ -31,6 +31,7 @@ from dfkd_cli.data.sources import (
     hold_out,
 )
 from dfkd_cli.models.directory import load_model
+from dfkd_cli.synthesizers.base import SynthesisTask
 
 CPU = torch.device("cpu")
 IMAGE = 4  # bytes of an image of Numbers
@@ -349,7 +350,7 @@ def test_noise_source_is_what_the_noise_method_makes(tmp_path, teacher, dtype):
     entry, count, seed = catalog.entries("synthesizers")["noise"], 1200, 3
     head = {"shape": [1, 32, 32], "dtype": dtype, "num_classes": 10, "teacher": {"sha256": "0"}}
     writer = ShardWriter(tmp_path, head, 2)
-    method = entry.load()(classifier, build(entry.config, {"dtype": dtype}), count, seed, writer)
+    method = entry.load()(SynthesisTask(classifier, count, seed, writer), build(entry.config, {"dtype": dtype}))
     for index in range(method.rounds):
         method.round(index)
     writer.write_manifest()

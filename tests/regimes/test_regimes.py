@@ -22,7 +22,7 @@ from dfkd_cli.artifacts.shards import ShardReader
 from dfkd_cli.config import hints
 from dfkd_cli.data.sources import ANSWERS, Images
 from dfkd_cli.errors import ConfigError
-from dfkd_cli.objectives.base import Objective
+from dfkd_cli.objectives.base import Objective, ask
 from dfkd_cli.regimes import base
 from dfkd_cli.regimes.base import Regime
 from dfkd_cli.resolve import recipe_layer, resolve
@@ -69,6 +69,38 @@ def test_weights_of_objectives_and_of_their_terms_add_up():
     expected = 0.9 * first + 0.1 * 3 * oracles.response(student, teacher, "mse", 1)
     loss, _ = learner.loss(Images(images))
     np.testing.assert_allclose(loss.item(), expected, rtol=1e-5)
+
+
+def test_terms_are_of_any_students_answers_and_their_total_asks_no_network():
+    objectives = [(0.5, response(temperature=4, soft=2.0)), (3.0, response(form="mse", soft=0.1))]
+    learner, images, other = regime("offline", objectives=objectives), Images(pixels()), network(3)
+    terms = learner.terms(ask(other, images.pixels, {}), learner.ask_teacher(images.pixels), images)
+    student, teacher = (inputs(images.pixels) @ linear(net).T for net in (other, learner.teacher))
+    for name, (form, temperature) in {"loss0": ("kl", 4), "loss1": ("mse", 1)}.items():
+        expected = oracles.response(student, teacher, form, temperature)
+        np.testing.assert_allclose(terms[name]["soft"].item(), expected, rtol=1e-5)
+    ones = {name: {"soft": torch.ones(())} for name in terms}
+    assert learner.total(ones).item() == pytest.approx(0.5 * 2 + 3 * 0.1)
+    assert learner.named(terms) == {"loss0.soft": terms["loss0"]["soft"], "loss1.soft": terms["loss1"]["soft"]}
+
+
+class Early(Objective):
+    """Learned alone in the first two epochs."""
+
+    phase = 2
+
+    def forward(self, student, teacher, images):
+        return {"early": student.logits.mean()}
+
+
+@pytest.mark.parametrize(("epoch", "expected"), [(0, 0.5 * 4), (1, 0.5 * 4), (2, 3.0), (9, 3.0)])
+def test_only_what_counts_in_an_epoch_is_in_the_total(epoch, expected):
+    early = Early(SimpleNamespace(early=4.0))
+    learner = regime("offline", objectives=[(0.5, early), (3.0, response())])
+    for objective in learner.losses.values():
+        objective.epoch = epoch
+    total = learner.total({"loss0": {"early": torch.ones(())}, "loss1": {"soft": torch.ones(())}})
+    assert total.item() == pytest.approx(expected)
 
 
 def test_no_gradient_reaches_the_teacher():

@@ -83,7 +83,7 @@ def test_a_class_without_images_has_no_statistics_and_is_never_made(tmp_path):
     metadata = collect(teacher, source, CPU, 10, TEMPERATURE, 8)
     assert metadata.counts == [10, 0, 20]
     assert not any(layer.mean[1].any() or layer.std[1].any() for layer in metadata.layers.values())
-    targets = synthesizer("lopes", tmp_path, teacher, {"batch_size": 6}, metadata=metadata).targets(1, 4)
+    targets = synthesizer("lopes", tmp_path, teacher, {"batch_size": 6}, metadata=metadata).targets(1, 4).labels
     assert targets.argmax(1).tolist() == [2, 0, 2, 0]
 
 

@@ -138,6 +138,8 @@ def test_a_damaged_shard_is_remade(reference: tuple, tmp_path: Path, monkeypatch
     monkeypatch.chdir(tmp_path)
     assert cli(*PIPELINE[1])[0] == 0
     assert hashes(tmp_path / "shards") == expected["shards"]
+    metrics = [json.loads((place / "shards" / "run.json").read_text())["metrics"] for place in (tmp_path, source)]
+    assert metrics[0] == metrics[1]  # of shards that were there and the one that was made
 
 
 @pytest.mark.parametrize("method", ["zskd", "deepinversion"])

@@ -23,7 +23,7 @@ from dfkd_cli.artifacts.shards import ShardReader
 from dfkd_cli.models.classifier import Classifier, ModelInfo
 from dfkd_cli.models.statistics import Moments, batch_moments, gaussian_divergence, moments, recorded_moments
 from dfkd_cli.synthesizers.adaptive_deepinversion import agreement
-from dfkd_cli.synthesizers.base import ImageOptimizer
+from dfkd_cli.synthesizers.base import ImageOptimizer, Look
 from dfkd_cli.synthesizers.cotraining import PoolTrainer
 from dfkd_cli.synthesizers.terms import statistics_distance
 
@@ -81,18 +81,19 @@ def recorded(classifier: Classifier) -> list[tuple[np.ndarray, np.ndarray]]:
 def test_image_priors_are_the_papers(name, shape, tmp_path):
     method = synthesizer("deepdream", tmp_path, **{"total_variation": 0.0, name: 1.0})
     logits, target, pixels = RNG.normal(size=(shape[0], 4)), np.eye(4)[: shape[0]], RNG.normal(size=shape)
-    terms = method.terms(tensor(pixels), torch.from_numpy(logits), torch.from_numpy(target))
+    logits, target = torch.from_numpy(logits), torch.from_numpy(target)
+    terms = method.terms(Look(tensor(pixels), logits), target)
     assert set(terms) == {"cross_entropy", name}
     np.testing.assert_allclose(terms[name].item(), oracles.image_priors(pixels)[name], rtol=1e-12)
-    np.testing.assert_allclose(terms["cross_entropy"].item(), oracles.impression_loss(logits, target, 1), rtol=1e-12)
-    arguments = torch.from_numpy(logits), torch.from_numpy(target)
-    assert torch.autograd.gradcheck(lambda x: method.terms(x, *arguments)[name], tensor(pixels))
+    expected = oracles.impression_loss(logits.numpy(), target.numpy(), 1)
+    np.testing.assert_allclose(terms["cross_entropy"].item(), expected, rtol=1e-12)
+    assert torch.autograd.gradcheck(lambda x: method.terms(Look(x, logits), target)[name], tensor(pixels))
 
 
 def test_flat_images_have_no_gradient_that_is_not_finite(tmp_path):
     method = synthesizer("deepdream", tmp_path, total_variation=1.0, total_variation_l1=1.0, l2=1.0)
     images = torch.zeros(2, 1, 3, 3, requires_grad=True)
-    terms = method.terms(images, torch.zeros(2, 4), torch.eye(4)[:2])
+    terms = method.terms(Look(images, torch.zeros(2, 4)), torch.eye(4)[:2])
     (gradient,) = torch.autograd.grad(sum(terms.values()), images)
     assert torch.equal(gradient, torch.zeros_like(images))
 

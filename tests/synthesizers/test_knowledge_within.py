@@ -210,12 +210,13 @@ def test_l2_is_deepinversions_distance_with_biased_variances(tmp_path):
     maker = method("bn-statistics", tmp_path, teacher, bn_loss="l2")
     images = torch.randn(4, *SIZE)
     targets = maker.targets(0, 4)
-    with maker.watching() as maker.seen:
-        distance = maker.terms(images, teacher.net(images), targets)["statistics"]
+    with maker.looking() as show:
+        look = show(images)
+    distance = maker.terms(look, targets)["statistics"]
     x, (mean, var) = images.double().numpy(), recorded(teacher)
     expected = sum(np.linalg.norm(a - b) for a, b in ((x.mean((0, 2, 3)), mean), (x.var((0, 2, 3)), var)))
     np.testing.assert_allclose(distance, expected, rtol=1e-5)
-    torch.testing.assert_close(distance, statistics_distance(maker.seen, maker.recorded))
+    torch.testing.assert_close(distance, statistics_distance(look.moments, maker.recorded))
 
 
 @pytest.mark.parametrize("bn_loss", ["kl", "kl-reverse", "l2"])

@@ -121,10 +121,10 @@ class Watched(Lopes):
     def start(self, count):
         return self.pixels.clone()
 
-    def terms(self, images, logits, targets):
-        terms = super().terms(images, logits, targets)
+    def terms(self, look, targets):
+        terms, self.aims = super().terms(look, targets), targets.values
         if self.value is None:
-            (self.gradient,) = torch.autograd.grad(terms["reconstruction"], images, retain_graph=True)
+            (self.gradient,) = torch.autograd.grad(terms["reconstruction"], look.images, retain_graph=True)
             self.value = float(terms["reconstruction"].detach())
         return terms
 

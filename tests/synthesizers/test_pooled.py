@@ -21,6 +21,7 @@ from oracles import Array
 from synthesis_oracles import Adam
 from torch import Tensor, nn
 
+from dfkd_cli import catalog
 from dfkd_cli.artifacts.run import RunDirectory
 from dfkd_cli.artifacts.shards import ShardWriter
 from dfkd_cli.models.classifier import Classifier, ModelInfo
@@ -28,13 +29,15 @@ from dfkd_cli.models.statistics import AveragedMoments, Moments, batch_moments
 from dfkd_cli.resolve import resolve
 from dfkd_cli.rounds.trainer import fit
 from dfkd_cli.seeds import derive
+from dfkd_cli.synthesizers.base import SynthesisTask
 from dfkd_cli.synthesizers.cmi import Memory, contrastive_loss, initialise
 from dfkd_cli.synthesizers.fast_dfkd import reset_first_layer
 from dfkd_cli.synthesizers.nayer import NoisyLayers
-from dfkd_cli.synthesizers.pooled import PooledGenerator, agreed_divergence
+from dfkd_cli.synthesizers.pooled import Candidate, PooledGenerator, agreed_divergence
 from dfkd_cli.ui import Terminal
 
 NAMES = ["cmi", "fast-dfkd", "nayer"]
+METHODS = catalog.entries("synthesizers")
 SIZE = (3, 10, 6)  # neither square nor a multiple of four
 TINY = {
     "batch_size": 6,
@@ -74,7 +77,7 @@ def flat_network(classes: int = 4, size: tuple[int, int, int] = (1, 2, 3)) -> Cl
 
 
 def method(
-    name: str, path: Path, num_images: int = 18, teacher: Classifier | None = None, **values
+    name: str, path: Path, num_images: int = 18, teacher: Classifier | None = None, cls: type | None = None, **values
 ) -> tuple[PooledGenerator, RunDirectory]:
     """The method with tiny settings, and the directory of its run."""
     given = {"method": name, "student": "tiny", "num_images": num_images, "device": "cpu"}
@@ -83,8 +86,8 @@ def method(
     config, teacher = settings.method.config, teacher or network(0)
     head = {"shape": list(teacher.info.input_size), "dtype": config.dtype}
     writer = ShardWriter(path, head, -(-num_images // config.batch_size))
-    made = settings.method.entry.load()(teacher, config, num_images, 0, writer, student=copy.deepcopy(network(1)))
-    return made, RunDirectory(path, settings, [], {})
+    task = SynthesisTask(teacher, num_images, 0, writer, student=copy.deepcopy(network(1)))
+    return (cls or METHODS[name].load())(task, config), RunDirectory(path, settings, [], {})
 
 
 def run(name: str, path: Path, *callbacks: Callback, change: Callable = lambda _: None, **values) -> PooledGenerator:
@@ -211,7 +214,7 @@ def test_statistics_have_the_biased_variance_and_plain_norms(tmp_path):
     images = torch.rand(6, 1, 2, 3)
     x = (images.numpy().reshape(6, -1).astype(np.float64) - 0.2) / 0.5
     expected = np.linalg.norm(x.mean(0)) + np.linalg.norm(x.var(0) - 1)
-    terms = made.terms(images, torch.zeros(6, dtype=torch.int64))
+    terms = made.candidate(images, torch.zeros(6, dtype=torch.int64)).terms
     np.testing.assert_allclose(terms["statistics"].item(), expected, rtol=1e-5)
 
 
@@ -225,10 +228,10 @@ def test_each_term_reaches_the_generator_and_changes_the_images(name, term, tmp_
     assert not torch.equal(images_of(whole)[:6], images_of(without)[:6])
     torch.manual_seed(0)
     labels = whole.labels(6)
-    attempt = whole.start(labels) if name == "nayer" else None
-    images = attempt.network(attempt.inputs) if attempt else whole.generator(whole.latents(6))
+    batch = whole.start(labels) if name == "nayer" else None
+    images = batch.network(batch.inputs) if batch else whole.generator(whole.latents(6))
     whole.student.eval()
-    terms = whole.terms(images, labels)
+    terms = whole.candidate(images, labels).terms
     assert set(terms) == {"cross_entropy", "statistics", "adversarial", *(["contrast"] if name == "cmi" else [])}
     first = whole.generator[0].linear.weight
     assert torch.autograd.grad(terms[term], first)[0].abs().max() > 0
@@ -252,6 +255,32 @@ def test_the_images_with_the_lowest_loss_are_kept(tmp_path):
     assert losses == np.minimum.accumulate(losses).tolist()
     assert {True, False} == set(better)
     assert better == [not torch.equal(a, b) for a, b in itertools.pairwise(kept)]
+
+
+@pytest.mark.parametrize("name", NAMES)
+def test_a_batch_leaves_the_last_steps_statistics_and_the_best_images_features(name, tmp_path):
+    class Watched(METHODS[name].load()):
+        def candidate(self, images: Tensor, labels: Tensor) -> Candidate:
+            seen.append(super().candidate(images, labels))
+            return seen[-1]
+
+    seen: list[Candidate] = []
+    for iterations in range(1, 9):
+        made, _ = method(name, tmp_path, iterations=iterations, lr=0.5, cls=Watched)
+        made.configure_optimizers()
+        seen.clear()
+        torch.manual_seed(0)
+        batch = made.make(0, 6)
+        losses = [sum(getattr(made.config, key) * v.item() for key, v in each.terms.items()) for each in seen]
+        best = seen[int(np.argmin(losses))]
+        assert torch.equal(batch.pixels, best.images)
+        expected = torch.cat([seen[-1].look.moments[layer].mean for layer in ("1", "4")])
+        torch.testing.assert_close(made.average.average[0], expected)
+        if name == "cmi":
+            torch.testing.assert_close(made.remembered.sample(99).sort(0).values, best.features.sort(0).values)
+        if best is not seen[-1]:
+            return
+    raise AssertionError("the last step was always the best")
 
 
 @pytest.mark.parametrize("name", NAMES)

@@ -115,9 +115,9 @@ def test_images_take_turns_in_the_layer_that_they_have_a_target_in(first, layers
     maker = method(tmp_path, teacher, layers=layers, temperature=tau, sigma=sigma, activation=0)
     images = torch.randn(count, 1, 2, 2, requires_grad=True)
     torch.manual_seed(4)
-    labels = maker.targets(first, count)
-    with maker.watching() as maker.seen:
-        value = maker.terms(images, teacher.net(images), labels)["divergence"]
+    targets = maker.targets(first, count)
+    with maker.looking() as show:
+        value = maker.terms(show(images), targets)["divergence"]
     weights = {"1": teacher.net[1].weight, "logits": teacher.net[3].weight}
     x = images.detach().double().numpy().reshape(count, -1)
     outputs = {
@@ -131,8 +131,9 @@ def test_images_take_turns_in_the_layer_that_they_have_a_target_in(first, layers
         mine = [n for n in range(count) if (first + n) % len(layers) == index]
         sampled = normal_logits(weights[name].detach(), sigma, len(mine)).double().numpy()
         expected += sum(formulas.soft_target_loss(outputs[name][[n]], sampled[[i]], tau) for i, n in enumerate(mine))
-        aims = oracles.softmax(sampled / tau) if name == "logits" else np.zeros((len(mine), 3))
-        np.testing.assert_allclose(labels[mine], aims, atol=1e-6)
+        rows, labels = targets[name]
+        assert list(range(count))[rows] == mine
+        np.testing.assert_allclose(labels, oracles.softmax(sampled / tau), atol=1e-6)
     assert value.item() == pytest.approx(expected / count, rel=1e-5)
     assert maker.make(first, count).targets is None
     assert method(tmp_path, teacher, activation=0).make(first, count).targets is not None
@@ -148,7 +149,7 @@ def test_targets_are_tempered_samples_and_one_for_every_image(tmp_path):
     teacher, tau, sigma = conv_teacher(), 3.0, 8.0
     maker = method(tmp_path, teacher, temperature=tau, sigma=sigma)
     torch.manual_seed(5)
-    targets = maker.targets(0, 40)
+    targets = maker.soft_labels(maker.targets(0, 40))
     assert (targets.shape, targets.dtype) == ((40, 3), torch.float32)
     sampled = drawn(teacher.head().weight.double().numpy(), sigma, 40, seed=5)
     np.testing.assert_allclose(targets, oracles.softmax(sampled / tau), atol=1e-6)
@@ -192,8 +193,8 @@ def test_features_are_those_at_the_taps_last_by_default(taps, path, tmp_path, te
     paths = ["stage1", "stage2"] if path is None else [path]
     values = [net[: [name for name, _ in net.named_children()].index(path) + 1](images) for path in paths]
     targets = maker.targets(0, 4)
-    with maker.watching() as maker.seen:
-        terms = maker.terms(images, net(images), targets)
+    with maker.looking() as show:
+        terms = maker.terms(show(images), targets)
     expected = -np.mean([value.detach().double().abs().mean() for value in values])
     np.testing.assert_allclose(terms["activation"].detach(), expected, rtol=1e-5)
 

@@ -22,6 +22,7 @@ from dfkd_cli.models.generators import Generator, Generators, load_generators, s
 from dfkd_cli.objectives.response import soft_loss
 from dfkd_cli.stages.synthesize import rare_classes
 from dfkd_cli.stages.training import fresh
+from dfkd_cli.synthesizers.base import SynthesisTask
 from dfkd_cli.synthesizers.dafl import information, one_hot
 from dfkd_cli.synthesizers.dfq import answer_entropy
 from dfkd_cli.synthesizers.pooled import agreed_divergence
@@ -42,7 +43,8 @@ def make_method(tmp_path, make_teacher):
         info = teacher.info
         head = {"shape": list(info.input_size), "dtype": "float16", "num_classes": 10, "teacher": {"sha256": "0"}}
         student = fresh(dataclasses.replace(info, spec="lenet5-half"), "student", 0, False)
-        return METHODS[name].load()(teacher, config, 4, 0, ShardWriter(tmp_path, head, 1), student=student)
+        task = SynthesisTask(teacher, 4, 0, ShardWriter(tmp_path, head, 1), student=student)
+        return METHODS[name].load()(task, config)
 
     return make
 
