@@ -98,16 +98,7 @@ def convert(value: Any, annotation: Any, where: str) -> Any:
     if isinstance(value, (list, tuple, dict)):
         raise ConfigError(f"{where}: needs one {annotation.__name__}, got {value!r}")
     if annotation is bool:
-        words = {
-            "true": True,
-            "yes": True,
-            "on": True,
-            "1": True,
-            "false": False,
-            "no": False,
-            "off": False,
-            "0": False,
-        }
+        words = dict.fromkeys(("true", "yes", "on", "1"), True) | dict.fromkeys(("false", "no", "off", "0"), False)
         if str(value).lower() in words:
             return words[str(value).lower()]
     elif annotation is str:
