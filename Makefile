@@ -37,8 +37,8 @@ kill-test: .venv/.done ## Kill the pipeline at twenty random moments: twenty tim
 bench: .venv/.done ## Time every method's round against its bare loop; half an hour
 	OMP_NUM_THREADS=1 $(BIN)/python tests/bench_synthesis.py
 
-readme: .venv/.done ## Write the tables of README.md anew from results/
-	$(BIN)/python -m dfkd_cli.report.readme README.md
+readme: .venv/.done ## Write the tables of the READMEs anew, from results/ and the methods' files
+	$(BIN)/python -m dfkd_cli.report.readme README.md results/README.md
 
 clean: ## Remove what the other targets made
 	rm -rf demo build dist .venv *.egg-info .pytest_cache .ruff_cache .mypy_cache

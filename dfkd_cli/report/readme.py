@@ -1,15 +1,14 @@
 """Tables of a page that nobody types: each is made from what the comment before it names.
 
-``python -m dfkd_cli.report.readme PAGE ...`` writes all of them anew. Paths are relative to the page:
+``python -m dfkd_cli.report.readme PAGE ...`` writes all of them anew, each up to the next ``<!-- end of results -->`` or
+``<!-- end of methods -->``. Paths are relative to the page:
 
     <!-- results/zskd-mnist.json -->            a kept results.json, whole
     <!-- rows WHEN, ROW, TOP-1 %                these columns of some rows of several
-    results/zskd-mnist.json zskd                ROW, of several teachers TEACHER/ROW; the rest stands under WHEN
-    results/synthesizers-mnist.json lenet5/lopes there is metadata
+    results/zskd-mnist.json few-200 zskd        ROW, of several teachers TEACHER/ROW
+    results/synthesizers-mnist.json lenet5/lopes: there is metadata        which stands under WHEN
     -->
     <!-- synthesizers -->                       what dfkd ls says of every method in that folder of the package
-
-and each ends at the next ``<!-- end of results -->`` or ``<!-- end of methods -->``.
 """
 
 from __future__ import annotations
@@ -59,16 +58,18 @@ def fill(text: str, root: Path) -> str:
 
 
 def _rows(columns: Sequence[str], chosen: Sequence[str], root: Path) -> list[str]:
-    """Rows of kept results, each chosen by ``FILE ROW`` and, where there is one, the case that it stands for."""
+    """Rows of kept results, chosen by lines ``FILE ROW ...`` or ``FILE ROW: when``."""
     lines = []
-    for file, name, *case in (line.split(maxsplit=2) for line in chosen):
+    for line in chosen:
+        names, _, when = line.partition(": ")
+        file, *names = names.split()
         sections = read_json(root / file)["sections"]
         rows = {f"{s['teacher']}/{row['label']}".strip("/"): (s, row) for s in sections for row in s["rows"]}
-        section, row = rows[name]
-        teacher = cells(section["rows"][0])
-        texts = {"WHEN": "".join(case), "DATASET": section["dataset"], **cells(row)}
-        texts["TEACHER"] = f"{teacher['STUDENT']}, {teacher['TOP-1 %']} %"
-        lines.append([escape(texts[column]) for column in columns])
+        for section, row in map(rows.__getitem__, names):
+            teacher = cells(section["rows"][0])
+            texts = {"WHEN": when, "DATASET": section["dataset"], **cells(row)}
+            texts["TEACHER"] = f"{teacher['STUDENT']}, {teacher['TOP-1 %']} %"
+            lines.append([escape(texts[column]) for column in columns])
     return markdown_table(columns, lines, (*LEFT, "WHEN", "DATASET", "TEACHER"))
 
 

@@ -639,14 +639,6 @@ def test_published_numbers_and_wall_time_reach_every_table(here, cli):
     assert {path: path.stat().st_mtime_ns for path in written} == written, "what a paper reports decides no run"
 
 
-def test_tables_of_the_readme_are_made_from_the_kept_results():
-    root = Path(__file__).parents[2]
-    text = (root / "README.md").read_text(encoding="utf-8")
-    assert fill(text, root) == text, "run `make readme`"
-    kept = {f"results/{path.name}" for path in (root / "results").glob("*.json")}
-    assert set(re.findall(r"^<!-- (.*\.json) -->$", text, re.MULTILINE)) == kept
-
-
 @pytest.mark.parametrize(
     "published, words",
     [
