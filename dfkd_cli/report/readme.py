@@ -1,7 +1,7 @@
 """Tables of a page that nobody types: each is made from what the comment before it names.
 
-``python -m dfkd_cli.report.readme PAGE ...`` writes all of them anew, each up to the next ``<!-- end of results -->`` or
-``<!-- end of methods -->``. Paths are relative to the page:
+``python -m dfkd_cli.report.readme PAGE ...`` writes all of them anew, each up to the next ``<!-- end of results -->``
+or ``<!-- end of methods -->``. Paths are relative to the page:
 
     <!-- results/zskd-mnist.json -->            a kept results.json, whole
     <!-- rows WHEN, ROW, TOP-1 %                these columns of some rows of several
@@ -22,8 +22,7 @@ from dfkd_cli import catalog
 from dfkd_cli.artifacts.files import read_json, write_atomic
 from dfkd_cli.report.table import LEFT, cells, escape, markdown, markdown_table
 
-# The others are in report.html; a page has less room.
-_LEFT_OUT = ("AGREEMENT %", "SYNTHESIS s", "DISTILLATION s", "PARAMS", "SEEDS")
+_LEFT_OUT = ("AGREEMENT %", "SYNTHESIS s", "DISTILLATION s", "PARAMS", "SEEDS")  # report.html has room for them
 _BLOCK = re.compile(
     r"(<!-- (\S+\.json|rows|synthesizers|objectives|regimes)\b(.*?)-->\n).*?(<!-- end of \w+ -->)", re.DOTALL
 )
@@ -52,7 +51,8 @@ def fill(text: str, root: Path) -> str:
             lines = _rows(columns.split(", "), rows, root)
         else:
             lines = _methods(what)
-        return "\n".join([start, *lines, "", end])
+        # Where a page is narrow, a figure stays on one line with its deviation.
+        return "\n".join([start, *lines, "", end]).replace(" ± ", "\N{NO-BREAK SPACE}±\N{NO-BREAK SPACE}")
 
     return _BLOCK.sub(table, text)
 
