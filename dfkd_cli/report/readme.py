@@ -61,8 +61,8 @@ def _rows(columns: Sequence[str], chosen: Sequence[str], root: Path) -> list[str
     """Rows of kept results, chosen by lines ``FILE ROW ...`` or ``FILE ROW: when``."""
     lines = []
     for line in chosen:
-        names, _, when = line.partition(": ")
-        file, *names = names.split()
+        words, _, when = line.partition(": ")
+        file, *names = words.split()
         sections = read_json(root / file)["sections"]
         rows = {f"{s['teacher']}/{row['label']}".strip("/"): (s, row) for s in sections for row in s["rows"]}
         for section, row in map(rows.__getitem__, names):
