@@ -23,7 +23,7 @@ KINDS: dict[str, Callable[[], list[dict[str, Any]]]] = {
     "recipes": catalog.recipe_items,
 }
 PACKAGES = (
-    "torch", "torchvision", "lightning", "torchmetrics", "numpy", "safetensors", "typer", "rich", "timm", "tensorboard"
+    "torch", "torchvision", "lightning", "torchmetrics", "numpy", "safetensors", "typer", "rich", "timm", "tensorboard",
 )  # fmt: skip
 AsJson = Annotated[bool, typer.Option("--json", help="print one JSON document")]
 
