@@ -40,8 +40,8 @@ bench: .venv/.done ## Time every method's round against its bare loop; half an h
 gpu: .venv/.done ## What ten minutes of a GPU are for, the most useful first; MINUTES=10, PLAN=1 only says what
 	$(BIN)/python tests/gpu_runs.py --minutes $(or $(MINUTES),10) $(if $(PLAN),--plan)
 
-readme: .venv/.done ## Write the tables of README.md anew from results/
-	$(BIN)/python -m dfkd_cli.report.readme README.md
+readme: .venv/.done ## Write the tables of the READMEs anew, from results/ and the methods' files
+	$(BIN)/python -m dfkd_cli.report.readme README.md results/README.md
 
 clean: ## Remove what the other targets made
 	rm -rf demo build dist .venv *.egg-info .pytest_cache .ruff_cache .mypy_cache

@@ -47,7 +47,7 @@ def page(results: Mapping[str, Any]) -> str:
     runs = sum(len(row["runs"]) for row in rows)
     body = [
         "<h1>dfkd comparison</h1>",
-        f'<p class="soft">{len(rows)} rows from {runs} models, {escape(_date(results["started"]))}, '
+        f'<p class="soft">{len(rows)} rows from {runs} models, {escape(results["started"].partition("T")[0])}, '
         f"dfkd {escape(results['versions']['dfkd'])}</p>",
         *(_section(section, results) for section in results["sections"]),
         _galleries(results["shards"]),
@@ -190,7 +190,3 @@ def _command(argv: Sequence[str] | None) -> str:
 
 def _versions(versions: Mapping[str, str] | None) -> str:
     return ", ".join(f"{name} {version}" for name, version in (versions or {}).items())
-
-
-def _date(started: str) -> str:
-    return started.partition("T")[0]

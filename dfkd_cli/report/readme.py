@@ -1,23 +1,33 @@
-"""Tables of a README that nobody types: each is made from a kept ``results.json``.
+"""Tables of a page that nobody types: each is made from what the comment before it names.
 
-A table stands between two comments, and ``python -m dfkd_cli.report.readme README.md`` writes all of them anew:
+``python -m dfkd_cli.report.readme PAGE ...`` writes all of them anew, each up to the next ``<!-- end of results -->``
+or ``<!-- end of methods -->``. Paths are relative to the page:
 
-    <!-- results/zskd-mnist.json -->
-    <!-- end of results -->
+    <!-- results/zskd-mnist.json -->            a kept results.json, whole
+    <!-- rows WHEN, ROW, TOP-1 %                these columns of some rows of several
+    results/zskd-mnist.json few-200 zskd        ROW, of several teachers TEACHER/ROW
+    results/synthesizers-mnist.json lenet5/lopes: there is metadata        which stands under WHEN
+    -->
+    <!-- synthesizers -->                       what dfkd ls says of every method in that folder of the package
 """
 
 from __future__ import annotations
 
 import re
 import sys
+from collections.abc import Sequence
 from pathlib import Path
 
+from dfkd_cli import catalog
 from dfkd_cli.artifacts.files import read_json, write_atomic
-from dfkd_cli.report.table import COLUMNS, markdown
+from dfkd_cli.report.table import LEFT, cells, escape, markdown, markdown_table
 
-# The others are in report.html; a README has less room.
-_LEFT_OUT = ("AGREEMENT %", "SYNTHESIS s", "DISTILLATION s", "PARAMS", "SEEDS")
-_TABLE = re.compile(r"(<!-- (\S+\.json) -->\n).*?(<!-- end of results -->)", re.DOTALL)
+_LEFT_OUT = ("AGREEMENT %", "SYNTHESIS s", "DISTILLATION s", "PARAMS", "SEEDS")  # report.html has room for them
+_BLOCK = re.compile(
+    r"(<!-- (\S+\.json|rows|synthesizers|objectives|regimes)\b(.*?)-->\n).*?(<!-- end of \w+ -->)", re.DOTALL
+)
+_METHOD = ("NAME", "KIND", "NEEDS", "SUMMARY", "PAPER")
+_SITES = {"arXiv": "https://arxiv.org/abs/", "doi": "https://doi.org/"}
 
 
 def fill(text: str, root: Path) -> str:
@@ -29,16 +39,53 @@ def fill(text: str, root: Path) -> str:
 
     Raises:
         ArtifactError: A file is missing or damaged.
+        KeyError: There is no such row or column.
     """
-    columns = [name for name in COLUMNS if name not in _LEFT_OUT]
 
-    def table(found: re.Match[str]) -> str:
-        head, file, end = found.groups()
-        return f"{head}\n{markdown(read_json(root / file), columns)}\n{end}"
+    def table(block: re.Match[str]) -> str:
+        start, what, more, end = block.groups()
+        if what.endswith(".json"):
+            lines = markdown(read_json(root / what), _LEFT_OUT).splitlines()
+        elif what == "rows":
+            columns, *rows = more.strip().splitlines()
+            lines = _rows(columns.split(", "), rows, root)
+        else:
+            lines = _methods(what)
+        # Where a page is narrow, a figure stays on one line with its deviation.
+        return "\n".join([start, *lines, "", end]).replace(" ± ", "\N{NO-BREAK SPACE}±\N{NO-BREAK SPACE}")
 
-    return _TABLE.sub(table, text)
+    return _BLOCK.sub(table, text)
+
+
+def _rows(columns: Sequence[str], chosen: Sequence[str], root: Path) -> list[str]:
+    """Rows of kept results, chosen by lines ``FILE ROW ...`` or ``FILE ROW: when``."""
+    lines = []
+    for line in chosen:
+        words, _, when = line.partition(": ")
+        file, *names = words.split()
+        sections = read_json(root / file)["sections"]
+        rows = {f"{s['teacher']}/{row['label']}".strip("/"): (s, row) for s in sections for row in s["rows"]}
+        for section, row in map(rows.__getitem__, names):
+            teacher = cells(section["rows"][0])
+            texts = {"WHEN": when, "DATASET": section["dataset"], **cells(row)}
+            texts["TEACHER"] = f"{teacher['STUDENT']}, {teacher['TOP-1 %']} %"
+            lines.append([escape(texts[column]) for column in columns])
+    return markdown_table(columns, lines, (*LEFT, "WHEN", "DATASET", "TEACHER"))
+
+
+def _methods(package: str) -> list[str]:
+    """The methods in a folder of the package, by kind."""
+    entries = sorted(catalog.entries(package).values(), key=lambda entry: (entry.kind, entry.name))
+    rows = ([f"`{e.name}`", e.kind, ", ".join(e.needs), escape(e.summary), _link(e.paper)] for e in entries)
+    return markdown_table(_METHOD, rows, _METHOD)
+
+
+def _link(paper: str) -> str:
+    """``arXiv:1905.08114`` or a doi as a link to it."""
+    site, _, number = paper.partition(":")
+    return f"[{paper}]({_SITES[site]}{number})" if paper else ""
 
 
 if __name__ == "__main__":
-    path = Path(sys.argv[1])
-    write_atomic(path, fill(path.read_text(encoding="utf-8"), path.parent).encode())
+    for path in map(Path, sys.argv[1:]):
+        write_atomic(path, fill(path.read_text(encoding="utf-8"), path.parent).encode())

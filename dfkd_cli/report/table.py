@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Container, Mapping
+from collections.abc import Container, Iterable, Mapping, Sequence
 from datetime import timedelta
 from typing import Any, Literal
 
@@ -11,65 +11,40 @@ from rich.text import Text
 
 from dfkd_cli.report.results import curves
 
-COLUMNS = (
-    "ROW",
-    "STUDENT",
-    "TOP-1 %",
-    "PUBLISHED %",
-    "SELECTED %",
-    "BEST TEST %",
-    "GAP",
-    "AGREEMENT %",
-    "IMAGES",
-    "SYNTHESIS s",
-    "DISTILLATION s",
-    "TOTAL s",
-    "PARAMS",
-    "SEEDS",
-    "DATA",
-)
 LEFT = ("ROW", "STUDENT", "SEEDS", "DATA")  # columns of words
 # Left out of a narrow terminal, in this order.
 _EXPENDABLE = (
-    "PARAMS",
-    "BEST TEST %",
-    "SELECTED %",
-    "IMAGES",
-    "SEEDS",
-    "STUDENT",
-    "AGREEMENT %",
-    "DISTILLATION s",
-    "SYNTHESIS s",
-    "TOTAL s",
-)
+    "PARAMS", "BEST TEST %", "SELECTED %", "IMAGES", "SEEDS",
+    "STUDENT", "AGREEMENT %", "DISTILLATION s", "SYNTHESIS s", "TOTAL s",
+)  # fmt: skip
 _SEEDS_SHOWN = 5
 
 
-def cells(row: Mapping[str, Any]) -> list[str]:
-    """A row's texts, one for each of the ``COLUMNS``. Top-1, gap and agreement are in percentage points.
+def cells(row: Mapping[str, Any]) -> dict[str, str]:
+    """A row's texts by column. Top-1, gap and agreement are in percentage points.
 
     Top-1 is the last epoch's. ``SELECTED`` is that of the snapshot with the best agreement on held-out images of the
     transfer set; ``BEST TEST`` that of the best snapshot on the test images, which many papers print.
     """
     training, total = (row["seconds"][name] if row["role"] == "student" else None for name in ("training", "total"))
     seeds = [str(seed) for seed in row["seeds"] if seed is not None]
-    return [
-        row["label"],
-        (row["model"] or "") + (", in the loop" if row.get("cotrained") else ""),
-        _points(row["top1"]),
-        "-" if row["published"] is None else f"{100 * row['published']:.2f}",
-        _points(row["selected"]),
-        _points(row["best_test"]),
-        _points(row["gap"], sign="+"),
-        _points(row["agreement"]),
-        _count(row["num_images"]),
-        seconds(row["seconds"]["synthesis"]),
-        seconds(training),
-        seconds(total),
-        _count(row["parameters"]),
-        " ".join(seeds) if len(seeds) <= _SEEDS_SHOWN else f"{len(seeds)} seeds",
-        data(row),
-    ]
+    return {
+        "ROW": row["label"],
+        "STUDENT": (row["model"] or "") + (", in the loop" if row.get("cotrained") else ""),
+        "TOP-1 %": _points(row["top1"]),
+        "PUBLISHED %": "-" if row["published"] is None else f"{100 * row['published']:.2f}",
+        "SELECTED %": _points(row["selected"]),
+        "BEST TEST %": _points(row["best_test"]),
+        "GAP": _points(row["gap"], sign="+"),
+        "AGREEMENT %": _points(row["agreement"]),
+        "IMAGES": _count(row["num_images"]),
+        "SYNTHESIS s": seconds(row["seconds"]["synthesis"]),
+        "DISTILLATION s": seconds(training),
+        "TOTAL s": seconds(total),
+        "PARAMS": _count(row["parameters"]),
+        "SEEDS": " ".join(seeds) if len(seeds) <= _SEEDS_SHOWN else f"{len(seeds)} seeds",
+        "DATA": data(row),
+    }
 
 
 def data(made: Mapping[str, Any]) -> str:
@@ -79,13 +54,12 @@ def data(made: Mapping[str, Any]) -> str:
     return f"uses {', '.join(made['uses'])}" if made["uses"] else "data-free"
 
 
-def failed_cells(section: Mapping[str, Any]) -> list[list[str]]:
-    """The texts of the rows that failed, in whole or in part."""
+def failed_cells(section: Mapping[str, Any]) -> list[dict[str, str]]:
+    """The texts, as far as there are any, of the rows that failed in whole or in part."""
     seeds: dict[str, list[str]] = {}
     for failure in section["failed"]:
         seeds.setdefault(failure["row"], []).append(str(failure["seed"]))
-    known = [{"ROW": row, "TOP-1 %": "failed", "SEEDS": " ".join(failed)} for row, failed in seeds.items()]
-    return [[texts.get(column, "") for column in COLUMNS] for texts in known]
+    return [{"ROW": row, "TOP-1 %": "failed", "SEEDS": " ".join(failed)} for row, failed in seeds.items()]
 
 
 def headline(section: Mapping[str, Any]) -> str:
@@ -152,26 +126,30 @@ def terminal_by_size(section: Mapping[str, Any]) -> Table | None:
     return table
 
 
-def markdown(results: Mapping[str, Any], columns: Container[str] = COLUMNS) -> str:
-    """``table.md``, or a part of it.
-
-    Args:
-        results: What is in ``results.json``.
-        columns: The columns that are wanted.
-    """
+def markdown(results: Mapping[str, Any], left_out: Container[str] = ()) -> str:
+    """``table.md`` of what is in ``results.json``, without the columns that are to be left out."""
     blocks = []
     for section in results["sections"]:
-        chosen = {name: texts for name, texts in filled(section).items() if name in columns}
-        rule = [":--" if name in LEFT else "--:" for name in chosen]
-        lines = [headline(section), "", _line(chosen), _line(rule)]
-        lines += [_line(map(_escape, row)) for row in zip(*chosen.values(), strict=True)]
+        columns = {name: texts for name, texts in filled(section).items() if name not in left_out}
+        rows = (map(escape, row) for row in zip(*columns.values(), strict=True))
+        lines = [headline(section), "", *markdown_table(list(columns), rows)]
         if pivot := by_size(section):
-            rule = [":--"] + ["--:"] * (len(pivot[0]) - 1)
-            lines += ["", "Top-1 by images in the transfer set:", "", _line(pivot[0]), _line(rule)]
-            lines += [_line(map(_escape, row)) for row in pivot[1:]]
-        lines += [f"\n{_escape(line)}" for line in failures(section)]
+            points = (map(escape, row) for row in pivot[1:])
+            lines += [
+                "",
+                "Top-1 by images in the transfer set:",
+                "",
+                *markdown_table(pivot[0], points, left=("IMAGES",)),
+            ]
+        lines += [f"\n{escape(line)}" for line in failures(section)]
         blocks.append("\n".join(lines))
     return "\n\n".join(blocks) + "\n"
+
+
+def markdown_table(columns: Sequence[str], rows: Iterable[Iterable[str]], left: Container[str] = LEFT) -> list[str]:
+    """The lines of a table whose cells are Markdown; the columns in ``left`` hold words."""
+    rule = [":--" if name in left else "--:" for name in columns]
+    return [f"| {' | '.join(cells)} |" for cells in (columns, rule, *rows)]
 
 
 def plain_rows(section: Mapping[str, Any]) -> list[Mapping[str, Any]]:
@@ -193,15 +171,12 @@ def by_size(section: Mapping[str, Any]) -> list[list[str]]:
 def filled(section: Mapping[str, Any]) -> dict[str, tuple[str, ...]]:
     """The columns in which any row has something, each with the texts of all rows, those that failed last."""
     rows = [*map(cells, plain_rows(section)), *failed_cells(section)]
-    columns = dict(zip(COLUMNS, zip(*rows, strict=True), strict=True))
+    columns = {name: tuple(row.get(name, "") for row in rows) for name in rows[0]}
     return {name: texts for name, texts in columns.items() if set(texts) - {"", "-"}}
 
 
-def _line(texts: Any) -> str:
-    return f"| {' | '.join(texts)} |"
-
-
-def _escape(text: str) -> str:
+def escape(text: str) -> str:
+    """Text as Markdown on one line, in which no character has a meaning."""
     for mark in "\\|<`*_[":
         text = text.replace(mark, "\\" + mark)
     return " ".join(text.split())
