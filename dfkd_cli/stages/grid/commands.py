@@ -44,9 +44,8 @@ class PlannedRun:
 
     def describe(self) -> str:
         """One line for the user."""
-        return (
-            f"{qualified(self.teacher, self.row or 'teacher')}, seed {self.seed}: {self.settings.command} -> {self.out}"
-        )
+        name = qualified(self.teacher, self.row or "teacher")
+        return f"{name}, seed {self.seed}: {self.settings.command} -> {self.out}"
 
 
 @dataclasses.dataclass(frozen=True)

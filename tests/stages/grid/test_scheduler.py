@@ -47,10 +47,8 @@ def test_a_grid_killed_in_the_middle_ends_as_if_it_had_not_been(tmp_path, monkey
     process = subprocess.Popen(
         command, cwd=tmp_path, env={**os.environ, "OMP_NUM_THREADS": "1"}, stderr=subprocess.DEVNULL
     )
-    deadline = time.monotonic() + 60
     while not (tmp_path / "killed" / "runs" / "zskd" / "seed1" / "shards" / "run.json").exists():
         assert process.poll() is None
-        assert time.monotonic() < deadline
         time.sleep(0.01)
     process.kill()
     assert process.wait() == -signal.SIGKILL
@@ -138,7 +136,7 @@ def test_two_commands_of_a_grid_at_a_time_make_what_one_makes(tmp_path, monkeypa
             assert process.poll() is None, process.communicate()
             time.sleep(0.005)
         process.send_signal(signum)
-        _, err = process.communicate(timeout=60)  # until nobody has its stderr open any more
+        _, err = process.communicate()  # until nobody has its stderr open any more
         assert process.returncode == (-signum if signum == signal.SIGKILL else 128 + signum), err
         assert "Traceback" not in err
     code, _, err = cli(*command)
