@@ -16,7 +16,7 @@ import torch
 from torch import Tensor
 
 from dfkd_cli import catalog
-from dfkd_cli.config import build, hints
+from dfkd_cli.config import build, hints, options
 from dfkd_cli.data.sources import Images
 from dfkd_cli.errors import ConfigError
 from dfkd_cli.objectives.base import Objective, Outputs
@@ -283,8 +283,8 @@ def test_documentation(entry):
     assert entry.paper
     assert re.search(r"\b(19|20)\d\d\b", entry.doc), "year and venue"
     assert re.search(r"^ {4}.*=", entry.doc, re.MULTILINE), "an equation"
-    for field in dataclasses.fields(entry.config):
-        assert field.metadata.get("help"), field.name
+    for name, said in options(entry.config).items():
+        assert said.get("help"), name
 
 
 @pytest.mark.parametrize("entry", OBJECTIVES.values(), ids=OBJECTIVES)
@@ -296,6 +296,7 @@ def test_what_is_read_without_torch_is_what_runs(entry):
     assert hints(config) == hints(entry.config)
     for real, read in zip(dataclasses.fields(config), dataclasses.fields(entry.config), strict=True):
         assert (real.name, real.default, real.metadata) == (read.name, read.default, read.metadata)
+    assert options(config) == options(entry.config)
 
 
 @pytest.mark.parametrize("entry", OBJECTIVES.values(), ids=OBJECTIVES)
