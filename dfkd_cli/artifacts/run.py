@@ -16,7 +16,7 @@ from dfkd_cli.artifacts.files import os_error, read_json, sha256_file, write_ato
 from dfkd_cli.config import dump_yaml
 from dfkd_cli.errors import ArtifactError, ConfigError, DfkdError, Interrupted
 from dfkd_cli.processes import records
-from dfkd_cli.resolve import Settings
+from dfkd_cli.settings import Settings
 from dfkd_cli.ui import Terminal
 
 RUN = "run.json"

@@ -15,7 +15,7 @@ from dfkd_cli.errors import ConfigError
 from dfkd_cli.models.activations import Tap, values_at
 from dfkd_cli.models.classifier import Classifier
 from dfkd_cli.models.taps import Taps
-from dfkd_cli.settings import Preceding, Rising
+from dfkd_cli.options import Preceding, Rising
 
 
 @dataclass
@@ -116,7 +116,7 @@ class Objective(nn.Module):
 
 
 class FeatureObjective(Objective):
-    """An objective on pairs of features. Its ``Config`` extends :class:`dfkd_cli.settings.Compared`."""
+    """An objective on pairs of features. Its ``Config`` extends :class:`dfkd_cli.options.Compared`."""
 
     def connect(self, student: Classifier, teacher: Classifier) -> None:
         """Pair the taps of both networks, and prepare for the shapes of each pair."""

@@ -34,7 +34,7 @@ from dfkd_cli.data.sources import Images
 from dfkd_cli.models.classifier import Classifier
 from dfkd_cli.objectives.answers import AnswerObjective, hard_labels
 from dfkd_cli.objectives.base import Outputs
-from dfkd_cli.settings import Answers
+from dfkd_cli.options import Answers
 
 EPS = 1e-4  # beyond the boundary
 TINY = 1e-12  # no gradient is shorter

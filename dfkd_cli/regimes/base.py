@@ -23,9 +23,9 @@ from dfkd_cli.data.augment import pipeline
 from dfkd_cli.data.sources import Batches, Images, Source, hold_out
 from dfkd_cli.models.classifier import Classifier
 from dfkd_cli.objectives.base import Objective
+from dfkd_cli.options import Training
 from dfkd_cli.rounds.learner import Learner
 from dfkd_cli.seeds import derive, seed_torch
-from dfkd_cli.settings import Training
 
 MEASURED_AT_ONCE = 500  # images
 ROUND = 200  # steps of one round: enough for Lightning's own cost not to show, few enough to lose little in a kill

@@ -24,12 +24,12 @@ from dfkd_cli.data.sources import RealSource
 from dfkd_cli.errors import ArtifactError, ConfigError, RunFailed
 from dfkd_cli.models.directory import read_info
 from dfkd_cli.models.names import LoadedModel, Location, ModelDirectory, locate
+from dfkd_cli.options import ForeignModel
 from dfkd_cli.report import html, table
 from dfkd_cli.report.entries import Model, ShardSet, read_model, read_run, read_shards
 from dfkd_cli.report.results import rows
 from dfkd_cli.report.sections import Section, arrange
-from dfkd_cli.resolve import Settings, recipe_layer, resolve
-from dfkd_cli.settings import ForeignModel
+from dfkd_cli.settings import Settings, recipe_layer, resolve
 from dfkd_cli.stages.grid.commands import Grid, PlannedRun, qualified
 from dfkd_cli.stages.grid.planner import plan
 from dfkd_cli.stages.grid.scheduler import run_grid

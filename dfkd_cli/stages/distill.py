@@ -23,10 +23,10 @@ from dfkd_cli.errors import ConfigError
 from dfkd_cli.models.classifier import Classifier
 from dfkd_cli.models.names import LoadedModel, architecture, locate
 from dfkd_cli.objectives.base import Objective
+from dfkd_cli.options import ForeignModel, Training
 from dfkd_cli.regimes.base import Task
-from dfkd_cli.resolve import Component, Settings
 from dfkd_cli.seeds import derive
-from dfkd_cli.settings import ForeignModel, Training
+from dfkd_cli.settings import Component, Settings
 from dfkd_cli.stages.calibrate import calibrate, check
 from dfkd_cli.stages.inputs import TransferSet, concatenate, may_be_real, open_transfer_set, real_data
 from dfkd_cli.stages.measures import agreement

@@ -24,9 +24,9 @@ from dfkd_cli.data import datasets
 from dfkd_cli.errors import ArtifactError, ConfigError
 from dfkd_cli.models.directory import RECORD
 from dfkd_cli.models.names import LoadedModel, ModelDirectory, locate
+from dfkd_cli.options import ForeignModel
 from dfkd_cli.report.entries import find_teacher
-from dfkd_cli.resolve import Settings
-from dfkd_cli.settings import ForeignModel
+from dfkd_cli.settings import Settings
 from dfkd_cli.stages.inputs import is_images, open_images, pick_device
 from dfkd_cli.stages.measures import Examiner, check_gate, finite
 from dfkd_cli.stages.shard_measures import measure_images, measure_shards

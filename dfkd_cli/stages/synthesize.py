@@ -28,10 +28,10 @@ from dfkd_cli.models.classifier import Classifier
 from dfkd_cli.models.directory import save_model
 from dfkd_cli.models.generators import Generators, save_generators
 from dfkd_cli.models.names import LoadedModel, architecture, locate
-from dfkd_cli.resolve import Settings
+from dfkd_cli.options import ForeignModel
 from dfkd_cli.rounds.curves import write_csv
 from dfkd_cli.rounds.trainer import fit
-from dfkd_cli.settings import ForeignModel
+from dfkd_cli.settings import Settings
 from dfkd_cli.stages.inputs import real_data
 from dfkd_cli.stages.training import fresh, rehearse
 from dfkd_cli.synthesizers.base import SynthesisTask

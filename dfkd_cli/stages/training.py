@@ -20,9 +20,9 @@ from dfkd_cli.models.directory import save_model
 from dfkd_cli.models.names import architecture
 from dfkd_cli.models.registry import build
 from dfkd_cli.regimes.base import Task
-from dfkd_cli.resolve import Settings
 from dfkd_cli.rounds.trainer import fit
 from dfkd_cli.seeds import derive
+from dfkd_cli.settings import Settings
 from dfkd_cli.stages.inputs import pick_device
 from dfkd_cli.stages.snapshots import SNAPSHOTS, Snapshots
 from dfkd_cli.ui import Terminal

@@ -20,9 +20,9 @@ from dfkd_cli.models.classifier import Classifier
 from dfkd_cli.models.generators import Generators
 from dfkd_cli.objectives.base import Outputs, ask
 from dfkd_cli.objectives.response import soft_loss
+from dfkd_cli.options import CoTraining, PoolTraining
 from dfkd_cli.rounds.learner import weighted_sum
 from dfkd_cli.seeds import derive, seed_torch
-from dfkd_cli.settings import CoTraining, PoolTraining
 from dfkd_cli.synthesizers.base import SynthesisTask, Synthesizer
 
 

@@ -25,7 +25,7 @@ from dfkd_cli.errors import ConfigError
 from dfkd_cli.objectives.base import Objective, ask
 from dfkd_cli.regimes import base
 from dfkd_cli.regimes.base import Regime
-from dfkd_cli.resolve import recipe_layer, resolve
+from dfkd_cli.settings import recipe_layer, resolve
 from dfkd_cli.stages.distill import opened
 from dfkd_cli.stages.distill import run as run_distill
 from dfkd_cli.ui import Terminal

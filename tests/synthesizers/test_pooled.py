@@ -26,9 +26,9 @@ from dfkd_cli.artifacts.run import RunDirectory
 from dfkd_cli.artifacts.shards import ShardWriter
 from dfkd_cli.models.classifier import Classifier, ModelInfo
 from dfkd_cli.models.statistics import AveragedMoments, Moments, batch_moments
-from dfkd_cli.resolve import resolve
 from dfkd_cli.rounds.trainer import fit
 from dfkd_cli.seeds import derive
+from dfkd_cli.settings import resolve
 from dfkd_cli.synthesizers.base import SynthesisTask
 from dfkd_cli.synthesizers.cmi import Memory, contrastive_loss, initialise
 from dfkd_cli.synthesizers.fast_dfkd import reset_first_layer

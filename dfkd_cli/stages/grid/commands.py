@@ -9,8 +9,8 @@ from typing import Any
 
 from dfkd_cli import catalog, config
 from dfkd_cli.errors import ConfigError, did_you_mean, memory_can_end
-from dfkd_cli.resolve import Settings, resolve
-from dfkd_cli.settings import FOREIGN, Run
+from dfkd_cli.options import FOREIGN, Run
+from dfkd_cli.settings import Settings, resolve
 from dfkd_cli.ui import Terminal
 
 # The flags of `compare` that reach every command which has them.

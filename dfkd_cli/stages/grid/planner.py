@@ -10,7 +10,7 @@ from typing import Any, NamedTuple
 from dfkd_cli import config
 from dfkd_cli.artifacts.files import digest
 from dfkd_cli.errors import ConfigError
-from dfkd_cli.resolve import TYPED, Layer, Settings, resolve
+from dfkd_cli.settings import TYPED, Layer, Settings, resolve
 from dfkd_cli.stages.grid.commands import Grid, PlannedRun, choose_rows, passed_flags, qualified
 from dfkd_cli.stages.grid.language import GridRow, GridTeacher, mapping, parse
 

@@ -9,12 +9,12 @@ import pytest
 from tiny_comparisons import GRID
 
 from dfkd_cli import catalog
-from dfkd_cli.resolve import recipe_layer, resolve
+from dfkd_cli.settings import recipe_layer, resolve
 from dfkd_cli.stages.grid.planner import plan
 
 LOOP = '''"""A student in the loop."""
 from dataclasses import dataclass
-from dfkd_cli.settings import ImageOptimization
+from dfkd_cli.options import ImageOptimization
 
 @dataclass(frozen=True, kw_only=True)
 class Config(ImageOptimization):
