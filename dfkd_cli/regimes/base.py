@@ -28,7 +28,7 @@ from dfkd_cli.rounds.learner import Learner
 from dfkd_cli.seeds import derive, seed_torch
 
 MEASURED_AT_ONCE = 500  # images
-ROUND = 200  # steps of one round: enough for Lightning's own cost not to show, few enough to lose little in a kill
+STEPS_PER_ROUND = 200  # steps of one round: enough for Lightning's own cost not to show, few enough to lose little in a kill
 
 
 def length(training: Training, images: int) -> tuple[int, int]:
@@ -84,10 +84,10 @@ class Regime(Learner):
                 torch.manual_seed(derive(f"images of {name}", task.seed))
                 objective.expect(len(self.train_source))
         _, self.steps = length(task.training, len(self.train_source))
-        self.rounds = -(-self.steps // ROUND)
+        self.rounds = -(-self.steps // STEPS_PER_ROUND)
 
     def done(self, rounds: int) -> int:
-        return min(rounds * ROUND, self.steps)
+        return min(rounds * STEPS_PER_ROUND, self.steps)
 
     @abstractmethod
     def loss(self, images: Images) -> tuple[Tensor, dict[str, Tensor]]:
@@ -137,7 +137,7 @@ class Regime(Learner):
 
     def round(self, index: int) -> Mapping[str, Tensor]:
         """A stretch of optimiser steps. Logs each term's mean over the steps that had it, and the held-out measure."""
-        start, stop = index * ROUND, min((index + 1) * ROUND, self.steps)
+        start, stop = index * STEPS_PER_ROUND, min((index + 1) * STEPS_PER_ROUND, self.steps)
         sums: dict[str, Tensor] = {}
         counts: Counter[str] = Counter()
         self.student.train()

@@ -38,6 +38,11 @@ class Learner(pl.LightningModule, ABC):
         self.automatic_optimization = False
         self.strict_loading = False  # the teacher is not in the checkpoint
 
+    @property
+    def current_round(self) -> int:
+        """The index of the round that is being done; Lightning calls a round an epoch."""
+        return self.current_epoch
+
     @abstractmethod
     def round(self, index: int) -> Mapping[str, Tensor]:
         """Do one round. Returns the named loss terms and measures to log, 0-d."""
@@ -62,8 +67,8 @@ class Learner(pl.LightningModule, ABC):
         failure = None
         try:
             with memory_can_end():
-                terms = self.round(self.current_epoch)
-            self.check_finite(terms, self.current_epoch)
+                terms = self.round(self.current_round)
+            self.check_finite(terms, self.current_round)
         except RunFailed as error:
             failure = error
         # All processes stop together: one that only vanished would take the others down without a word.

@@ -195,7 +195,7 @@ class PoolTrainer(CoTrainer):
     @property
     def warming_up(self) -> bool:
         """Whether the student rests in this round, and has no say in what images are made."""
-        return self.current_epoch < self.warmup_rounds
+        return self.current_round < self.warmup_rounds
 
     @property
     def student_steps(self) -> int:

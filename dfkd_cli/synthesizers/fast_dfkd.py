@@ -76,7 +76,7 @@ class FastDFKD(PooledGenerator):
     def start(self, labels: Tensor) -> BatchGeneration:
         """A copy of the meta generator, and new latents."""
         c = self.config
-        if c.reset_first_layer and self.current_epoch + 1 == self.warmup_rounds + c.reset_first_layer:
+        if c.reset_first_layer and self.current_round + 1 == self.warmup_rounds + c.reset_first_layer:
             reset_first_layer(self.generator)
         self.meta_optimizer.zero_grad()
         network, latents = copy.deepcopy(self.generator), self.latents(len(labels))

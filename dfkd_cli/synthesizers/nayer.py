@@ -96,7 +96,7 @@ class NAYER(PooledGenerator):
     def start(self, labels: Tensor) -> BatchGeneration:
         """The generator as it is, or anew, and new noisy layers."""
         c = self.config
-        done = self.current_epoch if self.warming_up else self.current_epoch - self.warmup_rounds
+        done = self.current_round if self.warming_up else self.current_round - self.warmup_rounds
         if done % c.generator_life[not self.warming_up] == 0:
             for layer in (*self.generator.modules(), self.norm):
                 if isinstance(layer, (nn.Linear, nn.Conv2d, nn.BatchNorm1d, nn.BatchNorm2d)):

@@ -198,7 +198,7 @@ def test_objectives_know_the_time_and_terms_are_logged_where_they_are(tmp_path):
 def test_how_steps_are_cut_into_rounds_does_not_change_the_result(tmp_path, monkeypatch):
     results, fresh = [], network(1, nn.Linear(9, 9), nn.BatchNorm1d(9), nn.ReLU(), nn.Dropout(0.5))
     for length in (1, 3, 200):
-        monkeypatch.setattr(base, "ROUND", length)
+        monkeypatch.setattr(base, "STEPS_PER_ROUND", length)
         student = copy.deepcopy(fresh)
         augmentation = {"noise": 0.1, "rotate": 10, "translate": 0.1}
         learner = regime(
