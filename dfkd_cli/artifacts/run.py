@@ -15,7 +15,7 @@ from dfkd_cli import __version__
 from dfkd_cli.artifacts.files import os_error, read_json, sha256_file, write_atomic, write_json
 from dfkd_cli.config import dump_yaml
 from dfkd_cli.errors import ArtifactError, ConfigError, DfkdError, Interrupted
-from dfkd_cli.processes import records
+from dfkd_cli.processes import writes_records
 from dfkd_cli.settings import Settings
 from dfkd_cli.ui import Terminal
 
@@ -78,7 +78,7 @@ class RunDirectory:
                 return True
             if not afresh:
                 self.record |= {k: previous[k] for k in ("started", "seconds", "concerns") if k in previous}
-        if not records():
+        if not writes_records():
             return False
         self._take_lock()
         if afresh:
@@ -95,7 +95,7 @@ class RunDirectory:
         self.save()
         return False
 
-    def concern(self, what: str) -> bool:
+    def record_concern(self, what: str) -> bool:
         """Record what whoever reads the report is warned of. False where it is recorded already."""
         new = what not in self.record["concerns"]
         if new:
@@ -134,7 +134,7 @@ class RunDirectory:
 
     def save(self) -> None:
         """Write ``run.json``, with the time worked so far."""
-        if not records():
+        if not writes_records():
             return
         now = time.monotonic()
         self.record["seconds"] = round(self.record["seconds"] + now - self._mark, 3)

@@ -94,8 +94,8 @@ class Model:
         return self.provenance.get("teacher")
 
     @property
-    def leads(self) -> bool:
-        """Whether it is the teacher of a grid, whoever taught it."""
+    def is_grid_teacher(self) -> bool:
+        """Whether it is a teacher of a grid: it heads a ranking, even if it was itself taught by another model."""
         return self.group is not None and self.row is None
 
     @property

@@ -28,7 +28,7 @@ from torch.utils.data import DataLoader, TensorDataset
 from dfkd_cli.artifacts.files import write_atomic
 from dfkd_cli.artifacts.run import RunDirectory
 from dfkd_cli.errors import ArtifactError, ConfigError
-from dfkd_cli.processes import records
+from dfkd_cli.processes import writes_records
 from dfkd_cli.rounds.curves import MetricsFile
 from dfkd_cli.rounds.learner import Learner
 from dfkd_cli.ui import Progress, Terminal
@@ -61,7 +61,7 @@ def fit(learner: Learner, run: RunDirectory, terminal: Terminal, callbacks: Sequ
     finally:
         if learner.teacher is not None:
             learner.teacher.thaw()
-    if not records():
+    if not writes_records():
         sys.exit()  # its share is done; the first process of all writes the result
 
 
@@ -126,7 +126,7 @@ class _Report(Callback):
         concern = module.concern(measures)
         self.since = concern, self.since[1] + 1 if concern == self.since[0] else 1
         lasting = self.since[1] >= LASTING or module.current_round + 1 == trainer.max_epochs
-        if concern is not None and lasting and self.run.concern(concern):
+        if concern is not None and lasting and self.run.record_concern(concern):
             self.terminal.say(f"warning: round {module.current_round}: {concern}")
 
     def on_train_end(self, trainer: pl.Trainer, module: pl.LightningModule) -> None:

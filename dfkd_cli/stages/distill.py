@@ -99,7 +99,7 @@ class Job:
         return Task(self.student, self.teacher.classifier, source, self.objectives, inputs, settings.run.seed)
 
     @property
-    def stand_in(self) -> str | None:
+    def hard_labels_note(self) -> str | None:
         """What is said where hard labels have a weight and are not the images' own."""
         hard = [name for name, (weight, one) in self.objectives.items() if weight and getattr(one.config, "hard", 0)]
         labelled = [s for s in self.sets if s.source.labelled]
@@ -122,8 +122,8 @@ def run(settings: Settings, terminal: Terminal, dry_run: bool = False) -> dict[s
         task = job.task(settings)
         if task.objectives:
             check(task)
-        if stand_in := job.stand_in:
-            terminal.say(stand_in)
+        if note := job.hard_labels_note:
+            terminal.say(note)
         if not dry_run:
             return learn(settings, job, terminal)
         measured = calibrate(task) if task.objectives else []

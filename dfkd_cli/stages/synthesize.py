@@ -156,7 +156,7 @@ def _make(
     write_preview(directory.path / "preview.png", ShardReader(directory.path))
     histogram = manifest["class_histogram"]
     rare = rare_classes(histogram, teacher.classifier.info.classes)
-    if rare is not None and directory.concern(rare):
+    if rare is not None and directory.record_concern(rare):
         terminal.say(f"warning: {rare}")
     facts = {"command": "synthesize", "dataset": teacher.dataset, "teacher": teacher.sha256, "num_images": count}
     files = [MANIFEST, "metrics.csv", "preview.png", *(row["file"] for row in manifest["shards"])]
