@@ -121,8 +121,8 @@ def resolve(command: str, layers: list[Layer]) -> Settings:
                 continue
             targets = [key for key in fields if (path[:-1] in ((), key)) and path[-1] in fields[key]]
             if not targets:
-                known = {name for names in fields.values() for name in names} | {c.flag for c in record.choices}
-                raise ConfigError(f"{source}{'.'.join(path)}: unknown key", did_you_mean(path[-1], known))
+                keys = {name for names in fields.values() for name in names} | {c.flag for c in record.choices}
+                raise ConfigError(f"{source}{'.'.join(path)}: unknown key", did_you_mean(path[-1], keys))
             for key in targets:
                 values[key][path[-1]] = value
                 labels[key][path[-1]] = source + (path[-1].replace("_", "-") if source == TYPED else path[-1])
@@ -146,8 +146,8 @@ def choose(command: str, layers: list[Layer]) -> dict[str, list[tuple[catalog.En
             continue
         named = next((layer[flag] for _, layer in reversed(layers) if layer.get(flag)), choice.default)
         if named is None:
-            known = ", ".join(catalog.entries(package))
-            raise ConfigError(f"{command} needs a --{flag}", f"choose from: {known}")
+            methods = ", ".join(catalog.entries(package))
+            raise ConfigError(f"{command} needs a --{flag}", f"choose from: {methods}")
         picked = {name: (catalog.find(package, name, flag), weight) for name, weight in _named(named, choice)}
         weights = {name: entry.weight if weight is None else weight for name, (entry, weight) in picked.items()}
         for source, layer in layers:  # `--set objective.NAME.weight=2`

@@ -41,14 +41,14 @@ def length(training: Training, images: int) -> tuple[int, int]:
 
 @dataclass
 class Task:
-    """What a regime works on.
+    """Everything that a training regime is given: networks, images, losses and options.
 
     Attributes:
         student: The network to train.
         teacher: The network to learn from, or None.
         source: The images, with the stored answers that regime and objectives need.
         objectives: Losses between the two by name, with their weights.
-        training: Optimiser, schedule, augmentation.
+        training: The options of optimiser, schedule and augmentation.
         seed: The run's seed.
     """
 
@@ -64,8 +64,8 @@ class Regime(Learner):
     """Trains a student by steps of one batch each; rounds are stretches of steps.
 
     A subclass says in ``needs`` what it asks for (``"teacher"``, ``"labels"``, stored ``"logits"`` and ``"targets"``),
-    has a ``Config`` in its file, and gives the loss of a batch in :meth:`loss`. What the loss does not depend on is
-    neither moved nor decayed.
+    has a ``Config`` in its file, and gives the loss of a batch in :meth:`loss`. Parameters that the loss does not
+    depend on stay as they are: neither momentum nor weight decay changes them.
     """
 
     kind = "regime"

@@ -224,8 +224,8 @@ def settings_of(run: Mapping[str, Any]) -> dict[str, Any]:
 
 
 def _sum(seconds: Sequence[float | None]) -> float | None:
-    known = [value for value in seconds if value is not None]
-    return sum(known) if known and len(known) == len(seconds) else None
+    measured = [value for value in seconds if value is not None]
+    return sum(measured) if measured and len(measured) == len(seconds) else None
 
 
 def read_run(path: Path) -> dict[str, Any]:

@@ -55,14 +55,14 @@ def arrange(models: Sequence[Model], dataset: str | None, allow_code: bool) -> l
     """
     sections: dict[str, Section] = {}
     teacher_hashes = {model.teacher for model in models}
-    known = {model.sha256: model for model in reversed(models)}
+    by_hash = {model.sha256: model for model in reversed(models)}
     for model in models:
         if model.teacher is not None and not model.is_grid_teacher:
-            teacher = _teacher_of(model, known, allow_code)
+            teacher = _teacher_of(model, by_hash, allow_code)
             if teacher is None and model.sha256 in teacher_hashes:
                 continue  # here as a teacher, whoever taught it
             while teacher is not None and teacher.row is not None:  # a student's student: a grid has one ranking
-                teacher = _teacher_of(teacher, known, allow_code)
+                teacher = _teacher_of(teacher, by_hash, allow_code)
             if teacher is None:
                 raise ArtifactError(
                     f"{model.path}: its teacher (sha256 {model.teacher[:12]}...) is not to be found",
@@ -85,19 +85,19 @@ def arrange(models: Sequence[Model], dataset: str | None, allow_code: bool) -> l
 
 def _section(sections: dict[str, Section], model: Model, teacher: Model, dataset: str | None) -> Section:
     """The section of a model and its teacher, which is made where there is none: a grid's own, else by the teacher."""
-    known = (key for key, section in sections.items() if teacher.sha256 in section.teachers)
-    key = next(known, teacher.sha256) if model.group is None else model.group
+    keys = (key for key, section in sections.items() if teacher.sha256 in section.teachers)
+    key = next(keys, teacher.sha256) if model.group is None else model.group
     section = sections.setdefault(key, Section(_dataset_of(teacher, dataset), model.group or ""))
     section.teachers[teacher.sha256] = teacher
     return section
 
 
-def _teacher_of(student: Model, known: dict[str, Model], allow_code: bool) -> Model | None:
+def _teacher_of(student: Model, by_hash: dict[str, Model], allow_code: bool) -> Model | None:
     """Among the known models, by hash, or where the student says, or in ``teacher/``: then it is known as well."""
     wanted = str(student.teacher)
-    if wanted not in known and (place := find_teacher(student.path, wanted)) is not None:
-        known[wanted] = read_model(ModelDirectory(str(place)), allow_code)
-    return known.get(wanted)
+    if wanted not in by_hash and (place := find_teacher(student.path, wanted)) is not None:
+        by_hash[wanted] = read_model(ModelDirectory(str(place)), allow_code)
+    return by_hash.get(wanted)
 
 
 def _fits(baseline: Model, section: Section, dataset: str | None) -> bool:

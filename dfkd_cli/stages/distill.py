@@ -101,7 +101,7 @@ class Job:
     @property
     def hard_labels_note(self) -> str | None:
         """What is said where hard labels have a weight and are not the images' own."""
-        hard = [name for name, (weight, one) in self.objectives.items() if weight and getattr(one.config, "hard", 0)]
+        hard = [name for name, (weight, loss) in self.objectives.items() if weight and getattr(loss.config, "hard", 0)]
         labelled = [s for s in self.sets if s.source.labelled]
         if not hard or len(labelled) == len(self.sets):
             return None
@@ -176,7 +176,9 @@ def opened(settings: Settings) -> Iterator[Job]:
         teacher = locate(inputs.teacher, inputs).open(settings.run.allow_code)
         if data_free:
             seals.enter_context(sealed("the transfer set is data-free", real_data(teacher, inputs.data_dir)))
-        needs = [need for chosen in settings.components.values() for one in chosen for need in one.entry.needs]
+        needs = [
+            need for chosen in settings.components.values() for component in chosen for need in component.entry.needs
+        ]
         sets = [open_transfer_set(name, teacher, inputs.data_dir, seed, needs) for name in inputs.transfer_set]
         info = dataclasses.replace(teacher.classifier.info, spec=inputs.student)
         student = fresh(info, "student", seed, settings.run.allow_code)

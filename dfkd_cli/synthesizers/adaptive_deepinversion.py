@@ -65,5 +65,5 @@ def agreement(student: Tensor, teacher: Tensor, variant: Literal["paper", "code"
     if variant == "code":
         p, q, m = (x.clamp(*(math.log(end) for end in RANGE)) for x in (p, q, m))
     pairs = [(x, m) if variant == "paper" else (m, x) for x in (p, q)]
-    divergences = [F.kl_div(other, one, reduction="batchmean", log_target=True) for one, other in pairs]
+    divergences = [F.kl_div(answer, target, reduction="batchmean", log_target=True) for target, answer in pairs]
     return 1 - torch.stack(divergences).mean().clamp(0, 1)

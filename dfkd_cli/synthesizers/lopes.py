@@ -212,9 +212,9 @@ def leading_eigenvectors(covariance: Tensor, share: float) -> Tensor:
     return vectors[:, -math.ceil(share * len(vectors)) :].float()
 
 
-def layerwise_distance(given: Mapping[str, Tensor], aims: Mapping[str, Tensor]) -> Tensor:
+def layerwise_distance(activations: Mapping[str, Tensor], aims: Mapping[str, Tensor]) -> Tensor:
     """Mean squared difference of each layer's activations (B, D) divided once more by D, summed over the layers."""
-    return torch.stack([F.mse_loss(given[name], aim) / aim.shape[1] for name, aim in aims.items()]).sum()
+    return torch.stack([F.mse_loss(activations[name], aim) / aim.shape[1] for name, aim in aims.items()]).sum()
 
 
 def spectral_distance(gaps: Sequence[tuple[Tensor, Tensor]], images: int, parts: int) -> Tensor:

@@ -24,7 +24,7 @@ class PlannedRun:
     row: str  # empty for a teacher and its metadata
     seed: int
     settings: Settings
-    waits_for: frozenset[Path]  # the directories of the runs whose results it reads
+    waits_for: frozenset[Path]  # output directories of the runs that must be finished before this one can start
     teacher: str  # its teacher's name among several, empty for the only one
     model: Path | None = None  # the directory of the model that it makes for its row
     series: str | None = None  # the curve that the row is a point of
@@ -54,7 +54,7 @@ class Grid:
     """The commands of a grid."""
 
     runs: tuple[PlannedRun, ...]  # teacher by teacher: itself, its metadata, its rows; each after those it waits for
-    given: Mapping[str, str]  # the path or SPEC of each teacher that was there before, by name
+    existing: Mapping[str, str]  # the path or SPEC of each teacher that was there before, by name
     sha256: str  # stands for all that decides the tables; where the directories lie does not
 
 

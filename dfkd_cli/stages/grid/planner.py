@@ -40,8 +40,8 @@ def plan(settings: Settings, out: Path) -> Grid:
         identity.append(values)
     runs = runs_under(out / "runs")
     used = {run.teacher for run in runs}
-    given = {t.name: t.paths["teacher"] for t in teachers if t.name in used and "teacher" in t.paths}
-    return Grid(runs, given, digest(identity))
+    existing = {t.name: t.paths["teacher"] for t in teachers if t.name in used and "teacher" in t.paths}
+    return Grid(runs, existing, digest(identity))
 
 
 def _published(about: Mapping[str, Any], runs: Sequence[PlannedRun]) -> Iterator[PlannedRun]:

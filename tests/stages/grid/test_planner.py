@@ -129,7 +129,7 @@ grid:
         settings = resolve("compare", [recipe_layer("several.yaml", "compare")]).replace(rows=tuple(rows))
         grid = plan(settings, Path("out"))
         assert sorted(str(run.out) for run in grid.runs) == sorted(f"out/runs/{place}" for place in places)
-        assert set(grid.given) == ({"given"} if any("given" in place for place in places) else set())
+        assert set(grid.existing) == ({"given"} if any("given" in place for place in places) else set())
 
 
 @pytest.mark.parametrize(
