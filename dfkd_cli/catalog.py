@@ -34,14 +34,14 @@ _HEAD = re.compile(r".*?^COMMAND\b.*?(?=^[\w@#]|\Z)", re.MULTILINE | re.DOTALL)
 
 @dataclasses.dataclass(frozen=True)
 class Choice:
-    """Something that a command chooses by name.
+    """Something that a command lets its user choose by name, such as the method or the objectives.
 
     Attributes:
-        flag: How; what ``method`` chooses is the command's own work.
-        package: Where the methods are to choose from.
-        default: What is chosen where nothing is named; None where something must be.
-        several: Any number of them may be named, each with a weight.
-        beside: There is nothing to choose unless the method needs this.
+        flag: The flag that chooses; ``method`` is the one that every command with a choice has.
+        package: The folder of the package whose files can be chosen.
+        default: The name that is chosen where the user gives none; None where the user must give one.
+        several: Whether any number can be chosen, each with a weight.
+        beside: The choice exists only where the chosen method lists this among its ``needs``; None for always.
     """
 
     flag: str
@@ -62,7 +62,7 @@ class Command:
         out: The directory that is written where ``--out`` names none, called after what it holds; None where nothing
             is written then.
         choices: What is chosen by name.
-        shared: Several devices and machines can share the work.
+        shared: Whether several devices and machines can share the work.
         sections: Keys of a recipe that are no options and reach ``Settings.sections`` as they are.
         name: What the user types. The file's name.
         help: What the command does, in paragraphs, the first of one line. The file's docstring.
@@ -146,16 +146,16 @@ class Entry:
 @functools.cache
 def entries(package: str) -> dict[str, Entry]:
     """Every method of a package, by public name."""
-    found = (_read(path, package) for path in sorted((PACKAGE / package).glob("*.py")))
-    return {entry.name: entry for entry in found if entry is not None}
+    candidates = (_read(path, package) for path in sorted((PACKAGE / package).glob("*.py")))
+    return {entry.name: entry for entry in candidates if entry is not None}
 
 
 def find(package: str, name: str, what: str) -> Entry:
     """The method of that name, or :class:`ConfigError` naming the closest one."""
-    known = entries(package)
-    if name not in known:
-        raise ConfigError(f"unknown {what} {name!r}", did_you_mean(name, known))
-    return known[name]
+    choices = entries(package)
+    if name not in choices:
+        raise ConfigError(f"unknown {what} {name!r}", did_you_mean(name, choices))
+    return choices[name]
 
 
 def _read(path: Path, package: str) -> Entry | None:
@@ -180,8 +180,8 @@ def _read(path: Path, package: str) -> Entry | None:
 
 
 def _paper(doc: str) -> str:
-    found = re.search(r"(arXiv|doi)[: ]\s*(\d[\w./()-]*\w)", doc)
-    return f"{found.group(1)}:{found.group(2)}" if found else ""
+    match = re.search(r"(arXiv|doi)[: ]\s*(\d[\w./()-]*\w)", doc)
+    return f"{match.group(1)}:{match.group(2)}" if match else ""
 
 
 def _summary(doc: str) -> str:
@@ -230,18 +230,18 @@ def find_recipe(name: str, command: str | None = None) -> Path:
         if not Path(name).is_file():
             raise ConfigError(f"no recipe file {name}", "check the path, or list the built-in ones: dfkd ls recipes")
         return Path(name)
-    known = recipes()
+    paths = recipes()
     matches = [
-        key for key in known if key == name or (key.endswith(f"/{name}") and command in (None, key.split("/")[0]))
+        key for key in paths if key == name or (key.endswith(f"/{name}") and command in (None, key.split("/")[0]))
     ]
     if len(matches) == 1:
-        return known[matches[0]]
+        return paths[matches[0]]
     if matches:
         raise ConfigError(f"recipe {name!r} is ambiguous", f"choose from: {', '.join(matches)}")
-    elsewhere = [key.split("/")[0] for key in known if key.endswith(f"/{name}")]
+    elsewhere = [key.split("/")[0] for key in paths if key.endswith(f"/{name}")]
     if elsewhere:
         raise ConfigError(f"{name} is a recipe for {' and '.join(elsewhere)}, not for {command}")
-    names = [key.split("/")[1] if command else key for key in known if command in (None, key.split("/")[0])]
+    names = [key.split("/")[1] if command else key for key in paths if command in (None, key.split("/")[0])]
     raise ConfigError(f"unknown recipe {name!r}", did_you_mean(name, names))
 
 

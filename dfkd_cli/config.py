@@ -162,17 +162,17 @@ def build(cls: type, values: Mapping[str, Any], labels: Mapping[str, str] = type
         ConfigError: An unknown key, a value of the wrong type or out of range, a required key without a value.
     """
     types_of = hints(cls)
-    made = {}
+    converted = {}
     for key, value in values.items():
         if key not in types_of:
             raise ConfigError(f"{key}: unknown key", did_you_mean(key, types_of))
-        made[key] = convert(value, types_of[key], labels.get(key, key))
+        converted[key] = convert(value, types_of[key], labels.get(key, key))
     for field in dataclasses.fields(cls):
-        if field.name not in made and field.default is dataclasses.MISSING:
+        if field.name not in converted and field.default is dataclasses.MISSING:
             raise ConfigError(f"{field.name}: needs a value", f"give --{field.name.replace('_', '-')}")
-        value, label = made.get(field.name, field.default), labels.get(field.name, field.name)
+        value, label = converted.get(field.name, field.default), labels.get(field.name, field.name)
         _check_range(options(cls)[field.name], value, label)
-    return cls(**made)
+    return cls(**converted)
 
 
 def _check_range(traits: Mapping[str, Any], value: Any, label: str) -> None:

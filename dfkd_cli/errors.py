@@ -86,12 +86,12 @@ def memory_can_end() -> Iterator[None]:
         raise
 
 
-def did_you_mean(name: str, known: Iterable[str]) -> str:
-    """A hint naming the closest of the ``known`` names, several where they are equally close, or all of them."""
-    known = sorted(known)
-    close = difflib.get_close_matches(name, known, n=3)
+def did_you_mean(name: str, choices: Iterable[str]) -> str:
+    """A hint naming the closest of the names that there are, several where they are equally close, or all of them."""
+    choices = sorted(choices)
+    close = difflib.get_close_matches(name, choices, n=3)
     if not close:
-        return f"choose from: {', '.join(known)}"
+        return f"choose from: {', '.join(choices)}"
     alike = [difflib.SequenceMatcher(a=other, b=name).ratio() for other in close]
     best = [repr(other) for other, ratio in zip(close, alike, strict=True) if ratio > alike[0] - 1e-9]
     return f"did you mean {' or '.join(best)}?"

@@ -31,7 +31,7 @@ def join_machines(count: int) -> None:
     _machine = int(number)
 
 
-def records() -> bool:
+def writes_records() -> bool:
     """Whether this is the process of a run that writes its records: the first one of the first machine."""
     return _machine == 0 and first_process()
 

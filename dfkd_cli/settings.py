@@ -1,266 +1,228 @@
-"""Settings that several methods or commands share. Nothing here imports torch."""
+"""What one command was told: method defaults, a recipe, ``--set`` and typed flags, in that order of precedence."""
 
 from __future__ import annotations
 
-from dataclasses import dataclass, fields
-from typing import Literal
+import dataclasses
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any
 
-from dfkd_cli.config import option
-from dfkd_cli.errors import ConfigError
+from dfkd_cli import catalog, config
+from dfkd_cli.errors import ConfigError, did_you_mean
+from dfkd_cli.options import FOREIGN, Run
 
-TAPS = "features: stage1 ..., stages, last, penultimate, logits, a module's path"
-StudentOptimizer = Literal["adam", "sgd"]
-RateSchedule = Literal["constant", "cosine", "student"]
-GeneratorEnd = Literal["tanh", "normal", "sigmoid"]
-StudentImages = Literal["same", "updated", "new"]
-
-
-@dataclass(frozen=True, kw_only=True)
-class Augmentation:
-    """Changes to training images; random ones are drawn anew for every image of every batch."""
-
-    rotate: float = option(0.0, "random rotation, +- degrees", low=0, high=180)
-    translate: float = option(0.0, "random shift, +- fraction of the side", low=0, high=1)
-    scale: float = option(0.0, "random zoom, +- fraction: 0.1 zooms by 0.9 to 1.1", low=0, high=0.9)
-    flip: bool = option(False, "mirror left-right with probability 1/2")
-    crop: int = option(0, "random crop after padding by this many pixels on each side", low=0)
-    noise: float = option(0.0, "Gaussian noise, standard deviation in pixel units", low=0)
-    saturate: bool = option(False, "cut pixels to [0,1] before all other changes, as an image file would")
-    fill: Literal["black", "mean"] = option("black", "what comes in from outside the image; mean: the model's")
+TYPED = "--"  # where typed flags come from
+Layer = tuple[str, Mapping[str, Any]]  # where the values come from (a prefix for messages), and the values
 
 
-@dataclass(frozen=True, kw_only=True)
-class Training(Augmentation):
-    """How a network is trained: any teacher, any student."""
+@dataclasses.dataclass(frozen=True)
+class Component:
+    """A chosen method or objective with its configuration; ``weight`` multiplies an objective's loss."""
 
-    epochs: int = option(100, "passes over the images", low=1, rehearsal=1)
-    steps: int | None = option(None, "optimiser steps, instead of --epochs", low=1, rehearsal=1)
-    batch_size: int = option(128, "images per step", low=1, rehearsal=2)
-    optimizer: Literal["adam", "adamw", "sgd"] = option("adam", "optimiser")
-    lr: float = option(4e-3, "peak learning rate", above=0)
-    momentum: float = option(0.9, "momentum of sgd", low=0, high=1)
-    nesterov: bool = option(True, "Nesterov's momentum, of sgd")
-    weight_decay: float = option(0.0, "weight decay", low=0)
-    warmup: float = option(0.05, "share of the steps with rising learning rate", low=0, high=1)
-    schedule: Literal["cosine", "step", "constant"] = option("cosine", "learning rate after the warm-up")
-    milestones: tuple[float, ...] = option((0.5, 0.75), "shares of all steps after which a step falls", low=0, high=1)
-    gamma: float = option(0.1, "what the learning rate is multiplied by at each milestone", above=0, high=1)
-    holdout: float = option(0.0, "share of the images that only measures", low=0, high=0.5)
-    snapshots: int = option(0, "keep the weights of so many evenly spaced rounds, for a look back", low=0)
+    entry: catalog.Entry
+    config: Any
+    weight: float = 1.0
 
 
-@dataclass(frozen=True, kw_only=True)
-class Shards:
-    """How images are cut into shards and stored."""
+@dataclasses.dataclass(frozen=True)
+class Settings:
+    """Everything a command was told, defaults filled in.
 
-    batch_size: int = option(1000, "images of one shard", low=1, rehearsal=2)
-    dtype: Literal["float16", "float32"] = option("float16", "stored pixels")
+    Attributes:
+        command: Its name.
+        run: How it runs.
+        inputs: What it reads and how, as its ``Inputs`` say.
+        components: What was chosen, by flag.
+        sections: What a recipe says beside its options, such as the pipelines of a grid; None where it says nothing.
+    """
 
+    command: str
+    run: Run
+    inputs: Any
+    components: dict[str, tuple[Component, ...]]
+    sections: Mapping[str, Any]
 
-@dataclass(frozen=True, kw_only=True)
-class ImageOptimization(Shards):
-    """How a batch of images is optimised through a frozen teacher. One batch is one round is one shard."""
+    @property
+    def method(self) -> Component:
+        """The synthesizer or training regime."""
+        return self.components["method"][0]
 
-    batch_size: int = option(200, "images optimised together; also the images of one shard")
-    iterations: int = option(50, "inner steps on one batch of images", low=1, rehearsal=1)
-    lr: float = option(0.1, "Adam learning rate on the pixels", above=0)
-    clamp: bool = option(False, "keep pixels in [0,1] after each inner step")
+    @property
+    def out(self) -> Path:
+        """The directory that the command writes, if it writes one: ``--out``, or the command's own."""
+        return Path(self.run.out or catalog.command(self.command).out or "")
 
+    def plain(self, *, volatile: bool = True) -> dict[str, Any]:
+        """Plain values that give the same settings when read as a recipe.
 
-@dataclass(frozen=True, kw_only=True)
-class Inversion(ImageOptimization):
-    """How DeepDream and DeepInversion optimise images, as the teacher's ``net`` takes them, and their image priors."""
+        Args:
+            volatile: Whether to include what may differ when a run continues. A grid may: its runs have identities of
+                their own.
+        """
+        values: dict[str, Any] = {"command": self.command}
+        for choice in catalog.command(self.command).choices:
+            chosen = self.components[choice.flag]
+            if choice.several:
+                values[choice.flag] = {c.entry.name: {"weight": c.weight} | config.plain(c.config) for c in chosen}
+            else:
+                values |= {choice.flag: chosen[0].entry.name} | config.plain(chosen[0].config)
+        for section in (self.inputs, self.run):
+            cls: type = type(section)
+            traits = config.options(cls)
+            values |= {k: v for k, v in config.plain(section).items() if volatile or not traits[k].get("volatile")}
+        return values | {name: section for name, section in self.sections.items() if volatile and section is not None}
 
-    batch_size: int = 256
-    iterations: int = 2000
-    coarse_iterations: int = option(0, "inner steps before these, on images of half the sides", low=0, rehearsal=1)
-    lr: float = option(0.05, "Adam learning rate on the normalised pixels")
-    betas: tuple[float, float] = option((0.9, 0.999), "Adam's betas, below 1", low=0, high=0.99999)
-    warmup: int = option(0, "inner steps with rising learning rate, at each resolution", low=0)
-    schedule: Literal["constant", "cosine"] = option("constant", "learning rate after the warm-up")
-    jitter: int = option(2, "roll the batch by up to so many pixels on both axes, anew in each inner step", low=0)
-    view_flip: bool = option(False, "mirror each image with probability 1/2 in each inner step")
-    temperature: float = option(1.0, "softmax temperature of the teacher", above=0)
-    cross_entropy: float = option(1.0, "weight of the cross-entropy with the class", low=0)
-    total_variation: float = option(2.5e-5, "weight of a smoothness prior, norms of neighbour differences", low=0)
-    total_variation_l1: float = option(0.0, "weight of a smoothness prior, mean absolute differences", low=0)
-    l2: float = option(0.0, "weight of the images' mean norm", low=0)
+    def completed(self, identity: Mapping[str, Any]) -> dict[str, Any]:
+        """What an older version recorded, with the defaults of settings that it did not know.
 
+        A setting that is added must have the default that changes nothing.
+        """
+        choices = catalog.command(self.command).choices
+        components = [(choice, self.components[choice.flag]) for choice in choices]
+        methods = [chosen[0].config for choice, chosen in components if not choice.several]
+        sections = [*methods, self.inputs, self.run]
+        completed = {name: value for section in sections for name, value in _plain_defaults(type(section)).items()}
+        completed |= identity
+        for choice, chosen in components:
+            if choice.several and isinstance(values := identity.get(choice.flag), dict):
+                defaults = {c.entry.name: _plain_defaults(type(c.config)) for c in chosen}
+                completed[choice.flag] = {name: defaults.get(name, {}) | values[name] for name in values}
+        return completed
 
-@dataclass(frozen=True, kw_only=True)
-class StatisticsInversion(Inversion):
-    """How DeepInversion looks at the teacher's BatchNorm layers."""
-
-    statistics: float = option(10.0, "weight of the distance to the BatchNorm statistics", low=0)
-    first_layer: float = option(1.0, "weight of the first BatchNorm layer among them; the others have 1", low=0)
-
-
-@dataclass(frozen=True, kw_only=True)
-class SmoothInversion(ImageOptimization):
-    """How The Knowledge Within optimises images of one class each, as the teacher's ``net`` takes them."""
-
-    lr: float = option(0.3, "Adam learning rate on the normalised pixels")
-    temperature: float = option(1.0, "softmax temperature of the teacher", above=0)
-    cross_entropy: float = option(1.0, "weight of the cross-entropy with the class", low=0)
-    smoothness: float = option(1e-3, "weight of a smoothness prior, squared distance to the blurred image", low=0)
-    blur: float = option(1.0, "standard deviation of that Gaussian blur, pixels", above=0)
-
-
-@dataclass(frozen=True, kw_only=True)
-class CoTraining(Augmentation):
-    """How a student is trained in the loop. The random changes are those of the images that it is trained on."""
-
-    student_optimizer: StudentOptimizer = option("sgd", "the student's optimiser; sgd with momentum 0.9")
-    student_lr: float = option(0.1, "the student's first learning rate", above=0)
-    student_weight_decay: float = option(1e-4, "the student's weight decay", low=0)
-    clip: float = option(
-        0.0,
-        "limit of the norm of the students' gradient, and of that of generators trained in turns with them; 0: none",
-        low=0,
-    )
-    soft: float = option(1.0, "weight of the student's distance from the teacher's answers", low=0)
+    def replace(self, **changes: Any) -> Settings:
+        """The same settings with some inputs changed."""
+        return dataclasses.replace(self, inputs=dataclasses.replace(self.inputs, **changes))
 
 
-@dataclass(frozen=True, kw_only=True)
-class GeneratorTraining(CoTraining):
-    """How a generator and a student are trained in turns."""
+def resolve(command: str, layers: list[Layer]) -> Settings:
+    """Merge layers, lowest precedence first.
 
-    steps: int = option(
-        10_000, "iterations, each of which trains the generator and then the student", low=1, rehearsal=1
-    )
-    batch_size: int = option(256, "images of one step; also the images of one shard", low=2, rehearsal=2)
-    latent: int = option(100, "numbers that the generator makes an image from", low=1)
-    lr: float = option(1e-3, "the generator's Adam learning rate", above=0)
-    betas: tuple[float, float] = option((0.9, 0.999), "the generator's Adam betas, below 1", low=0, high=0.99999)
-    schedule: RateSchedule = option("cosine", "learning rates: all stay, all fall to 0, only the student's falls")
-    width: float = option(1.0, "the generator's numbers of maps, times this", above=0)
-    end: GeneratorEnd = option(
-        "tanh", "how the generator ends: tanh and BatchNorm, BatchNorm with scale, or within [0,1]"
-    )
-    generators: int = option(1, "generators, which share the images of a step; all are written", low=1, rehearsal=2)
-    students: int = option(1, "students; all but the first only stand against the generators", low=1, rehearsal=2)
-    student_steps: int = option(1, "steps of the student in each iteration", low=1, rehearsal=1)
-    student_images: StudentImages = option(
-        "new", "the student's images: the generator's own, of the same latents after its step, new in every step"
-    )
-    dtype: Literal["float16", "float32"] = option("float16", "stored pixels")
+    A key that several sections know (``temperature`` of two objectives) reaches all of them;
+    ``objective.NAME.key`` reaches one and wins over the short form within the same layer.
 
-    def __post_init__(self) -> None:
-        """Every generator needs an image."""
-        if self.generators > self.batch_size:
-            raise ConfigError(
-                f"--generators {self.generators}: more than the {self.batch_size} images of a step",
-                "give fewer, or a larger --batch-size",
-            )
-
-
-@dataclass(frozen=True, kw_only=True)
-class AdversarialTraining(GeneratorTraining):
-    """How generators are trained against students."""
-
-    adversarial: float = option(1.0, "weight of the students' distance, which the generators make large", low=0)
-
-
-@dataclass(frozen=True, kw_only=True)
-class PoolTraining(CoTraining):
-    """How a student is trained on the pool of all images made so far."""
-
-    student_steps: int = option(400, "steps of the student after each batch of images", low=0, rehearsal=1)
-    student_batch_size: int = option(128, "images of one step of the student", low=2, rehearsal=2)
-    student_temperature: float = option(20.0, "softmax temperature of the student's loss", above=0)
-    warmup_share: float = option(
-        0.0, "share of the rounds, at the start, that only make images: the student rests", low=0, high=1
-    )
+    Raises:
+        ConfigError: Unknown key, bad value, or a recipe for another command.
+    """
+    record, chosen = catalog.command(command), choose(command, layers)
+    types: dict[tuple[str, ...], type] = {("inputs",): record.inputs, ("run",): Run}
+    types |= {(flag, entry.name): entry.config for flag, picked in chosen.items() for entry, _ in picked}
+    values: dict[tuple[str, ...], dict[str, Any]] = {key: {} for key in types}
+    labels: dict[tuple[str, ...], dict[str, str]] = {key: {} for key in types}
+    fields = {key: config.hints(cls) for key, cls in types.items()}
+    sections: dict[str, Any] = dict.fromkeys(record.sections)
+    for source, layer in layers:
+        sections |= {name: layer[name] for name in record.sections if name in layer}
+        if "teacher" in layer and layer["teacher"] != values["inputs",].get("teacher"):
+            for name in FOREIGN:  # what was said of another teacher
+                values["inputs",].pop(name, None)
+        flat = _flatten(layer, chosen)
+        for path, value in sorted(flat.items(), key=lambda item: len(item[0])):  # short forms first: specifics win
+            if path[0] in record.sections and len(path) == 1:
+                continue
+            targets = [key for key in fields if (path[:-1] in ((), key)) and path[-1] in fields[key]]
+            if not targets:
+                keys = {name for names in fields.values() for name in names} | {c.flag for c in record.choices}
+                raise ConfigError(f"{source}{'.'.join(path)}: unknown key", did_you_mean(path[-1], keys))
+            for key in targets:
+                values[key][path[-1]] = value
+                labels[key][path[-1]] = source + (path[-1].replace("_", "-") if source == TYPED else path[-1])
+    built = {key: config.build(cls, values[key], labels[key]) for key, cls in types.items()}
+    components = {
+        flag: tuple(Component(entry, built[flag, entry.name], weight) for entry, weight in picked)
+        for flag, picked in chosen.items()
+    }
+    return Settings(command, built["run",], built["inputs",], components, sections)
 
 
-@dataclass(frozen=True, kw_only=True)
-class PooledGeneration(PoolTraining):
-    """How a generator makes the pool: for each batch of images it is trained for a few steps through the teacher."""
-
-    batch_size: int = option(256, "images made together; also the images of one shard", low=2, rehearsal=2)
-    iterations: int = option(200, "inner steps on one batch of images", low=1, rehearsal=1)
-    lr: float = option(1e-3, "Adam learning rate of the generator", above=0)
-    betas: tuple[float, float] = option((0.5, 0.999), "Adam's betas, below 1", low=0, high=0.99999)
-    latent: int = option(256, "numbers that the generator makes an image from", low=1)
-    width: float = option(1.0, "multiplies the generator's maps", above=0)
-    view_crop: int = option(
-        4, "networks see generated images cropped at random, after padding by so many pixels", low=0
-    )
-    view_flip: bool = option(True, "networks see generated images mirrored with probability 1/2")
-    crop: int = option(4, "random crop of the student's images after padding by so many pixels")
-    flip: bool = option(True, "mirror the student's images with probability 1/2")
-    cross_entropy: float = option(1.0, "weight of the cross-entropy with the class", low=0)
-    statistics: float = option(1.0, "weight of the distance to the BatchNorm statistics", low=0)
-    statistics_momentum: float = option(0.0, "share of former batches in the statistics", low=0, high=1)
-    adversarial: float = option(0.5, "weight of the disagreement with the student that is sought", low=0)
-    dtype: Literal["float16", "float32"] = option("float16", "stored pixels")
-
-
-@dataclass(frozen=True, kw_only=True)
-class Answers:
-    """What losses between the logits share."""
-
-    temperature: float = option(4.0, "softmax temperature", above=0)
-    standardise: bool = option(False, "z-scores of each image's logits instead of the logits (arXiv:2403.01427)")
-    hard: float = option(0.0, "weight of the true labels; the teacher's own where the set has none", low=0)
-    label_smoothing: float = option(0.0, "share of the hard label spread over all classes", low=0, high=1)
+def choose(command: str, layers: list[Layer]) -> dict[str, list[tuple[catalog.Entry, float]]]:
+    """The methods and objectives that the layers name, the last layer's word counting."""
+    chosen: dict[str, list[tuple[catalog.Entry, float]]] = {}
+    for choice in catalog.command(command).choices:
+        flag, package = choice.flag, choice.package
+        if choice.beside is not None and choice.beside not in (method := chosen["method"][0][0]).needs:
+            if any(layer.get(flag) for source, layer in layers if source == TYPED):
+                raise ConfigError(f"--method {method.name} has no {choice.beside} to learn from", f"leave out --{flag}")
+            chosen[flag] = []
+            continue
+        named = next((layer[flag] for _, layer in reversed(layers) if layer.get(flag)), choice.default)
+        if named is None:
+            methods = ", ".join(catalog.entries(package))
+            raise ConfigError(f"{command} needs a --{flag}", f"choose from: {methods}")
+        picked = {name: (catalog.find(package, name, flag), weight) for name, weight in _named(named, choice)}
+        weights = {name: entry.weight if weight is None else weight for name, (entry, weight) in picked.items()}
+        for source, layer in layers:  # `--set objective.NAME.weight=2`
+            for name in weights:
+                label = f"{flag}.{name}.weight"
+                weights[name] = config.convert(layer.get(label, weights[name]), float, source + label)
+        for name, weight in weights.items():
+            if weight < 0:
+                raise ConfigError(f"{flag} {name}: its weight {weight:g} is below 0", "it would learn the opposite")
+        chosen[flag] = [(picked[name][0], weight) for name, weight in weights.items()]
+    return chosen
 
 
-@dataclass(frozen=True, kw_only=True)
-class Rising:
-    """What losses share that grow into their weight: with strength ``min(e / ramp, 1)`` in epoch e, counted from 1."""
-
-    ramp: int = option(20, "epochs over which the objective rises to its weight; 1 for none", low=1)
-
-
-@dataclass(frozen=True, kw_only=True)
-class Preceding:
-    """What losses share that are learned before all others: alone, and then no more."""
-
-    pretraining: int = option(30, "epochs in which only this is learned; 0: all the time, beside the rest", low=0)
+def _named(named: Any, choice: catalog.Choice) -> list[tuple[str, float | None]]:
+    """``zskd``, ``["response=0.9", "at"]`` or ``{response: {weight: 0.9}}`` as names with the weights that they say."""
+    if isinstance(named, Mapping):
+        pairs = [(n, v.get("weight") if isinstance(v, Mapping) else v) for n, v in named.items()]
+    else:
+        items = named if isinstance(named, (list, tuple)) else [named]
+        pairs = [(n, w or None) for n, _, w in (str(item).partition("=") for item in items)]
+    if not choice.several and len(pairs) != 1:
+        raise ConfigError(f"{choice.flag}: needs one name, got {named!r}")
+    return [(str(n), None if w is None else config.convert(w, float, f"{choice.flag} {n}")) for n, w in pairs]
 
 
-@dataclass(frozen=True, kw_only=True)
-class Compared:
-    """What losses between features share."""
-
-    taps: tuple[str, ...] = option(
-        ("stages",), "features: stage1 ..., stages, last, penultimate, logits, a module's path"
-    )
-    teacher_taps: tuple[str, ...] | None = option(None, "the teacher's, in the same order (default: the same names)")
-
-
-# -- commands ----------------------------------------------------------------------------------------------------------
-
-
-@dataclass(frozen=True, kw_only=True)
-class ForeignModel:
-    """What a foreign teacher's file does not say."""
-
-    weights: str | None = option(None, "weights of a foreign teacher: .safetensors, .pt, .pth, .ckpt")
-    input_size: tuple[int, int, int] | None = option(None, "its channels, height and width", low=1)
-    mean: tuple[float, ...] | None = option(
-        None, "mean per channel that pixels in [0,1] are normalised with (default: 0)"
-    )
-    std: tuple[float, ...] | None = option(None, "standard deviation per channel (default: 1)", above=0)
-    num_classes: int | None = option(None, "its number of classes", low=1)
+def _flatten(layer: Mapping[str, Any], chosen: Mapping[str, Any]) -> dict[tuple[str, ...], Any]:
+    """The layer's values by path, without its head and without the choices themselves."""
+    flat: dict[tuple[str, ...], Any] = {}
+    for key, value in layer.items():
+        if key in ("about", "command"):
+            continue
+        if key in chosen:
+            if isinstance(value, Mapping):
+                picked = {
+                    entry.name for entry, _ in chosen[key]
+                }  # another choice than the recipe's takes none of its keys
+                for name, inner in value.items():
+                    if isinstance(inner, Mapping) and name in picked:
+                        flat |= {(key, name, k): v for k, v in inner.items() if k != "weight"}
+            continue
+        path = tuple(key.split("."))
+        if path[0] not in chosen or path[-1] != "weight":
+            flat[path] = value
+    return flat
 
 
-FOREIGN = tuple(field.name for field in fields(ForeignModel))
+def recipe_layer(name: str, command: str) -> Layer:
+    """The values of a recipe.
+
+    Raises:
+        ConfigError: No such recipe, or one for another command.
+    """
+    path = catalog.find_recipe(name, command)
+    values = catalog.read_recipe(path)
+    if values.get("command", command) != command:
+        raise ConfigError(f"{path} is a recipe for {values['command']}, not for {command}")
+    if values.pop("allow_code", False):
+        raise ConfigError(f"{path}: no recipe may allow code to be run", "leave it out, and type --allow-code")
+    return f"{path}: ", values
 
 
-@dataclass(frozen=True, kw_only=True)
-class Run:
-    """How a command runs: flags that every command has."""
+def assignments(items: list[str]) -> dict[str, str]:
+    """``KEY=VALUE`` strings as a mapping, split at the first ``=``."""
+    pairs = {}
+    for item in items:
+        key, equals, value = item.partition("=")
+        if not equals or not key:
+            raise ConfigError(f"--set {item}: must be KEY=VALUE")
+        path, dot, name = key.rpartition(".")
+        pairs[path + dot + name.replace("-", "_")] = value
+    return pairs
 
-    out: str | None = option(None, "directory to write", volatile=True)
-    overwrite: bool = option(False, "replace what --out holds", volatile=True)
-    seed: int = option(0, "seed of everything random", low=0)
-    device: Literal["auto", "cpu", "cuda", "mps"] = option("auto", "device", volatile=True)
-    devices: int = option(1, "number of devices (processes)", low=1, volatile=True)
-    num_nodes: int = option(1, "machines that share the run, and see the same --out", low=1, volatile=True)
-    precision: Literal["32", "bf16", "16"] = option("32", "arithmetic")
-    logger: Literal["csv", "tensorboard"] = option(
-        "csv", "curves: metrics.csv alone, or also tensorboard", volatile=True
-    )
-    allow_code: bool = option(False, "run the Python file or module that an artifact names", volatile=True)
+
+def _plain_defaults(section: type) -> dict[str, Any]:
+    """The defaults of a configuration class, as :meth:`Settings.plain` has them."""
+    return {
+        name: list(value) if isinstance(value, tuple) else value for name, value in config.defaults(section).items()
+    }

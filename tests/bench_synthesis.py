@@ -41,8 +41,8 @@ from dfkd_cli.models.activations import pre_activations
 from dfkd_cli.models.classifier import Classifier, ModelInfo
 from dfkd_cli.models.generators import Generator
 from dfkd_cli.models.registry import build
-from dfkd_cli.resolve import Settings, resolve
 from dfkd_cli.rounds.trainer import fit
+from dfkd_cli.settings import Settings, resolve
 from dfkd_cli.stages.collect_metadata import collect
 from dfkd_cli.synthesizers.base import SynthesisTask
 from dfkd_cli.ui import Terminal

@@ -24,10 +24,10 @@ from dfkd_cli.data.datasets import Dataset
 from dfkd_cli.data.sources import Images, RealSource, Source
 from dfkd_cli.models import registry
 from dfkd_cli.models.classifier import Classifier, ModelInfo
-from dfkd_cli.resolve import resolve
+from dfkd_cli.options import Augmentation
 from dfkd_cli.rounds.learner import Learner
 from dfkd_cli.rounds.trainer import CHECKPOINT, fit
-from dfkd_cli.settings import Augmentation
+from dfkd_cli.settings import resolve
 from dfkd_cli.stages.collect_metadata import collect
 from dfkd_cli.synthesizers.base import SynthesisTask, Synthesizer
 from dfkd_cli.ui import Terminal

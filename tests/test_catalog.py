@@ -150,7 +150,7 @@ from dataclasses import dataclass
 
 from dfkd_cli.config import option
 from dfkd_cli.objectives.answers import AnswerObjective
-from dfkd_cli.settings import Answers
+from dfkd_cli.options import Answers
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -210,7 +210,7 @@ from dfkd_cli.artifacts.shards import ShardReader
 from dfkd_cli.catalog import Command
 from dfkd_cli.config import option
 from dfkd_cli.errors import GateNotMet
-from dfkd_cli.resolve import Settings
+from dfkd_cli.settings import Settings
 from dfkd_cli.ui import Terminal
 
 

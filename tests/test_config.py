@@ -13,7 +13,7 @@ from dfkd_cli import catalog
 from dfkd_cli.cli.arguments import expand
 from dfkd_cli.config import build, convert, defaults, dump_yaml, hints, option, parse_yaml, plain
 from dfkd_cli.errors import ConfigError, did_you_mean
-from dfkd_cli.resolve import assignments, recipe_layer, resolve
+from dfkd_cli.settings import assignments, recipe_layer, resolve
 
 FLOATS = tuple[float, ...]
 NUMBERS = (

@@ -24,8 +24,8 @@ from dfkd_cli.artifacts.shards import ShardWriter
 from dfkd_cli.data import datasets, seal
 from dfkd_cli.errors import ConfigError
 from dfkd_cli.models.directory import load_model
-from dfkd_cli.resolve import resolve
 from dfkd_cli.rounds.trainer import fit
+from dfkd_cli.settings import resolve
 from dfkd_cli.synthesizers.base import SynthesisTask
 from dfkd_cli.ui import Terminal
 

@@ -19,7 +19,7 @@ from dfkd_cli.models.layers import chain, global_pool
 from dfkd_cli.objectives.base import Objective
 from dfkd_cli.regimes.base import Task
 from dfkd_cli.regimes.offline import Config, Offline
-from dfkd_cli.resolve import Component
+from dfkd_cli.settings import Component
 from dfkd_cli.stages.distill import Inputs as Distill
 from dfkd_cli.stages.distill import connect
 

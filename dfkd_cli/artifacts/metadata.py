@@ -133,7 +133,7 @@ def _metadata(record: Mapping[str, Any], tensors: Mapping[str, Tensor]) -> Metad
     metadata = Metadata(layers, tensors["covariance"], tuple(record["counts"]), float(record["temperature"]))
     classes, units = len(metadata.counts), sum(layers[name].mean.shape[1] for name in metadata.joint)
     expected = [(classes, math.prod(layer.shape)) for layer in layers.values() for _ in range(2)]
-    found = [tuple(tensor.shape) for layer in layers.values() for tensor in (layer.mean, layer.std)]
-    if not layers or found != expected or tuple(metadata.covariance.shape) != (classes, units, units):
+    shapes = [tuple(tensor.shape) for layer in layers.values() for tensor in (layer.mean, layer.std)]
+    if not layers or shapes != expected or tuple(metadata.covariance.shape) != (classes, units, units):
         raise ValueError("shapes")
     return metadata

@@ -15,8 +15,8 @@ from dfkd_cli import __version__
 from dfkd_cli.artifacts.files import os_error, read_json, sha256_file, write_atomic, write_json
 from dfkd_cli.config import dump_yaml
 from dfkd_cli.errors import ArtifactError, ConfigError, DfkdError, Interrupted
-from dfkd_cli.processes import records
-from dfkd_cli.resolve import Settings
+from dfkd_cli.processes import writes_records
+from dfkd_cli.settings import Settings
 from dfkd_cli.ui import Terminal
 
 RUN = "run.json"
@@ -78,7 +78,7 @@ class RunDirectory:
                 return True
             if not afresh:
                 self.record |= {k: previous[k] for k in ("started", "seconds", "concerns") if k in previous}
-        if not records():
+        if not writes_records():
             return False
         self._take_lock()
         if afresh:
@@ -95,7 +95,7 @@ class RunDirectory:
         self.save()
         return False
 
-    def concern(self, what: str) -> bool:
+    def record_concern(self, what: str) -> bool:
         """Record what whoever reads the report is warned of. False where it is recorded already."""
         new = what not in self.record["concerns"]
         if new:
@@ -134,7 +134,7 @@ class RunDirectory:
 
     def save(self) -> None:
         """Write ``run.json``, with the time worked so far."""
-        if not records():
+        if not writes_records():
             return
         now = time.monotonic()
         self.record["seconds"] = round(self.record["seconds"] + now - self._mark, 3)
@@ -213,7 +213,7 @@ def _is_another(path: Path, recorded: Mapping[str, Any], settings: Settings, ide
     begun = any(not item.name.startswith(".") and item.name not in records_only for item in path.iterdir())
     if different and begun:
         # Of another command or method everything differs.
-        decisive = [one for one in different if one.startswith(("command:", "method:"))]
+        decisive = [change for change in different if change.startswith(("command:", "method:"))]
         hint = "choose another --out, or remove this directory, as --overwrite does"
         raise ConfigError(f"{path} holds another run: {'; '.join(decisive or different)}", hint)
     return bool(different)
@@ -221,20 +221,20 @@ def _is_another(path: Path, recorded: Mapping[str, Any], settings: Settings, ide
 
 def differences(old: Mapping[str, Any], new: Mapping[str, Any], prefix: str = "") -> list[str]:
     """The keys whose values differ, as ``key: old -> new``."""
-    found = []
+    changes = []
     for key in [*new, *(k for k in old if k not in new)]:
         a, b = old.get(key), new.get(key)
         if a == b:
             continue
         if isinstance(a, dict) and isinstance(b, dict):
-            found += differences(a, b, f"{prefix}{key}.")
+            changes += differences(a, b, f"{prefix}{key}.")
         elif key == "parents":
             before, now = a or [], b or []
             changed = [f"another {p.get('role', 'input')}" for p in [*now, *before] if (p in before) != (p in now)]
-            found += dict.fromkeys(changed or ["inputs in another order"])
+            changes += dict.fromkeys(changed or ["inputs in another order"])
         else:
-            found.append(f"{prefix}{key}: {a} -> {b}")
-    return found
+            changes.append(f"{prefix}{key}: {a} -> {b}")
+    return changes
 
 
 def _whole(path: Path, record: Mapping[str, Any]) -> bool:

@@ -15,9 +15,9 @@ import typer
 from dfkd_cli import catalog
 from dfkd_cli.cli import arguments, listing
 from dfkd_cli.errors import ConfigError, DfkdError, Interrupted, memory_can_end
+from dfkd_cli.options import Run
 from dfkd_cli.processes import first_process, join_machines, stop_on_signals
-from dfkd_cli.resolve import TYPED, Layer, Settings, assignments, choose, recipe_layer, resolve
-from dfkd_cli.settings import Run
+from dfkd_cli.settings import TYPED, Layer, Settings, assignments, choose, recipe_layer, resolve
 from dfkd_cli.ui import NORMAL, QUIET, VERBOSE, Terminal
 
 CONTEXT = {"help_option_names": ["-h", "--help"], "max_content_width": 200}

@@ -35,19 +35,19 @@ def expand(tokens: list[str], lists: Set[str], pairs: Set[str] = frozenset({"--s
         pairs: Flags that take every following ``KEY=VALUE``.
     """
     expanded: list[str] = []
-    current, given = None, False  # the list flag being filled, and whether it has a value yet
+    current, has_value = None, False  # the list flag being filled, and whether it has a value yet
     for position, token in enumerate(tokens):
         if token == "--":
             return expanded + tokens[position:]
         name, equals, _ = token.partition("=")
         if not _is_value(token):
-            current, given = name if name in lists or name in pairs else None, bool(equals)
+            current, has_value = name if name in lists or name in pairs else None, bool(equals)
             followed = position + 1 < len(tokens) and _is_value(tokens[position + 1])
             if current is None or equals or not followed:  # without any value the parser says so
                 expanded.append(token)
-        elif current in lists or (current in pairs and (equals or not given)):
+        elif current in lists or (current in pairs and (equals or not has_value)):
             expanded.append(f"{current}={token}")
-            given = True
+            has_value = True
         else:
             current = None
             expanded.append(token)
@@ -60,13 +60,13 @@ def _is_value(token: str) -> bool:
 
 def values_of(tokens: list[str], name: str) -> list[str]:
     """Every value given to a flag in expanded or plain tokens, without parsing the rest."""
-    found = []
+    values = []
     for position, token in enumerate(tokens):
         if token == name and position + 1 < len(tokens):
-            found.append(tokens[position + 1])
+            values.append(tokens[position + 1])
         elif token.startswith(name + "="):
-            found.append(token.partition("=")[2])
-    return found
+            values.append(token.partition("=")[2])
+    return values
 
 
 def parameters(cls: type, panel: str) -> dict[str, inspect.Parameter]:
@@ -74,7 +74,7 @@ def parameters(cls: type, panel: str) -> dict[str, inspect.Parameter]:
 
     Values stay strings here: the configuration checks them, so flags, ``--set`` and recipes err alike.
     """
-    made = {}
+    arguments = {}
     for field in dataclasses.fields(cls):
         kind, _ = strip_none(hints(cls)[field.name])
         decls = [flag(field.name)]
@@ -91,10 +91,10 @@ def parameters(cls: type, panel: str) -> dict[str, inspect.Parameter]:
         else:
             metavar = None if kind is bool else _metavar(kind)
             info = typer.Option(*decls, help=text, metavar=metavar, show_default=False, rich_help_panel=panel)
-        made[field.name] = inspect.Parameter(
+        arguments[field.name] = inspect.Parameter(
             field.name, inspect.Parameter.KEYWORD_ONLY, default=None, annotation=Annotated[annotation, info]
         )
-    return made
+    return arguments
 
 
 def _shown(value: Any) -> str:
@@ -106,8 +106,8 @@ def _shown(value: Any) -> str:
 def _metavar(kind: Any) -> str:
     origin, args = typing.get_origin(kind), typing.get_args(kind)
     if origin is tuple:
-        one = _metavar(args[0])
-        return f"{one} ..." if args[-1] is Ellipsis else " ".join([one] * len(args))
+        item = _metavar(args[0])
+        return f"{item} ..." if args[-1] is Ellipsis else " ".join([item] * len(args))
     if origin is typing.Literal:
         return "|".join(map(str, args))
     return {int: "INT", float: "FLOAT", str: "TEXT"}[kind]

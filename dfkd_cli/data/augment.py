@@ -16,7 +16,7 @@ from torch import Tensor, nn
 from torch.nn.functional import grid_sample
 from torchvision.transforms import v2
 
-from dfkd_cli.settings import Augmentation
+from dfkd_cli.options import Augmentation
 
 
 class RandomAffine(v2.Transform):  # type: ignore[misc]  # torchvision ships no annotations

@@ -40,8 +40,8 @@ _lock = threading.Lock()
 def dataset_roots(data_dir: str | None = None) -> list[Path]:
     """Where datasets are looked for, in this order: ``data_dir``, ``$DFKD_DATA``, the user's cache."""
     cache = os.environ.get("XDG_CACHE_HOME") or "~/.cache"
-    given = [data_dir, os.environ.get("DFKD_DATA"), os.path.join(cache, "dfkd")]
-    return [Path(os.path.expanduser(root)) for root in given if root]
+    roots = [data_dir, os.environ.get("DFKD_DATA"), os.path.join(cache, "dfkd")]
+    return [Path(os.path.expanduser(root)) for root in roots if root]
 
 
 @contextlib.contextmanager

@@ -101,7 +101,7 @@ class Source(ABC):
         """Load one chunk."""
 
     def use(self, device: torch.device) -> None:  # noqa: B027  # most read them
-        """Make images on a device from now on, where they are made and not read."""
+        """Compute images on this device from now on. Sources that read their images from somewhere ignore it."""
 
     def __len__(self) -> int:
         return sum(self.sizes)

@@ -102,8 +102,8 @@ def read_record(directory: Path) -> dict[str, Any]:
     if directory.is_file():
         raise ArtifactError(f"{directory}: a file, not a model directory", "give weights with --weights FILE")
     if not (directory / RECORD).is_file():
-        found = "no model.json in it" if directory.is_dir() else "no such directory"
-        raise ArtifactError(f"{directory}: {found}", "`dfkd train-teacher` and `dfkd distill` make model directories")
+        what = "no model.json in it" if directory.is_dir() else "no such directory"
+        raise ArtifactError(f"{directory}: {what}", "`dfkd train-teacher` and `dfkd distill` make model directories")
     record = read_json(directory / RECORD)
     if record.get("kind") != "model":
         raise ArtifactError(f"{directory}: holds {record.get('kind')!r}, not a model")

@@ -31,7 +31,7 @@ from dfkd_cli.errors import ArtifactError
 from dfkd_cli.models.classifier import ModelInfo
 from dfkd_cli.models.directory import read_info, save_weights
 from dfkd_cli.models.weights import load_weights
-from dfkd_cli.settings import GeneratorEnd
+from dfkd_cli.options import GeneratorEnd
 
 WIDTHS = (128, 128, 64)  # maps at the start and after each doubling, the last one for all further ones
 LARGEST_START = 16  # pixels

@@ -15,7 +15,7 @@ from dfkd_cli.models.classifier import Classifier, ModelInfo
 from dfkd_cli.models.directory import identity, load_model, read_record
 from dfkd_cli.models.registry import build, code_file, family
 from dfkd_cli.models.weights import load_weights
-from dfkd_cli.settings import FOREIGN, ForeignModel
+from dfkd_cli.options import FOREIGN, ForeignModel
 
 
 @dataclass(frozen=True, eq=False)

@@ -63,10 +63,10 @@ def _check_output(net: nn.Module, spec: str, num_classes: int, input_size: Size)
     shown = "x".join(map(str, input_size))
     with _as_config_error(f"{spec}: cannot run on {shown} images", "check --input-size"):
         output = probe(net, input_size)
-    found = tuple(output.shape) if isinstance(output, Tensor) else type(output).__name__
-    if found != (1, num_classes):
+    answer = tuple(output.shape) if isinstance(output, Tensor) else type(output).__name__
+    if answer != (1, num_classes):
         raise ArtifactError(
-            f"{spec}: gives {found} for one {shown} image instead of logits {(1, num_classes)}", "check --num-classes"
+            f"{spec}: gives {answer} for one {shown} image instead of logits {(1, num_classes)}", "check --num-classes"
         )
 
 
@@ -104,8 +104,8 @@ def code_file(spec: str) -> Path | None:
 def _torchvision(name: str, num_classes: int) -> nn.Module:
     import torchvision.models as zoo
 
-    if name not in (known := zoo.list_models(module=zoo)):  # this module: classifiers only
-        raise ConfigError(f"torchvision:{name}: unknown model", _closest("torchvision", name, known))
+    if name not in (names := zoo.list_models(module=zoo)):  # this module: classifiers only
+        raise ConfigError(f"torchvision:{name}: unknown model", _closest("torchvision", name, names))
     # These two otherwise return a tuple while training, and warn about their initialisation.
     options = {"aux_logits": False, "init_weights": True} if name in ("googlenet", "inception_v3") else {}
     return zoo.get_model(name, weights=None, num_classes=num_classes, **options)
@@ -122,15 +122,17 @@ def _timm(name: str, num_classes: int, input_size: Size) -> nn.Module:
     channels, *image = input_size
     options: dict[str, Any] = {"num_classes": num_classes, "in_chans": channels}
     with _as_config_error(f"timm:{name}: cannot be built"):
-        known = timm.get_pretrained_cfg(name)
-        if known is not None and known.fixed_input_size:  # e.g. ViT, whose position embedding has the image's size
+        pretrained = timm.get_pretrained_cfg(name)
+        if (
+            pretrained is not None and pretrained.fixed_input_size
+        ):  # e.g. ViT, whose position embedding has the image's size
             options["img_size"] = tuple(image)
         return timm.create_model(name, pretrained=False, **options)
 
 
-def _closest(source: str, name: str, known: list[str]) -> str:
+def _closest(source: str, name: str, names: list[str]) -> str:
     """A hint for a catalogue that is too long to be listed."""
-    close = difflib.get_close_matches(name, known, n=3, cutoff=0.0)
+    close = difflib.get_close_matches(name, names, n=3, cutoff=0.0)
     return f"closest names: {', '.join(f'{source}:{other}' for other in close)}"
 
 

@@ -59,12 +59,12 @@ class _Moments(torch.autograd.Function):
 
 def recorded_moments(classifier: Classifier) -> dict[str, Moments]:
     """The running statistics of every BatchNorm layer, by its name in ``net``: those of the training data."""
-    found = {}
+    moments = {}
     for name, layer in _layers(classifier).items():
         mean, variance = layer.running_mean, layer.running_var
         assert isinstance(mean, Tensor) and isinstance(variance, Tensor)  # what batch_norms() is about
-        found[name] = Moments(mean, variance)
-    return found
+        moments[name] = Moments(mean, variance)
+    return moments
 
 
 class RunningMoments:

@@ -57,12 +57,12 @@ class Taps:
 
     def names(self, wanted: Iterable[str]) -> list[str]:
         """The names of single places that the wanted names stand for: ``stages`` are several."""
-        found: list[str] = []
+        single: list[str] = []
         for name in wanted:
             base, before = (name.removesuffix(BEFORE), BEFORE) if name.endswith(BEFORE) else (name, "")
             stages = list(self.stages) if base == STAGES else list(self.stages)[-1:] if base == LAST else []
-            found += [stage + before for stage in stages] or [name]
-        return found
+            single += [stage + before for stage in stages] or [name]
+        return single
 
     def find(self, name: str) -> Tap:
         """The place of that name.
@@ -86,10 +86,10 @@ class Taps:
     def _call(self, name: str) -> Call:
         path = "" if name == LOGITS else self.stages.get(name, name)
         if path not in self._latest or (path == "" and name != LOGITS):
-            known = ", ".join([*self.stages, PENULTIMATE, LOGITS])
+            choices = ", ".join([*self.stages, PENULTIMATE, LOGITS])
             raise ConfigError(
                 f"{self.classifier.info.spec} has no features {name!r}",
-                f"choose from: {known}, one of them with {BEFORE}, or the path of a module",
+                f"choose from: {choices}, one of them with {BEFORE}, or the path of a module",
             )
         return self._latest[path]
 
@@ -103,35 +103,35 @@ class Taps:
         """
         tap = self.find(name)
         at = next(i for i in reversed(range(len(self._calls))) if self._calls[i].layer is tap.layer)
-        found: _BatchNorm | None = None
+        norm: _BatchNorm | None = None
         for call in reversed(self._calls[:at]):
             if _activates(call):
                 break
             if isinstance(call.layer, _BatchNorm) and call.layer.affine:
-                found = call.layer
+                norm = call.layer
                 if call.output is self._calls[at].input:
                     break
-        if found is None:
+        if norm is None:
             raise ArtifactError(
                 f"{self.classifier.info.spec} has no BatchNorm with a scale before {name!r}",
                 "use it with a teacher that has BatchNorm, and with taps before activations",
             )
-        return found
+        return norm
 
     def _before_activation(self, name: str) -> Tap:
         value = self._call(name.removesuffix(BEFORE)).output
         activations = [call for call in self._calls if _activates(call)]
-        found = next((call for call in reversed(activations) if call.output is value), None)
-        if found is None:
+        activation = next((call for call in reversed(activations) if call.output is value), None)
+        if activation is None:
             norms = (c.output for c in self._calls if isinstance(c.layer, _BatchNorm) and c.input is value)
             value = next(norms, value)
-            found = next((call for call in activations if call.input is value), None)
-        if found is None or self._latest[found.path] is not found:
+            activation = next((call for call in activations if call.input is value), None)
+        if activation is None or self._latest[activation.path] is not activation:
             raise ConfigError(
                 f"{self.classifier.info.spec} has no features {name!r}: no activation module of its own is found there",
                 "give the path of the module whose output goes into the activation",
             )
-        return Tap(found.layer, before=True)
+        return Tap(activation.layer, before=True)
 
 
 def _activates(call: Call) -> bool:

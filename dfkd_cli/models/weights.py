@@ -70,8 +70,8 @@ def _unwrap(content: Any, file: Path) -> dict[str, Tensor]:
     is_mapping = isinstance(content, Mapping) and len(content) > 0
     if is_mapping and all(isinstance(key, str) and isinstance(value, Tensor) for key, value in content.items()):
         return dict(content)
-    found = f"keys {_some(map(str, content))}" if is_mapping else type(content).__name__
-    raise ArtifactError(f"{file}: holds no state_dict, found {found}", "save net.state_dict()")
+    what = f"keys {_some(map(str, content))}" if is_mapping else type(content).__name__
+    raise ArtifactError(f"{file}: holds no state_dict, found {what}", "save net.state_dict()")
 
 
 def _without_prefix(state: dict[str, Tensor], expected: Mapping[str, Tensor]) -> dict[str, Tensor]:

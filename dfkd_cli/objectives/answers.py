@@ -10,7 +10,7 @@ from torch import Tensor
 from dfkd_cli.data.sources import Images
 from dfkd_cli.errors import ConfigError
 from dfkd_cli.objectives.base import Objective, Outputs
-from dfkd_cli.settings import Answers
+from dfkd_cli.options import Answers
 
 STANDARDISE_EPS = 1e-7
 
@@ -35,7 +35,7 @@ def hard_labels(teacher: Outputs, images: Images) -> Tensor:
 
 
 class AnswerObjective(Objective):
-    """An objective between logits. Its ``Config`` extends :class:`dfkd_cli.settings.Answers`.
+    """An objective between logits. Its ``Config`` extends :class:`dfkd_cli.options.Answers`.
 
     Raises:
         ConfigError: Hard labels are to be smoothed, and have no weight.

@@ -15,16 +15,16 @@ from dfkd_cli.errors import ConfigError
 from dfkd_cli.models.activations import Tap, values_at
 from dfkd_cli.models.classifier import Classifier
 from dfkd_cli.models.taps import Taps
-from dfkd_cli.settings import Preceding, Rising
+from dfkd_cli.options import Preceding, Rising
 
 
 @dataclass
 class Outputs:
-    """What a network says about a batch.
+    """What a network answers for a batch of images.
 
     Attributes:
         logits: (B, K) float32.
-        features: What it has inside, (B, ...) float32, by the names of the taps that objectives ask for.
+        features: Inner activations, (B, ...) float32 each, by the names of the taps that objectives ask for.
     """
 
     logits: Tensor
@@ -32,7 +32,7 @@ class Outputs:
 
 
 def ask(classifier: Classifier, pixels: Tensor, taps: Mapping[str, Tap]) -> Outputs:
-    """A network's outputs for pixels (B, C, H, W), with its features at the taps. Without taps nothing is hooked."""
+    """Run a network on pixels (B, C, H, W); returns its logits, and its features at the taps."""
     with values_at(taps) as features:
         logits = classifier(pixels).float()
     return Outputs(logits, {name: value.float() for name, value in features.items()})
@@ -41,17 +41,18 @@ def ask(classifier: Classifier, pixels: Tensor, taps: Mapping[str, Tap]) -> Outp
 class Objective(nn.Module):
     """A distillation loss: student and teacher outputs to named, unweighted, 0-d terms.
 
-    A subclass says in ``needs`` what images must have (``"labels"``, ``"logits"``, ``"targets"``), and has a ``Config``
-    in its file with a weight for every term, by its name. Its own trainable parts are trained with the student.
+    A subclass says in ``needs`` what images must have (``"labels"``, ``"logits"``, ``"targets"``). Its file has a
+    ``Config`` with a weight for each term, under the term's name. Parameters of the objective itself, such as a
+    projection of features, are trained together with the student.
 
     Attributes:
-        terms: The names of all terms. One without a weight may be left out.
-        optional: Those of them that not every batch has.
+        terms: The names of all terms. :meth:`forward` may leave out a term whose weight is 0.
+        optional: The terms that some batches do not have.
         default_weight: The weight of the whole objective where the user gives none: its paper's.
         teacher_mode: ``train`` where the teacher's BatchNorm has to use the statistics of the batch.
         pairs: The taps that are compared, each as the student's name and the teacher's.
-        epoch: Finished passes over the images; the regime keeps it.
-        progress: Finished share of the training, from 0 to 1; the regime keeps it.
+        epoch: Finished passes over the images. The regime sets it before each step.
+        progress: Finished share of the training, from 0 to 1. The regime sets it before each step.
     """
 
     kind: ClassVar[str]
@@ -79,29 +80,34 @@ class Objective(nn.Module):
         """Make what depends on how many images there are. Called once, before training; nothing by default.
 
         Args:
-            count: Images that training draws from, where ``positions`` of a batch count.
+            count: Number of images that training draws from; ``Images.positions`` of a batch are below it.
         """
 
     def after_step(self) -> None:
         """What else happens after each step of the student. Nothing by default."""
 
     def strength(self, term: str) -> float:
-        """What the weight of a term is multiplied by at this time of the training."""
+        """The factor, at this time of the training, by which the weight of a term is multiplied.
+
+        For an objective with a :attr:`phase` it is 1 in the phase and 0 afterwards. One that rises starts low and
+        reaches 1 after ``ramp`` epochs. For all others it is 1 throughout.
+        """
         if self.phase:
             return float(self.alone)
         return min((self.epoch + 1) / self.config.ramp, 1.0) if isinstance(self.config, Rising) else 1.0
 
     @property
     def phase(self) -> int:
-        """For how many epochs, from the first, objectives without a phase do not count; after them, this one does not.
+        """The number of epochs, at the start of the training, in which this objective alone is learned.
 
-        0: it counts beside the others, throughout.
+        Objectives without such a phase wait until it is over; then this one is switched off. 0 stands for no phase:
+        the objective is learned beside the others throughout.
         """
         return self.config.pretraining if isinstance(self.config, Preceding) else 0
 
     @property
     def alone(self) -> bool:
-        """Whether this epoch is in the phase."""
+        """Whether training is in this objective's phase now, in which objectives without one do not count."""
         return self.epoch < self.phase
 
     @abstractmethod
@@ -111,12 +117,12 @@ class Objective(nn.Module):
         Args:
             student: What the student says about the images.
             teacher: What the teacher says, without gradients.
-            images: What they were asked about, augmented; with what is known of them, if anything is.
+            images: The augmented images that both were shown, with labels or stored answers where they have any.
         """
 
 
 class FeatureObjective(Objective):
-    """An objective on pairs of features. Its ``Config`` extends :class:`dfkd_cli.settings.Compared`."""
+    """An objective on pairs of features. Its ``Config`` extends :class:`dfkd_cli.options.Compared`."""
 
     def connect(self, student: Classifier, teacher: Classifier) -> None:
         """Pair the taps of both networks, and prepare for the shapes of each pair."""
@@ -129,15 +135,15 @@ class FeatureObjective(Objective):
                 "give as many --taps of the student as --teacher-taps",
             )
         self.pairs = tuple(zip(*names, strict=True))
-        for one, other in self.pairs:
-            self.prepare(students.shape(one), teachers.shape(other))
+        for tap, teacher_tap in self.pairs:
+            self.prepare(students.shape(tap), teachers.shape(teacher_tap))
 
     def prepare(self, student: tuple[int, ...], teacher: tuple[int, ...]) -> None:
         """Make what depends on the shapes of the next pair, each (C, H, W) or (D,). Nothing by default."""
 
     def features(self, student: Outputs, teacher: Outputs) -> list[tuple[Tensor, Tensor]]:
         """The features of each pair, the student's and the teacher's."""
-        return [(student.features[one], teacher.features[other]) for one, other in self.pairs]
+        return [(student.features[tap], teacher.features[teacher_tap]) for tap, teacher_tap in self.pairs]
 
 
 class PairwiseObjective(FeatureObjective):

@@ -34,7 +34,7 @@ from dfkd_cli.data.sources import Images
 from dfkd_cli.models.classifier import Classifier
 from dfkd_cli.objectives.answers import AnswerObjective, hard_labels
 from dfkd_cli.objectives.base import Outputs
-from dfkd_cli.settings import Answers
+from dfkd_cli.options import Answers
 
 EPS = 1e-4  # beyond the boundary
 TINY = 1e-12  # no gradient is shorter
@@ -108,12 +108,12 @@ class BSS(AnswerObjective):
 
 
 def candidates(student: Tensor, teacher: Tensor, labels: Tensor, count: int) -> Tensor:
-    """The rows of logits (B, K) where both are right; of more than ``count``, where their other answers differ most."""
-    right = (student.argmax(1) == labels) & (teacher.argmax(1) == labels)
+    """The rows of logits (B, K) where both are correct; of more than ``count``, those whose others differ most."""
+    correct = (student.argmax(1) == labels) & (teacher.argmax(1) == labels)
     others = ~F.one_hot(labels, student.shape[1]).bool()
     difference = ((teacher.softmax(1) - student.softmax(1)).square() * others).sum(1)
-    ranked = difference.masked_fill(~right, -1).argsort(descending=True, stable=True)
-    return ranked[: min(count, int(right.sum()))]
+    ranked = difference.masked_fill(~correct, -1).argsort(descending=True, stable=True)
+    return ranked[: min(count, int(correct.sum()))]
 
 
 def other_shares(logits: Tensor, base: Tensor) -> Tensor:

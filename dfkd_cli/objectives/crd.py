@@ -36,7 +36,7 @@ from dfkd_cli.errors import ConfigError
 from dfkd_cli.models.classifier import Classifier
 from dfkd_cli.objectives.answers import hard_labels
 from dfkd_cli.objectives.base import FeatureObjective, Outputs
-from dfkd_cli.settings import Compared
+from dfkd_cli.options import Compared
 
 EPS = 1e-7
 UNSEEN = -1  # the class of an image that has not come along yet

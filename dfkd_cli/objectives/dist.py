@@ -22,7 +22,7 @@ from dfkd_cli.config import option
 from dfkd_cli.data.sources import Images
 from dfkd_cli.objectives.answers import AnswerObjective
 from dfkd_cli.objectives.base import Outputs
-from dfkd_cli.settings import Answers
+from dfkd_cli.options import Answers
 
 EPS = 1e-8
 

@@ -29,7 +29,7 @@ from dfkd_cli.errors import ConfigError
 from dfkd_cli.models.classifier import Classifier
 from dfkd_cli.objectives.answers import AnswerObjective, divergence, hard_labels
 from dfkd_cli.objectives.base import Outputs
-from dfkd_cli.settings import Answers, Rising
+from dfkd_cli.options import Answers, Rising
 
 
 @dataclass(frozen=True, kw_only=True)

@@ -25,7 +25,7 @@ from torch import Tensor, nn
 from dfkd_cli.config import option
 from dfkd_cli.objectives.base import PairwiseObjective
 from dfkd_cli.objectives.features import BatchNorm, as_maps, require_maps_or_vectors, same_size
-from dfkd_cli.settings import Compared
+from dfkd_cli.options import Compared
 
 
 @dataclass(frozen=True, kw_only=True)

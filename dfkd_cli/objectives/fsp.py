@@ -32,7 +32,7 @@ from dfkd_cli.errors import ConfigError
 from dfkd_cli.models.classifier import Classifier
 from dfkd_cli.objectives.base import FeatureObjective, Outputs
 from dfkd_cli.objectives.features import require_maps
-from dfkd_cli.settings import Compared, Preceding
+from dfkd_cli.options import Compared, Preceding
 
 
 @dataclass(frozen=True, kw_only=True)

@@ -27,7 +27,7 @@ from dfkd_cli.models.classifier import Classifier
 from dfkd_cli.models.taps import Taps
 from dfkd_cli.objectives.base import PairwiseObjective
 from dfkd_cli.objectives.features import BatchNorm, require_maps, same_size
-from dfkd_cli.settings import Compared
+from dfkd_cli.options import Compared
 
 RARE = 0.001  # a channel that is negative less often has no mean of its own there
 

@@ -19,7 +19,7 @@ from torch import Tensor
 from dfkd_cli.config import option
 from dfkd_cli.objectives.base import PairwiseObjective
 from dfkd_cli.objectives.features import cosine_kernel, shares
-from dfkd_cli.settings import Compared
+from dfkd_cli.options import Compared
 
 EPS = 1e-7
 

@@ -29,7 +29,7 @@ from dfkd_cli.config import option
 from dfkd_cli.data.sources import Images
 from dfkd_cli.objectives.answers import AnswerObjective, divergence
 from dfkd_cli.objectives.base import Outputs
-from dfkd_cli.settings import Answers
+from dfkd_cli.options import Answers
 
 
 @dataclass(frozen=True, kw_only=True)

@@ -27,7 +27,7 @@ from dfkd_cli.data.sources import Images
 from dfkd_cli.models.classifier import Classifier
 from dfkd_cli.objectives.base import FeatureObjective, Outputs
 from dfkd_cli.objectives.features import BatchNorm, as_maps, require_maps_or_vectors
-from dfkd_cli.settings import Compared, Rising
+from dfkd_cli.options import Compared, Rising
 
 WIDEST = 512  # channels of what is handed from level to level
 

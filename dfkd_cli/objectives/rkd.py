@@ -23,7 +23,7 @@ from torch import Tensor
 
 from dfkd_cli.config import option
 from dfkd_cli.objectives.base import PairwiseObjective
-from dfkd_cli.settings import Compared
+from dfkd_cli.options import Compared
 
 # No pair is closer: the released code's 1e-12 for squares. It divides directions by their lengths down to 1e-12, where
 # two images with equal features, such as dead ones, would get gradients of that inverse.

@@ -18,7 +18,7 @@ from torch import Tensor
 
 from dfkd_cli.config import option
 from dfkd_cli.objectives.base import PairwiseObjective
-from dfkd_cli.settings import Compared
+from dfkd_cli.options import Compared
 
 
 @dataclass(frozen=True, kw_only=True)

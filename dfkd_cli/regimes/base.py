@@ -23,12 +23,14 @@ from dfkd_cli.data.augment import pipeline
 from dfkd_cli.data.sources import Batches, Images, Source, hold_out
 from dfkd_cli.models.classifier import Classifier
 from dfkd_cli.objectives.base import Objective
+from dfkd_cli.options import Training
 from dfkd_cli.rounds.learner import Learner
 from dfkd_cli.seeds import derive, seed_torch
-from dfkd_cli.settings import Training
 
 MEASURED_AT_ONCE = 500  # images
-ROUND = 200  # steps of one round: enough for Lightning's own cost not to show, few enough to lose little in a kill
+STEPS_PER_ROUND = (
+    200  # steps of one round: enough for Lightning's own cost not to show, few enough to lose little in a kill
+)
 
 
 def length(training: Training, images: int) -> tuple[int, int]:
@@ -39,14 +41,14 @@ def length(training: Training, images: int) -> tuple[int, int]:
 
 @dataclass
 class Task:
-    """What a regime works on.
+    """Everything that a training regime is given: networks, images, losses and options.
 
     Attributes:
         student: The network to train.
         teacher: The network to learn from, or None.
         source: The images, with the stored answers that regime and objectives need.
         objectives: Losses between the two by name, with their weights.
-        training: Optimiser, schedule, augmentation.
+        training: The options of optimiser, schedule and augmentation.
         seed: The run's seed.
     """
 
@@ -62,8 +64,8 @@ class Regime(Learner):
     """Trains a student by steps of one batch each; rounds are stretches of steps.
 
     A subclass says in ``needs`` what it asks for (``"teacher"``, ``"labels"``, stored ``"logits"`` and ``"targets"``),
-    has a ``Config`` in its file, and gives the loss of a batch in :meth:`loss`. What the loss does not depend on is
-    neither moved nor decayed.
+    has a ``Config`` in its file, and gives the loss of a batch in :meth:`loss`. Parameters that the loss does not
+    depend on stay as they are: neither momentum nor weight decay changes them.
     """
 
     kind = "regime"
@@ -84,10 +86,10 @@ class Regime(Learner):
                 torch.manual_seed(derive(f"images of {name}", task.seed))
                 objective.expect(len(self.train_source))
         _, self.steps = length(task.training, len(self.train_source))
-        self.rounds = -(-self.steps // ROUND)
+        self.rounds = -(-self.steps // STEPS_PER_ROUND)
 
     def done(self, rounds: int) -> int:
-        return min(rounds * ROUND, self.steps)
+        return min(rounds * STEPS_PER_ROUND, self.steps)
 
     @abstractmethod
     def loss(self, images: Images) -> tuple[Tensor, dict[str, Tensor]]:
@@ -137,7 +139,7 @@ class Regime(Learner):
 
     def round(self, index: int) -> Mapping[str, Tensor]:
         """A stretch of optimiser steps. Logs each term's mean over the steps that had it, and the held-out measure."""
-        start, stop = index * ROUND, min((index + 1) * ROUND, self.steps)
+        start, stop = index * STEPS_PER_ROUND, min((index + 1) * STEPS_PER_ROUND, self.steps)
         sums: dict[str, Tensor] = {}
         counts: Counter[str] = Counter()
         self.student.train()

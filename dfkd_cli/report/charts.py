@@ -89,13 +89,13 @@ def _short(label: str, width: int = 40) -> str:
     return (label if len(label) <= width else label[: width - 3] + "...").replace("$", r"\$")
 
 
-def _png(figure: Figure, axes: Sequence[Any]) -> bytes:
-    for one in axes:
-        one.set_axisbelow(True)
-        one.grid(color=_GRID, linewidth=0.7)
-        one.tick_params(colors=_INK, labelsize=8, length=0)
-        one.xaxis.label.set_size(8)
-        for side, spine in one.spines.items():
+def _png(figure: Figure, panels: Sequence[Any]) -> bytes:
+    for axes in panels:
+        axes.set_axisbelow(True)
+        axes.grid(color=_GRID, linewidth=0.7)
+        axes.tick_params(colors=_INK, labelsize=8, length=0)
+        axes.xaxis.label.set_size(8)
+        for side, spine in axes.spines.items():
             spine.set_visible(side in ("left", "bottom"))
             spine.set_color(_GRID)
     buffer = io.BytesIO()

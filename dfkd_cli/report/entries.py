@@ -94,8 +94,8 @@ class Model:
         return self.provenance.get("teacher")
 
     @property
-    def leads(self) -> bool:
-        """Whether it is the teacher of a grid, whoever taught it."""
+    def is_grid_teacher(self) -> bool:
+        """Whether it is a teacher of a grid: it heads a ranking, even if it was itself taught by another model."""
         return self.group is not None and self.row is None
 
     @property
@@ -224,8 +224,8 @@ def settings_of(run: Mapping[str, Any]) -> dict[str, Any]:
 
 
 def _sum(seconds: Sequence[float | None]) -> float | None:
-    known = [value for value in seconds if value is not None]
-    return sum(known) if known and len(known) == len(seconds) else None
+    measured = [value for value in seconds if value is not None]
+    return sum(measured) if measured and len(measured) == len(seconds) else None
 
 
 def read_run(path: Path) -> dict[str, Any]:

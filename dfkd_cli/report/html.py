@@ -106,14 +106,14 @@ def _classes(section: Mapping[str, Any]) -> str:
     for name in section["classes"]:
         shares = [[run["measures"]["per_class"][name] for run in row["runs"]] for row in rows]
         texts.append(("", [name, *(_mean_share(values) for values in shares)]))
-    made = _table(["CLASS", *(row["label"] for row in rows)], texts, left=("CLASS",))
+    shown = _table(["CLASS", *(row["label"] for row in rows)], texts, left=("CLASS",))
     fold = "" if len(texts) <= _CLASSES_OPEN else "<summary>all classes</summary>"
-    return f"<details>{fold}{made}</details>" if fold else made
+    return f"<details>{fold}{shown}</details>" if fold else shown
 
 
 def _mean_share(values: Sequence[float | None]) -> str:
-    known = [value for value in values if value is not None]
-    return f"{100 * sum(known) / len(known):.1f}" if known else "-"
+    shares = [value for value in values if value is not None]
+    return f"{100 * sum(shares) / len(shares):.1f}" if shares else "-"
 
 
 def _curves(row: Mapping[str, Any]) -> str:
@@ -156,8 +156,8 @@ def _terms(facts: Mapping[str, Any]) -> str:
 
 def _provenance(rows: Iterable[Mapping[str, Any]], results: Mapping[str, Any]) -> str:
     columns = ("DIRECTORY", "SHA-256", "COMMAND", "VERSIONS")
-    made = [run for row in rows for run in row["runs"]] + list(results["shards"])
-    texts = [("", [m["path"], m["sha256"][:16], _command(m["argv"]), _versions(m["versions"])]) for m in made]
+    directories = [run for row in rows for run in row["runs"]] + list(results["shards"])
+    texts = [("", [m["path"], m["sha256"][:16], _command(m["argv"]), _versions(m["versions"])]) for m in directories]
     command = f"<p>This report: <code>{escape(_command(results['argv']))}</code> "
     command += f"({escape(_versions(results['versions']))})</p>"
     return f"<h2>Provenance</h2>{command}{_table(columns, texts, left=columns)}"

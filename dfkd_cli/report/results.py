@@ -15,10 +15,14 @@ Measures = Mapping[str, Any]  # of one model: top1, agreement, ...
 
 def spread(values: Iterable[float | None]) -> dict[str, Any] | None:
     """Mean, sample standard deviation (None of one value) and the values themselves; None where nothing is known."""
-    known = [value for value in values if value is not None]
-    if not known:
+    numbers = [value for value in values if value is not None]
+    if not numbers:
         return None
-    return {"mean": statistics.fmean(known), "sd": statistics.stdev(known) if len(known) > 1 else None, "values": known}
+    return {
+        "mean": statistics.fmean(numbers),
+        "sd": statistics.stdev(numbers) if len(numbers) > 1 else None,
+        "values": numbers,
+    }
 
 
 def rows(section: Section, measured: Mapping[Path, Measures]) -> list[dict[str, Any]]:
@@ -35,20 +39,20 @@ def rows(section: Section, measured: Mapping[Path, Measures]) -> list[dict[str, 
             group.append(model)
     labels = _labels([group[0] for group in groups.values()])
     teachers = list(section.teachers.values())
-    made = [_row("teacher", "teacher", teachers, section, measured)]
+    teacher_row = [_row("teacher", "teacher", teachers, section, measured)]
     students = [
         _row("student" if group[0].teacher else "baseline", label, group, section, measured)
         for label, group in zip(labels, groups.values(), strict=True)
     ]
-    return made + sorted(students, key=lambda row: -row["top1"]["mean"])
+    return teacher_row + sorted(students, key=lambda row: -row["top1"]["mean"])
 
 
 def curves(rows: Iterable[Mapping[str, Any]]) -> dict[str, list[Mapping[str, Any]]]:
     """The rows that are points of curves over the number of images: by curve, smallest set first."""
-    found: dict[str, list[Mapping[str, Any]]] = {}
+    by_series: dict[str, list[Mapping[str, Any]]] = {}
     for row in sorted((row for row in rows if row["series"]), key=lambda row: (row["series"], row["num_images"])):
-        found.setdefault(row["series"], []).append(row)
-    return found
+        by_series.setdefault(row["series"], []).append(row)
+    return by_series
 
 
 def _row(
@@ -103,8 +107,8 @@ def _run(model: Model, section: Section, measured: Mapping[Path, Measures]) -> d
 
 def _selected(kept: Sequence[Mapping[str, Any]], agreement: Sequence[float]) -> Mapping[str, Any] | None:
     """The snapshot that agrees most with the teacher on held-out images, the latest of equals: no test data is used."""
-    known = [snapshot for snapshot in kept if snapshot["round"] < len(agreement)]
-    return max(known, key=lambda snapshot: (agreement[snapshot["round"]], snapshot["round"]), default=None)
+    measured = [snapshot for snapshot in kept if snapshot["round"] < len(agreement)]
+    return max(measured, key=lambda snapshot: (agreement[snapshot["round"]], snapshot["round"]), default=None)
 
 
 def _seed(model: Model) -> int | None:

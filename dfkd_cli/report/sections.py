@@ -20,14 +20,14 @@ class Section:
         name: What a grid with several teachers calls this one; empty elsewhere.
         teachers: By hash; several only where every row is repeated with a teacher per seed.
         members: Students, and baselines that had no teacher.
-        heads: The teacher that a student is measured against, by the student's path: of a student's student the first.
+        measured_against: Each student's teacher, by the student's path; of a student's student the first of them all.
     """
 
     dataset: str
     name: str = ""
     teachers: dict[str, Model] = field(default_factory=dict)
     members: list[Model] = field(default_factory=list)
-    heads: dict[Path, Model] = field(default_factory=dict)
+    measured_against: dict[Path, Model] = field(default_factory=dict)
 
     @property
     def models(self) -> list[Model]:
@@ -38,7 +38,7 @@ class Section:
         """The teacher that a model is measured against: a teacher itself, a baseline the first."""
         if model.sha256 in self.teachers:
             return model
-        return self.heads.get(model.path) or next(iter(self.teachers.values()))
+        return self.measured_against.get(model.path) or next(iter(self.teachers.values()))
 
 
 def arrange(models: Sequence[Model], dataset: str | None, allow_code: bool) -> list[Section]:
@@ -54,15 +54,15 @@ def arrange(models: Sequence[Model], dataset: str | None, allow_code: bool) -> l
         ConfigError: Nobody says what to test on.
     """
     sections: dict[str, Section] = {}
-    heads = {model.teacher for model in models}
-    known = {model.sha256: model for model in reversed(models)}
+    teacher_hashes = {model.teacher for model in models}
+    by_hash = {model.sha256: model for model in reversed(models)}
     for model in models:
-        if model.teacher is not None and not model.leads:
-            teacher = _teacher_of(model, known, allow_code)
-            if teacher is None and model.sha256 in heads:
+        if model.teacher is not None and not model.is_grid_teacher:
+            teacher = _teacher_of(model, by_hash, allow_code)
+            if teacher is None and model.sha256 in teacher_hashes:
                 continue  # here as a teacher, whoever taught it
             while teacher is not None and teacher.row is not None:  # a student's student: a grid has one ranking
-                teacher = _teacher_of(teacher, known, allow_code)
+                teacher = _teacher_of(teacher, by_hash, allow_code)
             if teacher is None:
                 raise ArtifactError(
                     f"{model.path}: its teacher (sha256 {model.teacher[:12]}...) is not to be found",
@@ -70,11 +70,11 @@ def arrange(models: Sequence[Model], dataset: str | None, allow_code: bool) -> l
                 )
             section = _section(sections, model, teacher, dataset)
             section.members.append(model)
-            section.heads[model.path] = teacher
+            section.measured_against[model.path] = teacher
     taught = [*sections.values()]
     for model in models:
         placed = any(model.sha256 in section.teachers for section in sections.values())
-        if (model.teacher is None or model.leads) and not placed:
+        if (model.teacher is None or model.is_grid_teacher) and not placed:
             fitting = [section for section in taught if model.group is None and _fits(model, section, dataset)]
             if len(fitting) == 1:
                 fitting[0].members.append(model)
@@ -85,19 +85,19 @@ def arrange(models: Sequence[Model], dataset: str | None, allow_code: bool) -> l
 
 def _section(sections: dict[str, Section], model: Model, teacher: Model, dataset: str | None) -> Section:
     """The section of a model and its teacher, which is made where there is none: a grid's own, else by the teacher."""
-    known = (key for key, section in sections.items() if teacher.sha256 in section.teachers)
-    key = next(known, teacher.sha256) if model.group is None else model.group
+    keys = (key for key, section in sections.items() if teacher.sha256 in section.teachers)
+    key = next(keys, teacher.sha256) if model.group is None else model.group
     section = sections.setdefault(key, Section(_dataset_of(teacher, dataset), model.group or ""))
     section.teachers[teacher.sha256] = teacher
     return section
 
 
-def _teacher_of(student: Model, known: dict[str, Model], allow_code: bool) -> Model | None:
+def _teacher_of(student: Model, by_hash: dict[str, Model], allow_code: bool) -> Model | None:
     """Among the known models, by hash, or where the student says, or in ``teacher/``: then it is known as well."""
     wanted = str(student.teacher)
-    if wanted not in known and (place := find_teacher(student.path, wanted)) is not None:
-        known[wanted] = read_model(ModelDirectory(str(place)), allow_code)
-    return known.get(wanted)
+    if wanted not in by_hash and (place := find_teacher(student.path, wanted)) is not None:
+        by_hash[wanted] = read_model(ModelDirectory(str(place)), allow_code)
+    return by_hash.get(wanted)
 
 
 def _fits(baseline: Model, section: Section, dataset: str | None) -> bool:

@@ -47,11 +47,11 @@ def cells(row: Mapping[str, Any]) -> dict[str, str]:
     }
 
 
-def data(made: Mapping[str, Any]) -> str:
+def data(row: Mapping[str, Any]) -> str:
     """Whether real images were needed: to learn from, or for something the images were made with."""
-    if not made["data_free"]:
+    if not row["data_free"]:
         return "real data"
-    return f"uses {', '.join(made['uses'])}" if made["uses"] else "data-free"
+    return f"uses {', '.join(row['uses'])}" if row["uses"] else "data-free"
 
 
 def failed_cells(section: Mapping[str, Any]) -> list[dict[str, str]]:
@@ -70,7 +70,7 @@ def headline(section: Mapping[str, Any]) -> str:
     repeats = f"{len(seeds)} seed{'s' * (len(seeds) != 1)}" if seeds else "no students"
     top1 = _points(teacher["top1"])
     runs = [run for row in section["rows"] for run in row["runs"]]
-    devices = {made["device"] for run in runs for made in (run, *run["shards"])} - {None}
+    devices = {work["device"] for run in runs for work in (run, *run["shards"])} - {None}
     return (
         f"{section['test_images']:,} test images of {section['dataset']}; teacher {name}: top-1 {top1} %; "
         f"{repeats}; {worked(section)} of work on {', '.join(sorted(devices)) or 'unknown devices'}"
@@ -159,12 +159,12 @@ def plain_rows(section: Mapping[str, Any]) -> list[Mapping[str, Any]]:
 
 def by_size(section: Mapping[str, Any]) -> list[list[str]]:
     """Top-1 in per cent over the number of images: the head, then a row for each curve. Empty without curves."""
-    found = curves(section["rows"])
-    sizes = sorted({row["num_images"] for rows in found.values() for row in rows})
+    series = curves(section["rows"])
+    sizes = sorted({row["num_images"] for rows in series.values() for row in rows})
     texts = []
-    for name, rows in found.items():
-        known = {row["num_images"]: _points(row["top1"]) for row in rows}
-        texts.append([name, *(known.get(size, "-") for size in sizes)])
+    for name, rows in series.items():
+        by_count = {row["num_images"]: _points(row["top1"]) for row in rows}
+        texts.append([name, *(by_count.get(size, "-") for size in sizes)])
     return [["IMAGES", *map(_count, sizes)], *texts] if texts else []
 
 

@@ -15,15 +15,16 @@ from dfkd_cli.errors import RunFailed, memory_can_end
 
 
 class Learner(pl.LightningModule, ABC):
-    """Work cut into rounds.
+    """A training or a synthesis, whose work is cut into rounds.
 
     Attributes:
         rounds: How many rounds there are.
-        unit: What progress counts.
-        scaled: Every gradient goes through Lightning, which scales losses where small ones would vanish in 16 bits.
-        stateless: Rounds do not depend on each other; nothing has to be saved between them.
-        teacher: The classifier that is frozen meanwhile, or None.
-        note: What the user should know of this run from the start.
+        unit: What the progress bar counts: steps, images, iterations.
+        scaled: Whether every gradient is computed by Lightning, which scales losses so that small gradients survive
+            16-bit arithmetic. Where a learner computes gradients itself, ``--precision 16`` is refused.
+        stateless: Whether rounds are independent of each other, so that no checkpoint is needed to continue.
+        teacher: The classifier that is frozen while the rounds are done, or None.
+        note: What the user is told when the run starts, or None.
     """
 
     rounds: int
@@ -38,16 +39,21 @@ class Learner(pl.LightningModule, ABC):
         self.automatic_optimization = False
         self.strict_loading = False  # the teacher is not in the checkpoint
 
+    @property
+    def current_round(self) -> int:
+        """The index of the round that is being done; Lightning calls a round an epoch."""
+        return self.current_epoch
+
     @abstractmethod
     def round(self, index: int) -> Mapping[str, Tensor]:
         """Do one round. Returns the named loss terms and measures to log, 0-d."""
 
     def done(self, rounds: int) -> int:
-        """How many units are done after so many rounds."""
+        """How much is done after so many rounds, counted in ``unit``."""
         return rounds
 
     def concern(self, measures: Mapping[str, float]) -> str | None:
-        """What a round's measures say is going wrong, in words, or None: the work goes on."""
+        """What is going wrong, judging by a round's measures, as a warning for the user; None where all is well."""
         return None
 
     def can_continue(self, index: int) -> bool:
@@ -62,8 +68,8 @@ class Learner(pl.LightningModule, ABC):
         failure = None
         try:
             with memory_can_end():
-                terms = self.round(self.current_epoch)
-            self.check_finite(terms, self.current_epoch)
+                terms = self.round(self.current_round)
+            self.check_finite(terms, self.current_round)
         except RunFailed as error:
             failure = error
         # All processes stop together: one that only vanished would take the others down without a word.

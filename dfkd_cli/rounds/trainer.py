@@ -28,7 +28,7 @@ from torch.utils.data import DataLoader, TensorDataset
 from dfkd_cli.artifacts.files import write_atomic
 from dfkd_cli.artifacts.run import RunDirectory
 from dfkd_cli.errors import ArtifactError, ConfigError
-from dfkd_cli.processes import records
+from dfkd_cli.processes import writes_records
 from dfkd_cli.rounds.curves import MetricsFile
 from dfkd_cli.rounds.learner import Learner
 from dfkd_cli.ui import Progress, Terminal
@@ -61,7 +61,7 @@ def fit(learner: Learner, run: RunDirectory, terminal: Terminal, callbacks: Sequ
     finally:
         if learner.teacher is not None:
             learner.teacher.thaw()
-    if not records():
+    if not writes_records():
         sys.exit()  # its share is done; the first process of all writes the result
 
 
@@ -90,7 +90,7 @@ class _Keeper(Checkpoint):
     def on_train_epoch_end(self, trainer: pl.Trainer, module: pl.LightningModule) -> None:
         assert isinstance(module, Learner)
         start = time.monotonic()
-        due = trainer.strategy.broadcast(start >= self.next or trainer.current_epoch + 1 == trainer.max_epochs)
+        due = trainer.strategy.broadcast(start >= self.next or module.current_round + 1 == trainer.max_epochs)
         if not due:
             return
         for logger in trainer.loggers:  # before the state: a kill in between must not lose rows
@@ -115,19 +115,19 @@ class _Report(Callback):
         assert isinstance(module, Learner)
         if module.note is not None:
             self.terminal.say(module.note)
-        total, before = module.done(module.rounds), module.done(trainer.current_epoch)
+        total, before = module.done(module.rounds), module.done(module.current_round)
         self.progress = Progress(self.terminal, self.what, module.unit, total, before)
 
     def on_train_epoch_end(self, trainer: pl.Trainer, module: pl.LightningModule) -> None:
         measures = {name: float(value) for name, value in trainer.callback_metrics.items()}
         shown = " ".join(f"{name} {value:.4g}" for name, value in list(measures.items())[:3])
         assert isinstance(module, Learner)
-        self.progress.update(module.done(trainer.current_epoch + 1), shown)
+        self.progress.update(module.done(module.current_round + 1), shown)
         concern = module.concern(measures)
         self.since = concern, self.since[1] + 1 if concern == self.since[0] else 1
-        lasting = self.since[1] >= LASTING or trainer.current_epoch + 1 == trainer.max_epochs
-        if concern is not None and lasting and self.run.concern(concern):
-            self.terminal.say(f"warning: round {trainer.current_epoch}: {concern}")
+        lasting = self.since[1] >= LASTING or module.current_round + 1 == trainer.max_epochs
+        if concern is not None and lasting and self.run.record_concern(concern):
+            self.terminal.say(f"warning: round {module.current_round}: {concern}")
 
     def on_train_end(self, trainer: pl.Trainer, module: pl.LightningModule) -> None:
         self.progress.close()

@@ -109,9 +109,11 @@ def calibrate(task: Task) -> list[MeasuredTerm]:
             if strength := objective.strength(term):
                 pairs = samples.get((name, term), [])
                 value, gradient = map(fmean, zip(*pairs or [(0.0, 0.0)], strict=True))
-                one = MeasuredTerm(name, term, value, weight, strength, weight * strength * gradient, len(pairs))
-                _check(one, optional=term in objective.optional)
-                measured.append(one)
+                measurement = MeasuredTerm(
+                    name, term, value, weight, strength, weight * strength * gradient, len(pairs)
+                )
+                _check(measurement, optional=term in objective.optional)
+                measured.append(measurement)
     return _suggest(measured, task)
 
 

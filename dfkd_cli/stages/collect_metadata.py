@@ -25,8 +25,8 @@ from dfkd_cli.models.activations import outputs_of, pre_activations
 from dfkd_cli.models.classifier import Classifier, probe
 from dfkd_cli.models.names import locate
 from dfkd_cli.models.statistics import RunningMoments
-from dfkd_cli.resolve import Settings
-from dfkd_cli.settings import ForeignModel
+from dfkd_cli.options import ForeignModel
+from dfkd_cli.settings import Settings
 from dfkd_cli.stages.inputs import pick_device, real_images
 from dfkd_cli.stages.measures import batches
 from dfkd_cli.stages.training import rehearse

@@ -24,12 +24,12 @@ from dfkd_cli.data.sources import RealSource
 from dfkd_cli.errors import ArtifactError, ConfigError, RunFailed
 from dfkd_cli.models.directory import read_info
 from dfkd_cli.models.names import LoadedModel, Location, ModelDirectory, locate
+from dfkd_cli.options import ForeignModel
 from dfkd_cli.report import html, table
 from dfkd_cli.report.entries import Model, ShardSet, read_model, read_run, read_shards
 from dfkd_cli.report.results import rows
 from dfkd_cli.report.sections import Section, arrange
-from dfkd_cli.resolve import Settings, recipe_layer, resolve
-from dfkd_cli.settings import ForeignModel
+from dfkd_cli.settings import Settings, recipe_layer, resolve
 from dfkd_cli.stages.grid.commands import Grid, PlannedRun, qualified
 from dfkd_cli.stages.grid.planner import plan
 from dfkd_cli.stages.grid.scheduler import run_grid
@@ -138,16 +138,18 @@ def _open(settings: Settings, grid: Grid | None, terminal: Terminal) -> tuple[li
     comparisons = [path for path in paths if read_run(path).get("command") == "compare"]
     for path in paths:
         if path in comparisons:
-            found = _so_far(path, allow_code, terminal)
+            finished = _so_far(path, allow_code, terminal)
             if grid is not None or len(comparisons) > 1:  # each has rankings of its own
-                found = [replace(model, group=qualified(str(path), model.group or "").rstrip("/")) for model in found]
-            models += found
+                finished = [
+                    replace(model, group=qualified(str(path), model.group or "").rstrip("/")) for model in finished
+                ]
+            models += finished
         elif (path / MANIFEST).is_file():
             shards.append(read_shards(path))
         else:
             models.append(read_model(ModelDirectory(str(path)), allow_code))
     if grid is not None:
-        for group, name in grid.given.items():
+        for group, name in grid.existing.items():
             models.append(replace(_teacher(name, settings), group=group))
     elif inputs.teacher is not None:
         models.append(_teacher(inputs.teacher, settings))
@@ -168,8 +170,8 @@ def _so_far(path: Path, allow_code: bool, terminal: Terminal) -> list[Model]:
     grid = plan(settings, path)
     finished = [run for run in grid.runs if read_run(run.out).get("status") == "done"]
     terminal.say(f"{path}: {len(finished)} of {len(grid.runs)} steps are finished")
-    given = [replace(_teacher(name, settings), group=group) for group, name in grid.given.items()]
-    return [*given, *_models(finished, allow_code)]
+    teachers = [replace(_teacher(name, settings), group=group) for group, name in grid.existing.items()]
+    return [*teachers, *_models(finished, allow_code)]
 
 
 def _teacher(name: str, settings: Settings) -> Model:
@@ -244,8 +246,8 @@ def _results(
             model.path: meter.measure(model, section.teacher_of(model), section.dataset) for model in section.models
         }
         facts = {"teacher": section.name, "dataset": section.dataset, "test_images": len(test)}
-        made = {"rows": rows(section, measured), "failed": lost.pop(section.name, [])}
-        blocks.append({**facts, "classes": list(test.classes), **made})
+        outcome = {"rows": rows(section, measured), "failed": lost.pop(section.name, [])}
+        blocks.append({**facts, "classes": list(test.classes), **outcome})
     progress.close()
     directory.save()
     galleries = {s.sha256: s.facts() for s in [*(s for m in models for s in m.shards), *shards]}

@@ -23,10 +23,10 @@ from dfkd_cli.errors import ConfigError
 from dfkd_cli.models.classifier import Classifier
 from dfkd_cli.models.names import LoadedModel, architecture, locate
 from dfkd_cli.objectives.base import Objective
+from dfkd_cli.options import ForeignModel, Training
 from dfkd_cli.regimes.base import Task
-from dfkd_cli.resolve import Component, Settings
 from dfkd_cli.seeds import derive
-from dfkd_cli.settings import ForeignModel, Training
+from dfkd_cli.settings import Component, Settings
 from dfkd_cli.stages.calibrate import calibrate, check
 from dfkd_cli.stages.inputs import TransferSet, concatenate, may_be_real, open_transfer_set, real_data
 from dfkd_cli.stages.measures import agreement
@@ -99,9 +99,9 @@ class Job:
         return Task(self.student, self.teacher.classifier, source, self.objectives, inputs, settings.run.seed)
 
     @property
-    def stand_in(self) -> str | None:
+    def hard_labels_note(self) -> str | None:
         """What is said where hard labels have a weight and are not the images' own."""
-        hard = [name for name, (weight, one) in self.objectives.items() if weight and getattr(one.config, "hard", 0)]
+        hard = [name for name, (weight, loss) in self.objectives.items() if weight and getattr(loss.config, "hard", 0)]
         labelled = [s for s in self.sets if s.source.labelled]
         if not hard or len(labelled) == len(self.sets):
             return None
@@ -122,8 +122,8 @@ def run(settings: Settings, terminal: Terminal, dry_run: bool = False) -> dict[s
         task = job.task(settings)
         if task.objectives:
             check(task)
-        if stand_in := job.stand_in:
-            terminal.say(stand_in)
+        if note := job.hard_labels_note:
+            terminal.say(note)
         if not dry_run:
             return learn(settings, job, terminal)
         measured = calibrate(task) if task.objectives else []
@@ -176,7 +176,9 @@ def opened(settings: Settings) -> Iterator[Job]:
         teacher = locate(inputs.teacher, inputs).open(settings.run.allow_code)
         if data_free:
             seals.enter_context(sealed("the transfer set is data-free", real_data(teacher, inputs.data_dir)))
-        needs = [need for chosen in settings.components.values() for one in chosen for need in one.entry.needs]
+        needs = [
+            need for chosen in settings.components.values() for component in chosen for need in component.entry.needs
+        ]
         sets = [open_transfer_set(name, teacher, inputs.data_dir, seed, needs) for name in inputs.transfer_set]
         info = dataclasses.replace(teacher.classifier.info, spec=inputs.student)
         student = fresh(info, "student", seed, settings.run.allow_code)

@@ -24,9 +24,9 @@ from dfkd_cli.data import datasets
 from dfkd_cli.errors import ArtifactError, ConfigError
 from dfkd_cli.models.directory import RECORD
 from dfkd_cli.models.names import LoadedModel, ModelDirectory, locate
+from dfkd_cli.options import ForeignModel
 from dfkd_cli.report.entries import find_teacher
-from dfkd_cli.resolve import Settings
-from dfkd_cli.settings import ForeignModel
+from dfkd_cli.settings import Settings
 from dfkd_cli.stages.inputs import is_images, open_images, pick_device
 from dfkd_cli.stages.measures import Examiner, check_gate, finite
 from dfkd_cli.stages.shard_measures import measure_images, measure_shards
@@ -156,7 +156,7 @@ def prepare(settings: Settings, terminal: Terminal) -> list[Evaluation]:
     if not opener.paths:
         raise ArtifactError("nothing to evaluate: no student/ and no teacher/ here", "dfkd evaluate PATH ...")
     evaluations = [opener.open(path) for path in opener.paths]
-    if settings.inputs.min_top1 is not None and not any(one.facts["kind"] == "model" for one in evaluations):
+    if settings.inputs.min_top1 is not None and not any(e.facts["kind"] == "model" for e in evaluations):
         raise ConfigError("--min-top1 needs a model, these are images", "dfkd evaluate student/ --min-top1 X")
     if opener.orphans:
         terminal.say(f"{', '.join(opener.orphans)}: not compared with the teacher, it is not here -- give --teacher")
@@ -196,8 +196,8 @@ class _Opener:
             return self._shards(path)
         if is_images(path):
             return self._images(path)
-        found = "neither a model directory nor a shard directory" if Path(path).exists() else "no such directory"
-        raise ArtifactError(f"{path}: {found}", "give a directory that dfkd train-teacher, synthesize or distill made")
+        what = "neither a model directory nor a shard directory" if Path(path).exists() else "no such directory"
+        raise ArtifactError(f"{path}: {what}", "give a directory that dfkd train-teacher, synthesize or distill made")
 
     def _model(self, path: str, model: LoadedModel) -> Evaluation:
         teacher = self._teacher_of(path, model.provenance.get("teacher"), model.sha256)

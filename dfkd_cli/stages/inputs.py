@@ -61,8 +61,8 @@ def _some(images: datasets.Dataset, count: int | None, seed: int) -> RealSource:
 
 def may_be_real(name: str) -> bool:
     """Whether a transfer set holds real images, or images that nobody says are not: a folder."""
-    made = any((Path(name) / record).exists() for record in (MANIFEST, generators.RECORD))
-    return name.partition(":")[0] == "real" or (Path(name).is_dir() and not made)
+    made_by_dfkd = any((Path(name) / record).exists() for record in (MANIFEST, generators.RECORD))
+    return name.partition(":")[0] == "real" or (Path(name).is_dir() and not made_by_dfkd)
 
 
 def _counted(name: str) -> tuple[str, int | None]:
@@ -147,9 +147,9 @@ def _impressions(name: str, info: ModelInfo, seed: int, wanted: Collection[str] 
         made_by, record = generators.load_generators(path)
         sha256, uses = generators.identity(record), ()
         try:
-            made = record["provenance"]
-            made_from = str(made["teacher"])
-            source = GeneratorSource(made_by, made["num_images"], made["config"]["batch_size"], seed)
+            provenance = record["provenance"]
+            made_from = str(provenance["teacher"])
+            source = GeneratorSource(made_by, provenance["num_images"], provenance["config"]["batch_size"], seed)
         except (KeyError, TypeError, ValueError) as error:
             raise ArtifactError(f"{name}: its provenance is damaged: {error}", "make the generator again") from None
     else:

@@ -28,10 +28,10 @@ from dfkd_cli.models.classifier import Classifier
 from dfkd_cli.models.directory import save_model
 from dfkd_cli.models.generators import Generators, save_generators
 from dfkd_cli.models.names import LoadedModel, architecture, locate
-from dfkd_cli.resolve import Settings
+from dfkd_cli.options import ForeignModel
 from dfkd_cli.rounds.curves import write_csv
 from dfkd_cli.rounds.trainer import fit
-from dfkd_cli.settings import ForeignModel
+from dfkd_cli.settings import Settings
 from dfkd_cli.stages.inputs import real_data
 from dfkd_cli.stages.training import fresh, rehearse
 from dfkd_cli.synthesizers.base import SynthesisTask
@@ -156,7 +156,7 @@ def _make(
     write_preview(directory.path / "preview.png", ShardReader(directory.path))
     histogram = manifest["class_histogram"]
     rare = rare_classes(histogram, teacher.classifier.info.classes)
-    if rare is not None and directory.concern(rare):
+    if rare is not None and directory.record_concern(rare):
         terminal.say(f"warning: {rare}")
     facts = {"command": "synthesize", "dataset": teacher.dataset, "teacher": teacher.sha256, "num_images": count}
     files = [MANIFEST, "metrics.csv", "preview.png", *(row["file"] for row in manifest["shards"])]

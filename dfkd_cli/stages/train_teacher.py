@@ -15,9 +15,9 @@ from dfkd_cli.data import datasets
 from dfkd_cli.data.sources import RealSource
 from dfkd_cli.models.classifier import Classifier, ModelInfo
 from dfkd_cli.models.names import architecture
+from dfkd_cli.options import Training
 from dfkd_cli.regimes.base import Task
-from dfkd_cli.resolve import Settings
-from dfkd_cli.settings import Training
+from dfkd_cli.settings import Settings
 from dfkd_cli.stages.measures import top1
 from dfkd_cli.stages.training import fresh, rehearse, train
 from dfkd_cli.ui import Terminal

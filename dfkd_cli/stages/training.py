@@ -20,9 +20,9 @@ from dfkd_cli.models.directory import save_model
 from dfkd_cli.models.names import architecture
 from dfkd_cli.models.registry import build
 from dfkd_cli.regimes.base import Task
-from dfkd_cli.resolve import Settings
 from dfkd_cli.rounds.trainer import fit
 from dfkd_cli.seeds import derive
+from dfkd_cli.settings import Settings
 from dfkd_cli.stages.inputs import pick_device
 from dfkd_cli.stages.snapshots import SNAPSHOTS, Snapshots
 from dfkd_cli.ui import Terminal
@@ -67,10 +67,12 @@ def train(
     regime = settings.method.entry
     lacking = {*ANSWERS, "labels"} - {*task.source.answers, *(["labels"] if task.source.labelled else [])}
     for flag, chosen in settings.components.items():
-        for one in chosen:
-            if missing := " and ".join(sorted(lacking & {*one.entry.needs})):
+        for component in chosen:
+            if missing := " and ".join(sorted(lacking & {*component.entry.needs})):
                 hint = "use real or real:N" if "labels" in missing else "use shards that store them"
-                raise ConfigError(f"--{flag} {one.entry.name} needs {missing}, which this transfer set has not", hint)
+                raise ConfigError(
+                    f"--{flag} {component.entry.name} needs {missing}, which this transfer set has not", hint
+                )
     if "teacher" in regime.needs and task.teacher is None:
         raise ConfigError(f"--method {regime.name} needs a teacher", "use it with dfkd distill")
     if run.claim():

@@ -26,7 +26,7 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from dfkd_cli.config import option
-from dfkd_cli.settings import PoolTraining, StatisticsInversion
+from dfkd_cli.options import PoolTraining, StatisticsInversion
 from dfkd_cli.synthesizers.base import Look
 from dfkd_cli.synthesizers.cotraining import PoolTrainer
 from dfkd_cli.synthesizers.deepinversion import DeepInversion
@@ -65,5 +65,5 @@ def agreement(student: Tensor, teacher: Tensor, variant: Literal["paper", "code"
     if variant == "code":
         p, q, m = (x.clamp(*(math.log(end) for end in RANGE)) for x in (p, q, m))
     pairs = [(x, m) if variant == "paper" else (m, x) for x in (p, q)]
-    divergences = [F.kl_div(other, one, reduction="batchmean", log_target=True) for one, other in pairs]
+    divergences = [F.kl_div(answer, target, reduction="batchmean", log_target=True) for target, answer in pairs]
     return 1 - torch.stack(divergences).mean().clamp(0, 1)

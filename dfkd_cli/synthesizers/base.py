@@ -28,7 +28,7 @@ from dfkd_cli.seeds import seed_torch
 
 @dataclass
 class SynthesisTask:
-    """What a synthesizer works on.
+    """Everything that a synthesizer is given.
 
     Attributes:
         teacher: The classifier; it is frozen until the rounds are done.
@@ -66,13 +66,14 @@ class Impressions:
 
 @dataclass(frozen=True)
 class Look:
-    """What the teacher saw when it was shown images, and said.
+    """One forward pass of images through the teacher: what it was shown, its answers and its inner activations.
 
     Attributes:
-        images: (B, C, H, W), as they were shown.
+        images: (B, C, H, W), as they were shown: in pixel space, or normalised where the synthesizer works so.
         logits: (B, K) float32.
-        moments: Of what went into its BatchNorm layers, by layer; empty where ``statistics`` has no weight.
-        features: (B, ...) float32 each, what it had inside, by tap.
+        moments: Mean and variance of the input of each BatchNorm layer, by its name; empty where ``statistics`` has
+            no weight.
+        features: (B, ...) float32 each, the activations at each of the synthesizer's taps.
     """
 
     images: Tensor
@@ -90,9 +91,9 @@ class Synthesizer(Learner):
     Attributes:
         normalised: Images are made as the teacher's ``net`` takes them, not in pixel space. Learning rate and image
             terms are in these units.
-        correction: Of the variances in :attr:`Look.moments`; 1 for unbiased ones.
-        taps: Where :attr:`Look.features` are read.
-        summary: What is kept of each of them.
+        correction: Bessel's correction of the variances in :attr:`Look.moments`: 1 for unbiased ones, 0 for biased.
+        taps: The places in the teacher where :attr:`Look.features` are read.
+        summary: Applied to each of these activations; its result is what :attr:`Look.features` keep.
     """
 
     kind: ClassVar[str]
@@ -126,9 +127,10 @@ class Synthesizer(Learner):
 
     @contextlib.contextmanager
     def looking(self) -> Iterator[Callable[[Tensor], Look]]:
-        """A way to show images to the teacher, and to look into it meanwhile; it is hooked inside the ``with`` block.
+        """Inside the ``with`` block, a function that runs images through the teacher and returns a :class:`Look`.
 
-        Moments are taken where the configuration has a weight ``statistics``, which is not 0.
+        The teacher is hooked until the block ends. Moments are taken where the configuration's weight ``statistics``
+        is not 0.
         """
         network = self.teacher.net if self.normalised else self.teacher
         statistics: contextlib.AbstractContextManager[Mapping[str, Moments]] = contextlib.nullcontext({})

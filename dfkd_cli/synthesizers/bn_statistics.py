@@ -26,7 +26,7 @@ from typing import Literal
 from torch import Tensor
 
 from dfkd_cli.config import option
-from dfkd_cli.settings import SmoothInversion
+from dfkd_cli.options import SmoothInversion
 from dfkd_cli.synthesizers.base import Look
 from dfkd_cli.synthesizers.inception import Inception
 from dfkd_cli.synthesizers.terms import statistics_distance, statistics_divergence

@@ -37,8 +37,8 @@ from dfkd_cli.data.augment import RandomFlip, RandomResizedCrop
 from dfkd_cli.models.activations import Tap, values_at
 from dfkd_cli.models.classifier import probe
 from dfkd_cli.models.taps import find_taps
+from dfkd_cli.options import PooledGeneration
 from dfkd_cli.seeds import derive
-from dfkd_cli.settings import PooledGeneration
 from dfkd_cli.synthesizers.base import SynthesisTask
 from dfkd_cli.synthesizers.pooled import BatchGeneration, Candidate, PooledGenerator
 
@@ -94,14 +94,14 @@ class CMI(PooledGenerator):
             optimizers.append(self.pairs[1][0])
         return BatchGeneration(self.generator, latents, optimizers)
 
-    def candidate(self, images: Tensor, labels: Tensor) -> Candidate:
+    def candidate(self, pixels: Tensor, labels: Tensor) -> Candidate:
         """That of the frame, with the contrastive loss and the features of both views."""
-        candidate = super().candidate(images, labels)
+        candidate = super().candidate(pixels, labels)
         if not self.config.contrast:
             return candidate
         whole = joined(candidate.look.features)
         with values_at(self.taps, channel_means) as features:
-            self.teacher(self.second_view(images))
+            self.teacher(self.second_view(pixels))
         local = joined(features)
         terms = {**candidate.terms, "contrast": self.contrast(local, whole)}
         return replace(candidate, terms=terms, features=torch.cat([local, whole], dim=1).detach())

@@ -20,9 +20,9 @@ from dfkd_cli.models.classifier import Classifier
 from dfkd_cli.models.generators import Generators
 from dfkd_cli.objectives.base import Outputs, ask
 from dfkd_cli.objectives.response import soft_loss
+from dfkd_cli.options import CoTraining, PoolTraining
 from dfkd_cli.rounds.learner import weighted_sum
 from dfkd_cli.seeds import derive, seed_torch
-from dfkd_cli.settings import CoTraining, PoolTraining
 from dfkd_cli.synthesizers.base import SynthesisTask, Synthesizer
 
 
@@ -36,7 +36,7 @@ class CoTrainer(Synthesizer):
         rivals: More students that are trained alike and then forgotten.
         student_taps: For each student, where :meth:`student_terms` wants features.
         teacher_taps: The same of the teacher.
-        training_rounds: Rounds, at the start, that write no shard.
+        training_rounds: The number of rounds, at the start of the run, that write no shard.
     """
 
     needs: ClassVar[tuple[str, ...]] = ("student",)
@@ -100,7 +100,7 @@ class CoTrainer(Synthesizer):
         return ask(self.teacher, pixels, self.teacher_taps)
 
     def unchanged(self, pixels: Tensor) -> Outputs | None:
-        """The teacher's outputs for pixels (B, C, H, W), where :meth:`teach` leaves them as they are; else None."""
+        """The teacher's outputs for pixels (B, C, H, W) if :meth:`teach` will not augment them; else None."""
         return self.ask_teacher(pixels) if isinstance(self.augment, nn.Identity) else None
 
     @torch.no_grad()
@@ -145,7 +145,7 @@ class CoTrainer(Synthesizer):
 
         Args:
             pixels: The images.
-            teacher: The teacher's outputs for them, where they are known.
+            teacher: The teacher's outputs for these pixels, if they were computed already.
         """
         changed = self.augment(pixels)
         if teacher is None or changed is not pixels:
@@ -194,8 +194,8 @@ class PoolTrainer(CoTrainer):
 
     @property
     def warming_up(self) -> bool:
-        """Whether the student rests in this round, and has no say in what images are made."""
-        return self.current_epoch < self.warmup_rounds
+        """Whether this is a round of the warm-up: the student is not trained, and images are made without it."""
+        return self.current_round < self.warmup_rounds
 
     @property
     def student_steps(self) -> int:
@@ -213,9 +213,9 @@ class PoolTrainer(CoTrainer):
     def round(self, index: int) -> Mapping[str, Tensor]:
         """Make a shard against the student as it is, then train the student."""
         self.student.eval()
-        made = {**super().round(index), **self.shard_health(index)}
+        measures = {**super().round(index), **self.shard_health(index)}
         if self.warming_up:
-            return made
+            return measures
         self.student.train()
         steps = self.config.student_steps
         seed = derive("pool", self.seed, index)
@@ -224,7 +224,7 @@ class PoolTrainer(CoTrainer):
         for step, images in enumerate(batches.steps(0, steps)):
             seed_torch(self.device, "student step", self.seed, index * steps + step)
             taught.append(self.teach(images.pixels))
-        return {**made, **means(taught)}
+        return {**measures, **means(taught)}
 
 
 class _Pool(Source):

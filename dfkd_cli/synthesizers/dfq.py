@@ -25,7 +25,7 @@ from torch import Tensor
 
 from dfkd_cli.config import option
 from dfkd_cli.objectives.response import soft_loss
-from dfkd_cli.settings import AdversarialTraining
+from dfkd_cli.options import AdversarialTraining
 from dfkd_cli.synthesizers.base import Look
 from dfkd_cli.synthesizers.streaming import Adversary
 from dfkd_cli.synthesizers.terms import mean_answer_entropy, statistics_divergence

@@ -33,7 +33,7 @@ from torch.optim import Optimizer
 from torch.optim.lr_scheduler import LRScheduler
 
 from dfkd_cli.config import option
-from dfkd_cli.settings import PooledGeneration
+from dfkd_cli.options import PooledGeneration
 from dfkd_cli.synthesizers.pooled import BatchGeneration, Candidate, PooledGenerator
 
 
@@ -76,7 +76,7 @@ class FastDFKD(PooledGenerator):
     def start(self, labels: Tensor) -> BatchGeneration:
         """A copy of the meta generator, and new latents."""
         c = self.config
-        if c.reset_first_layer and self.current_epoch + 1 == self.warmup_rounds + c.reset_first_layer:
+        if c.reset_first_layer and self.current_round + 1 == self.warmup_rounds + c.reset_first_layer:
             reset_first_layer(self.generator)
         self.meta_optimizer.zero_grad()
         network, latents = copy.deepcopy(self.generator), self.latents(len(labels))

@@ -14,7 +14,7 @@ from dataclasses import dataclass
 
 import torch
 
-from dfkd_cli.settings import Shards
+from dfkd_cli.options import Shards
 from dfkd_cli.synthesizers.base import Impressions, Synthesizer
 
 

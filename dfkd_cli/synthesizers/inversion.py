@@ -11,7 +11,7 @@ from torchvision.transforms import v2
 from dfkd_cli.data.augment import RandomFlip, RandomRoll
 from dfkd_cli.errors import ArtifactError
 from dfkd_cli.models.classifier import probe
-from dfkd_cli.settings import Inversion
+from dfkd_cli.options import Inversion
 from dfkd_cli.synthesizers.base import ImageOptimizer, Look, SynthesisTask
 from dfkd_cli.synthesizers.terms import neighbour_differences, tempered_cross_entropy
 

@@ -51,7 +51,7 @@ from torch import Tensor, nn
 from dfkd_cli.config import option
 from dfkd_cli.errors import ArtifactError
 from dfkd_cli.models.activations import Tap
-from dfkd_cli.settings import ImageOptimization
+from dfkd_cli.options import ImageOptimization
 from dfkd_cli.synthesizers.base import ImageOptimizer, Look, SynthesisTask
 from dfkd_cli.synthesizers.terms import total_variation
 
@@ -212,9 +212,9 @@ def leading_eigenvectors(covariance: Tensor, share: float) -> Tensor:
     return vectors[:, -math.ceil(share * len(vectors)) :].float()
 
 
-def layerwise_distance(given: Mapping[str, Tensor], aims: Mapping[str, Tensor]) -> Tensor:
+def layerwise_distance(activations: Mapping[str, Tensor], aims: Mapping[str, Tensor]) -> Tensor:
     """Mean squared difference of each layer's activations (B, D) divided once more by D, summed over the layers."""
-    return torch.stack([F.mse_loss(given[name], aim) / aim.shape[1] for name, aim in aims.items()]).sum()
+    return torch.stack([F.mse_loss(activations[name], aim) / aim.shape[1] for name, aim in aims.items()]).sum()
 
 
 def spectral_distance(gaps: Sequence[tuple[Tensor, Tensor]], images: int, parts: int) -> Tensor:

@@ -35,8 +35,8 @@ from torch import Tensor, nn
 from dfkd_cli.config import option
 from dfkd_cli.models.classifier import Classifier
 from dfkd_cli.models.generators import Generators
+from dfkd_cli.options import PooledGeneration
 from dfkd_cli.seeds import derive
-from dfkd_cli.settings import PooledGeneration
 from dfkd_cli.synthesizers.base import SynthesisTask
 from dfkd_cli.synthesizers.pooled import BatchGeneration, PooledGenerator
 
@@ -96,7 +96,7 @@ class NAYER(PooledGenerator):
     def start(self, labels: Tensor) -> BatchGeneration:
         """The generator as it is, or anew, and new noisy layers."""
         c = self.config
-        done = self.current_epoch if self.warming_up else self.current_epoch - self.warmup_rounds
+        done = self.current_round if self.warming_up else self.current_round - self.warmup_rounds
         if done % c.generator_life[not self.warming_up] == 0:
             for layer in (*self.generator.modules(), self.norm):
                 if isinstance(layer, (nn.Linear, nn.Conv2d, nn.BatchNorm1d, nn.BatchNorm2d)):

@@ -21,9 +21,9 @@ from dfkd_cli.data.augment import pipeline
 from dfkd_cli.models.classifier import Classifier
 from dfkd_cli.models.generators import Generators
 from dfkd_cli.models.statistics import AveragedMoments
+from dfkd_cli.options import Augmentation, PooledGeneration
 from dfkd_cli.rounds.learner import weighted_sum
 from dfkd_cli.seeds import derive
-from dfkd_cli.settings import Augmentation, PooledGeneration
 from dfkd_cli.synthesizers.base import Impressions, Look, SynthesisTask
 from dfkd_cli.synthesizers.cotraining import PoolTrainer
 from dfkd_cli.synthesizers.terms import statistics_distance
@@ -46,16 +46,16 @@ class BatchGeneration:
 
 @dataclass(frozen=True)
 class Candidate:
-    """The images of one inner step, of which the best are kept.
+    """The images that the generator made in one inner step; the step with the lowest loss gives the batch's images.
 
     Attributes:
-        images: (B, C, H, W) in pixel space, without gradients.
+        pixels: (B, C, H, W) in pixel space, without gradients.
         terms: Their named, unweighted loss terms, 0-d.
         look: What the teacher saw of a view of them.
         features: (B, D) what a method remembers of images that are kept, without gradients, or None.
     """
 
-    images: Tensor
+    pixels: Tensor
     terms: Mapping[str, Tensor]
     look: Look
     features: Tensor | None = None
@@ -98,16 +98,16 @@ class PooledGenerator(PoolTrainer):
         """Normal latents (count, D) that can be trained. Drawn on the CPU: they do not depend on the device."""
         return torch.randn(count, self.config.latent).to(self.device).requires_grad_()
 
-    def candidate(self, images: Tensor, labels: Tensor) -> Candidate:
-        """What is to be known of images (B, C, H, W) for classes (B,)."""
+    def candidate(self, pixels: Tensor, labels: Tensor) -> Candidate:
+        """Show pixels (B, C, H, W), made for classes (B,), to the teacher, and work out their loss terms."""
         with self.looking() as show:
-            look = show(self.view(images))
+            look = show(self.view(pixels))
         terms = {"cross_entropy": F.cross_entropy(look.logits, labels)}
         if look.moments:
             terms["statistics"] = statistics_distance(self.average.blend(look.moments), self.recorded)
         if self.config.adversarial and not self.warming_up:
             terms["adversarial"] = agreed_divergence(self.student(look.images).float(), look.logits)
-        return Candidate(images.detach(), terms, look)
+        return Candidate(pixels.detach(), terms, look)
 
     def before_step(self, batch: BatchGeneration) -> None:
         """Called in each inner step when the gradients are there. Nothing by default."""
@@ -138,7 +138,7 @@ class PooledGenerator(PoolTrainer):
             self.average.update(candidate.look.moments)  # those of the last step count
         self.finish(batch, best)
         targets = F.one_hot(labels[:count], self.teacher.info.num_classes)
-        return Impressions(best.images[:count], targets, {name: term.detach() for name, term in best.terms.items()})
+        return Impressions(best.pixels[:count], targets, {name: term.detach() for name, term in best.terms.items()})
 
 
 def agreed_divergence(student: Tensor, teacher: Tensor) -> Tensor:

@@ -33,7 +33,7 @@ from dfkd_cli.config import option
 from dfkd_cli.errors import ConfigError
 from dfkd_cli.models.activations import Tap
 from dfkd_cli.models.taps import LOGITS, Taps
-from dfkd_cli.settings import TAPS, ImageOptimization
+from dfkd_cli.options import TAPS, ImageOptimization
 from dfkd_cli.synthesizers.base import ImageOptimizer, Look, SynthesisTask
 from dfkd_cli.synthesizers.terms import tempered_divergence, total_variation
 

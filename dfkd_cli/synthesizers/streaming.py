@@ -16,13 +16,13 @@ from dfkd_cli.models.classifier import Classifier
 from dfkd_cli.models.generators import Generators
 from dfkd_cli.models.registry import build
 from dfkd_cli.objectives.base import Outputs
+from dfkd_cli.options import AdversarialTraining, GeneratorTraining
 from dfkd_cli.rounds.learner import weighted_sum
 from dfkd_cli.seeds import derive, seed_torch
-from dfkd_cli.settings import AdversarialTraining, GeneratorTraining
 from dfkd_cli.synthesizers.base import Impressions, Look, SynthesisTask
 from dfkd_cli.synthesizers.cotraining import CoTrainer, means
 
-ROUND = 20  # iterations of one round
+ITERATIONS_PER_ROUND = 20  # iterations of one round
 
 
 class StreamTrainer(CoTrainer):
@@ -52,7 +52,7 @@ class StreamTrainer(CoTrainer):
         self.generators = generators.to(memory_format=torch.channels_last)
         self.rivals.extend(Classifier(net, self.student.info).lay_out() for net in rivals)
         self.student_taps *= c.students
-        self.training_rounds = -(-c.steps // ROUND)
+        self.training_rounds = -(-c.steps // ITERATIONS_PER_ROUND)
         self.rounds = self.training_rounds + self.writer.count
 
     @property
@@ -60,7 +60,7 @@ class StreamTrainer(CoTrainer):
         return self.config.steps * self.config.student_steps
 
     def done(self, rounds: int) -> int:
-        return min(rounds * ROUND, self.config.steps)  # writing shards is next to nothing
+        return min(rounds * ITERATIONS_PER_ROUND, self.config.steps)  # writing shards is next to nothing
 
     def models(self) -> Mapping[str, Classifier | Generators]:
         """The first student and the generators."""
@@ -109,7 +109,7 @@ class StreamTrainer(CoTrainer):
         for student in self.students:
             student.train()
         rows = []
-        for step in range(index * ROUND, min((index + 1) * ROUND, self.config.steps)):
+        for step in range(index * ITERATIONS_PER_ROUND, min((index + 1) * ITERATIONS_PER_ROUND, self.config.steps)):
             seed_torch(self.device, "generator step", self.seed, step)
             terms, pixels = self.iteration()
             rows.append(terms)

@@ -29,7 +29,7 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from dfkd_cli.config import option
-from dfkd_cli.settings import ImageOptimization
+from dfkd_cli.options import ImageOptimization
 from dfkd_cli.synthesizers.base import ImageOptimizer, Look
 from dfkd_cli.synthesizers.terms import tempered_cross_entropy, total_variation
 

@@ -15,7 +15,7 @@ from dfkd_cli import catalog
 from dfkd_cli.artifacts.shards import ShardReader
 from dfkd_cli.cli import listing
 from dfkd_cli.config import defaults, hints
-from dfkd_cli.settings import Run
+from dfkd_cli.options import Run
 
 COMMANDS = [*catalog.commands(), "ls", "cp", "info"]
 # Environments that make many tools believe in a colour terminal.

@@ -7,7 +7,7 @@ import pytest
 import torch
 
 from dfkd_cli.data.augment import RandomAffine, RandomCrop, RandomFlip, RandomResizedCrop, RandomRoll, pipeline
-from dfkd_cli.settings import Augmentation
+from dfkd_cli.options import Augmentation
 
 EVERYTHING = Augmentation(rotate=20, translate=0.1, scale=0.2, flip=True, crop=2, noise=0.1)
 

@@ -15,7 +15,7 @@ from dfkd_cli.errors import ArtifactError, ConfigError
 from dfkd_cli.models.classifier import ModelInfo
 from dfkd_cli.models.directory import identity, load_model
 from dfkd_cli.models.names import Architecture, ForeignWeights, ModelDirectory, architecture, locate
-from dfkd_cli.settings import ForeignModel
+from dfkd_cli.options import ForeignModel
 from dfkd_cli.stages.training import fresh
 
 CODE = """

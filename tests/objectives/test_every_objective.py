@@ -17,7 +17,7 @@ from dfkd_cli.errors import ConfigError
 from dfkd_cli.models.classifier import Classifier
 from dfkd_cli.models.taps import Taps
 from dfkd_cli.objectives.base import Objective, Outputs
-from dfkd_cli.resolve import recipe_layer, resolve
+from dfkd_cli.settings import recipe_layer, resolve
 from dfkd_cli.stages.grid.planner import plan
 
 ALL = pytest.mark.parametrize("name", OBJECTIVES)

@@ -214,7 +214,7 @@ def test_the_ascent_leaves_the_student_as_it_is():
 def test_how_steps_are_cut_into_rounds_does_not_change_the_result(tmp_path, monkeypatch):
     results, fresh = [], network(1, nn.Linear(9, 9), nn.BatchNorm1d(9), nn.ReLU(), nn.Dropout(0.5))
     for length in (1, 3, 200):
-        monkeypatch.setattr(base, "ROUND", length)
+        monkeypatch.setattr(base, "STEPS_PER_ROUND", length)
         student = copy.deepcopy(fresh)
         learner = regime(NAME, Given(pixels(20)), student, holdout=0.2, batch_size=5, steps=7, noise=0.1)
         work(learner, tmp_path / str(length))

@@ -25,7 +25,7 @@ from dfkd_cli.errors import ConfigError
 from dfkd_cli.objectives.base import Objective, ask
 from dfkd_cli.regimes import base
 from dfkd_cli.regimes.base import Regime
-from dfkd_cli.resolve import recipe_layer, resolve
+from dfkd_cli.settings import recipe_layer, resolve
 from dfkd_cli.stages.distill import opened
 from dfkd_cli.stages.distill import run as run_distill
 from dfkd_cli.ui import Terminal
@@ -198,7 +198,7 @@ def test_objectives_know_the_time_and_terms_are_logged_where_they_are(tmp_path):
 def test_how_steps_are_cut_into_rounds_does_not_change_the_result(tmp_path, monkeypatch):
     results, fresh = [], network(1, nn.Linear(9, 9), nn.BatchNorm1d(9), nn.ReLU(), nn.Dropout(0.5))
     for length in (1, 3, 200):
-        monkeypatch.setattr(base, "ROUND", length)
+        monkeypatch.setattr(base, "STEPS_PER_ROUND", length)
         student = copy.deepcopy(fresh)
         augmentation = {"noise": 0.1, "rotate": 10, "translate": 0.1}
         learner = regime(

@@ -12,7 +12,7 @@ from torch import nn
 
 from dfkd_cli import catalog
 from dfkd_cli.config import build, convert, hints, options, shortened, strip_none
-from dfkd_cli.settings import FOREIGN, ImageOptimization
+from dfkd_cli.options import FOREIGN, ImageOptimization
 
 CASES = [
     pytest.param(command, choice, entry, id=f"{command.name}-{choice.flag}-{entry.name}")

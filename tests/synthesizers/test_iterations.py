@@ -25,7 +25,7 @@ from torch.utils.data import DataLoader, TensorDataset
 
 from dfkd_cli.models.classifier import Classifier, ModelInfo
 from dfkd_cli.seeds import derive
-from dfkd_cli.synthesizers.streaming import ROUND
+from dfkd_cli.synthesizers.streaming import ITERATIONS_PER_ROUND
 
 SIZE, CLASSES, LATENT, BATCH, STEPS = (1, 2, 3), 4, 3, 6, 3
 UNITS, MAPS = 6, 2
@@ -235,7 +235,7 @@ def test_an_interrupted_run_continues_bit_for_bit(name, values, norm, tmp_path):
     def run(directory: Path, *callbacks: Callback) -> Any:
         with torch.random.fork_rng(devices=[]):
             torch.manual_seed(2)
-            made = method(name, {**values, "steps": 2 * ROUND + 3}, norm, directory)
+            made = method(name, {**values, "steps": 2 * ITERATIONS_PER_ROUND + 3}, norm, directory)
         stand_ins.work(made, directory, *callbacks)
         return made
 

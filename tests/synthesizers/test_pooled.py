@@ -26,9 +26,9 @@ from dfkd_cli.artifacts.run import RunDirectory
 from dfkd_cli.artifacts.shards import ShardWriter
 from dfkd_cli.models.classifier import Classifier, ModelInfo
 from dfkd_cli.models.statistics import AveragedMoments, Moments, batch_moments
-from dfkd_cli.resolve import resolve
 from dfkd_cli.rounds.trainer import fit
 from dfkd_cli.seeds import derive
+from dfkd_cli.settings import resolve
 from dfkd_cli.synthesizers.base import SynthesisTask
 from dfkd_cli.synthesizers.cmi import Memory, contrastive_loss, initialise
 from dfkd_cli.synthesizers.fast_dfkd import reset_first_layer
@@ -273,7 +273,7 @@ def test_a_batch_leaves_the_last_steps_statistics_and_the_best_images_features(n
         batch = made.make(0, 6)
         losses = [sum(getattr(made.config, key) * v.item() for key, v in each.terms.items()) for each in seen]
         best = seen[int(np.argmin(losses))]
-        assert torch.equal(batch.pixels, best.images)
+        assert torch.equal(batch.pixels, best.pixels)
         expected = torch.cat([seen[-1].look.moments[layer].mean for layer in ("1", "4")])
         torch.testing.assert_close(made.average.average[0], expected)
         if name == "cmi":

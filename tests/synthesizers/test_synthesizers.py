@@ -25,7 +25,7 @@ from dfkd_cli.config import hints
 from dfkd_cli.errors import ArtifactError, RunFailed
 from dfkd_cli.models.classifier import Classifier, ModelInfo
 from dfkd_cli.models.directory import load_model
-from dfkd_cli.resolve import resolve
+from dfkd_cli.settings import resolve
 from dfkd_cli.synthesizers.base import Synthesizer
 from dfkd_cli.synthesizers.terms import tempered_cross_entropy, total_variation
 from dfkd_cli.synthesizers.zskd import class_similarity, dirichlet_targets

@@ -9,8 +9,8 @@ from typing import Any
 
 from dfkd_cli import catalog, config
 from dfkd_cli.errors import ConfigError, did_you_mean, memory_can_end
-from dfkd_cli.resolve import Settings, resolve
-from dfkd_cli.settings import FOREIGN, Run
+from dfkd_cli.options import FOREIGN, Run
+from dfkd_cli.settings import Settings, resolve
 from dfkd_cli.ui import Terminal
 
 # The flags of `compare` that reach every command which has them.
@@ -24,7 +24,7 @@ class PlannedRun:
     row: str  # empty for a teacher and its metadata
     seed: int
     settings: Settings
-    waits_for: frozenset[Path]  # the directories of the runs whose results it reads
+    waits_for: frozenset[Path]  # output directories of the runs that must be finished before this one can start
     teacher: str  # its teacher's name among several, empty for the only one
     model: Path | None = None  # the directory of the model that it makes for its row
     series: str | None = None  # the curve that the row is a point of
@@ -53,7 +53,7 @@ class Grid:
     """The commands of a grid."""
 
     runs: tuple[PlannedRun, ...]  # teacher by teacher: itself, its metadata, its rows; each after those it waits for
-    given: Mapping[str, str]  # the path or SPEC of each teacher that was there before, by name
+    existing: Mapping[str, str]  # the path or SPEC of each teacher that was there before, by name
     sha256: str  # stands for all that decides the tables; where the directories lie does not
 
 

@@ -60,7 +60,7 @@ from typing import Any
 
 from dfkd_cli import config
 from dfkd_cli.errors import ConfigError, did_you_mean
-from dfkd_cli.resolve import Layer, Settings, recipe_layer
+from dfkd_cli.settings import Layer, Settings, recipe_layer
 
 _COMMON = ("metadata", "synthesize", "student")  # what rows have in common: all of them, or those of one teacher
 _KEYS = ("seeds", "teacher", "teachers", *_COMMON, "rows")

@@ -10,7 +10,7 @@ from typing import Any, NamedTuple
 from dfkd_cli import config
 from dfkd_cli.artifacts.files import digest
 from dfkd_cli.errors import ConfigError
-from dfkd_cli.resolve import TYPED, Layer, Settings, resolve
+from dfkd_cli.settings import TYPED, Layer, Settings, resolve
 from dfkd_cli.stages.grid.commands import Grid, PlannedRun, choose_rows, passed_flags, qualified
 from dfkd_cli.stages.grid.language import GridRow, GridTeacher, mapping, parse
 
@@ -40,8 +40,8 @@ def plan(settings: Settings, out: Path) -> Grid:
         identity.append(values)
     runs = runs_under(out / "runs")
     used = {run.teacher for run in runs}
-    given = {t.name: t.paths["teacher"] for t in teachers if t.name in used and "teacher" in t.paths}
-    return Grid(runs, given, digest(identity))
+    existing = {t.name: t.paths["teacher"] for t in teachers if t.name in used and "teacher" in t.paths}
+    return Grid(runs, existing, digest(identity))
 
 
 def _published(about: Mapping[str, Any], runs: Sequence[PlannedRun]) -> Iterator[PlannedRun]:

@@ -9,12 +9,12 @@ import pytest
 from tiny_comparisons import GRID
 
 from dfkd_cli import catalog
-from dfkd_cli.resolve import recipe_layer, resolve
+from dfkd_cli.settings import recipe_layer, resolve
 from dfkd_cli.stages.grid.planner import plan
 
 LOOP = '''"""A student in the loop."""
 from dataclasses import dataclass
-from dfkd_cli.settings import ImageOptimization
+from dfkd_cli.options import ImageOptimization
 
 @dataclass(frozen=True, kw_only=True)
 class Config(ImageOptimization):
@@ -129,7 +129,7 @@ grid:
         settings = resolve("compare", [recipe_layer("several.yaml", "compare")]).replace(rows=tuple(rows))
         grid = plan(settings, Path("out"))
         assert sorted(str(run.out) for run in grid.runs) == sorted(f"out/runs/{place}" for place in places)
-        assert set(grid.given) == ({"given"} if any("given" in place for place in places) else set())
+        assert set(grid.existing) == ({"given"} if any("given" in place for place in places) else set())
 
 
 @pytest.mark.parametrize(

@@ -15,7 +15,7 @@ import numpy as np
 import pytest
 from tiny_comparisons import GRID, TEACHERS, accuracy, check_self_contained, results_in, students
 
-from dfkd_cli.resolve import recipe_layer, resolve
+from dfkd_cli.settings import recipe_layer, resolve
 from dfkd_cli.stages.grid.planner import plan
 
 pytestmark = pytest.mark.usefixtures("quick_latency")
