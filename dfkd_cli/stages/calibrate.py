@@ -109,8 +109,8 @@ def calibrate(task: Task) -> list[MeasuredTerm]:
             if strength := objective.strength(term):
                 pairs = samples.get((name, term), [])
                 value, gradient = map(fmean, zip(*pairs or [(0.0, 0.0)], strict=True))
-                pull = weight * strength * gradient
-                measured.append(MeasuredTerm(name, term, value, weight, strength, pull, len(pairs)))
+                gradient *= weight * strength
+                measured.append(MeasuredTerm(name, term, value, weight, strength, gradient, len(pairs)))
                 _check(measured[-1], optional=term in objective.optional)
     return _suggest(measured, task)
 
