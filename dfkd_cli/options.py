@@ -224,9 +224,7 @@ class Preceding:
 class Compared:
     """What losses between features share."""
 
-    taps: tuple[str, ...] = option(
-        ("stages",), "features: stage1 ..., stages, last, penultimate, logits, a module's path"
-    )
+    taps: tuple[str, ...] = option(("stages",), TAPS)
     teacher_taps: tuple[str, ...] | None = option(None, "the teacher's, in the same order (default: the same names)")
 
 

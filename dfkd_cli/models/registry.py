@@ -122,10 +122,8 @@ def _timm(name: str, num_classes: int, input_size: Size) -> nn.Module:
     channels, *image = input_size
     options: dict[str, Any] = {"num_classes": num_classes, "in_chans": channels}
     with _as_config_error(f"timm:{name}: cannot be built"):
-        pretrained = timm.get_pretrained_cfg(name)
-        if (
-            pretrained is not None and pretrained.fixed_input_size
-        ):  # e.g. ViT, whose position embedding has the image's size
+        facts = timm.get_pretrained_cfg(name)
+        if facts is not None and facts.fixed_input_size:  # e.g. ViT, whose position embedding has the image's size
             options["img_size"] = tuple(image)
         return timm.create_model(name, pretrained=False, **options)
 

@@ -48,7 +48,6 @@ class OFD(PairwiseObjective):
     terms = ("distance",)
     default_weight = 1e-3
     teacher_mode = "train"
-    config: Config
 
     def __init__(self, config: Config) -> None:
         super().__init__(config)

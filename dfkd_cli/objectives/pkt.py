@@ -38,7 +38,6 @@ class PKT(PairwiseObjective):
     kind = "information"
     terms = ("neighbours",)
     default_weight = 30000.0
-    config: Config
 
     def compare(self, index: int, student: Tensor, teacher: Tensor) -> dict[str, Tensor]:
         q, p = (shares(cosine_kernel(features.flatten(1), EPS)) for features in (student, teacher))

@@ -48,7 +48,6 @@ class ReviewKD(FeatureObjective):
 
     kind = "feature"
     terms = ("levels",)
-    config: Config
 
     def __init__(self, config: Config) -> None:
         super().__init__(config)

@@ -35,7 +35,6 @@ class SimilarityPreserving(PairwiseObjective):
     kind = "relation"
     terms = ("similarity",)
     default_weight = 3000.0
-    config: Config
 
     def compare(self, index: int, student: Tensor, teacher: Tensor) -> dict[str, Tensor]:
         return {"similarity": F.mse_loss(similarity(student), similarity(teacher))}

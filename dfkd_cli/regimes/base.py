@@ -28,9 +28,7 @@ from dfkd_cli.rounds.learner import Learner
 from dfkd_cli.seeds import derive, seed_torch
 
 MEASURED_AT_ONCE = 500  # images
-STEPS_PER_ROUND = (
-    200  # steps of one round: enough for Lightning's own cost not to show, few enough to lose little in a kill
-)
+STEPS_PER_ROUND = 200  # enough for Lightning's own cost not to show, few enough to lose little in a kill
 
 
 def length(training: Training, images: int) -> tuple[int, int]:

@@ -49,7 +49,7 @@ def page(results: Mapping[str, Any]) -> str:
         "<h1>dfkd comparison</h1>",
         f'<p class="soft">{len(rows)} rows from {runs} models, {escape(results["started"].partition("T")[0])}, '
         f"dfkd {escape(results['versions']['dfkd'])}</p>",
-        *(_section(section, results) for section in results["sections"]),
+        *map(_section, results["sections"]),
         _galleries(results["shards"]),
         _provenance(rows, results),
     ]
@@ -60,7 +60,7 @@ def page(results: Mapping[str, Any]) -> str:
     return f'<!doctype html>\n<html lang="en"><head>{head}</head>\n<body>\n' + "\n".join(body) + "\n</body></html>\n"
 
 
-def _section(section: Mapping[str, Any], results: Mapping[str, Any]) -> str:
+def _section(section: Mapping[str, Any]) -> str:
     rows = table.plain_rows(section)
     columns = table.filled(section)
     roles = [row["role"] for row in rows] + ["failed"] * len(table.failed_cells(section))

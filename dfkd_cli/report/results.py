@@ -18,11 +18,8 @@ def spread(values: Iterable[float | None]) -> dict[str, Any] | None:
     numbers = [value for value in values if value is not None]
     if not numbers:
         return None
-    return {
-        "mean": statistics.fmean(numbers),
-        "sd": statistics.stdev(numbers) if len(numbers) > 1 else None,
-        "values": numbers,
-    }
+    sd = statistics.stdev(numbers) if len(numbers) > 1 else None
+    return {"mean": statistics.fmean(numbers), "sd": sd, "values": numbers}
 
 
 def rows(section: Section, measured: Mapping[Path, Measures]) -> list[dict[str, Any]]:

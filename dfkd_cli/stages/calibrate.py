@@ -109,11 +109,9 @@ def calibrate(task: Task) -> list[MeasuredTerm]:
             if strength := objective.strength(term):
                 pairs = samples.get((name, term), [])
                 value, gradient = map(fmean, zip(*pairs or [(0.0, 0.0)], strict=True))
-                measurement = MeasuredTerm(
-                    name, term, value, weight, strength, weight * strength * gradient, len(pairs)
-                )
-                _check(measurement, optional=term in objective.optional)
-                measured.append(measurement)
+                gradient *= weight * strength
+                measured.append(MeasuredTerm(name, term, value, weight, strength, gradient, len(pairs)))
+                _check(measured[-1], optional=term in objective.optional)
     return _suggest(measured, task)
 
 

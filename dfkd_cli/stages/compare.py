@@ -138,12 +138,10 @@ def _open(settings: Settings, grid: Grid | None, terminal: Terminal) -> tuple[li
     comparisons = [path for path in paths if read_run(path).get("command") == "compare"]
     for path in paths:
         if path in comparisons:
-            finished = _so_far(path, allow_code, terminal)
-            if grid is not None or len(comparisons) > 1:  # each has rankings of its own
-                finished = [
-                    replace(model, group=qualified(str(path), model.group or "").rstrip("/")) for model in finished
-                ]
-            models += finished
+            for model in _so_far(path, allow_code, terminal):
+                own = grid is not None or len(comparisons) > 1  # each comparison has rankings of its own
+                group = qualified(str(path), model.group or "").rstrip("/") if own else model.group
+                models.append(replace(model, group=group))
         elif (path / MANIFEST).is_file():
             shards.append(read_shards(path))
         else:

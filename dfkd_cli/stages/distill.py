@@ -18,7 +18,7 @@ from dfkd_cli.artifacts.run import RunDirectory
 from dfkd_cli.catalog import Choice, Command
 from dfkd_cli.config import option
 from dfkd_cli.data.seal import sealed
-from dfkd_cli.data.sources import first
+from dfkd_cli.data.sources import Concat, Source, first
 from dfkd_cli.errors import ConfigError
 from dfkd_cli.models.classifier import Classifier
 from dfkd_cli.models.names import LoadedModel, architecture, locate
@@ -28,7 +28,7 @@ from dfkd_cli.regimes.base import Task
 from dfkd_cli.seeds import derive
 from dfkd_cli.settings import Component, Settings
 from dfkd_cli.stages.calibrate import calibrate, check
-from dfkd_cli.stages.inputs import TransferSet, concatenate, may_be_real, open_transfer_set, real_data
+from dfkd_cli.stages.inputs import TransferSet, may_be_real, open_transfer_set, real_data
 from dfkd_cli.stages.measures import agreement
 from dfkd_cli.stages.training import fresh, rehearse, train
 from dfkd_cli.ui import Terminal
@@ -91,7 +91,8 @@ class Job:
 
     def task(self, settings: Settings) -> Task:
         """The networks, the losses, and as many of the images as the settings say."""
-        inputs, source = settings.inputs, concatenate(self.sets)
+        inputs = settings.inputs
+        source: Source = Concat([s.source for s in self.sets])
         if inputs.num_images is not None:
             if inputs.num_images > len(source):
                 raise ConfigError(f"--num-images {inputs.num_images}: the transfer sets have {len(source)} images")
@@ -176,9 +177,7 @@ def opened(settings: Settings) -> Iterator[Job]:
         teacher = locate(inputs.teacher, inputs).open(settings.run.allow_code)
         if data_free:
             seals.enter_context(sealed("the transfer set is data-free", real_data(teacher, inputs.data_dir)))
-        needs = [
-            need for chosen in settings.components.values() for component in chosen for need in component.entry.needs
-        ]
+        needs = [need for chosen in settings.components.values() for c in chosen for need in c.entry.needs]
         sets = [open_transfer_set(name, teacher, inputs.data_dir, seed, needs) for name in inputs.transfer_set]
         info = dataclasses.replace(teacher.classifier.info, spec=inputs.student)
         student = fresh(info, "student", seed, settings.run.allow_code)

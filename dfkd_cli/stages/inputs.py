@@ -11,7 +11,7 @@ import torch
 
 from dfkd_cli.artifacts.shards import MANIFEST, ShardReader
 from dfkd_cli.data import datasets
-from dfkd_cli.data.sources import Concat, FolderSource, GeneratorSource, NoiseSource, RealSource, ShardSource, Source
+from dfkd_cli.data.sources import FolderSource, GeneratorSource, NoiseSource, RealSource, ShardSource, Source
 from dfkd_cli.errors import ArtifactError, ConfigError
 from dfkd_cli.models import generators
 from dfkd_cli.models.classifier import ModelInfo
@@ -157,11 +157,6 @@ def _impressions(name: str, info: ModelInfo, seed: int, wanted: Collection[str] 
     if source.shape != info.input_size:
         raise ArtifactError(f"{name} has images of {source.shape}, the teacher takes {info.input_size}")
     return TransferSet(source, {"role": "transfer-set", "path": name, "sha256": sha256}, uses, made_from)
-
-
-def concatenate(sets: list[TransferSet]) -> Source:
-    """All transfer sets as one."""
-    return sets[0].source if len(sets) == 1 else Concat([s.source for s in sets])
 
 
 def pick_device(name: str, count: int = 1) -> torch.device:

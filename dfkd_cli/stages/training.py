@@ -67,12 +67,10 @@ def train(
     regime = settings.method.entry
     lacking = {*ANSWERS, "labels"} - {*task.source.answers, *(["labels"] if task.source.labelled else [])}
     for flag, chosen in settings.components.items():
-        for component in chosen:
-            if missing := " and ".join(sorted(lacking & {*component.entry.needs})):
+        for entry in (component.entry for component in chosen):
+            if missing := " and ".join(sorted(lacking & {*entry.needs})):
                 hint = "use real or real:N" if "labels" in missing else "use shards that store them"
-                raise ConfigError(
-                    f"--{flag} {component.entry.name} needs {missing}, which this transfer set has not", hint
-                )
+                raise ConfigError(f"--{flag} {entry.name} needs {missing}, which this transfer set has not", hint)
     if "teacher" in regime.needs and task.teacher is None:
         raise ConfigError(f"--method {regime.name} needs a teacher", "use it with dfkd distill")
     if run.claim():

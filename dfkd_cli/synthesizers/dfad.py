@@ -34,8 +34,6 @@ class Config(AdversarialTraining):
 class DFAD(Adversary):
     """A generator against a student, by the distance of the logits."""
 
-    config: Config
-
     def distance(self, student: Tensor, teacher: Tensor) -> Tensor:
         """D of logits (B, K)."""
         return F.l1_loss(student, teacher)

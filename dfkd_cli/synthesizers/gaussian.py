@@ -27,7 +27,6 @@ class Gaussian(Synthesizer):
     """Normal noise."""
 
     kind = "noise"
-    config: Config
 
     def make(self, first: int, count: int) -> Impressions:
         """Draw the images, on the CPU, so that every device gets the same ones."""

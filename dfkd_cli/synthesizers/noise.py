@@ -23,7 +23,6 @@ class Noise(Synthesizer):
     """Uniform noise."""
 
     kind = "noise"
-    config: Config
 
     def make(self, first: int, count: int) -> Impressions:
         """Draw the images on the CPU, so that every device gets the same."""
