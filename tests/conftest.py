@@ -9,6 +9,7 @@ import subprocess
 from collections.abc import Callable, Iterator, Mapping
 from pathlib import Path
 
+import numpy as np
 import pytest
 import torch
 from pipeline import run
@@ -23,6 +24,14 @@ from dfkd_cli.models.registry import build
 
 torch.set_num_threads(1)  # the tensors of tests are too small to share
 os.environ["OMP_NUM_THREADS"] = "1"  # in the processes of commands, too
+
+
+@pytest.fixture(autouse=True)
+def same_numbers(request) -> None:
+    """What a test draws does not depend on the tests before it: torch's numbers, and those of its module's ``RNG``."""
+    torch.manual_seed(0)
+    if hasattr(request.module, "RNG"):
+        request.module.RNG.bit_generator.state = np.random.default_rng(0).bit_generator.state
 
 
 @pytest.fixture(scope="session")

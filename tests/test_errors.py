@@ -252,14 +252,16 @@ def test_too_little_memory(here: Path, cli) -> None:
     one_line(cli(*command, "--student", "lenet5-half"), 4, "out of memory", "--batch-size")
 
 
-def test_no_network(here: Path, dfkd) -> None:
+def test_no_network(here: Path, dfkd, monkeypatch) -> None:
     """A dataset that is nowhere and cannot be downloaded; a proxy that refuses stands for a missing network."""
     with socket.socket() as closed:
         closed.bind(("127.0.0.1", 0))
         proxy = f"http://127.0.0.1:{closed.getsockname()[1]}"
         network = dict.fromkeys(("http_proxy", "https_proxy", "HTTP_PROXY", "HTTPS_PROXY"), proxy) | {"no_proxy": ""}
         places = {"DFKD_DATA": str(here / "nothing"), "XDG_CACHE_HOME": str(here / "cache")}
-        result = dfkd("train-teacher", "--dataset", "cifar100", "--out", "x", cwd=here, env=network | places)
+        for name, value in (network | places).items():
+            monkeypatch.setenv(name, value)
+        result = dfkd("train-teacher", "--dataset", "cifar100", "--out", "x", cwd=here)
     one_line((result.returncode, result.stdout, result.stderr), 3, "cifar100", "DFKD_DATA")
 
 

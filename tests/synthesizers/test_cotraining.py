@@ -13,30 +13,32 @@ from dfkd_cli.cli.app import main
 from dfkd_cli.models.generators import load_generators
 from dfkd_cli.rounds.trainer import CHECKPOINT
 
-COMMON = ["--device", "cpu", "--student", "resnet8", "--width", "0.25", "--student-lr", "0.1"]
+NETWORK = "small_network:build"
+COMMON = ["--device", "cpu", "--allow-code", "--student", NETWORK, "--width", "0.15", "--student-lr", "0.1"]
 STREAMED = [*COMMON, "--num-images", "64", "--batch-size", "64", "--latent", "50", "--student-optimizer", "sgd"]
+STREAM = [*STREAMED, "--student-steps", "5", "--steps"]
 POOLED = [*COMMON, "--student-batch-size", "64", "--view-crop", "1", "--crop", "1", "--no-view-flip", "--no-flip"]
-POOL = [*POOLED, "--num-images", "480", "--batch-size", "60", "--student-steps", "20", "--iterations", "10"]
+POOL = [*POOLED, "--num-images", "480", "--batch-size", "60", "--student-steps", "30", "--warmup-share", "0.25"]
 METHODS = {
-    "dafl": [*STREAMED, "--steps", "100", "--student-steps", "2"],
-    "dfad": [*STREAMED, "--steps", "60", "--student-steps", "2"],
-    "zskt": [*STREAMED, "--steps", "100", "--student-steps", "4", "--student-temperature", "4"],
-    "dfq": [*STREAMED, "--steps", "60", "--student-steps", "2"],
-    "cmi": [*POOL, "--warmup-share", "0.25", "--iterations", "12", "--negatives", "60"],
-    "fast-dfkd": [*POOL, "--warmup-share", "0.25"],
-    "nayer": [*POOL, "--warmup-share", "0.25", "--latent", "50"],
+    "dafl": [*STREAM, "60"],
+    "dfad": [*STREAM, "80"],
+    "zskt": [*STREAM, "80", "--student-temperature", "4"],
+    "dfq": [*STREAM, "50"],
+    "cmi": [*POOL, "--iterations", "20", "--negatives", "60"],
+    "fast-dfkd": [*POOL, "--iterations", "10"],
+    "nayer": [*POOL, "--iterations", "10", "--latent", "50"],
 }
 
 
 @pytest.fixture(scope="module")
 def digits(tmp_path_factory) -> Path:
-    """A ResNet-8 that reads digits of 8x8 pixels, and what a student learns of it from noise."""
+    """A teacher that reads digits of 16x16 pixels, and a student that it has taught with noise."""
     path = tmp_path_factory.mktemp("digits")
     handlers = {number: signal.getsignal(number) for number in (signal.SIGINT, signal.SIGTERM)}
-    small = ["--model", "resnet8", "--input-size", "1", "8", "8", "--epochs", "6", "--batch-size", "64"]
+    small = ["--model", NETWORK, "--input-size", "1", "16", "16", "--epochs", "6", "--batch-size", "64"]
     assert main(["train-teacher", "--out", str(path / "teacher"), *small, "--device", "cpu"]) == 0
     plain = ["--rotate", "0", "--translate", "0", "--scale", "0", "--noise", "0", "--optimizer", "sgd", "--lr", "0.1"]
-    models = ["--teacher", str(path / "teacher"), "--student", "resnet8", "--out", str(path / "noise")]
+    models = ["--teacher", str(path / "teacher"), "--allow-code", "--student", NETWORK, "--out", str(path / "noise")]
     noise = ["--transfer-set", "noise:480", "--steps", "120", "--batch-size", "64"]
     assert main(["distill", *models, *noise, *plain, "--device", "cpu"]) == 0
     for number, handler in handlers.items():
@@ -46,14 +48,15 @@ def digits(tmp_path_factory) -> Path:
 
 @pytest.mark.parametrize("name", METHODS)
 def test_student_in_the_loop_beats_one_taught_with_noise(name, digits, tmp_path, cli):
+    """Noise teaches one class of ten, or two: 0.10 to 0.17 over seeds and processors. Methods reach 0.54 to 0.96."""
     teacher, out = digits / "teacher", tmp_path / "shards"
     code, _, err = cli("synthesize", "--method", name, "--teacher", teacher, "--out", out, *METHODS[name])
     assert code == 0, err
     models = [out / "student", digits / "noise"]
-    code, answer, err = cli("evaluate", *models, "--teacher", teacher, "--device", "cpu", "--json")
+    code, answer, err = cli("evaluate", *models, "--teacher", teacher, "--allow-code", "--device", "cpu", "--json")
     assert code == 0, err
     ours, noise = (result["top1"] for result in json.loads(answer)["results"])
-    assert ours > noise + 0.1
+    assert ours > noise + 0.2
 
 
 @pytest.mark.parametrize(
