@@ -1,4 +1,4 @@
-.PHONY: help format lint test kill-test bench gpu demo readme clean
+.PHONY: help format lint quick test kill-test bench gpu demo readme clean
 SHELL := bash
 BIN := $(CURDIR)/.venv/bin
 
@@ -21,6 +21,9 @@ demo: .venv/.done ## The five commands on the bundled digits, in demo/, with the
 
 test: .venv/.done lint ## All tests, style and types
 	OMP_NUM_THREADS=1 $(BIN)/python -m pytest -n auto --dist loadfile --no-loadscope-reorder
+
+quick: .venv/.done ## The tests of mathematics, files and settings: a minute
+	OMP_NUM_THREADS=1 $(BIN)/python -m pytest -n auto --dist loadfile --no-loadscope-reorder -m "not slow"
 
 lint: .venv/.done ## Style, unused code, docstrings, types
 	$(BIN)/ruff format --check .

@@ -26,6 +26,16 @@ torch.set_num_threads(1)  # the tensors of tests are too small to share
 os.environ["OMP_NUM_THREADS"] = "1"  # in the processes of commands, too
 
 
+COMMANDS = {"cli", "module_cli", "dfkd", "reference"}  # what runs whole commands
+
+
+def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
+    """Tests of whole commands are slow: ``make quick`` leaves them out."""
+    for item in items:
+        if COMMANDS & {*getattr(item, "fixturenames", ())}:
+            item.add_marker(pytest.mark.slow)
+
+
 @pytest.fixture(autouse=True)
 def same_numbers(request) -> None:
     """What a test draws does not depend on the tests before it: torch's numbers, and those of its module's ``RNG``."""
