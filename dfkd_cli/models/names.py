@@ -92,7 +92,7 @@ class ForeignWeights:
         return LoadedModel(Classifier(net, self.info), sha256, facts | {"provenance": {}}, self.name)
 
 
-Location = ModelDirectory | ForeignWeights
+Location = ModelDirectory | ForeignWeights  # another kind is one more class here, and one more case in `locate`
 
 
 def locate(name: str, said: ForeignModel) -> Location:
