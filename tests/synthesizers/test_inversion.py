@@ -270,7 +270,8 @@ def test_what_the_teacher_sees_of_each_stage(tmp_path):
     assert sizes == [(2, 3)] * 2 + [(4, 6)] * 3
     images = torch.randn(2, 2, 4, 6)
     moved = images.clone().requires_grad_()
-    method._optimize(moved, torch.eye(3)[:2], 2, 1)
+    with method.looking() as show:
+        method._optimize(moved, torch.eye(3)[:2], show, 2, 1)
     change = (moved.detach() - images).unflatten(2, (2, 2)).unflatten(4, (3, 2)).transpose(3, 4).flatten(4)
     assert (change != 0).all()
     torch.testing.assert_close(change, change[..., :1].expand_as(change))  # the same in each two by two pixels
