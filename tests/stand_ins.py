@@ -126,6 +126,7 @@ def write_shards(
             shard["targets"][0] = torch.eye(info.num_classes)[0]  # zeros have no logarithm
         writer.write(index, shard, {})
         written.append(shard)
+    writer.write_manifest()
     return {name: np.concatenate([shard[name].double().numpy() for shard in written]) for name in written[0]}
 
 

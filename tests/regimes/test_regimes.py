@@ -19,7 +19,7 @@ from torch import Tensor, nn
 
 from dfkd_cli import catalog
 from dfkd_cli.artifacts.shards import ShardReader
-from dfkd_cli.config import hints
+from dfkd_cli.config import hints, options
 from dfkd_cli.data.sources import ANSWERS, Images
 from dfkd_cli.errors import ConfigError
 from dfkd_cli.objectives.base import Objective, ask
@@ -298,8 +298,8 @@ def test_documentation_and_traits(entry):
     assert (cls.kind, tuple(cls.needs)) == (entry.kind, entry.needs)
     assert isinstance(cls.measure, str)
     assert hints(importlib.import_module(cls.__module__).Config) == hints(entry.config)
-    for field in dataclasses.fields(entry.config):
-        assert field.metadata.get("help"), field.name
+    for name, said in options(entry.config).items():
+        assert said.get("help"), name
 
 
 @pytest.mark.parametrize("name", [name for name, entry in REGIMES.items() if "teacher" in entry.needs])

@@ -21,7 +21,7 @@ from torch import Tensor, nn
 
 from dfkd_cli import catalog
 from dfkd_cli.artifacts.shards import MANIFEST, ShardReader
-from dfkd_cli.config import hints
+from dfkd_cli.config import hints, options
 from dfkd_cli.errors import ArtifactError, RunFailed
 from dfkd_cli.models.classifier import Classifier, ModelInfo
 from dfkd_cli.models.directory import load_model
@@ -298,8 +298,8 @@ def test_documentation(entry):
         assert re.search(r"^ {4}.*=", entry.doc, re.MULTILINE), "an equation"
     else:
         assert "baseline" in entry.doc, "a method without a paper is a baseline"
-    for field in dataclasses.fields(entry.config):
-        assert field.metadata.get("help"), field.name
+    for name, said in options(entry.config).items():
+        assert said.get("help"), name
 
 
 @pytest.mark.parametrize("entry", METHODS.values(), ids=METHODS)
