@@ -26,7 +26,7 @@ torch.set_num_threads(1)  # the tensors of tests are too small to share
 os.environ["OMP_NUM_THREADS"] = "1"  # in the processes of commands, too
 
 
-COMMANDS = {"cli", "module_cli", "dfkd", "reference", "repository"}  # what runs whole commands
+COMMANDS = {"cli", "session_cli", "dfkd", "reference", "repository"}  # what runs whole commands
 
 
 def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
