@@ -19,7 +19,9 @@ from dfkd_cli.models.weights import load_weights
 
 @pytest.fixture(scope="module")
 def source() -> nn.Module:
-    return build("resnet8", 10, (1, 8, 8))
+    with torch.random.fork_rng():
+        torch.manual_seed(1)  # other weights than those of the target, which a test draws after seed 0
+        return build("resnet8", 10, (1, 8, 8))
 
 
 def target(classes: int = 10) -> nn.Module:
