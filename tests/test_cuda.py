@@ -38,7 +38,7 @@ SMALL = {
 
 
 @pytest.fixture(scope="module")
-def place(tmp_path_factory, request) -> Path:
+def place(tmp_path_factory) -> Path:
     """A directory with a teacher that was trained on the GPU."""
     return tmp_path_factory.mktemp("cuda")
 
