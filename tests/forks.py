@@ -14,9 +14,12 @@ import sys
 import tempfile
 from pathlib import Path
 
+import torch
+
 from dfkd_cli import stages
 
-CONTEXT = multiprocessing.get_context("forkserver")
+# CUDA cannot be used in a fork of a process that has looked for it, as what is imported beforehand does.
+CONTEXT = multiprocessing.get_context("spawn" if torch.cuda.is_available() else "forkserver")
 COMMANDS = [f"dfkd_cli.stages.{module.name}" for module in pkgutil.iter_modules(stages.__path__)]
 CONTEXT.set_forkserver_preload(["dfkd_cli.cli.app", *COMMANDS, "sklearn.datasets", "torch.utils.benchmark"])
 

@@ -1,9 +1,10 @@
 """Runs for whoever has a GPU for ten minutes: the most useful first, each cut to fit, continued by the next call.
 
-    python tests/gpu_runs.py [--minutes 10] [--recipe cifar10-gpu] [--out gpu] [--device cuda] [--plan]
+    python tests/gpu_runs.py [--minutes 10] [--recipe cifar10-gpu] [--out gpu] [--device cuda] [--at-once 3] [--plan]
 
-First the tests that need a GPU, once; then the rows of the recipe in its order, each as `dfkd compare --rows ROW`,
-which is told to stop when the time is over, and goes on in the next call. Rows that are finished are written to
+First the tests that need a GPU, once; then the rows of the recipe, teacher by teacher: `dfkd compare --rows ROW ...`
+runs several at once in their order, since one small network alone leaves a GPU idle for most of the time. It is told
+to stop when the time is over, and goes on in the next call. Rows that are finished are written to
 `results/RECIPE.json`. Says at the end what is done, and what the next call will do. CIFAR-10 is looked for where
 `DFKD_DATA` says.
 """
@@ -11,6 +12,7 @@ which is told to stop when the time is over, and goes on in the next call. Rows 
 from __future__ import annotations
 
 import argparse
+import itertools
 import json
 import shutil
 import signal
@@ -79,6 +81,7 @@ def main() -> None:
     parser.add_argument("--recipe", default="cifar10-gpu")
     parser.add_argument("--out", type=Path, default=Path("gpu"))
     parser.add_argument("--device", default="cuda")
+    parser.add_argument("--at-once", type=int, default=3, help="commands that share the GPU")
     parser.add_argument("--plan", action="store_true", help="only say what is done and what comes next")
     a = parser.parse_args()
     end = time.monotonic() + 60 * a.minutes - RESERVE
@@ -94,11 +97,13 @@ def main() -> None:
         a.out.mkdir(parents=True, exist_ok=True)
         tested.touch()
     compare += ["--device", a.device]
-    for row, directories in rows.items():
-        if not (a.plan or finished(directories)) and time.monotonic() < end:
-            status = run_until([*compare, "--rows", row], end)
+    waiting = [row for row, directories in rows.items() if not finished(directories)]
+    for _, group in itertools.groupby(waiting, lambda row: rows[row][0]):  # its teacher's directory
+        if not a.plan and time.monotonic() < end:
+            names = list(group)
+            status = run_until([*compare, "--devices", str(a.at_once), "--rows", *names], end)
             if status not in (0, 128 + signal.SIGTERM):
-                sys.stderr.write(f"{row}: exit {status}; the others go on\n")
+                sys.stderr.write(f"{', '.join(names)}: exit {status}; the others go on\n")
     if not a.plan and (done := [row for row, directories in rows.items() if finished(directories)]):
         subprocess.run([*compare, "--rows", *done], check=True)
         shutil.copyfile(grid / "results.json", ROOT / "results" / f"{name}.json")

@@ -14,6 +14,7 @@ from dfkd_cli.data.sources import Images
 from dfkd_cli.errors import ConfigError
 from dfkd_cli.models.activations import Tap, values_at
 from dfkd_cli.models.classifier import Classifier
+from dfkd_cli.models.graphs import logits_of
 from dfkd_cli.models.taps import Taps
 from dfkd_cli.options import Preceding, Rising
 
@@ -33,6 +34,8 @@ class Outputs:
 
 def ask(classifier: Classifier, pixels: Tensor, taps: Mapping[str, Tap]) -> Outputs:
     """Run a network on pixels (B, C, H, W); returns its logits, and its features at the taps."""
+    if not taps:
+        return Outputs(logits_of(classifier, pixels).float())
     with values_at(taps) as features:
         logits = classifier(pixels).float()
     return Outputs(logits, {name: value.float() for name, value in features.items()})

@@ -14,6 +14,7 @@ from torch import Tensor
 
 from dfkd_cli.config import option
 from dfkd_cli.data.sources import Images
+from dfkd_cli.models.graphs import logits_of
 from dfkd_cli.regimes.base import Regime
 
 
@@ -33,9 +34,8 @@ class Supervised(Regime):
 
     def loss(self, images: Images) -> tuple[Tensor, dict[str, Tensor]]:
         """Cross-entropy."""
-        loss = F.cross_entropy(
-            self.student(images.pixels).float(), images.true_labels, label_smoothing=self.config.label_smoothing
-        )
+        logits = logits_of(self.student, images.pixels).float()
+        loss = F.cross_entropy(logits, images.true_labels, label_smoothing=self.config.label_smoothing)
         return loss, {"cross_entropy": loss}
 
     def correct(self, images: Images) -> Tensor:
