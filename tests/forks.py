@@ -78,7 +78,7 @@ def _run(
     os.environ.update(environment)
     for number, path in enumerate(outputs, start=1):
         os.dup2(os.open(path, os.O_WRONLY | os.O_APPEND), number)
-    sys.argv = ["dfkd", *arguments]
+    sys.argv = [str(Path(sys.executable).with_name("dfkd")), *arguments]  # what --devices starts again
     if signal_at is not None:
         _watch(*signal_at)
     from dfkd_cli.__main__ import main

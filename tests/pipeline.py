@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 import os
 import signal
 import subprocess
@@ -15,24 +16,24 @@ from dfkd_cli.artifacts.files import sha256_file
 
 # Small enough for a test, long enough for a kill to hit every phase: start, rounds, checkpoints, the final writes.
 PIPELINE = [
-    ["train-teacher", "--steps", "1000", "--batch-size", "16"],
-    [
-        "synthesize",
-        "--method",
-        "zskd",
-        "--beta",
-        "1.0",
-        "0.1",
-        "--num-images",
-        "160",
-        "--batch-size",
-        "8",
-        "--iterations",
-        "40",
-    ],
-    ["distill", "--transfer-set", "shards/", "--steps", "1000", "--batch-size", "16"],
+    line.split()
+    for line in (
+        "train-teacher --steps 600 --batch-size 8",
+        "synthesize --method zskd --beta 1.0 0.1 --num-images 80 --batch-size 8 --iterations 30",
+        "distill --transfer-set shards/ --steps 600 --batch-size 8",
+    )
 ]
 OUTPUTS = ["teacher", "shards", "student"]
+DRIVER = """
+import contextlib, io, json, sys
+from dfkd_cli.cli.app import main
+done = []
+for command in json.loads(sys.argv[1]):
+    with contextlib.redirect_stdout(io.StringIO()) as out, contextlib.redirect_stderr(io.StringIO()) as err:
+        code = main(command)
+    done.append([command, code, out.getvalue(), err.getvalue()])
+json.dump(done, sys.stdout)
+"""
 HANGS = 1200  # seconds after which nobody waits any longer: a hundred times what any of the commands takes
 
 
@@ -64,6 +65,21 @@ def run(
         process.kill()
         raise
     return subprocess.CompletedProcess(arguments, process.returncode or 0, out, err)
+
+
+def run_in_turn(
+    commands: list[list[str]], cwd: Path, env: Mapping[str, str] | None = None
+) -> list[subprocess.CompletedProcess[str]]:
+    """Commands one after the other in one new process, which imports but once what all of them need."""
+    environment = {**os.environ, **(env or {})}
+    driver = subprocess.run(
+        [sys.executable, "-c", DRIVER, json.dumps(commands)],
+        cwd=cwd,
+        env=environment,
+        stdout=subprocess.PIPE,
+        check=True,
+    )
+    return [subprocess.CompletedProcess(*done) for done in json.loads(driver.stdout)]
 
 
 def finish(arguments: list[str], cwd: Path, fresh: bool = False) -> None:

@@ -10,6 +10,7 @@ from dataclasses import replace
 from pathlib import Path
 
 import pytest
+from pipeline import run_in_turn
 
 import dfkd_cli
 from dfkd_cli import catalog
@@ -243,24 +244,30 @@ FILES = {
 
 
 @pytest.fixture(scope="module")
-def typed(dfkd, teacher, tmp_path_factory) -> Callable[[str], str]:
-    """``typed(line)``: stdout of a command line of the package with the new files, beside a teacher."""
+def typed(teacher, tmp_path_factory) -> Callable[..., list[str]]:
+    """``typed(*lines)``: stdout of command lines of the package with the new files, beside a teacher.
+
+    The last one ends with ``code``.
+    """
     package, here = tmp_path_factory.mktemp("package"), tmp_path_factory.mktemp("work")
     shutil.copytree(Path(dfkd_cli.__file__).parent, package / "dfkd_cli", ignore=shutil.ignore_patterns("__pycache__"))
     for name, text in FILES.items():
         (package / "dfkd_cli" / name).write_text(text)
     shutil.copytree(teacher, here / "teacher")
 
-    def run(line: str, code: int = 0) -> str:
-        done = dfkd(*line.split(), cwd=here, env={"PYTHONPATH": str(package)})
-        assert done.returncode == code, done.stderr
-        return done.stdout
+    def run(*lines: str, code: int = 0) -> list[str]:
+        answers = run_in_turn([line.split() for line in lines], here, {"PYTHONPATH": str(package)})
+        codes = [0] * (len(lines) - 1) + [code]
+        assert [done.returncode for done in answers] == codes, [done.stderr for done in answers]
+        return [done.stdout for done in answers]
 
     return run
 
 
 def test_new_methods_are_listed(typed):
-    items = [item for kind in ("methods", "objectives") for item in json.loads(typed(f"ls {kind} --json"))["items"]]
+    items = [
+        item for listed in typed("ls methods --json", "ls objectives --json") for item in json.loads(listed)["items"]
+    ]
     new = {item["name"]: (item["kind"], item["needs"], item["summary"]) for item in items}
     assert new["grey"] == ("noise", [], "Grey images: a baseline")
     assert new["gap"] == ("response", [], "The gap between the logits: a baseline")
@@ -268,29 +275,37 @@ def test_new_methods_are_listed(typed):
 
 
 def test_a_new_command_is_in_the_help_at_its_place(typed):
-    commands = [line.split()[0] for line in typed("--help").splitlines() if line.startswith("  ") and line.strip()]
+    whole, alone = typed("--help", "count-images --help")
+    commands = [line.split()[0] for line in whole.splitlines() if line.startswith("  ") and line.strip()]
     at = commands.index("count-images")
     assert commands[at - 1 : at + 2] == ["synthesize", "count-images", "distill"]
-    text = " ".join(typed("count-images --help").split())
+    text = " ".join(alone.split())
     for part in ("Count the images of shards.", "[PATH ...]", "--least INT", "(default: 1)", "Next: dfkd distill"):
         assert part in text
 
 
 def test_new_methods_have_their_flags_and_those_of_their_bases(typed):
-    text = " ".join(typed("synthesize --method grey --help").split())
+    grey, louder = typed("synthesize --method grey --help", "distill --method louder --objective gap --help")
+    text = " ".join(grey.split())
     for part in (
         "--grey FLOAT what every pixel is (default: 0.5)",
         "--batch-size INT images of one shard (default: 4)",
     ):
         assert part in text
-    text = " ".join(typed("distill --method louder --objective gap --help").split())
+    text = " ".join(louder.split())
     for part in ("--loudness FLOAT", "--gap FLOAT", "--hard FLOAT", "louder: Offline distillation, louder"):
         assert part in text
 
 
 def test_new_files_work_from_end_to_end(typed):
-    assert json.loads(typed("synthesize --method grey --num-images 6 --json"))["metrics"]["count"] == 6
-    assert typed("count-images") == "6 images\n"
-    assert json.loads(typed("count-images shards shards --least 13 --json", code=5))["metrics"] == {"count": 12}
-    answer = json.loads(typed("distill --method louder --objective gap --steps 1 --batch-size 2 --json"))
-    assert answer["artifacts"] == {"student": "student"}
+    images, counted, student, gate = typed(
+        "synthesize --method grey --num-images 6 --json",
+        "count-images",
+        "distill --method louder --objective gap --steps 1 --batch-size 2 --json",
+        "count-images shards shards --least 13 --json",
+        code=5,
+    )
+    assert json.loads(images)["metrics"]["count"] == 6
+    assert counted == "6 images\n"
+    assert json.loads(student)["artifacts"] == {"student": "student"}
+    assert json.loads(gate)["metrics"] == {"count": 12}

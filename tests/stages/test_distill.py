@@ -51,7 +51,7 @@ def test_objectives_combine(cli, teacher, tmp_path):
 
 def test_two_processes_train_a_student_whose_head_learns_nothing(teacher, tmp_path):
     args = ["--objective", "at", "fitnets", "crd", "--negatives", 16, "--steps", 3, "--batch-size", 8, "--out", "s"]
-    finish(distill(teacher, *args, "--devices", 2), tmp_path, fresh=True)
+    finish(distill(teacher, *args, "--devices", 2), tmp_path)
     with (tmp_path / "s" / "metrics.csv").open() as file:
         (row,) = csv.DictReader(file)
     assert float(row["at.attention"]) > 0
@@ -101,7 +101,7 @@ def test_a_phase_that_leaves_nothing_for_the_others_is_refused(cli, teacher, tmp
 def test_two_processes_train_in_phases(teacher, tmp_path):
     """What does not count yet has no gradient in either, and is waited for by both."""
     args = ["--objective", "fsp", "response", "fitnets", "--pretraining", 1, "--student", "lenet5", "--epochs", 2]
-    finish(distill(teacher, *args, "--batch-size", 16, "--devices", 2, "--out", "s"), tmp_path, fresh=True)
+    finish(distill(teacher, *args, "--batch-size", 16, "--devices", 2, "--out", "s"), tmp_path)
     with (tmp_path / "s" / "metrics.csv").open() as file:
         (row,) = csv.DictReader(file)
     assert float(row["fsp.flow"]) > 0
@@ -114,13 +114,13 @@ def test_a_killed_run_continues_with_the_state_of_its_objectives(tmp_path, teach
         "fitnets",
         "crd",
         "--negatives",
-        16,
+        "16",
         "--schedule",
         "step",
         "--steps",
-        500,
+        "400",
         "--batch-size",
-        8,
+        "8",
     ]
     command = [*distill(teacher, *flags), "--out"]
     finish([*command, "whole"], tmp_path)

@@ -9,12 +9,11 @@ import shutil
 import signal
 import socket
 import subprocess
-import time
 from pathlib import Path
 
 import pytest
 from forks import Fork
-from pipeline import HANGS, OUTPUTS, PIPELINE, finish, hashes, run, start, start_fresh
+from pipeline import HANGS, OUTPUTS, PIPELINE, finish, hashes, run_in_turn, start
 
 KILLS = int(os.environ.get("DFKD_KILLS", "4"))  # `make kill-test` asks for more
 
@@ -23,11 +22,9 @@ KILLS = int(os.environ.get("DFKD_KILLS", "4"))  # `make kill-test` asks for more
 def reference(tmp_path_factory: pytest.TempPathFactory) -> tuple[dict[str, dict[str, str]], list[float], Path]:
     """An uninterrupted pipeline: the hashes of each output, the seconds of each command, where it is."""
     directory = tmp_path_factory.mktemp("reference")
-    seconds = []
-    for arguments in PIPELINE:
-        begin = time.monotonic()
-        finish(arguments, directory, fresh=True)
-        seconds.append(time.monotonic() - begin)
+    for done in run_in_turn(PIPELINE, directory):
+        assert done.returncode == 0, done.stderr
+    seconds = [json.loads((directory / output / "run.json").read_text())["seconds"] for output in OUTPUTS]
     return {output: hashes(directory / output) for output in OUTPUTS}, seconds, directory
 
 
@@ -71,22 +68,24 @@ def test_killed_again_and_again(reference: tuple, tmp_path: Path) -> None:
     assert hashes(tmp_path / "student") == expected["student"]
 
 
-@pytest.mark.parametrize("command", ["evaluate", "collect-metadata", "compare student"])
-def test_a_new_process_does_what_this_one_does(command, reference, tmp_path, monkeypatch, cli) -> None:
-    """The other commands made, in new processes, what the tests here compare with."""
+def test_a_new_process_does_what_this_one_does(reference, tmp_path, monkeypatch, cli) -> None:
+    """The commands that the other tests call here and in forks."""
     for name in OUTPUTS:
         (tmp_path / name).symlink_to(reference[2] / name)
     monkeypatch.chdir(tmp_path)
-    done = run([*command.split(), "--out", "new", "--json"], tmp_path, fresh=True)
-    code, out, err = cli(*command.split(), "--out", "here", "--json")
-    assert done.returncode == code == 0, done.stderr + err
+    commands = [line.split() for line in ("evaluate --json", "collect-metadata --json", "compare student --json")]
 
     def what_counts(answer: str) -> object:
         """Not where it lies, nor how long it took."""
         places = {"artifacts", "seconds", "latency_ms"}
         return json.loads(answer, object_hook=lambda part: {key: part[key] for key in part.keys() - places})
 
-    assert what_counts(done.stdout) == what_counts(out)
+    for command, new in zip(
+        commands, run_in_turn([[*command, "--out", f"{command[0]}-new"] for command in commands], tmp_path), strict=True
+    ):
+        code, out, err = cli(*command, "--out", f"{command[0]}-here")
+        assert new.returncode == code == 0, new.stderr + err
+        assert what_counts(new.stdout) == what_counts(out)
 
 
 @pytest.mark.parametrize(("signum", "code"), [(signal.SIGINT, 130), (signal.SIGTERM, 143)])
@@ -148,29 +147,34 @@ def test_two_processes_make_the_shards_of_one(method: str, make_teacher, tmp_pat
     command = ["synthesize", "--method", method, "--teacher", str(make_teacher("resnet8")), "--num-images", "6"]
     command += ["--batch-size", "2", "--iterations", "2", "--device", "cpu", "--out"]
     assert cli(*command, tmp_path / "one")[0] == 0
-    finish([*command, "two", "--devices", "2"], tmp_path, fresh=True)
+    finish([*command, "two", "--devices", "2"], tmp_path)
     names = [f"shard-0000{index}.safetensors" for index in range(3)]  # one more than processes have equal shares of
     for name in (*names, "manifest.json", "metrics.csv"):
         assert (tmp_path / "two" / name).read_bytes() == (tmp_path / "one" / name).read_bytes(), name
 
 
-def test_two_machines_make_the_shards_of_one(make_teacher, tmp_path: Path, cli) -> None:
+def test_two_machines_make_the_shards_of_one(make_teacher, tmp_path: Path, monkeypatch, cli) -> None:
     """--num-nodes 2: the same command twice, each with its number; the first writes the records."""
     with socket.socket() as free:
         free.bind(("127.0.0.1", 0))
-        meeting = {"MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(free.getsockname()[1])}
+        monkeypatch.setenv("MASTER_ADDR", "127.0.0.1")
+        monkeypatch.setenv("MASTER_PORT", str(free.getsockname()[1]))
     command = ["synthesize", "--method", "zskd", "--teacher", str(make_teacher("lenet5")), "--num-images", "6"]
     command += ["--batch-size", "2", "--iterations", "2", "--device", "cpu", "--out"]
     assert cli(*command, tmp_path / "one")[0] == 0
     both = [*command, "two", "--num-nodes", "2"]
-    machines = [start_fresh(both, tmp_path, NODE_RANK=number, **meeting) for number in ("1", "0")]
-    for machine in machines:
-        _, err = machine.communicate()
-        assert machine.returncode == 0, err
+
+    def machine(number: str) -> Fork:
+        monkeypatch.setenv("NODE_RANK", number)
+        return start(both, tmp_path)
+
+    for process in [machine("1"), machine("0")]:
+        _, err = process.communicate(timeout=HANGS)
+        assert process.returncode == 0, err
     for name in ("shard-00000.safetensors", "shard-00001.safetensors", "shard-00002.safetensors", "manifest.json"):
         assert (tmp_path / "two" / name).read_bytes() == (tmp_path / "one" / name).read_bytes(), name
-    late = start_fresh(both, tmp_path, NODE_RANK="1", **meeting)  # all is done: it waits for nobody
-    assert "already complete" in late.communicate()[1]
+    late = machine("1")  # all is done: it waits for nobody
+    assert "already complete" in late.communicate(timeout=HANGS)[1]
 
 
 @pytest.mark.parametrize(

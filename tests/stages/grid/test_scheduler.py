@@ -13,6 +13,8 @@ from pathlib import Path
 
 import numpy as np
 import pytest
+from forks import Fork
+from pipeline import HANGS
 from tiny_comparisons import GRID, TEACHERS, accuracy, check_self_contained, results_in, students
 
 from dfkd_cli.settings import recipe_layer, resolve
@@ -43,15 +45,10 @@ def test_a_grid_killed_in_the_middle_ends_as_if_it_had_not_been(tmp_path, monkey
     assert rows["zskd-hot"]["settings"]["objective"]["response"]["temperature"] == 2
     assert "zskd-hot" in shown
 
-    command = [sys.executable, "-m", "dfkd_cli", "compare", "--recipe", "grid.yaml", "--out", "killed"]
-    process = subprocess.Popen(
-        command, cwd=tmp_path, env={**os.environ, "OMP_NUM_THREADS": "1"}, stderr=subprocess.DEVNULL
-    )
-    while not (tmp_path / "killed" / "runs" / "zskd" / "seed1" / "shards" / "run.json").exists():
-        assert process.poll() is None
-        time.sleep(0.01)
-    process.kill()
-    assert process.wait() == -signal.SIGKILL
+    begun = tmp_path / "killed" / "runs" / "zskd" / "seed1" / "shards" / "run.json"
+    process = Fork(["compare", "--recipe", "grid.yaml", "--out", "killed"], tmp_path, (begun, signal.SIGKILL))
+    _, err = process.communicate(timeout=HANGS)
+    assert process.returncode == -signal.SIGKILL, err
     finished = students(tmp_path / "killed")
     assert 0 < len(finished) < len(whole)
     code, _, err = cli("compare", "killed", "--out", "so-far")
