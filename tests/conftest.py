@@ -87,10 +87,10 @@ def teacher(make_teacher) -> Path:
 
 @pytest.fixture(scope="session")
 def dfkd() -> Callable[..., subprocess.CompletedProcess]:
-    """``dfkd(*args, cwd, env, fresh)``: the command line in a process of its own."""
+    """``dfkd(*args, cwd, env)``: the command line in a process of its own."""
 
-    def call(*args: str, cwd: Path, env: Mapping[str, str] | None = None, fresh: bool = False):
-        return run(list(args), cwd, env, fresh)
+    def call(*args: str, cwd: Path, env: Mapping[str, str] | None = None):
+        return run(list(args), cwd, env)
 
     return call
 

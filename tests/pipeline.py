@@ -54,11 +54,9 @@ def start_fresh(arguments: list[str], cwd: Path, **variables: str) -> subprocess
     )
 
 
-def run(
-    arguments: list[str], cwd: Path, env: Mapping[str, str] | None = None, fresh: bool = False
-) -> subprocess.CompletedProcess[str]:
+def run(arguments: list[str], cwd: Path, env: Mapping[str, str] | None = None) -> subprocess.CompletedProcess[str]:
     """A command to its end. With more variables in its environment it is a new process, as it may read them early."""
-    process = start_fresh(arguments, cwd, **(env or {})) if fresh or env else start(arguments, cwd)
+    process = start_fresh(arguments, cwd, **env) if env else start(arguments, cwd)
     try:
         out, err = process.communicate(timeout=HANGS)
     except subprocess.TimeoutExpired:
@@ -82,9 +80,9 @@ def run_in_turn(
     return [subprocess.CompletedProcess(*done) for done in json.loads(driver.stdout)]
 
 
-def finish(arguments: list[str], cwd: Path, fresh: bool = False) -> None:
+def finish(arguments: list[str], cwd: Path) -> None:
     """Run a command to its end, which is a good one."""
-    done = run(arguments, cwd, fresh=fresh)
+    done = run(arguments, cwd)
     assert done.returncode == 0, done.stdout + done.stderr
 
 
