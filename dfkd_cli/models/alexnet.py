@@ -20,7 +20,7 @@ import math
 
 from torch import nn
 
-from dfkd_cli.models.layers import chain, require_size
+from dfkd_cli.models.layers import ResponseNorm, chain, require_size
 
 NAMES = ("alexnet", "alexnet-half")
 
@@ -56,7 +56,7 @@ def _stage(
 ) -> nn.Sequential:
     layers: list[nn.Module] = [_init(nn.Conv2d(channels, filters, kernel, padding=kernel // 2), bias), nn.ReLU()]
     if lrn:
-        layers.append(nn.LocalResponseNorm(5, alpha=5e-4, beta=0.75, k=1.0))
+        layers.append(ResponseNorm(5, alpha=5e-4))
     if pool:
         layers.append(nn.MaxPool2d(3, stride=2))
     return nn.Sequential(*layers, nn.BatchNorm2d(filters, eps=_EPS, momentum=_MOMENTUM))

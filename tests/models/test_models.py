@@ -9,7 +9,7 @@ from stand_ins import classifier
 from torch import nn
 
 from dfkd_cli.errors import ArtifactError, ConfigError
-from dfkd_cli.models.layers import FirstConv2d, HalvingMaxPool
+from dfkd_cli.models.layers import FirstConv2d, HalvingMaxPool, ResponseNorm
 from dfkd_cli.models.registry import build
 
 BUILT_IN = [
@@ -88,6 +88,21 @@ def test_the_first_convolution_has_the_gradients_of_any_other(channels, kernel, 
             results.append([output, *torch.autograd.grad(output.pow(3).sum(), inputs)])
         for given, expected in zip(*results, strict=True):
             torch.testing.assert_close(given, expected, rtol=1e-12, atol=1e-10)
+
+
+@pytest.mark.parametrize("layout", [torch.contiguous_format, torch.channels_last])
+@pytest.mark.parametrize("channels, size", [(7, 5), (7, 4), (3, 5), (1, 1)])
+def test_response_norm_is_that_of_the_library(channels, size, layout):
+    images = 3 * torch.randn(2, channels, 5, 4, dtype=torch.float64).to(memory_format=layout).requires_grad_()
+    results = []
+    for layer in (ResponseNorm(size, alpha=0.3, k=1.5), nn.LocalResponseNorm(size, 0.3, 0.75, 1.5)):
+        output = layer(images)
+        results.append([output, *torch.autograd.grad(output.pow(3).sum(), images)])
+    for given, expected in zip(*results, strict=True):
+        torch.testing.assert_close(given, expected, rtol=1e-12, atol=1e-12)
+    x = images.detach().numpy()
+    sums = [np.square(x)[:, max(c - size // 2, 0) : c + (size - 1) // 2 + 1].sum(1) for c in range(channels)]
+    np.testing.assert_allclose(results[0][0].detach(), x * (1.5 + 0.3 / size * np.stack(sums, 1)) ** -0.75, rtol=1e-12)
 
 
 def test_alexnet_parameter_count_by_layer():
