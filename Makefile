@@ -22,7 +22,7 @@ demo: .venv/.done ## The five commands on the bundled digits, in demo/, with the
 test: .venv/.done lint ## All tests, style and types
 	OMP_NUM_THREADS=1 $(BIN)/python -m pytest -n auto --dist loadfile --no-loadscope-reorder
 
-quick: .venv/.done ## The tests that run no whole commands: mathematics, files, settings
+quick: .venv/.done ## The tests that run no whole commands: mathematics, files, settings; about a minute
 	OMP_NUM_THREADS=1 $(BIN)/python -m pytest -n auto --dist loadfile --no-loadscope-reorder -m "not slow"
 
 lint: .venv/.done ## Style, unused code, docstrings, types

@@ -26,13 +26,15 @@ torch.set_num_threads(1)  # the tensors of tests are too small to share
 os.environ["OMP_NUM_THREADS"] = "1"  # in the processes of commands, too
 
 
-COMMANDS = {"cli", "session_cli", "dfkd", "reference", "repository"}  # what runs whole commands
+# What runs whole commands: fixtures, and functions of `pipeline.py`.
+COMMANDS = {"cli", "session_cli", "dfkd", "reference", "repository", "extended"}
+COMMANDS |= {"Fork", "start_fresh", "run_in_turn", "finish", "kill_after_saving"}
 
 
 def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
     """Tests of whole commands are slow: ``make quick`` leaves them out."""
     for item in items:
-        if COMMANDS & {*getattr(item, "fixturenames", ())}:
+        if isinstance(item, pytest.Function) and COMMANDS & {*item.fixturenames, *item.function.__code__.co_names}:
             item.add_marker(pytest.mark.slow)
 
 

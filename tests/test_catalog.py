@@ -244,8 +244,8 @@ FILES = {
 
 
 @pytest.fixture(scope="module")
-def typed(teacher, tmp_path_factory) -> Callable[..., list[str]]:
-    """``typed(*lines)``: stdout of command lines of the package with the new files, beside a teacher.
+def extended(teacher, tmp_path_factory) -> Callable[..., list[str]]:
+    """``extended(*lines)``: stdout of command lines of the package with the new files, beside a teacher.
 
     The last one ends with ``code``.
     """
@@ -264,9 +264,9 @@ def typed(teacher, tmp_path_factory) -> Callable[..., list[str]]:
     return run
 
 
-def test_new_methods_are_listed(typed):
+def test_new_methods_are_listed(extended):
     items = [
-        item for listed in typed("ls methods --json", "ls objectives --json") for item in json.loads(listed)["items"]
+        item for listed in extended("ls methods --json", "ls objectives --json") for item in json.loads(listed)["items"]
     ]
     new = {item["name"]: (item["kind"], item["needs"], item["summary"]) for item in items}
     assert new["grey"] == ("noise", [], "Grey images: a baseline")
@@ -274,8 +274,8 @@ def test_new_methods_are_listed(typed):
     assert new["louder"] == ("regime", ["teacher"], "Offline distillation, louder: a baseline")
 
 
-def test_a_new_command_is_in_the_help_at_its_place(typed):
-    whole, alone = typed("--help", "count-images --help")
+def test_a_new_command_is_in_the_help_at_its_place(extended):
+    whole, alone = extended("--help", "count-images --help")
     commands = [line.split()[0] for line in whole.splitlines() if line.startswith("  ") and line.strip()]
     at = commands.index("count-images")
     assert commands[at - 1 : at + 2] == ["synthesize", "count-images", "distill"]
@@ -284,8 +284,8 @@ def test_a_new_command_is_in_the_help_at_its_place(typed):
         assert part in text
 
 
-def test_new_methods_have_their_flags_and_those_of_their_bases(typed):
-    grey, louder = typed("synthesize --method grey --help", "distill --method louder --objective gap --help")
+def test_new_methods_have_their_flags_and_those_of_their_bases(extended):
+    grey, louder = extended("synthesize --method grey --help", "distill --method louder --objective gap --help")
     text = " ".join(grey.split())
     for part in (
         "--grey FLOAT what every pixel is (default: 0.5)",
@@ -297,8 +297,8 @@ def test_new_methods_have_their_flags_and_those_of_their_bases(typed):
         assert part in text
 
 
-def test_new_files_work_from_end_to_end(typed):
-    images, counted, student, gate = typed(
+def test_new_files_work_from_end_to_end(extended):
+    images, counted, student, gate = extended(
         "synthesize --method grey --num-images 6 --json",
         "count-images",
         "distill --method louder --objective gap --steps 1 --batch-size 2 --json",

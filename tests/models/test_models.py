@@ -117,6 +117,7 @@ def test_alexnet_parameter_count_by_layer():
     assert parameters(build("alexnet-half", 10, (3, 32, 32))) == count(half, (256, 128))
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("spec", BUILT_IN)
 @pytest.mark.parametrize(("size", "classes"), [((1, 32, 32), 7), ((3, 32, 32), 10), ((2, 24, 40), 3)])
 def test_every_network_takes_any_channels_classes_and_shape(spec, size, classes):

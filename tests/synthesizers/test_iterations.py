@@ -230,6 +230,7 @@ def test_iterations_are_the_papers(name, rule, values, norm, tmp_path):
         np.testing.assert_allclose(float(row[key]), per_iteration.mean(), rtol=1e-3, atol=1e-6, err_msg=key)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(("name", "values", "norm"), [(case[0], *case[2:]) for case in CASES])
 def test_an_interrupted_run_continues_bit_for_bit(name, values, norm, tmp_path):
     def run(directory: Path, *callbacks: Callback) -> Any:

@@ -218,6 +218,7 @@ def test_statistics_have_the_biased_variance_and_plain_norms(tmp_path):
     np.testing.assert_allclose(terms["statistics"].item(), expected, rtol=1e-5)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("term", ["cross_entropy", "statistics", "adversarial", "contrast"])
 @pytest.mark.parametrize("name", NAMES)
 def test_each_term_reaches_the_generator_and_changes_the_images(name, term, tmp_path):
@@ -313,6 +314,7 @@ def test_pool_is_labelled_in_range_and_as_large_as_wanted(name, tmp_path):
     assert all(p.grad is None for p in made.teacher.parameters())
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("name", NAMES)
 def test_an_interrupted_run_continues_bit_for_bit(name, tmp_path):
     values = {"num_images": 30, "warmup_share": 0.2}
