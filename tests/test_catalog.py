@@ -265,9 +265,8 @@ def extended(teacher, tmp_path_factory) -> Callable[..., list[str]]:
 
 
 def test_new_methods_are_listed(extended):
-    items = [
-        item for listed in extended("ls methods --json", "ls objectives --json") for item in json.loads(listed)["items"]
-    ]
+    listed = extended("ls methods --json", "ls objectives --json")
+    items = [item for text in listed for item in json.loads(text)["items"]]
     new = {item["name"]: (item["kind"], item["needs"], item["summary"]) for item in items}
     assert new["grey"] == ("noise", [], "Grey images: a baseline")
     assert new["gap"] == ("response", [], "The gap between the logits: a baseline")
