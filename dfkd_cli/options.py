@@ -235,13 +235,14 @@ class Compared:
 class ForeignModel:
     """What a foreign teacher's file does not say."""
 
-    weights: str | None = option(None, "weights of a foreign teacher: .safetensors, .pt, .pth, .ckpt")
+    weights: str | None = option(None, "weights of a foreign teacher: a file of PyTorch or safetensors")
+    weights_key: str | None = option(None, "where in it they are, such as ema (default: where most of them fits)")
     input_size: tuple[int, int, int] | None = option(None, "its channels, height and width", low=1)
     mean: tuple[float, ...] | None = option(
         None, "mean per channel that pixels in [0,1] are normalised with (default: 0)"
     )
     std: tuple[float, ...] | None = option(None, "standard deviation per channel (default: 1)", above=0)
-    num_classes: int | None = option(None, "its number of classes", low=1)
+    num_classes: int | None = option(None, "its number of classes", low=2)
 
 
 FOREIGN = tuple(field.name for field in fields(ForeignModel))
