@@ -37,7 +37,14 @@ class _Unread:
 
 _SCALARS = ("scalar", "_reconstruct")
 _METADATA = [
-    *("argparse.Namespace", "types.SimpleNamespace", "pathlib.PosixPath", "pathlib.WindowsPath", "datetime.datetime"),
+    *(
+        "argparse.Namespace",
+        "types.SimpleNamespace",
+        "pathlib.PosixPath",
+        "pathlib.WindowsPath",
+        "datetime.datetime",
+        "datetime.date",
+    ),
     *("pathlib._local.PosixPath", "pathlib._local.WindowsPath", "datetime.timedelta", "numpy.dtype", "numpy.ndarray"),
     *(f"numpy.{core}.multiarray.{name}" for core in ("core", "_core") for name in _SCALARS),
 ]
@@ -102,14 +109,15 @@ def _read(file: Path) -> Any:
         except (SafetensorError, OSError) as error:
             raise ArtifactError(f"{file}: not readable as safetensors: {error}", "the file is damaged") from None
     try:
-        with torch.serialization.safe_globals([(_Unread, name) for name in _METADATA]):
-            return torch.load(file, map_location="cpu", weights_only=True)
+        # A stream: of a path, torch.load looks at the name.
+        with file.open("rb") as stream, torch.serialization.safe_globals([(_Unread, name) for name in _METADATA]):
+            return torch.load(stream, map_location="cpu", weights_only=True)
     except Exception as error:  # a damaged pickle can raise anything
         if any(words in str(error) for words in _REFUSALS):
             name = re.search(r"GLOBAL (\S+)", str(error))
-            what = f" beside its weights ({name[1]})" if name else ""
             raise ArtifactError(
-                f"{file}: carries code{what}, which is never run", "save the state_dict alone, best as .safetensors"
+                f"{file}: carries code{f' ({name[1]})' if name else ''}, which is never run",
+                "save the state_dict alone, best as .safetensors",
             ) from None
         raise ArtifactError(
             f"{file}: not readable as weights of PyTorch or safetensors", "damaged, or another type of file"
