@@ -242,7 +242,7 @@ class ForeignModel:
         None, "mean per channel that pixels in [0,1] are normalised with (default: 0)"
     )
     std: tuple[float, ...] | None = option(None, "standard deviation per channel (default: 1)", above=0)
-    num_classes: int | None = option(None, "its number of classes", low=2)
+    num_classes: int | None = option(None, "its number of classes", low=1)
 
 
 FOREIGN = tuple(field.name for field in fields(ForeignModel))
