@@ -6,10 +6,10 @@ import difflib
 import logging
 import re
 from collections import Counter
-from collections.abc import Iterable, Iterator, Mapping
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import Any, NoReturn
 
 import safetensors.torch
 import torch
@@ -22,44 +22,26 @@ LOG = logging.getLogger(__name__)
 _PREFERRED = ("state_dict", "model_state_dict", "model", "net", "weights", "teacher")  # of what fits equally well
 _AUXILIARY = re.compile(r"aux", re.IGNORECASE)  # heads that only help in training, as of Inception
 _UNCOUNTED = "num_batches_tracked"  # inference does not use it; files from before PyTorch 0.4.1 lack it
-_REFUSALS = ("GLOBAL ", "TorchScript")  # in torch.load's messages about code; damaged files fail in other words
+_ALONE = "save the state_dict alone, best as .safetensors"
 _LISTED = 3  # keys named in a message
 _DEPTH = 20  # containers within containers
 
 
 class _Unread:
-    """Stands where a file has metadata of a class that is not loaded: no code of that class is run, or imported."""
+    """Stands for what a file has of a class that is not PyTorch's own: nothing of that class is run, or imported."""
+
+    name: str
 
     def __init__(self, *_: Any) -> None: ...
 
     def __setstate__(self, _: Any) -> None: ...
 
 
-_SCALARS = ("scalar", "_reconstruct")
-_METADATA = [
-    *(
-        "argparse.Namespace",
-        "types.SimpleNamespace",
-        "pathlib.PosixPath",
-        "pathlib.WindowsPath",
-        "datetime.datetime",
-        "datetime.date",
-    ),
-    *("pathlib._local.PosixPath", "pathlib._local.WindowsPath", "datetime.timedelta", "numpy.dtype", "numpy.ndarray"),
-    *(f"numpy.{core}.multiarray.{name}" for core in ("core", "_core") for name in _SCALARS),
-]
-
-
 @dataclass(frozen=True)
 class _Entry:
-    """A tensor in a file.
+    """What a file has at the end of a path: a tensor, or what was not read; and the path of the mapping it is in."""
 
-    Attributes:
-        value: The tensor.
-        container: The path of the mapping that it is in.
-    """
-
-    value: Tensor
+    value: Tensor | _Unread
     container: str
 
 
@@ -82,12 +64,13 @@ def load_weights(net: nn.Module, file: Path, key: str | None = None) -> None:
     if not file.is_file():
         raise ArtifactError(f"{file}: no such file")
     content = _read(file)
-    entries = dict(_tensors(content))
-    if not entries:
-        what = (
-            f"keys {_some(map(str, content))}" if isinstance(content, Mapping) and content else type(content).__name__
+    entries = dict(_entries(content))
+    if not any(isinstance(entry.value, Tensor) for entry in entries.values()):
+        _refuse_code([content, *(entry.value for entry in entries.values())], file)
+        keys = f"keys {_some(map(str, content))}" if isinstance(content, Mapping) and content else None
+        raise ArtifactError(
+            f"{file}: holds no state_dict, found {keys or type(content).__name__}", "save net.state_dict()"
         )
-        raise ArtifactError(f"{file}: holds no state_dict, found {what}", "save net.state_dict()")
     if key is not None:
         within = {path.removeprefix(f"{key}."): e for path, e in entries.items() if path.startswith(f"{key}.")}
         if not within:
@@ -108,24 +91,38 @@ def _read(file: Path) -> Any:
             return safetensors.torch.load_file(file)
         except (SafetensorError, OSError) as error:
             raise ArtifactError(f"{file}: not readable as safetensors: {error}", "the file is damaged") from None
-    try:
-        # A stream: of a path, torch.load looks at the name.
-        with file.open("rb") as stream, torch.serialization.safe_globals([(_Unread, name) for name in _METADATA]):
-            return torch.load(stream, map_location="cpu", weights_only=True)
-    except Exception as error:  # a damaged pickle can raise anything
-        if any(words in str(error) for words in _REFUSALS):
-            name = re.search(r"GLOBAL (\S+)", str(error))
-            raise ArtifactError(
-                f"{file}: carries code{f' ({name[1]})' if name else ''}, which is never run",
-                "save the state_dict alone, best as .safetensors",
-            ) from None
-        raise ArtifactError(
-            f"{file}: not readable as weights of PyTorch or safetensors", "damaged, or another type of file"
-        ) from None
+    unread: dict[str, type[_Unread]] = {}
+    while True:
+        try:
+            # A stream: of a path, torch.load looks at the name.
+            with file.open("rb") as stream, torch.serialization.safe_globals([(c, name) for name, c in unread.items()]):
+                return torch.load(stream, map_location="cpu", weights_only=True)
+        except Exception as error:  # a damaged pickle can raise anything
+            name = next(iter(re.findall(r"Unsupported global: GLOBAL (\S+)", str(error))), None)
+            if name is None or name in unread:
+                _refuse(error, list(unread), file)
+            unread[name] = type("_Unread", (_Unread,), {"name": name})
 
 
-def _tensors(content: Any) -> Iterator[tuple[str, _Entry]]:
-    """Every tensor in mappings within mappings, by its path: the keys, joined by dots. No mapping is read twice."""
+def _refuse(error: Exception, unread: Sequence[str], file: Path) -> NoReturn:
+    """Say what is the matter with a file that cannot be read, perhaps for what it holds beside tensors."""
+    name = next(iter(re.findall(r"GLOBAL (\S+)", str(error))), None)
+    if name or unread or "TorchScript" in str(error):
+        shown = _some([name] if name else unread) or "TorchScript"
+        raise ArtifactError(f"{file}: carries code ({shown}), which is never run", _ALONE) from None
+    raise ArtifactError(
+        f"{file}: not readable as weights of PyTorch or safetensors", "damaged, or another type of file"
+    ) from None
+
+
+def _refuse_code(values: Iterable[Any], file: Path) -> None:
+    """Refuse values in the place of weights that are of some class."""
+    if names := [value.name for value in values if isinstance(value, _Unread)]:
+        raise ArtifactError(f"{file}: carries code ({_some(names)}), which is never run", _ALONE)
+
+
+def _entries(content: Any) -> Iterator[tuple[str, _Entry]]:
+    """Every entry in mappings within mappings, by its path: the keys, joined by dots. No mapping is read twice."""
     seen = set()
     todo = [("", 0, content)]
     while todo:
@@ -135,7 +132,7 @@ def _tensors(content: Any) -> Iterator[tuple[str, _Entry]]:
         seen.add(id(mapping))
         for key, value in mapping.items():
             path = f"{container}.{key}" if container else key
-            if isinstance(key, str) and isinstance(value, Tensor):
+            if isinstance(key, str) and isinstance(value, Tensor | _Unread):
                 yield path, _Entry(value, container)
             elif isinstance(key, str):  # those of optimisers are numbers
                 todo.append((path, depth + 1, value))
@@ -162,7 +159,8 @@ def _fitting(entries: Mapping[str, _Entry], expected: Mapping[str, Tensor], file
     for path, entry in entries.items():
         for prefix in _prefixes(path):
             for lacking in lackings:
-                if (value := expected.get(lacking + path[len(prefix) :])) is not None:
+                value = expected.get(lacking + path[len(prefix) :])
+                if value is not None and isinstance(entry.value, Tensor):
                     fits[prefix, lacking] += 1 + (value.shape == entry.value.shape)
     if not fits:
         fits[list(_shared_prefixes(entries))[-1], ""] = 0
@@ -173,7 +171,9 @@ def _fitting(entries: Mapping[str, _Entry], expected: Mapping[str, Tensor], file
         LOG.warning("%s: took %s; %s would fit too: --weights-key", file, prefix[:-1] or "the outermost", choices)
     taken = {lacking + path[len(prefix) :]: entry for path, entry in entries.items() if path.startswith(prefix)}
     homes = {entry.container for key, entry in taken.items() if key in expected}
-    return {key: entry.value for key, entry in taken.items() if entry.container in homes or not homes}
+    state = {key: entry.value for key, entry in taken.items() if entry.container in homes or not homes}
+    _refuse_code(state.values(), file)
+    return {key: value for key, value in state.items() if isinstance(value, Tensor)}
 
 
 def _rank(prefix: str) -> int:

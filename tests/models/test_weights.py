@@ -214,14 +214,28 @@ def test_tied_weights_are_in_a_file_once(tmp_path, prefix):
     assert net.encoder.weight is net.decoder.weight
 
 
+class Spy:
+    """Leaves a trace when its code is run."""
+
+    def __init__(self, path: Path) -> None:
+        self.path = path
+        path.touch()
+
+    def __setstate__(self, state):
+        state["path"].touch()
+
+
 @pytest.mark.parametrize("zipped", [True, False])
 def test_metadata_beside_the_weights_is_not_read(tmp_path, source, zipped):
     args = argparse.Namespace(lr=0.1, out=tmp_path, more=argparse.Namespace(names=["a"]))
     facts = {"args": args, "best": np.float64(0.9), "curve": np.ones(3), "epoch": np.int64(3), "day": date(2020, 1, 2)}
+    facts["own"] = Spy(tmp_path / "ran")
     torch.save({"model": source.state_dict(), **facts}, tmp_path / "w", _use_new_zipfile_serialization=zipped)
+    (tmp_path / "ran").unlink()
     net = target()
     load_weights(net, tmp_path / "w")
     assert same_weights(net, source)
+    assert not (tmp_path / "ran").exists()
 
 
 @pytest.mark.parametrize("value", [torch.nan, torch.inf, -torch.inf])
@@ -244,6 +258,12 @@ def test_the_nearest_names_and_shapes_stand_side_by_side(tmp_path, source):
         load_weights(target(), tmp_path / "w")
     assert "head.weight (10, 64) (nearest there: fc.weight (10, 64))" in caught.value.message
     assert "head.bias (10,) (nearest there: fc.bias (10,))" in caught.value.message
+
+
+def test_what_is_no_tensor_among_the_weights_is_refused(tmp_path, source):
+    torch.save({**source.state_dict(), "args": argparse.Namespace()}, tmp_path / "w")
+    with pytest.raises(ArtifactError, match=r"carries code \(argparse\.Namespace\).*save the state_dict alone"):
+        load_weights(target(), tmp_path / "w")
 
 
 def test_a_file_that_contains_itself_ends(tmp_path):
