@@ -24,7 +24,7 @@ _AUXILIARY = re.compile(r"aux", re.IGNORECASE)  # heads that only help in traini
 _UNCOUNTED = "num_batches_tracked"  # inference does not use it; files from before PyTorch 0.4.1 lack it
 _ALONE = "save the state_dict alone, best as .safetensors"
 _LISTED = 3  # keys named in a message
-_DEPTH = 20  # containers within containers
+_DEPTH, _CLASSES = 20, 100  # containers within containers, and classes of metadata, that a file may have
 
 
 class _Unread:
@@ -99,7 +99,7 @@ def _read(file: Path) -> Any:
                 return torch.load(stream, map_location="cpu", weights_only=True)
         except Exception as error:  # a damaged pickle can raise anything
             name = next(iter(re.findall(r"Unsupported global: GLOBAL (\S+)", str(error))), None)
-            if name is None or name in unread:
+            if name is None or name in unread or len(unread) == _CLASSES:
                 _refuse(error, list(unread), file)
             unread[name] = type("_Unread", (_Unread,), {"name": name})
 
