@@ -179,6 +179,8 @@ def unit_weights(layer: nn.Module) -> Tensor:
 
 def _follows(logits: Tensor, output: Tensor) -> bool:
     """Whether logits (B, K) are the output (B, K) times a factor, shifted alike for all classes or for all images."""
+    if torch.allclose(logits, output, equal_nan=True):
+        return True
     for centre, alike in ((1, (0, 1)), (0, (0,))):
         x, y = (values - values.mean(centre, keepdim=True) for values in (output, logits))
         slope = (x * y).sum(alike, keepdim=True) / x.square().sum(alike, keepdim=True).clamp_min(1e-30)
