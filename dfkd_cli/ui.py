@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import logging
 import sys
 import time
 from collections.abc import Mapping
@@ -64,6 +65,25 @@ class Terminal:
         self.document({"ok": False, "error": {"code": code, "message": message, "hint": hint}, **answer})
         if not self.silent:
             self.err.print(f"error: {message}" + (f" -- {hint}" if hint else ""), markup=False)
+
+
+class Notes(logging.Handler):
+    """What parts that have no terminal tell the user: each thing once.
+
+    Args:
+        terminal: Where it is said.
+    """
+
+    def __init__(self, terminal: Terminal) -> None:
+        super().__init__(logging.WARNING)
+        self.terminal, self.said = terminal, set[str]()
+
+    def emit(self, record: logging.LogRecord) -> None:
+        """Say it, unless it has been said."""
+        text = record.getMessage()
+        if text not in self.said:
+            self.said.add(text)
+            self.terminal.say(f"note: {text}")
 
 
 class Progress:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import logging
 import os
 import signal
 import sys
@@ -18,7 +19,7 @@ from dfkd_cli.errors import ConfigError, DfkdError, Interrupted, memory_can_end
 from dfkd_cli.options import Run
 from dfkd_cli.processes import first_process, join_machines, stop_on_signals
 from dfkd_cli.settings import TYPED, Layer, Settings, assignments, choose, recipe_layer, resolve
-from dfkd_cli.ui import NORMAL, QUIET, VERBOSE, Terminal
+from dfkd_cli.ui import NORMAL, QUIET, VERBOSE, Notes, Terminal
 
 CONTEXT = {"help_option_names": ["-h", "--help"], "max_content_width": 200}
 
@@ -237,6 +238,7 @@ def run_stage(settings: Settings, terminal: Terminal, dry_run: bool) -> None:
     device = pick_device(how.device, how.devices if command.shared else 1)
     if device.type == "cpu" and how.precision == "16":
         raise ConfigError("--precision 16: not on a CPU", "give --precision bf16, or 32, which is faster on most")
+    logging.getLogger("dfkd_cli").handlers = [Notes(terminal)]
     with memory_can_end():
         answer = run(settings, terminal, dry_run=dry_run)
     answer = {"ok": True, "command": command.name, **answer, "seconds": round(time.monotonic() - start, 3)}

@@ -11,7 +11,7 @@ import torch
 from torch import Tensor, nn
 from torch.nn.modules.batchnorm import _BatchNorm
 
-from dfkd_cli.models.classifier import Classifier, probe
+from dfkd_cli.models.classifier import Classifier, is_batch_norm, probe
 
 K = TypeVar("K")
 
@@ -56,7 +56,7 @@ def batch_statistics(classifier: Classifier) -> Iterator[None]:
 
     Everything else stays as it is: dropout and frozen parameters among them.
     """
-    layers = [(layer, layer.training) for layer in classifier.batch_norms()]
+    layers = [(layer, layer.training) for layer in classifier.batch_norms() if isinstance(layer, _BatchNorm)]
     for layer, _ in layers:
         layer.training, layer.track_running_stats = True, False
     try:
@@ -105,17 +105,17 @@ def pre_activations(classifier: Classifier) -> dict[str, nn.Module]:
     last is the layer that gives the logits.
 
     Raises:
-        ArtifactError: The logits are not the unchanged output of a linear layer or a 1x1 convolution.
+        ArtifactError: No layer gives the logits.
     """
     head = classifier.head()
     ran: dict[nn.Module, Call] = {}
     for call in calls_of(classifier):
-        if isinstance(call.layer, _BatchNorm):
+        if is_batch_norm(call.layer):
             normalised = next((layer for layer, other in ran.items() if other.output is call.input), None)
-            if normalised is None:
+            if normalised in (None, head):
                 continue
             del ran[normalised]
-        elif not isinstance(call.layer, (nn.Linear, nn.Conv2d)):
+        elif call.layer is not head and not isinstance(call.layer, (nn.Linear, nn.Conv2d)):
             continue
         ran[call.layer] = call
     last = ran.pop(head)

@@ -2,13 +2,16 @@
 
 from __future__ import annotations
 
+import contextlib
 import math
+from collections.abc import Iterator
 from dataclasses import dataclass
 from typing import Any, Literal, TypeGuard
 
 import torch
 from torch import Tensor, nn
-from torch.nn.modules.batchnorm import _BatchNorm
+from torch.nn.modules.batchnorm import _BatchNorm, _NormBase
+from torch.nn.parameter import is_lazy
 
 from dfkd_cli.errors import ArtifactError, ConfigError
 
@@ -124,54 +127,103 @@ class Classifier(nn.Module):
         return sum(parameter.numel() for parameter in self.net.parameters())
 
     def batch_norms(self) -> list[_BatchNorm]:
-        """The BatchNorm layers of any dimension that have running statistics, in module order."""
-        return [m for m in self.net.modules() if isinstance(m, _BatchNorm) and m.running_mean is not None]
+        """The BatchNorm layers of any dimension that have statistics, running or frozen, in module order."""
+        return [m for m in self.net.modules() if is_batch_norm(m) and m.running_mean is not None]
 
-    def head(self) -> nn.Linear | nn.Conv2d:
-        """The layer whose output is the logits: a linear layer or a 1x1 convolution.
+    def head(self) -> nn.Module:
+        """The layer whose ``weight`` has a row for each class: its output is the logits.
+
+        A factor and a shift may follow, of all classes of an image (a temperature, ``log_softmax``) or of each class
+        (BatchNorm).
 
         Raises:
-            ArtifactError: The logits are not the unchanged output of such a layer.
+            ArtifactError: There is no such layer.
         """
-        # Holding the outputs keeps their memory from being reused.
-        seen: list[tuple[nn.Linear | nn.Conv2d, Tensor, int]] = []
+        outputs: dict[nn.Module, Tensor] = {}
 
-        def remember(layer: nn.Linear | nn.Conv2d, _: Any, output: Tensor) -> None:
-            seen.append((layer, output, output._version))
+        def remember(layer: nn.Module, _: Any, output: Any) -> None:
+            if isinstance(output, Tensor) and output.numel() == EXAMPLES * self.info.num_classes:
+                outputs[layer] = output.reshape(EXAMPLES, -1).clone()  # what follows may change it in place
 
-        layers = [m for m in self.net.modules() if isinstance(m, nn.Linear) or _is_1x1(m)]
-        hooks = [layer.register_forward_hook(remember) for layer in layers]
-        try:
-            logits = probe(self.net, self.info.input_size)
-        finally:
-            for hook in hooks:
-                hook.remove()
-        for layer, output, version in seen:
-            # The same memory, perhaps viewed in another shape. The version tells whether an in-place activation
-            # overwrote the layer's output afterwards.
-            if (output.data_ptr(), output.numel(), version) == (logits.data_ptr(), logits.numel(), logits._version):
+        layers = [m for m in self.net.modules() if _rows(m) == self.info.num_classes]
+        with contextlib.ExitStack() as hooks:
+            for layer in layers:
+                hooks.enter_context(layer.register_forward_hook(remember))
+            logits = probe(self.net, self.info.input_size, EXAMPLES).reshape(EXAMPLES, -1)
+        for layer, output in reversed(outputs.items()):
+            if _follows(logits.float(), output.float()):
                 return layer
+        names = ", ".join(name for name, layer in self.net.named_modules() if layer in outputs)
         raise ArtifactError(
-            f"{self.info.spec}: no linear layer gives the logits",
-            "this method needs a classifier that ends in a linear layer or a 1x1 convolution",
+            f"{self.info.spec}: no linear layer gives the logits"
+            + (f": they are not those of {names} times a factor" if names else ""),
+            "this method needs each class's weights: a last linear layer or 1x1 convolution, an output a class",
         )
 
 
-def _is_1x1(module: nn.Module) -> TypeGuard[nn.Conv2d]:
-    return isinstance(module, nn.Conv2d) and module.kernel_size == (1, 1)
+EXAMPLES = 8  # images that tell whether logits always follow a layer's output
 
 
-def probe(net: nn.Module, input_size: tuple[int, int, int]) -> Any:
-    """The output of ``net`` for one zero image (1, C, H, W), in evaluation mode and without gradients.
+def _rows(layer: nn.Module) -> int | None:
+    """The rows of a layer's weight matrix, None where it has none."""
+    weight = getattr(layer, "weight", None)
+    return len(weight) if isinstance(weight, Tensor) and not is_lazy(weight) and weight.ndim > 1 else None
+
+
+def unit_weights(layer: nn.Module) -> Tensor:
+    """The weights of each of a layer's units, (K, D) float32 on the CPU."""
+    weight = layer.weight
+    assert isinstance(weight, Tensor)
+    return weight.detach().flatten(1).float().cpu()
+
+
+def _follows(logits: Tensor, output: Tensor) -> bool:
+    """Whether logits (B, K) are the output (B, K) times a factor, shifted alike for all classes or for all images."""
+    if torch.allclose(logits, output, equal_nan=True):
+        return True
+    for centre, alike in ((1, (0, 1)), (0, (0,))):
+        x, y = (values - values.mean(centre, keepdim=True) for values in (output, logits))
+        slope = (x * y).sum(alike, keepdim=True) / x.square().sum(alike, keepdim=True).clamp_min(1e-30)
+        if (slope >= 0).all() and torch.allclose(slope * x, y, rtol=1e-3, atol=1e-4 * float(y.abs().max())):
+            return True
+    return False
+
+
+def is_batch_norm(layer: nn.Module) -> TypeGuard[_BatchNorm]:
+    """Whether a layer is BatchNorm, or the like of somebody's own, with frozen statistics."""
+    own = all(isinstance(getattr(layer, name, None), Tensor) for name in ("running_mean", "running_var"))
+    return isinstance(layer, _BatchNorm) or (own and not isinstance(layer, _NormBase))
+
+
+def probe(net: nn.Module, input_size: tuple[int, int, int], count: int = 1, training: bool = False) -> Any:
+    """The output of ``net`` for some images of noise (B, C, H, W), without gradients.
 
     Modes, buffers and the random state are afterwards as they were before, also when ``net`` fails.
     """
+    with undisturbed(net, training):
+        return net(noise(net, input_size, count))
+
+
+def noise(net: nn.Module, input_size: tuple[int, int, int], count: int) -> Tensor:
+    """Always the same normal noise (B, C, H, W), where the network is."""
+    like = next(net.parameters(), torch.empty(0))
+    images = torch.randn(count, *input_size, generator=torch.Generator().manual_seed(0))
+    return images.to(like.device, like.dtype)
+
+
+@contextlib.contextmanager
+def undisturbed(net: nn.Module, training: bool = False) -> Iterator[None]:
+    """Run ``net`` in one mode and without gradients; then modes, buffers and the random state are as they were."""
     like = next(net.parameters(), torch.empty(0))
     modes = [(module, module.training) for module in net.modules()]
+    buffers = {name: buffer.clone() for name, buffer in net.named_buffers() if not is_lazy(buffer)}
     with torch.no_grad(), torch.random.fork_rng(devices=[like.device] if like.is_cuda else []):
-        net.eval()
+        net.train(training)
         try:
-            return net(like.new_zeros(1, *input_size))
+            yield
         finally:
             for module, mode in modes:
                 module.training = mode
+            for name, buffer in net.named_buffers():
+                if name in buffers:
+                    buffer.copy_(buffers[name])

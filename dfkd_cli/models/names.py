@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
+import logging
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -16,6 +17,8 @@ from dfkd_cli.models.directory import identity, load_model, read_record
 from dfkd_cli.models.registry import build, code_file, family
 from dfkd_cli.models.weights import load_weights
 from dfkd_cli.options import FOREIGN, ForeignModel
+
+LOG = logging.getLogger(__name__)
 
 
 @dataclass(frozen=True, eq=False)
@@ -69,11 +72,12 @@ class ModelDirectory:
 
 @dataclass(frozen=True)
 class ForeignWeights:
-    """A SPEC, a file of weights for it, and what the file does not say."""
+    """A SPEC, a file of weights for it, and what the file does not say; ``key`` is where in the file they are."""
 
     name: str
     weights: Path
     info: ModelInfo
+    key: str | None = None
 
     def open(self, allow_code: bool) -> LoadedModel:
         """Build it and load the weights. It may be code in any case: the SPEC is the user's own word.
@@ -86,12 +90,15 @@ class ForeignWeights:
             net = build(self.info.spec, self.info.num_classes, self.info.input_size, allow_code=True)
         if not self.weights.is_file():
             raise ArtifactError(f"no weights file {self.weights}", "check --weights")
-        load_weights(net, self.weights)
+        load_weights(net, self.weights, self.key)
         facts = dataclasses.asdict(self.info)
-        sha256 = digest([sha256_file(self.weights), facts])
+        sha256 = digest([sha256_file(self.weights), facts, *([self.key] if self.key else [])])
         return LoadedModel(Classifier(net, self.info), sha256, facts | {"provenance": {}}, self.name)
 
 
+# Their official weights take pixels in [-1,1]: torchvision's transform_input makes these of normalised ones.
+TRANSFORMING = ("torchvision:inception_v3", "torchvision:googlenet")
+IMAGENET = (0.485, 0.456, 0.406), (0.229, 0.224, 0.225)
 Location = ModelDirectory | ForeignWeights  # another kind is one more class here, and one more case in `locate`
 
 
@@ -129,7 +136,17 @@ def _foreign(name: str, weights: Path, said: ForeignModel) -> ForeignWeights:
     file, (_, colon, factory) = code_file(name), name.partition(":")
     spec = name if file is None else f"{file}{colon}{factory}"  # without a leading ./
     mean, std = said.mean or (0.0,) * channels, said.std or (1.0,) * channels
-    return ForeignWeights(name, weights, ModelInfo(spec, said.num_classes, said.input_size, mean, std))
+    if max(map(abs, mean + std)) > 1:
+        LOG.warning("teacher %s: mean %s, std %s are of pixels in [0,255]; here pixels are in [0,1], divide by 255",
+                    name, mean, std)  # fmt: skip
+    if spec in TRANSFORMING and (mean, std) == IMAGENET:
+        LOG.warning(
+            "%s: its official weights take ImageNet's mean and std only to undo them; taken are 0.5 and 0.5", spec
+        )
+        mean = std = (0.5,) * channels
+    return ForeignWeights(
+        name, weights, ModelInfo(spec, said.num_classes, said.input_size, mean, std), said.weights_key
+    )
 
 
 @dataclass(frozen=True)

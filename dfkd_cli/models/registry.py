@@ -16,11 +16,11 @@ from pathlib import Path
 from types import ModuleType
 from typing import Any
 
-from torch import Tensor, nn
+from torch import nn
 
 from dfkd_cli import models
 from dfkd_cli.errors import ArtifactError, ConfigError, did_you_mean
-from dfkd_cli.models.classifier import probe
+from dfkd_cli.models.adapter import adapt, watch
 
 Size = tuple[int, int, int]
 
@@ -55,19 +55,11 @@ def build(spec: str, num_classes: int, input_size: Size, allow_code: bool = Fals
         net = _user_code(source, name, num_classes, input_size)
     else:
         raise ArtifactError(f"{spec}: this model is code, which is not run", "pass --allow-code if you trust it")
-    _check_output(net, spec, num_classes, input_size)
-    return net
-
-
-def _check_output(net: nn.Module, spec: str, num_classes: int, input_size: Size) -> None:
     shown = "x".join(map(str, input_size))
     with _as_config_error(f"{spec}: cannot run on {shown} images", "check --input-size"):
-        output = probe(net, input_size)
-    answer = tuple(output.shape) if isinstance(output, Tensor) else type(output).__name__
-    if answer != (1, num_classes):
-        raise ArtifactError(
-            f"{spec}: gives {answer} for one {shown} image instead of logits {(1, num_classes)}", "check --num-classes"
-        )
+        habits = watch(net, input_size)
+    adapt(net, spec, num_classes, habits)
+    return net
 
 
 @contextlib.contextmanager
@@ -106,7 +98,7 @@ def _torchvision(name: str, num_classes: int) -> nn.Module:
 
     if name not in (names := zoo.list_models(module=zoo)):  # this module: classifiers only
         raise ConfigError(f"torchvision:{name}: unknown model", _closest("torchvision", name, names))
-    # These two otherwise return a tuple while training, and warn about their initialisation.
+    # With auxiliary classifiers these two would have more weights; they also warn about their initialisation.
     options = {"aux_logits": False, "init_weights": True} if name in ("googlenet", "inception_v3") else {}
     return zoo.get_model(name, weights=None, num_classes=num_classes, **options)
 

@@ -21,7 +21,7 @@ from torch.nn.modules.batchnorm import _BatchNorm
 
 from dfkd_cli.errors import ArtifactError, ConfigError
 from dfkd_cli.models.activations import Call, Tap, calls_of
-from dfkd_cli.models.classifier import Classifier
+from dfkd_cli.models.classifier import Classifier, is_batch_norm
 
 BEFORE = ".pre"
 LAST, STAGES, PENULTIMATE, LOGITS = "last", "stages", "penultimate", "logits"
@@ -107,7 +107,7 @@ class Taps:
         for call in reversed(self._calls[:at]):
             if _activates(call):
                 break
-            if isinstance(call.layer, _BatchNorm) and call.layer.affine:
+            if is_batch_norm(call.layer) and call.layer.weight is not None:
                 norm = call.layer
                 if call.output is self._calls[at].input:
                     break
@@ -123,7 +123,7 @@ class Taps:
         activations = [call for call in self._calls if _activates(call)]
         activation = next((call for call in reversed(activations) if call.output is value), None)
         if activation is None:
-            norms = (c.output for c in self._calls if isinstance(c.layer, _BatchNorm) and c.input is value)
+            norms = (c.output for c in self._calls if is_batch_norm(c.layer) and c.input is value)
             value = next(norms, value)
             activation = next((call for call in activations if call.input is value), None)
         if activation is None or self._latest[activation.path] is not activation:

@@ -1,102 +1,235 @@
-"""Weights from files made elsewhere, without ever running code from them."""
+"""Weights from files made elsewhere, whatever lies around them there, without ever running code from them."""
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Mapping
+import difflib
+import logging
+import re
+from collections import Counter
+from collections.abc import Iterable, Iterator, Mapping, Sequence
+from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import Any, NoReturn
 
 import safetensors.torch
 import torch
 from safetensors import SafetensorError
 from torch import Tensor, nn
 
-from dfkd_cli.errors import ArtifactError, ConfigError
+from dfkd_cli.errors import ArtifactError, ConfigError, did_you_mean
 
-_WRAPPERS = ("state_dict", "model_state_dict", "model", "net")
-_PREFIXES = ("module.", "_orig_mod.", "model.", "net.")  # DataParallel, torch.compile, LightningModule
-_REFUSALS = ("GLOBAL ", "TorchScript")  # in torch.load's messages about code; damaged files fail in other words
+LOG = logging.getLogger(__name__)
+_PREFERRED = ("state_dict", "model_state_dict", "model", "net", "weights", "teacher")  # of what fits equally well
+_AUXILIARY = re.compile(r"aux", re.IGNORECASE)  # heads that only help in training, as of Inception
+_UNCOUNTED = "num_batches_tracked"  # inference does not use it; files from before PyTorch 0.4.1 lack it
+_ALONE = "save the state_dict alone, best as .safetensors"
 _LISTED = 3  # keys named in a message
+_DEPTH, _CLASSES = 20, 100  # containers within containers, and classes of metadata, that a file may have
 
 
-def load_weights(net: nn.Module, file: Path) -> None:
+class _Unread:
+    """Stands for what a file has of a class that is not PyTorch's own: nothing of that class is run, or imported."""
+
+    name: str
+
+    def __init__(self, *_: Any) -> None: ...
+
+    def __setstate__(self, _: Any) -> None: ...
+
+
+@dataclass(frozen=True)
+class _Entry:
+    """What a file has at the end of a path: a tensor, or what was not read; and the path of the mapping it is in."""
+
+    value: Tensor | _Unread
+    container: str
+
+
+def load_weights(net: nn.Module, file: Path, key: str | None = None) -> None:
     """Copy the weights in ``file`` into ``net``; every one must have its place.
 
-    Reads ``.safetensors``, and ``.pt``, ``.pth``, ``.ckpt`` as far as they hold plain tensors. Common wrappers around
-    the state dict and prefixes of its keys are removed.
+    Reads safetensors, and what ``torch.save`` wrote as far as it holds plain tensors. Of all that is in the file, the
+    container and the prefix of its keys are taken under which most of the network's own keys are found.
+
+    Args:
+        net: The network.
+        file: The file; its name does not matter.
+        key: Where in the file they are, such as ``ema``, instead.
 
     Raises:
-        ConfigError: The file type is unknown.
-        ArtifactError: The file is missing, damaged, carries code, or does not fit ``net``, which is then unchanged.
+        ConfigError: There is nothing under ``key``.
+        ArtifactError: The file is missing, damaged, carries code, has values that are not finite, or does not fit
+            ``net``, which is then unchanged.
     """
     if not file.is_file():
         raise ArtifactError(f"{file}: no such file")
-    if file.suffix == ".safetensors":
-        content = _read_safetensors(file)
-    elif file.suffix in (".pt", ".pth", ".ckpt"):
-        content = _read_pickle(file)
-    else:
-        raise ConfigError(f"{file}: unknown type of weights", "give a .safetensors, .pt, .pth or .ckpt file")
+    content = _read(file)
+    entries = dict(_entries(content))
+    if not any(isinstance(entry.value, Tensor) for entry in entries.values()):
+        _refuse_code([content, *(entry.value for entry in entries.values())], file)
+        keys = f"keys {_some(map(str, content))}" if isinstance(content, Mapping) and content else None
+        raise ArtifactError(
+            f"{file}: holds no state_dict, found {keys or type(content).__name__}", "save net.state_dict()"
+        )
+    if key is not None:
+        within = {path.removeprefix(f"{key}."): e for path, e in entries.items() if path.startswith(f"{key}.")}
+        if not within:
+            raise ConfigError(f"--weights-key {key}: not in {file}", did_you_mean(key, _outermost(entries)))
+        entries = within
     expected = net.state_dict()
-    state = _without_prefix(_unwrap(content, file), expected)
+    state = _fitting(entries, expected, file)
     _check_fit(state, expected, file)
+    _check_finite(state, dict(net.named_parameters()), file)
     net.load_state_dict(state, strict=False)  # strictness is checked above, with shorter messages
 
 
-def _read_safetensors(file: Path) -> dict[str, Tensor]:
-    try:
-        return safetensors.torch.load_file(file)
-    except (SafetensorError, OSError) as error:
-        raise ArtifactError(f"{file}: not readable as safetensors: {error}", "the file is damaged") from None
+def _read(file: Path) -> Any:
+    with file.open("rb") as stream:
+        start = stream.read(9)
+    if start[8:] == b"{":  # after the length of the header
+        try:
+            return safetensors.torch.load_file(file)
+        except (SafetensorError, OSError) as error:
+            raise ArtifactError(f"{file}: not readable as safetensors: {error}", "the file is damaged") from None
+    unread: dict[str, type[_Unread]] = {}
+    while True:
+        try:
+            # A stream: of a path, torch.load looks at the name.
+            with file.open("rb") as stream, torch.serialization.safe_globals([(c, name) for name, c in unread.items()]):
+                return torch.load(stream, map_location="cpu", weights_only=True)
+        except Exception as error:  # a damaged pickle can raise anything
+            name = next(iter(re.findall(r"Unsupported global: GLOBAL (\S+)", str(error))), None)
+            if name is None or name in unread or len(unread) == _CLASSES:
+                _refuse(error, list(unread), file)
+            unread[name] = type("_Unread", (_Unread,), {"name": name})
 
 
-def _read_pickle(file: Path) -> Any:
-    try:
-        return torch.load(file, map_location="cpu", weights_only=True)
-    except Exception as error:  # a damaged pickle can raise anything
-        if any(words in str(error) for words in _REFUSALS):
-            raise ArtifactError(
-                f"{file}: carries code, which is never run", "save the state_dict alone, best as .safetensors"
-            ) from None
-        raise ArtifactError(f"{file}: not readable as PyTorch weights", "damaged, or another type of file") from None
+def _refuse(error: Exception, unread: Sequence[str], file: Path) -> NoReturn:
+    """Say what is the matter with a file that cannot be read, perhaps for what it holds beside tensors."""
+    name = next(iter(re.findall(r"GLOBAL (\S+)", str(error))), None)
+    if name or unread or "TorchScript" in str(error):
+        shown = _some([name] if name else unread) or "TorchScript"
+        raise ArtifactError(f"{file}: carries code ({shown}), which is never run", _ALONE) from None
+    raise ArtifactError(
+        f"{file}: not readable as weights of PyTorch or safetensors", "damaged, or another type of file"
+    ) from None
 
 
-def _unwrap(content: Any, file: Path) -> dict[str, Tensor]:
-    while isinstance(content, Mapping):
-        inner = next((content[key] for key in _WRAPPERS if isinstance(content.get(key), Mapping)), None)
-        if inner is None:
-            break
-        content = inner
-    is_mapping = isinstance(content, Mapping) and len(content) > 0
-    if is_mapping and all(isinstance(key, str) and isinstance(value, Tensor) for key, value in content.items()):
-        return dict(content)
-    what = f"keys {_some(map(str, content))}" if is_mapping else type(content).__name__
-    raise ArtifactError(f"{file}: holds no state_dict, found {what}", "save net.state_dict()")
+def _refuse_code(values: Iterable[Any], file: Path) -> None:
+    """Refuse values in the place of weights that are of some class."""
+    if names := [value.name for value in values if isinstance(value, _Unread)]:
+        raise ArtifactError(f"{file}: carries code ({_some(names)}), which is never run", _ALONE)
 
 
-def _without_prefix(state: dict[str, Tensor], expected: Mapping[str, Tensor]) -> dict[str, Tensor]:
-    """Of the state as it is and with ever more prefixes removed, the first that fits ``expected`` best."""
-    candidates = [state]
-    while prefix := next((p for p in _PREFIXES if all(key.startswith(p) for key in candidates[-1])), None):
-        candidates.append({key.removeprefix(prefix): value for key, value in candidates[-1].items()})
-    return max(candidates, key=lambda candidate: len(candidate.keys() & expected.keys()))
+def _entries(content: Any) -> Iterator[tuple[str, _Entry]]:
+    """Every entry in mappings within mappings, by its path: the keys, joined by dots. No mapping is read twice."""
+    seen = set()
+    todo = [("", 0, content)]
+    while todo:
+        container, depth, mapping = todo.pop(0)
+        if not isinstance(mapping, Mapping) or id(mapping) in seen or depth > _DEPTH:
+            continue
+        seen.add(id(mapping))
+        for key, value in mapping.items():
+            path = f"{container}.{key}" if container else key
+            if isinstance(key, str) and isinstance(value, Tensor | _Unread):
+                yield path, _Entry(value, container)
+            elif isinstance(key, str):  # those of optimisers are numbers
+                todo.append((path, depth + 1, value))
 
 
-def _check_fit(state: Mapping[str, Tensor], expected: Mapping[str, Tensor], file: Path) -> None:
-    # Files from before PyTorch 0.4.1 lack this counter, which inference does not use.
-    missing = [key for key in expected if key not in state and not key.endswith("num_batches_tracked")]
+def _outermost(paths: Iterable[str]) -> list[str]:
+    """The first parts of paths."""
+    return list(dict.fromkeys(path.partition(".")[0] for path in paths))
+
+
+def _prefixes(path: str) -> Iterator[str]:
+    """What the path of a tensor may begin with before the name of the weight: nothing, or up to one of its dots."""
+    return (path[:end] for end in [0, *(dot.end() for dot in re.finditer(r"\.", path))])
+
+
+def _fitting(entries: Mapping[str, _Entry], expected: Mapping[str, Tensor], file: Path) -> dict[str, Tensor]:
+    """The tensors under that prefix of the paths in a file which finds most keys of the network, by those keys.
+
+    The network's keys may have a prefix themselves that the file lacks. What lies beside them in the same containers
+    and has their prefix belongs to them.
+    """
+    fits: Counter[tuple[str, str]] = Counter()
+    lackings = list(_shared_prefixes(expected))
+    for path, entry in entries.items():
+        for prefix in _prefixes(path):
+            for lacking in lackings:
+                value = expected.get(lacking + path[len(prefix) :])
+                if value is not None and isinstance(entry.value, Tensor):
+                    fits[prefix, lacking] += 1 + (value.shape == entry.value.shape)
+    if not fits:
+        fits[list(_shared_prefixes(entries))[-1], ""] = 0
+    best = [pair for pair, count in fits.items() if count == max(fits.values())]
+    prefix, lacking = min(best, key=lambda pair: (len(pair[1]), _rank(pair[0])))  # of equals, the first in the file
+    if others := list(dict.fromkeys(other for other, _ in best if other != prefix)):
+        choices = _some(other[:-1] or "the outermost" for other in others)
+        LOG.warning("%s: took %s; %s would fit too: --weights-key", file, prefix[:-1] or "the outermost", choices)
+    taken = {lacking + path[len(prefix) :]: entry for path, entry in entries.items() if path.startswith(prefix)}
+    homes = {entry.container for key, entry in taken.items() if key in expected}
+    state = {key: entry.value for key, entry in taken.items() if entry.container in homes or not homes}
+    _refuse_code(state.values(), file)
+    return {key: value for key, value in state.items() if isinstance(value, Tensor)}
+
+
+def _rank(prefix: str) -> int:
+    return next((i for i, name in enumerate(_PREFERRED) if prefix.startswith(f"{name}.")), len(_PREFERRED))
+
+
+def _shared_prefixes(keys: Iterable[str]) -> Iterator[str]:
+    """The prefixes that all keys have, from none to the longest."""
+    keys = list(keys)
+    return (prefix for prefix in _prefixes(keys[0] if keys else "") if all(key.startswith(prefix) for key in keys))
+
+
+def _check_fit(state: dict[str, Tensor], expected: Mapping[str, Tensor], file: Path) -> None:
+    """Refuse what does not fit; leave out auxiliary heads that the network does not have, and say so."""
+    # Tied weights are one tensor under several keys, of which a file may have one.
+    there = {_place(expected[key]) for key in state if key in expected}
+    missing = [
+        key for key, value in expected.items()
+        if key not in state and not key.endswith(_UNCOUNTED) and _place(value) not in there
+    ]  # fmt: skip
     unexpected = [key for key in state if key not in expected]
+    if auxiliary := [key for key in unexpected if _AUXILIARY.match(key)]:
+        LOG.warning("%s: auxiliary heads are left out: %s", file, _some(_outermost(auxiliary)))
+        unexpected = [key for key in unexpected if key not in auxiliary]
     shapes = [
         f"{key} {tuple(state[key].shape)} instead of {tuple(expected[key].shape)}"
         for key in expected
         if key in state and state[key].shape != expected[key].shape
     ]
-    diff = [f"{title} {_some(keys)}" for title, keys in
-            (("missing", missing), ("unexpected", unexpected), ("wrong shape", shapes)) if keys]  # fmt: skip
-    if diff:
+    beside = [_beside(key, expected[key], {other: state[other] for other in unexpected}) for key in missing[:_LISTED]]
+    problems = {"missing": [*beside, *missing[_LISTED:]], "unexpected": unexpected, "wrong shape": shapes}
+    if diff := [f"{title} {_some(keys)}" for title, keys in problems.items() if keys]:
         raise ArtifactError(
             f"{file}: the weights do not fit the model: {'; '.join(diff)}",
             "check the model SPEC, the number of classes and the input size",
+        )
+
+
+def _beside(key: str, value: Tensor, others: Mapping[str, Tensor]) -> str:
+    """A key that the file lacks, its shape, and what in the file is most like it."""
+    alike = {other: tensor for other, tensor in others.items() if tensor.shape == value.shape} or others
+    near = difflib.get_close_matches(key, alike, n=1, cutoff=0.0)
+    shown = f"{key} {tuple(value.shape)}"
+    return f"{shown} (nearest there: {near[0]} {tuple(others[near[0]].shape)})" if near else shown
+
+
+def _place(value: Tensor) -> tuple[Any, ...]:
+    """Tells tensors apart that do not share their memory; empty ones are all apart."""
+    return value.data_ptr() or id(value), value.shape, value.stride()
+
+
+def _check_finite(state: Mapping[str, Tensor], parameters: Mapping[str, nn.Parameter], file: Path) -> None:
+    bad = [key for key, value in state.items() if value.isnan().any() or (key in parameters and value.isinf().any())]
+    if bad:
+        raise ArtifactError(
+            f"{file}: not finite: {_some(bad)}", "the training that made them failed; take an earlier file"
         )
 
 

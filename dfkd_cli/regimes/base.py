@@ -21,6 +21,7 @@ from torch.optim.lr_scheduler import (
 
 from dfkd_cli.data.augment import pipeline
 from dfkd_cli.data.sources import Batches, Images, Source, hold_out
+from dfkd_cli.models.adapter import require_training
 from dfkd_cli.models.classifier import Classifier
 from dfkd_cli.objectives.base import Objective
 from dfkd_cli.options import Training
@@ -132,6 +133,9 @@ class Regime(Learner):
         """Get the batches ready on this process's device."""
         self.augment = pipeline(self.training_config, self.student.background(self.training_config.fill))
         self.batches = Batches(self.train_source, self.training_config.batch_size, self.seed, self.device)
+        if (share := self.batches.batch_size // self.trainer.world_size) < 2:
+            info = self.student.info
+            require_training(self.student.net, info.spec, info.num_classes, info.input_size, share)
         if self.held_out is not None:
             self.held = self.held_out.all().to(self.device)
 

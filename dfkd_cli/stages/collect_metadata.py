@@ -126,9 +126,9 @@ def collect(
         moments = {name: [RunningMoments() for _ in classes] for name in layers if name not in joint}
         together = [Covariance(sum(units[name] for name in joint)) for _ in classes]
         for images in batches(source, batch_size, device):
-            classifier(images.pixels)
+            logits = classifier(images.pixels)
             rows = {name: outputs[name].flatten(1).cpu().double() for name in layers}
-            rows[head] /= temperature
+            rows[head] = logits.cpu().double() / temperature
             stacked, labels = torch.cat([rows[name] for name in joint], 1), images.true_labels.cpu()
             for label in sorted(set(labels.tolist())):
                 mine = labels == label

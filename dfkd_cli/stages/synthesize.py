@@ -24,7 +24,7 @@ from dfkd_cli.catalog import Choice, Command
 from dfkd_cli.config import option, plain
 from dfkd_cli.data.seal import sealed
 from dfkd_cli.errors import ArtifactError, ConfigError
-from dfkd_cli.models.classifier import Classifier
+from dfkd_cli.models.classifier import Classifier, is_batch_norm
 from dfkd_cli.models.directory import save_model
 from dfkd_cli.models.generators import Generators, save_generators
 from dfkd_cli.models.names import LoadedModel, architecture, locate
@@ -131,8 +131,10 @@ def check_needs(entry: catalog.Entry, teacher: Classifier, inputs: Any) -> None:
             raise ConfigError(f"--method {entry.name} needs {what}", hint)
     if "batchnorm" in entry.needs and not teacher.batch_norms():
         others = [name for name, e in catalog.entries("synthesizers").items() if "batchnorm" not in e.needs]
+        keeps_none = any(map(is_batch_norm, teacher.net.modules()))
+        lack = "keeps no statistics in it (track_running_stats=False)" if keeps_none else "has none"
         raise ArtifactError(
-            f"--method {entry.name} needs a teacher with BatchNorm, {teacher.info.spec} has none",
+            f"--method {entry.name} needs a teacher with BatchNorm, {teacher.info.spec} {lack}",
             f"these work without: {', '.join(others)}",
         )
 

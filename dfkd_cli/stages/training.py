@@ -15,6 +15,7 @@ from dfkd_cli.artifacts.run import RunDirectory, check_free
 from dfkd_cli.config import dump_yaml, shortened
 from dfkd_cli.data.sources import ANSWERS
 from dfkd_cli.errors import ConfigError
+from dfkd_cli.models.adapter import require_training
 from dfkd_cli.models.classifier import Classifier, ModelInfo
 from dfkd_cli.models.directory import save_model
 from dfkd_cli.models.names import architecture
@@ -41,6 +42,7 @@ def fresh(info: ModelInfo, role: str, seed: int, allow_code: bool) -> Classifier
     with torch.random.fork_rng(devices=[]):
         torch.manual_seed(derive(role, seed))
         net = build(named.spec, info.num_classes, info.input_size, allow_code or named.directory is None)
+        require_training(net, info.spec, info.num_classes, info.input_size, batch=2)
     return Classifier(net, dataclasses.replace(info, spec=named.spec))
 
 

@@ -32,6 +32,7 @@ from torch import Tensor, nn
 from dfkd_cli.config import option
 from dfkd_cli.errors import ConfigError
 from dfkd_cli.models.activations import Tap
+from dfkd_cli.models.classifier import unit_weights
 from dfkd_cli.models.taps import LOGITS, Taps
 from dfkd_cli.options import TAPS, ImageOptimization
 from dfkd_cli.synthesizers.base import ImageOptimizer, Look, SynthesisTask
@@ -76,7 +77,7 @@ class SoftTarget(ImageOptimizer):
         for index, (name, layer) in enumerate(self.layers.items()):
             rows = slice((index - first) % len(self.layers), None, len(self.layers))
             wanted = len(range(count)[rows])
-            drawn = normal_logits(layer.weight.flatten(1).float().cpu(), self.config.sigma, wanted)
+            drawn = normal_logits(unit_weights(layer), self.config.sigma, wanted)
             targets[name] = rows, (drawn / self.config.temperature).softmax(1)
         return targets
 
@@ -101,7 +102,7 @@ class SoftTarget(ImageOptimizer):
         return terms
 
 
-def _linear(taps: Taps, name: str) -> nn.Linear | nn.Conv2d:
+def _linear(taps: Taps, name: str) -> nn.Module:
     """The layer whose outputs have targets.
 
     Raises:

@@ -29,6 +29,7 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from dfkd_cli.config import option
+from dfkd_cli.models.classifier import unit_weights
 from dfkd_cli.options import ImageOptimization
 from dfkd_cli.synthesizers.base import ImageOptimizer, Look
 from dfkd_cli.synthesizers.terms import tempered_cross_entropy, total_variation
@@ -52,7 +53,7 @@ class ZSKD(ImageOptimizer):
 
     def targets(self, first: int, count: int) -> Tensor:
         """Soft labels; image ``n`` is of class ``n mod K``, and the betas take turns."""
-        similarity = class_similarity(self.teacher.head().weight.flatten(1).float().cpu())
+        similarity = class_similarity(unit_weights(self.teacher.head()))
         index = torch.arange(first, first + count)
         beta = torch.tensor(self.config.beta)[index // len(similarity) % len(self.config.beta)]
         return dirichlet_targets(similarity[index % len(similarity)], beta)

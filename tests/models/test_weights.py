@@ -2,19 +2,25 @@
 
 from __future__ import annotations
 
+import argparse
 import os
+from datetime import date
 from pathlib import Path
 
+import numpy as np
 import pytest
 import safetensors.torch
 import torch
+import torchvision
 from comparisons import same_weights
 from torch import nn
 
 from dfkd_cli.errors import ArtifactError, ConfigError
 from dfkd_cli.models import cifar_resnet, lenet
+from dfkd_cli.models.names import locate
 from dfkd_cli.models.registry import build
 from dfkd_cli.models.weights import load_weights
+from dfkd_cli.options import ForeignModel
 
 
 @pytest.fixture(scope="module")
@@ -112,12 +118,180 @@ def test_file_without_a_state_dict(tmp_path, content):
         load_weights(target(), tmp_path / "w.pt")
 
 
-def test_file_must_exist_and_have_a_known_type(tmp_path):
+def test_file_must_exist_and_be_of_a_known_type(tmp_path):
     with pytest.raises(ArtifactError, match="no such file"):
         load_weights(target(), tmp_path / "w.pt")
     (tmp_path / "w.onnx").touch()
-    with pytest.raises(ConfigError, match="unknown type"):
+    with pytest.raises(ArtifactError, match="not readable as weights of PyTorch or safetensors"):
         load_weights(target(), tmp_path / "w.onnx")
+
+
+@pytest.mark.parametrize("name", ["w.th", "w.pth.tar", "pytorch_model.bin", "W.PTH", "w", "w.safetensors", "w.pt"])
+@pytest.mark.parametrize("zipped", [True, False, None])
+def test_the_content_decides_not_the_name(tmp_path, source, name, zipped):
+    if zipped is None:
+        safetensors.torch.save_file(source.state_dict(), tmp_path / name)
+    else:
+        torch.save(source.state_dict(), tmp_path / name, _use_new_zipfile_serialization=zipped)
+    net = target()
+    load_weights(net, tmp_path / name)
+    assert same_weights(net, source)
+
+
+def halves(state):
+    """The parts of a network, each in a dictionary of its own."""
+    parts: dict[str, dict[str, torch.Tensor]] = {}
+    for key, value in state.items():
+        part, _, rest = key.partition(".")
+        parts.setdefault(part, {})[rest] = value
+    return parts
+
+
+@pytest.mark.parametrize(
+    "wrap",
+    [
+        lambda s: {"n_averaged": torch.tensor(3), **prefixed(s, "module.")},
+        lambda s: {"state_dict": {**prefixed(s, "model."), "criterion.weight": torch.ones(10)}},
+        lambda s: {"weights": prefixed(s, "backbone.")},
+        lambda s: {"student": target(7).state_dict(), "teacher": s, "epoch": 3},
+        lambda s: {"model": s, "optimizer": {"state": {0: {"exp_avg": torch.ones(3)}}, "ema": torch.ones(3)}},
+        lambda s: {"checkpoint": {"networks": [1], "classifier": {"state_dict": prefixed(s, "module.model.")}}},
+        halves,
+        lambda s: {"state_dict": {**prefixed(s, "teacher."), **prefixed(target(7).state_dict(), "student.")}},
+    ],
+)
+def test_what_lies_beside_the_weights_does_not_count(tmp_path, source, wrap):
+    torch.save(wrap(source.state_dict()), tmp_path / "w")
+    net = target()
+    load_weights(net, tmp_path / "w")
+    assert same_weights(net, source)
+
+
+def test_a_prefix_that_the_network_has_and_the_file_lacks(tmp_path, source):
+    torch.save({"state_dict": prefixed(source.state_dict(), "net.")}, tmp_path / "w")
+    wrapped = nn.ModuleDict({"model": nn.ModuleDict({"net": target()})})
+    load_weights(wrapped, tmp_path / "w")
+    assert same_weights(wrapped["model"]["net"], source)
+
+
+def test_of_several_that_fit_one_is_named_and_the_user_may_choose(tmp_path, source, caplog):
+    other = target()
+    content = {"ema": {"shadow": other.state_dict()}, "model": source.state_dict()}
+    torch.save(content, tmp_path / "w")
+    net = target()
+    load_weights(net, tmp_path / "w")
+    assert same_weights(net, source)
+    assert "took model; ema.shadow would fit too: --weights-key" in caplog.text
+    for key in ("ema", "ema.shadow"):
+        load_weights(net, tmp_path / "w", key)
+        assert same_weights(net, other)
+        load_weights(net, tmp_path / "w", "model")
+    with pytest.raises(ConfigError, match=r"--weights-key emma: not in .*did you mean 'ema'"):
+        load_weights(net, tmp_path / "w", "emma")
+
+
+def test_a_teacher_is_preferred_to_its_student(tmp_path, source):
+    torch.save({"student": target().state_dict(), "teacher": source.state_dict()}, tmp_path / "w")
+    net = target()
+    load_weights(net, tmp_path / "w")
+    assert same_weights(net, source)
+
+
+class Tied(nn.Module):
+    def __init__(self) -> None:
+        super().__init__()
+        self.encoder, self.decoder = nn.Linear(4, 4), nn.Linear(4, 4)
+        self.decoder.weight = self.encoder.weight
+
+
+@pytest.mark.parametrize("prefix", ["", "module."])
+def test_tied_weights_are_in_a_file_once(tmp_path, prefix):
+    tied, net = Tied(), Tied()
+    safetensors.torch.save_model(nn.ModuleDict({"module": tied}) if prefix else tied, tmp_path / "w")
+    assert len(safetensors.torch.load_file(tmp_path / "w")) == 3
+    load_weights(net, tmp_path / "w")
+    assert same_weights(net, tied)
+    assert net.encoder.weight is net.decoder.weight
+
+
+class Spy:
+    """Leaves a trace when its code is run."""
+
+    def __init__(self, path: Path) -> None:
+        self.path = path
+        path.touch()
+
+    def __setstate__(self, state):
+        state["path"].touch()
+
+
+@pytest.mark.parametrize("zipped", [True, False])
+def test_metadata_beside_the_weights_is_not_read(tmp_path, source, zipped):
+    args = argparse.Namespace(lr=0.1, out=tmp_path, more=argparse.Namespace(names=["a"]))
+    facts = {"args": args, "best": np.float64(0.9), "curve": np.ones(3), "epoch": np.int64(3), "day": date(2020, 1, 2)}
+    facts["own"] = Spy(tmp_path / "ran")
+    torch.save({"model": source.state_dict(), **facts}, tmp_path / "w", _use_new_zipfile_serialization=zipped)
+    (tmp_path / "ran").unlink()
+    net = target()
+    load_weights(net, tmp_path / "w")
+    assert same_weights(net, source)
+    assert not (tmp_path / "ran").exists()
+
+
+@pytest.mark.parametrize("value", [torch.nan, torch.inf, -torch.inf])
+def test_weights_that_are_not_finite_are_refused_when_loaded(tmp_path, source, value):
+    state = {key: tensor.clone() for key, tensor in source.state_dict().items()}
+    state["head.weight"][3, 5] = value
+    torch.save(state, tmp_path / "w")
+    net = target()
+    before = {key: tensor.clone() for key, tensor in net.state_dict().items()}
+    with pytest.raises(ArtifactError, match=r"not finite: head\.weight"):
+        load_weights(net, tmp_path / "w")
+    assert all(torch.equal(tensor, before[key]) for key, tensor in net.state_dict().items())
+
+
+def test_the_nearest_names_and_shapes_stand_side_by_side(tmp_path, source):
+    state = dict(source.state_dict())
+    state["fc.weight"], state["fc.bias"] = state.pop("head.weight"), state.pop("head.bias")
+    torch.save(state, tmp_path / "w")
+    with pytest.raises(ArtifactError) as caught:
+        load_weights(target(), tmp_path / "w")
+    assert "head.weight (10, 64) (nearest there: fc.weight (10, 64))" in caught.value.message
+    assert "head.bias (10,) (nearest there: fc.bias (10,))" in caught.value.message
+
+
+def test_what_is_no_tensor_among_the_weights_is_refused(tmp_path, source):
+    torch.save({**source.state_dict(), "args": argparse.Namespace()}, tmp_path / "w")
+    with pytest.raises(ArtifactError, match=r"carries code \(argparse\.Namespace\).*save the state_dict alone"):
+        load_weights(target(), tmp_path / "w")
+
+
+def test_a_file_that_contains_itself_ends(tmp_path):
+    loop: dict[str, object] = {}
+    loop |= {f"key{i}": loop for i in range(50)}
+    torch.save(loop, tmp_path / "w")
+    with pytest.raises(ArtifactError, match="holds no state_dict"):
+        load_weights(target(), tmp_path / "w")
+
+
+def test_official_weights_with_auxiliary_heads(tmp_path, caplog):
+    net = torchvision.models.googlenet(weights=None, num_classes=4, init_weights=False).eval()  # transforms inputs
+    net.transform_input = True
+    torch.save(net.state_dict(), tmp_path / "w")
+    mean, std = (0.485, 0.456, 0.406), (0.229, 0.224, 0.225)
+    said = ForeignModel(weights=str(tmp_path / "w"), input_size=(3, 64, 64), num_classes=4, mean=mean, std=std)
+    model = locate("torchvision:googlenet", said).open(allow_code=False).classifier.eval()
+    assert "auxiliary heads are left out: aux1, aux2" in caplog.text
+    pixels = torch.rand(2, 3, 64, 64)
+    shape = (1, 3, 1, 1)
+    expected = net((pixels - torch.tensor(mean).view(shape)) / torch.tensor(std).view(shape))
+    torch.testing.assert_close(model(pixels), expected, rtol=1e-3, atol=1e-3)
+
+
+def test_pixels_in_0_to_255_are_told_by_their_mean(tmp_path, caplog):
+    said = ForeignModel(weights="w", input_size=(3, 8, 8), num_classes=4, mean=(123.7, 116.3, 103.5))
+    locate("resnet8", said)
+    assert "divide by 255" in caplog.text
 
 
 def test_weights_that_do_not_fit_are_named_and_change_nothing(tmp_path, source):

@@ -1,0 +1,154 @@
+"""Networks as their authors wrote them: images in, logits out is made of whatever they take and return.
+
+A network is run once in each mode. Where it writes to its input, or returns anything but logits, hooks of its own make
+up for that in every later pass. It is not wrapped in another module, which would rename its layers and weights.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import logging
+from collections.abc import Mapping
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from dfkd_cli.errors import ArtifactError, ConfigError
+from dfkd_cli.models.classifier import noise, undisturbed
+
+LOG = logging.getLogger(__name__)
+
+
+@dataclass(frozen=True)
+class Habits:
+    """What a network was seen to do.
+
+    Attributes:
+        writes: Whether it changes its input.
+        outputs: What it returns for two images, by whether it is in training mode. Not every network can be trained.
+    """
+
+    writes: bool
+    outputs: Mapping[bool, Any]
+
+
+def watch(net: nn.Module, input_size: tuple[int, int, int]) -> Habits:
+    """Run a network on two images (C, H, W), in evaluation mode and, where that does not fail, in training mode."""
+    images, writes, outputs = noise(net, input_size, 2), False, {}
+    for training in (False, True):
+        passed = images.clone()
+        try:
+            with undisturbed(net, training):
+                outputs[training] = net(passed)
+        except Exception:  # foreign code can raise anything
+            if not training:
+                raise
+        writes |= passed._version > 0 or not torch.equal(passed, images)
+    return Habits(writes, outputs)
+
+
+def adapt(net: nn.Module, spec: str, num_classes: int, habits: Habits) -> None:
+    """Make every pass of a network leave its input alone and give logits (B, K); say what is made of its outputs.
+
+    Args:
+        net: The network; it gets hooks where it needs them.
+        spec: What it is called.
+        num_classes: K.
+        habits: What :func:`watch` saw.
+
+    Raises:
+        ConfigError: There is one class.
+        ArtifactError: Evaluation does not give logits.
+    """
+    if num_classes < 2:
+        raise ConfigError(
+            f"{spec}: of one class there is nothing to learn",
+            "a network with one logit z has two classes: give it --num-classes 2 and the logits (0, z)",
+        )
+    logits = {training: logits_in(output) for training, output in habits.outputs.items()}
+    if _size(logits[False]) != (1, num_classes):
+        several = not isinstance(habits.outputs[False], Tensor)
+        raise ArtifactError(
+            f"{spec}: gives {_shown(habits.outputs[False])} for an image instead of logits {(1, num_classes)}",
+            "return the logits first, or under the name `logits`; or check --num-classes"
+            if several
+            else "check --num-classes",
+        )
+    probable = {training for training, values in logits.items() if _sums_to_one(values, num_classes)}
+    packed = [training for training, output in habits.outputs.items() if not isinstance(output, Tensor)]
+    if packed:
+        when = "" if False in packed else " in training"
+        LOG.warning("%s: returns %s%s; the logits are `logits` or the first tensor", spec,
+                    _shown(habits.outputs[packed[0]]), when)  # fmt: skip
+    if probable:
+        LOG.warning("%s: ends in probabilities; their logarithms are taken as the logits", spec)
+    if habits.writes:
+        net.register_forward_pre_hook(lambda _, inputs: (inputs[0].clone(), *inputs[1:]))
+    if packed or probable:
+
+        def answer(net: nn.Module, _: Any, output: Any) -> Any:
+            values = logits_in(output)
+            return values.clamp_min(torch.finfo(values.dtype).tiny).log() if net.training in probable else values
+
+        net.register_forward_hook(answer)
+
+
+def require_training(net: nn.Module, spec: str, num_classes: int, input_size: tuple[int, int, int], batch: int) -> None:
+    """Check that a network can be trained on batches of so many images (C, H, W).
+
+    Raises:
+        ConfigError: It fails, as BatchNorm does with one value for each channel, or gives no logits (B, K).
+    """
+    try:
+        with undisturbed(net, training=True):
+            answers = net(noise(net, input_size, batch))
+    except Exception as error:  # foreign code can raise anything
+        hint = "give more images, or a larger --batch-size" if batch < 2 else "check --input-size and the model SPEC"
+        raise ConfigError(f"{spec}: cannot be trained on {batch} images at once: {str(error)[:300]}", hint) from error
+    if _size(answers) != (1, num_classes):
+        raise ConfigError(
+            f"{spec}: gives {_shown(answers)} for an image in training instead of logits {(1, num_classes)}",
+            "return the logits first, or under the name `logits`",
+        )
+
+
+def logits_in(output: Any) -> Any:
+    """Of what a network returns, the logits: what is called so, or the first tensor. None where there is no tensor."""
+    if isinstance(output, Tensor):
+        return output
+    first = next(filter(lambda value: value is not None, map(logits_in, _parts(output).values())), None)
+    named = _parts(output).get("logits")
+    return named if isinstance(named, Tensor) else first
+
+
+def _parts(output: Any) -> Mapping[Any, Any]:
+    """What a container holds, by name or position; nothing where it is none."""
+    if isinstance(output, Mapping):
+        return output
+    if isinstance(output, tuple) and hasattr(output, "_asdict"):
+        return output._asdict()
+    if dataclasses.is_dataclass(output):
+        return {field.name: getattr(output, field.name) for field in dataclasses.fields(output)}
+    return dict(enumerate(output)) if isinstance(output, tuple | list) else {}
+
+
+def _size(output: Any) -> tuple[int, ...] | None:
+    """The shape for one of several images, (1, ...)."""
+    return tuple(output[:1].shape) if isinstance(output, Tensor) and output.ndim else None
+
+
+def _shown(output: Any) -> str:
+    """What was returned, in words: the shape for one image, or each of the parts'."""
+    if isinstance(output, Tensor):
+        return str(_size(output))
+    parts = ", ".join(f"{name} {_shown(value)}" if isinstance(name, str) else _shown(value)
+                      for name, value in _parts(output).items())  # fmt: skip
+    return type(output).__name__ + (f" of {parts}" if parts else "")
+
+
+def _sums_to_one(logits: Any, num_classes: int) -> bool:
+    if _size(logits) != (1, num_classes):
+        return False
+    return bool((logits >= 0).all()) and torch.allclose(logits.float().sum(1), torch.ones(()).to(logits), atol=1e-3)

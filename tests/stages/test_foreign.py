@@ -1,0 +1,115 @@
+"""Whole commands with networks and weights that other people wrote."""
+
+from __future__ import annotations
+
+import importlib.util
+import json
+from pathlib import Path
+
+import pytest
+import torch
+
+CODE = """
+import torch
+from torch import nn
+from torchvision.ops.misc import FrozenBatchNorm2d
+
+class Net(nn.Module):
+    def __init__(self, norm=nn.BatchNorm2d, end=lambda y: y, start=lambda x: x, classes=10):
+        super().__init__()
+        self.body = nn.Sequential(nn.Conv2d(1, 6, 5, 4), norm(6), nn.ReLU(), nn.AdaptiveAvgPool2d(1), nn.Flatten())
+        self.fc, self.start, self.end = nn.Linear(6, classes), start, end
+    def forward(self, x):
+        return self.end(self.fc(self.body(self.start(x))))
+
+plain = lambda: Net()
+writes = lambda: Net(start=lambda x: x.sub_(0.5))
+rectified = lambda: Net(start=nn.ReLU(inplace=True))
+probable = lambda: Net(end=nn.Softmax(1))
+logged = lambda: Net(end=nn.LogSoftmax(1))
+packed = lambda: Net(end=lambda y: {"logits": y})
+frozen = lambda: Net(norm=FrozenBatchNorm2d)
+unkept = lambda: Net(norm=lambda c: nn.BatchNorm2d(c, track_running_stats=False))
+single = lambda: Net(classes=1)
+deep = lambda: nn.Sequential(nn.Flatten(), nn.Linear(1024, 10), nn.BatchNorm1d(10))
+"""
+SMALL = ["--num-images", "20", "--batch-size", "20", "--iterations", "2"]
+
+
+@pytest.fixture
+def here(tmp_path, monkeypatch) -> Path:
+    """A directory with a user's code, and weights of each network in it."""
+    monkeypatch.chdir(tmp_path)
+    Path("net.py").write_text(CODE)
+    spec = importlib.util.spec_from_file_location("net", "net.py")
+    module = importlib.util.module_from_spec(spec)
+    spec.loader.exec_module(module)
+    for name in ("plain", "frozen", "unkept", "single"):
+        net = getattr(module, name)()
+        torch.save({"net": net.state_dict(), "ema": getattr(module, name)().state_dict()}, f"{name}.bin")
+    return tmp_path
+
+
+def teacher(name: str, weights: str = "plain.bin", classes: int = 10) -> list[str]:
+    size = ["--input-size", "1", "32", "32", "--num-classes", str(classes)]
+    return ["--teacher", f"net.py:{name}", "--weights", weights, *size]
+
+
+@pytest.mark.parametrize("name", ["writes", "rectified", "probable", "logged", "packed"])
+def test_a_users_network_teaches_through_the_whole_pipeline(here, cli, name):
+    code, _, err = cli("synthesize", "--method", "zskd", *teacher(name), *SMALL)
+    assert code == 0, err
+    assert err.count("note: net.py") == (name in ("probable", "packed"))
+    student = ["--student", f"net.py:{name}", "--epochs", "1"]
+    code, _, err = cli("distill", *teacher(name), *student)
+    assert code == 0, err
+    assert json.loads(Path("student/run.json").read_text())["status"] == "done"
+
+
+def test_frozen_statistics_and_none_at_all(here, cli):
+    arguments = ["synthesize", "--method", "deepinversion", *SMALL]
+    code, _, err = cli(*arguments, *teacher("frozen", "frozen.bin"))
+    assert code == 0, err
+    code, _, err = cli(*arguments, *teacher("unkept", "unkept.bin"), "--out", "other")
+    assert code == 3
+    assert "net.py:unkept keeps no statistics in it (track_running_stats=False)" in err
+
+
+def test_the_weights_that_are_taken_are_part_of_the_teachers_hash(here, cli):
+    hashes = []
+    for key in ([], ["--weights-key", "ema"]):
+        code, _, err = cli(
+            "synthesize", "--method", "noise", *teacher("plain"), *key, *SMALL[:4], "--out", f"s{len(key)}"
+        )
+        assert code == 0, err
+        assert ("took net; ema would fit too" in err) == (not key)
+        hashes.append(json.loads(Path(f"s{len(key)}/manifest.json").read_text())["teacher"]["sha256"])
+    assert hashes[0] != hashes[1]
+
+
+@pytest.mark.parametrize(
+    ("arguments", "expected", "words"),
+    [
+        (teacher("single", "single.bin", 1), 2, "of one class there is nothing to learn"),
+        (teacher("single", "single.bin", 10), 3, "gives (1, 1) for an image instead of logits (1, 10)"),
+        ([*teacher("plain"), "--weights-key", "emma"], 2, "did you mean 'ema'?"),
+        ([*teacher("plain", "nan.bin")], 3, "not finite: fc.bias"),
+    ],
+)
+def test_what_is_no_teacher(here, cli, arguments, expected, words):
+    state = torch.load("plain.bin")["net"]
+    state["fc.bias"][2] = torch.nan
+    torch.save(state, "nan.bin")
+    code, _, err = cli("synthesize", "--method", "zskd", *arguments, *SMALL)
+    assert code == expected, err
+    assert words in err
+
+
+@pytest.mark.parametrize("more", [["--transfer-set", "noise:1"], ["--transfer-set", "noise:5", "--batch-size", "1"]])
+def test_batches_of_one_image_where_batchnorm_sees_one_value(here, cli, more):
+    few = ["distill", *teacher("plain"), "--epochs", "1", "--holdout", "0", *more]
+    code, _, err = cli(*few, "--student", "net.py:deep")
+    assert code == 2, err
+    assert "net.py:deep: cannot be trained on 1 images at once" in err
+    code, _, err = cli(*few, "--student", "lenet5-half", "--out", "other")
+    assert code == 0, err
