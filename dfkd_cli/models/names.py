@@ -61,6 +61,11 @@ class ModelDirectory:
 
     name: str
 
+    @property
+    def dataset(self) -> str | None:
+        """The dataset it was trained on, as far as its record says."""
+        return read_record(Path(self.name)).get("provenance", {}).get("dataset")
+
     def open(self, allow_code: bool) -> LoadedModel:
         """Read and check it, as :func:`~dfkd_cli.models.directory.load_model` does."""
         classifier, record = load_model(Path(self.name), allow_code)
@@ -74,6 +79,7 @@ class ForeignWeights:
     name: str
     weights: Path
     info: ModelInfo
+    dataset: None = None  # nobody says
 
     def open(self, allow_code: bool) -> LoadedModel:
         """Build it and load the weights. It may be code in any case: the SPEC is the user's own word.
