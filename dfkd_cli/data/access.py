@@ -87,6 +87,8 @@ class Access:
             made = [place for place in (output, *output.parents) if not place.exists()]
             output.mkdir(parents=True, exist_ok=True)
         scratch = output / ".scratch"  # torch wants a place for temporary files
+        with contextlib.suppress(OSError):  # a directory, as an earlier process left it
+            scratch.unlink()  # a link in what was received may lead anywhere
         scratch.mkdir(exist_ok=True)
         with contextlib.suppress(OSError):
             os.makedirs(os.path.expanduser(_FONTS), exist_ok=True)

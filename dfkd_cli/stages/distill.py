@@ -17,7 +17,7 @@ import torch
 from dfkd_cli.artifacts.run import RunDirectory
 from dfkd_cli.catalog import Choice, Command
 from dfkd_cli.config import option
-from dfkd_cli.data.seal import kept, kept_by, sealed
+from dfkd_cli.data.seal import check_kept, kept, kept_by, sealed
 from dfkd_cli.data.sources import Concat, Source, first
 from dfkd_cli.errors import ConfigError
 from dfkd_cli.models.classifier import Classifier
@@ -183,6 +183,7 @@ def opened(settings: Settings) -> Iterator[Job]:
         info = dataclasses.replace(teacher.classifier.info, spec=inputs.student)
         student = fresh(info, "student", seed, settings.run.allow_code)
         objectives = connect(settings.components["objective"], student, teacher.classifier, seed)
+        check_kept()
         yield Job(teacher, sets, data_free, student, objectives)
 
 

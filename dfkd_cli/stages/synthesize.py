@@ -81,6 +81,7 @@ def run(settings: Settings, terminal: Terminal, dry_run: bool = False) -> dict[s
         teacher = location.open(settings.run.allow_code)
         check_needs(settings.method.entry, teacher.classifier, settings.inputs)
         extras, parents = open_inputs(settings, teacher)
+        check_kept()
         facts = {"data_free": True, "uses": uses(settings.method.entry)}
         directory = RunDirectory(settings.out, settings, [teacher.parent("teacher"), *parents], facts, kept_by())
         if directory.claim():
