@@ -2,6 +2,9 @@
 
 The kernel restricts one thread and what it starts from then on. So a process is confined while it has one thread,
 before it imports NumPy and torch, which start more.
+
+What it does not keep: names of files beneath directories of code can be listed; UDP and sockets that are files stay
+open, and TCP too before version 4 of Landlock, or where several processes work together.
 """
 
 from __future__ import annotations

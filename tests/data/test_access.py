@@ -5,6 +5,7 @@ from __future__ import annotations
 import contextlib
 import json
 import os
+import shutil
 import socket
 import subprocess
 import sys
@@ -81,6 +82,9 @@ def test_no_way_leads_to_data_that_the_command_does_not_name(here, monkeypatch):
     monkeypatch.setattr(ways_to_data, "OUTSIDE", here / "outside")
     monkeypatch.setattr(ways_to_data, "FILE", here / "private" / "images" / "one")
     ways_to_data.prepare()
+    (here / "work").mkdir()  # of directories of code, all names beneath can be listed
+    shutil.copy("net.safetensors", "work")
+    monkeypatch.chdir(here / "work")
 
     def outcomes(*command: str) -> dict[str, str]:
         with teller() as port, (here / "private" / "images" / "one").open("rb") as file:
