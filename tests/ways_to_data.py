@@ -103,16 +103,19 @@ def _from_child(read: Callable[[], bytes]) -> bytes:
     return os.read(ours, 99)
 
 
-def _by_c(name: bytes = os.fsencode(FILE)) -> bytes:
+def _by_c() -> bytes:
     library, buffer = ctypes.CDLL(None), ctypes.create_string_buffer(99)
-    return buffer.raw[: max(0, library.read(library.open(name, os.O_RDONLY), buffer, 99))]
+    library.read(library.open(os.fsencode(FILE), os.O_RDONLY), buffer, 99)
+    return buffer.raw
 
 
 def _by_stdio() -> bytes:
     library, buffer = ctypes.CDLL(None), ctypes.create_string_buffer(99)
     library.fopen.restype = ctypes.c_void_p
     file = library.fopen(os.fsencode(FILE), b"rb")
-    return buffer.raw[: library.fread(buffer, 1, 99, ctypes.c_void_p(file))] if file else b""
+    if file:
+        library.fread(buffer, 1, 99, ctypes.c_void_p(file))
+    return buffer.raw
 
 
 def _after_c(call: str, source: Path, target: Path) -> bytes:
@@ -149,17 +152,14 @@ def _from_within() -> bytes:
 def _spawned() -> bytes:
     context = multiprocessing.get_context("spawn")
     ours, theirs = context.Pipe(duplex=False)
-    process = context.Process(target=_send, args=(theirs,))
+    code = f"pipe.send_bytes(open({str(FILE)!r}, 'rb').read())"
+    process = context.Process(target=exec, args=(code, {"pipe": theirs}))
     process.start()
     theirs.close()
     try:
         return ours.recv_bytes()
     finally:
         process.join()
-
-
-def _send(pipe) -> None:
-    pipe.send_bytes(FILE.read_bytes())
 
 
 async def _awaited() -> bytes:
