@@ -13,7 +13,9 @@ def main() -> None:
     os.environ.setdefault("GOMP_SPINCOUNT", "20000")
     os.environ.setdefault("TORCH_CPP_LOG_LEVEL", "ERROR")  # its warnings are no part of this command's conversation
     from dfkd_cli.cli.app import main as run
+    from dfkd_cli.processes import dedicate
 
+    dedicate()
     sys.exit(run())
 
 

@@ -64,6 +64,7 @@ class Command:
         choices: What is chosen by name.
         shared: Whether several devices and machines can share the work.
         sections: Keys of a recipe that are no options and reach ``Settings.sections`` as they are.
+        data_free: Whether no dataset may be opened with these inputs; None where one may be with any.
         name: What the user types. The file's name.
         help: What the command does, in paragraphs, the first of one line. The file's docstring.
     """
@@ -75,6 +76,7 @@ class Command:
     choices: tuple[Choice, ...] = ()
     shared: bool = False
     sections: tuple[str, ...] = ()
+    data_free: Callable[[Any], bool] | None = None
     name: str = ""
     help: str = ""
 

@@ -5,6 +5,7 @@ from __future__ import annotations
 import contextlib
 import difflib
 from collections.abc import Iterable, Iterator, Mapping
+from types import MappingProxyType
 from typing import Any
 
 
@@ -18,6 +19,7 @@ class DfkdError(Exception):
 
     code = "error"
     exit_code = 1
+    facts: Mapping[str, Any] = MappingProxyType({})  # what it makes true of the run that it ended, in run.json
 
     def __init__(self, message: str, hint: str = "") -> None:
         super().__init__(message)

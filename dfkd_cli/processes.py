@@ -10,6 +10,18 @@ from dfkd_cli.errors import ConfigError, Interrupted
 
 MEETING = ("NODE_RANK", "MASTER_ADDR", "MASTER_PORT")  # what Lightning asks of each machine's environment
 _machine = 0  # this one's number among those that share the run
+_dedicated = False
+
+
+def dedicate() -> None:
+    """Say that this process carries out one command and ends with it: what it does to itself outlives nothing."""
+    global _dedicated
+    _dedicated = True
+
+
+def dedicated() -> bool:
+    """Whether :func:`dedicate` was called."""
+    return _dedicated
 
 
 def join_machines(count: int) -> None:

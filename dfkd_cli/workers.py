@@ -1,4 +1,4 @@
-"""Processes that work for a command: each carries out one call at a time."""
+"""Processes that work for a command: each carries out one call."""
 
 from __future__ import annotations
 
@@ -6,6 +6,7 @@ import contextlib
 import multiprocessing
 import os
 import signal
+import sys
 import threading
 import traceback
 from collections.abc import Callable
@@ -15,49 +16,30 @@ from typing import Any
 from dfkd_cli.errors import DfkdError, Interrupted, RunFailed
 from dfkd_cli.processes import ignore_signals, stop_on_signals
 
+Inside = Callable[[], contextlib.AbstractContextManager[None]]
+_PRELOADED = [f"{__package__}.stages.{name}" for name in ("train_teacher", "collect_metadata", "synthesize", "distill")]
+
 
 class Workers(contextlib.AbstractContextManager["Workers"]):
-    """Processes that carry out one call at a time each; of one alone, this process does its work.
+    """Carries out calls, several at a time, each in a process of its own; of one at a time, this process does the work.
 
     They share the threads of this process and take turns in the GPUs. However the ``with`` block or this process ends,
     they are stopped, so that their work is kept as that of any command that is stopped.
 
     Args:
-        count: How many.
+        count: How many calls at a time.
     """
 
     def __init__(self, count: int) -> None:
         self.count = count
-        self.processes: list[Any] = []
-        self.idle: list[Connection] = []
-        self.working: dict[Connection, Any] = {}
+        self.started = 0
+        self.working: dict[Connection, tuple[Any, Any]] = {}  # by the pipe of its answer: the name and process of each
         self.here: list[tuple[Any, Callable[..., Any], tuple[Any, ...]]] = []
 
-    def __enter__(self) -> Workers:
-        if self.count > 1:
-            import torch
-
-            threads = max(1, torch.get_num_threads() // self.count)
-            gpus = os.environ.get("CUDA_VISIBLE_DEVICES", "").split(",")
-            gpus = gpus if gpus != [""] else [str(index) for index in range(torch.cuda.device_count())]
-            context = multiprocessing.get_context("spawn")
-            for index in range(self.count):
-                ours, theirs = context.Pipe()
-                gpu = gpus[index % len(gpus)] if gpus else None
-                process = context.Process(target=_serve, args=(theirs, threads, gpu))
-                process.start()
-                theirs.close()
-                self.processes.append(process)
-                self.idle.append(ours)
-        return self
-
     def __exit__(self, failure: type[BaseException] | None, *_: object) -> None:
-        for connection in [*self.idle, *self.working]:
-            connection.close()
-        if failure is not None:
-            for process in self.processes:
-                process.terminate()
-        for process in self.processes:
+        for _, process in self.working.values():
+            process.terminate()
+        for _, process in self.working.values():
             process.join()
 
     @property
@@ -65,14 +47,36 @@ class Workers(contextlib.AbstractContextManager["Workers"]):
         """How many calls are being carried out."""
         return len(self.working) + len(self.here)
 
-    def submit(self, name: Any, call: Callable[..., Any], *arguments: Any) -> None:
-        """Start a call; the caller has seen that fewer than ``count`` are being carried out."""
-        if self.count == 1:
+    def submit(self, name: Any, call: Callable[..., Any], *arguments: Any, inside: Inside | None = None) -> None:
+        """Start a call; the caller has seen that fewer than ``count`` are being carried out.
+
+        Args:
+            name: What :meth:`next` calls it.
+            call: What is carried out.
+            *arguments: What it is called with.
+            inside: What is done to its process before anything else: with it, it has one of its own in any case.
+        """
+        if self.count == 1 and inside is None:
             self.here.append((name, call, arguments))
-        else:
-            connection = self.idle.pop()
-            connection.send((call, arguments))
-            self.working[connection] = name
+            return
+        import torch
+
+        # What has looked for CUDA cannot be forked. Elsewhere one process imports torch, and all others are its forks.
+        fresh = sys.platform != "linux" or torch.cuda.is_available()
+        context: Any = multiprocessing.get_context("spawn" if fresh else "forkserver")
+        context.set_forkserver_preload(_PRELOADED)
+        gpus = [gpu for gpu in os.environ.get("CUDA_VISIBLE_DEVICES", "").split(",") if gpu]
+        gpus = gpus or [str(index) for index in range(torch.cuda.device_count())]
+        variables = dict(os.environ)
+        if gpus and self.count > 1:
+            variables["CUDA_VISIBLE_DEVICES"] = gpus[self.started % len(gpus)]
+        self.started += 1
+        ours, theirs = context.Pipe(duplex=False)
+        job = call, arguments, inside, variables, max(1, torch.get_num_threads() // self.count)
+        process = context.Process(target=_work, args=(theirs, *job))
+        process.start()
+        theirs.close()
+        self.working[ours] = name, process
 
     def next(self) -> tuple[Any, DfkdError | None]:
         """Wait for a call to end: its name, and how it failed.
@@ -85,13 +89,13 @@ class Workers(contextlib.AbstractContextManager["Workers"]):
             name, call, arguments = self.here.pop()
             return name, _outcome(call, arguments)
         connection: Any = wait(list(self.working))[0]
-        self.idle.append(connection)
-        name = self.working.pop(connection)
         try:
             failure = connection.recv()
         except (EOFError, ConnectionError):
             hint = "out of memory? lower --devices; the same command continues"
             raise RunFailed("a process was killed", hint) from None
+        name, process = self.working.pop(connection)
+        process.join()
         if isinstance(failure, str):
             raise RuntimeError(failure)
         return name, failure
@@ -106,25 +110,30 @@ def _outcome(call: Callable[..., Any], arguments: tuple[Any, ...]) -> DfkdError 
     return None
 
 
-def _serve(calls: Connection, threads: int, gpu: str | None) -> None:
-    """The life of a worker."""
+def _work(
+    answer: Connection,
+    call: Callable[..., Any],
+    arguments: tuple[Any, ...],
+    inside: Inside | None,
+    variables: dict[str, str],
+    threads: int,
+) -> None:
+    """The life of a process."""
     stop_on_signals()
-    threading.Thread(target=_stop_with_parent, daemon=True).start()
-    if gpu is not None:
-        os.environ["CUDA_VISIBLE_DEVICES"] = gpu  # torch reads it when it first uses a GPU
-    import torch
+    os.environ.clear()
+    os.environ.update(variables)  # torch reads CUDA_VISIBLE_DEVICES when it first uses a GPU
+    with contextlib.suppress(Interrupted), inside() if inside else contextlib.nullcontext():
+        threading.Thread(target=_stop_with_parent, daemon=True).start()
+        import torch
 
-    torch.set_num_threads(threads)
-    with contextlib.suppress(Interrupted):
-        with contextlib.suppress(EOFError, ConnectionError):  # nobody there any more
-            while True:
-                call, arguments = calls.recv()
-                try:
-                    outcome: Any = _outcome(call, arguments)
-                except Exception:
-                    outcome = traceback.format_exc()
-                calls.send(outcome)
-        ignore_signals()
+        torch.set_num_threads(threads)
+        try:
+            outcome: Any = _outcome(call, arguments)
+        except Exception:
+            outcome = traceback.format_exc()
+        with contextlib.suppress(ConnectionError):  # nobody there any more
+            answer.send(outcome)
+    ignore_signals()
 
 
 def _stop_with_parent() -> None:

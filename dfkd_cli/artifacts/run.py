@@ -36,9 +36,17 @@ class RunDirectory:
         parents: What the command reads: ``{"role": ..., "path": ..., "sha256": ...}`` each.
         facts: More for ``run.json`` that does not decide identity, e.g. ``{"data_free": True}``. A finished run with
             other facts is continued: the rows of a comparison may have become more.
+        sealed: What keeps data out meanwhile, ``landlock`` or ``python``; None where nothing does.
     """
 
-    def __init__(self, path: Path, settings: Settings, parents: list[dict[str, Any]], facts: Mapping[str, Any]) -> None:
+    def __init__(
+        self,
+        path: Path,
+        settings: Settings,
+        parents: list[dict[str, Any]],
+        facts: Mapping[str, Any],
+        sealed: str | None = None,
+    ) -> None:
         self.path, self.settings, self.facts = path, settings, facts
         hashed = [{k: v for k, v in parent.items() if k != "path"} for parent in parents]
         self.identity = {**_own(settings), "parents": hashed}
@@ -49,6 +57,7 @@ class RunDirectory:
             "identity": self.identity,
             "parents": parents,
             **facts,
+            **({} if sealed is None else {"sealed": sealed}),
             "argv": ["dfkd", *sys.argv[1:]],
             "versions": _versions(),
             "started": _now(),
@@ -77,6 +86,8 @@ class RunDirectory:
                 self.record = {"concerns": [], **previous}  # older records have none
                 return True
             if not afresh:
+                if "sealed" in self.record and previous.get("sealed") != self.record["sealed"]:
+                    self.record["sealed"] = "python"  # the weaker one holds for the whole
                 self.record |= {k: previous[k] for k in ("started", "seconds", "concerns") if k in previous}
         if not writes_records():
             return False
@@ -160,6 +171,7 @@ class RunDirectory:
             self.record |= {
                 "status": "interrupted" if stopped else "failed",
                 "error": str(error) or type(error).__name__,
+                **getattr(error, "facts", {}),
             }
             with contextlib.suppress(DfkdError):  # the disk may be what failed
                 self.save()

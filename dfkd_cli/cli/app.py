@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import logging
 import os
 import signal
@@ -15,9 +16,10 @@ import typer
 
 from dfkd_cli import catalog
 from dfkd_cli.cli import arguments, listing
+from dfkd_cli.data.access import access
 from dfkd_cli.errors import ConfigError, DfkdError, Interrupted, memory_can_end
 from dfkd_cli.options import Run
-from dfkd_cli.processes import first_process, join_machines, stop_on_signals
+from dfkd_cli.processes import dedicated, first_process, join_machines, stop_on_signals
 from dfkd_cli.settings import TYPED, Layer, Settings, assignments, choose, recipe_layer, resolve
 from dfkd_cli.ui import NORMAL, QUIET, VERBOSE, Notes, Terminal
 
@@ -232,14 +234,16 @@ def run_stage(settings: Settings, terminal: Terminal, dry_run: bool) -> None:
     if how.num_nodes > 1 and how.overwrite:
         raise ConfigError("--overwrite: several machines begin at different times", "remove the directory first")
     join_machines(1 if dry_run else how.num_nodes)
-    run = command.load()
-    from dfkd_cli.stages.inputs import pick_device
-
-    device = pick_device(how.device, how.devices if command.shared else 1)
-    if device.type == "cpu" and how.precision == "16":
-        raise ConfigError("--precision 16: not on a CPU", "give --precision bf16, or 32, which is faster on most")
     logging.getLogger("dfkd_cli").handlers = [Notes(terminal)]
-    with memory_can_end():
-        answer = run(settings, terminal, dry_run=dry_run)
+    reach = access(settings, dry_run) if dedicated() else None
+    with contextlib.nullcontext() if reach is None else reach.confined():
+        run = command.load()
+        from dfkd_cli.stages.inputs import pick_device
+
+        device = pick_device(how.device, how.devices if command.shared else 1)
+        if device.type == "cpu" and how.precision == "16":
+            raise ConfigError("--precision 16: not on a CPU", "give --precision bf16, or 32, which is faster on most")
+        with memory_can_end():
+            answer = run(settings, terminal, dry_run=dry_run)
     answer = {"ok": True, "command": command.name, **answer, "seconds": round(time.monotonic() - start, 3)}
     terminal.document(answer)

@@ -1,7 +1,9 @@
 """The data-free promise, enforced: while sealed, opening a dataset is an error.
 
 The seal holds for the whole process, all threads and all code, as far as Python sees the file being opened: files
-that C++ code opens by itself (``torchvision.io.read_file``, ``torch.from_file``) and child processes escape it.
+that C++ code opens by itself (``torchvision.io.read_file``, ``torch.from_file``) and child processes escape it, unless
+the kernel keeps it too (:mod:`dfkd_cli.data.access`). What Python saw is remembered, and ends the run even if the code
+that tried it swallows the error.
 """
 
 from __future__ import annotations
@@ -14,27 +16,34 @@ import os
 import sys
 import threading
 from collections.abc import Iterable, Iterator
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from pathlib import Path
+from types import MappingProxyType
 from typing import Any
 
 from dfkd_cli.errors import ConfigError, DfkdError
 
 
 class DataSealed(DfkdError):
-    """Code that promised to be data-free opened a dataset: a bug in that code."""
+    """Code that promised to be data-free tried to open a dataset: a bug in that code. It read nothing."""
 
     code = "data_sealed"
+    exit_code = 4
+    facts = MappingProxyType({"data_free": False})
 
 
 @dataclass(frozen=True, eq=False)
 class _Seal:
     reason: str
     places: tuple[str, ...]  # resolved and as named, each with a final separator
+    refused: list[DataSealed] = field(default_factory=list)
 
 
 _active: tuple[_Seal, ...] = ()  # replaced, never changed: the hook reads it without a lock
 _lock = threading.Lock()
+_by_kernel = False
+# What Python tells of files: how many of an event's first arguments are paths.
+_EVENTS = {"open": 1, "os.listdir": 1, "os.scandir": 1, "os.link": 2, "os.rename": 2, "sqlite3.connect": 1}
 
 
 def dataset_roots(data_dir: str | None = None) -> list[Path]:
@@ -42,6 +51,23 @@ def dataset_roots(data_dir: str | None = None) -> list[Path]:
     cache = os.environ.get("XDG_CACHE_HOME") or "~/.cache"
     roots = [data_dir, os.environ.get("DFKD_DATA"), os.path.join(cache, "dfkd")]
     return [Path(os.path.expanduser(root)) for root in roots if root]
+
+
+def sealed_places(data_dir: str | None = None) -> tuple[str, ...]:
+    """Where datasets lie, named ones and the bundled digits, resolved and as named, each with a final separator."""
+    places = [*dataset_roots(data_dir), *map(Path, _bundled_digits())]
+    return tuple(way for place in places for way in _ways(place))
+
+
+def keep_by_kernel() -> None:
+    """Say that from now on the kernel refuses this process what its command does not name."""
+    global _by_kernel
+    _by_kernel = True
+
+
+def kept_by() -> str:
+    """What keeps a seal in this process: ``landlock``, or ``python`` where the kernel does not."""
+    return "landlock" if _by_kernel else "python"
 
 
 @contextlib.contextmanager
@@ -53,8 +79,7 @@ def sealed(reason: str, roots: Iterable[str | os.PathLike[str]] = ()) -> Iterato
         roots: Further directories that hold real data, beside :func:`dataset_roots` and the bundled digits.
     """
     global _active
-    places = [*dataset_roots(), *_bundled_digits(), *roots]
-    seal = _Seal(reason, tuple(way for place in places for way in _ways(place)))
+    seal = _Seal(reason, (*sealed_places(), *(way for place in roots for way in _ways(place))))
     _install_hook()
     with _lock:
         _active = (*_active, seal)
@@ -63,6 +88,28 @@ def sealed(reason: str, roots: Iterable[str | os.PathLike[str]] = ()) -> Iterato
     finally:
         with _lock:
             _active = tuple(other for other in _active if other is not seal)
+
+
+@contextlib.contextmanager
+def kept() -> Iterator[None]:
+    """End the ``with`` block with what the seals refused, whatever the code that tried it made of that."""
+    try:
+        yield
+        check_kept()
+    except Exception as error:
+        check_kept()
+        cause = error.__cause__ if isinstance(error, DfkdError) else error
+        denied = isinstance(cause, PermissionError) or "Permission denied" in str(cause)
+        if denied and _by_kernel and _active:
+            hint = "it can read what the command names, modules beside its code, Python and the system, nothing else"
+            raise DataSealed(f"{cause}: refused, as {_active[-1].reason}", hint) from error
+        raise
+
+
+def check_kept() -> None:
+    """Raise the first :class:`DataSealed` of the active seals, if there was any, however it was swallowed."""
+    for refusal in itertools.chain.from_iterable(seal.refused for seal in _active):
+        raise refusal from None
 
 
 def check(what: str) -> None:
@@ -82,7 +129,9 @@ def _misplaced(path: str, place: str) -> ConfigError | None:
 
 def _broken(what: str, seal: _Seal) -> DataSealed:
     hint = "the code that opened it is at fault; a file that is no dataset belongs outside of the data directories"
-    return DataSealed(f"{what} was opened although {seal.reason}", hint)
+    refusal = DataSealed(f"{what} was opened although {seal.reason}", hint)
+    seal.refused.append(refusal)
+    return refusal
 
 
 def _bundled_digits() -> list[str]:
@@ -103,10 +152,10 @@ def _install_hook() -> None:
 
 
 def _on_event(event: str, args: tuple[Any, ...]) -> None:
-    if event != "open" or not _active or isinstance(args[0], int):
+    if event not in _EVENTS or not _active:
         return
-    name = os.fsdecode(args[0])
-    for seal, path in itertools.product(_active, _ways(name)):
-        for place in seal.places:
+    names = [os.fsdecode(name) for name in args[: _EVENTS[event]] if isinstance(name, (str, bytes, os.PathLike))]
+    for seal, name in itertools.product(_active, names):
+        for path, place in itertools.product(_ways(name), seal.places):
             if path.startswith(place):
                 raise _misplaced(path, place) or _broken(name, seal)

@@ -6,7 +6,7 @@ import dataclasses
 import logging
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import Any, ClassVar
 
 import torch
 
@@ -64,6 +64,11 @@ class ModelDirectory:
 
     name: str
 
+    @property
+    def dataset(self) -> str | None:
+        """The dataset it was trained on, as far as its record says."""
+        return read_record(Path(self.name)).get("provenance", {}).get("dataset")
+
     def open(self, allow_code: bool) -> LoadedModel:
         """Read and check it, as :func:`~dfkd_cli.models.directory.load_model` does."""
         classifier, record = load_model(Path(self.name), allow_code)
@@ -78,6 +83,7 @@ class ForeignWeights:
     weights: Path
     info: ModelInfo
     key: str | None = None
+    dataset: ClassVar[None] = None  # nobody says
 
     def open(self, allow_code: bool) -> LoadedModel:
         """Build it and load the weights. It may be code in any case: the SPEC is the user's own word.

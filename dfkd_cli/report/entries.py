@@ -49,7 +49,7 @@ class ShardSet:
             "count": self.manifest["count"],
             "confidence": self.run.get("metrics", {}).get("confidence"),
             "concerns": self.run.get("concerns", []),
-            **{key: self.run.get(key) for key in ("seconds", "device", "argv", "versions")},
+            **{key: self.run.get(key) for key in ("seconds", "device", "sealed", "argv", "versions")},
         }
 
 

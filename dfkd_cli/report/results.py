@@ -92,13 +92,12 @@ def _run(model: Model, section: Section, measured: Mapping[Path, Measures]) -> d
         "measures": dict(measured[model.path]),
         "gap": measured[model.path]["top1"] - measured[teacher.path]["top1"],  # below zero: worse than the teacher
         "seconds": model.seconds,
-        "device": model.run.get("device"),
         "selected": _selected(kept, curves.get("agreement", [])),
         "best_test": max(kept, key=lambda snapshot: snapshot["top1"], default=None),
         "rounds": len(curves.get("round", [])),
         "last": {name: column[-1] for name, column in curves.items()},
         "shards": [s.facts() for s in model.shards],
-        **{key: model.run.get(key) for key in ("argv", "versions", "started")},
+        **{key: model.run.get(key) for key in ("device", "sealed", "argv", "versions", "started")},
     }
 
 

@@ -63,17 +63,20 @@ def failed_cells(section: Mapping[str, Any]) -> list[dict[str, str]]:
 
 
 def headline(section: Mapping[str, Any]) -> str:
-    """One line: test images, teacher, repeats, and for how long all runs worked, on what."""
+    """One line: test images, teacher, repeats, for how long all runs worked, on what, and what kept data out."""
     teacher = section["rows"][0]
     name = f"{section['teacher']} ({teacher['model']})" if section["teacher"] else teacher["model"]
     seeds = {seed for row in section["rows"][1:] for seed in row["seeds"]}
     repeats = f"{len(seeds)} seed{'s' * (len(seeds) != 1)}" if seeds else "no students"
     top1 = _points(teacher["top1"])
     runs = [run for row in section["rows"] for run in row["runs"]]
-    devices = {work["device"] for run in runs for work in (run, *run["shards"])} - {None}
+    works = [work for run in runs for work in (run, *run["shards"])]
+    devices = {work["device"] for work in works} - {None}
+    seals = {"landlock", "python"} & {str(work.get("sealed")) for work in works}
     return (
         f"{section['test_images']:,} test images of {section['dataset']}; teacher {name}: top-1 {top1} %; "
         f"{repeats}; {worked(section)} of work on {', '.join(sorted(devices)) or 'unknown devices'}"
+        + (f"; data kept out by {' and '.join(sorted(seals))}" if seals else "")
     )
 
 

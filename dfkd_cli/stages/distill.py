@@ -17,7 +17,7 @@ import torch
 from dfkd_cli.artifacts.run import RunDirectory
 from dfkd_cli.catalog import Choice, Command
 from dfkd_cli.config import option
-from dfkd_cli.data.seal import sealed
+from dfkd_cli.data.seal import check_kept, kept, kept_by, sealed
 from dfkd_cli.data.sources import Concat, Source, first
 from dfkd_cli.errors import ConfigError
 from dfkd_cli.models.classifier import Classifier
@@ -66,6 +66,7 @@ COMMAND = Command(
         Choice("objective", "objectives", "response", several=True, beside="teacher"),
     ),
     shared=True,
+    data_free=lambda inputs: not any(map(may_be_real, inputs.transfer_set)),
     examples=("dfkd distill --transfer-set shards/", "dfkd distill --transfer-set real:200 --student lenet5-half"),
     next="dfkd evaluate",
 )
@@ -144,7 +145,7 @@ def learn(settings: Settings, job: Job, terminal: Terminal) -> dict[str, Any]:
     task, teacher = job.task(settings), job.teacher
     parents = [teacher.parent("teacher"), *(s.parent for s in job.sets), *architecture(settings.inputs.student).parents]
     facts = {"data_free": job.data_free, "uses": job.uses, "num_images": len(task.source)}
-    directory = RunDirectory(settings.out, settings, parents, facts)
+    directory = RunDirectory(settings.out, settings, parents, facts, kept_by() if job.data_free else None)
 
     def score(model: Classifier) -> dict[str, float]:
         return {"agreement_on_transfer_set": agreement(model, teacher.classifier, task.source)}
@@ -170,18 +171,19 @@ def learn(settings: Settings, job: Job, terminal: Terminal) -> dict[str, Any]:
 def opened(settings: Settings) -> Iterator[Job]:
     """Open the inputs. Unless a transfer set is real, no dataset can be opened inside the ``with`` block."""
     inputs, seed = settings.inputs, settings.run.seed
-    data_free = not any(may_be_real(name) for name in inputs.transfer_set)
+    data_free = not any(map(may_be_real, inputs.transfer_set))
+    location = locate(inputs.teacher, inputs)
     with contextlib.ExitStack() as seals:
         if data_free:
-            seals.enter_context(sealed("the transfer set is data-free"))
-        teacher = locate(inputs.teacher, inputs).open(settings.run.allow_code)
-        if data_free:
-            seals.enter_context(sealed("the transfer set is data-free", real_data(teacher, inputs.data_dir)))
+            seals.enter_context(sealed("the transfer set is data-free", real_data(location, inputs.data_dir)))
+            seals.enter_context(kept())
+        teacher = location.open(settings.run.allow_code)
         needs = [need for chosen in settings.components.values() for c in chosen for need in c.entry.needs]
         sets = [open_transfer_set(name, teacher, inputs.data_dir, seed, needs) for name in inputs.transfer_set]
         info = dataclasses.replace(teacher.classifier.info, spec=inputs.student)
         student = fresh(info, "student", seed, settings.run.allow_code)
         objectives = connect(settings.components["objective"], student, teacher.classifier, seed)
+        check_kept()
         yield Job(teacher, sets, data_free, student, objectives)
 
 

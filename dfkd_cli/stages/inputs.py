@@ -15,12 +15,13 @@ from dfkd_cli.data.sources import FolderSource, GeneratorSource, NoiseSource, Re
 from dfkd_cli.errors import ArtifactError, ConfigError
 from dfkd_cli.models import generators
 from dfkd_cli.models.classifier import ModelInfo
-from dfkd_cli.models.names import LoadedModel
+from dfkd_cli.models.generators import RECORD as GENERATORS
+from dfkd_cli.models.names import LoadedModel, Location
 from dfkd_cli.seeds import derive
 
 
-def real_data(model: LoadedModel, data_dir: str | None = None) -> list[str]:
-    """Directories that hold real images, as far as a model's record and the command know."""
+def real_data(model: Location, data_dir: str | None = None) -> list[str]:
+    """Directories that hold real images, as far as a model's record and the command know: nothing is built for it."""
     # A dataset's name is no directory, even where one happens to be called like it.
     recorded = None if model.dataset in datasets.DATASETS else model.dataset
     return [place for place in (data_dir, recorded) if place and Path(place).is_dir()]
@@ -61,7 +62,7 @@ def _some(images: datasets.Dataset, count: int | None, seed: int) -> RealSource:
 
 def may_be_real(name: str) -> bool:
     """Whether a transfer set holds real images, or images that nobody says are not: a folder."""
-    made_by_dfkd = any((Path(name) / record).exists() for record in (MANIFEST, generators.RECORD))
+    made_by_dfkd = any((Path(name) / record).exists() for record in (MANIFEST, GENERATORS))
     return name.partition(":")[0] == "real" or (Path(name).is_dir() and not made_by_dfkd)
 
 
@@ -143,7 +144,7 @@ def _impressions(name: str, info: ModelInfo, seed: int, wanted: Collection[str] 
         reader = ShardReader(path)
         sha256, made_from, uses = reader.sha256, reader.teacher, reader.manifest.get("uses", ())
         source: Source = ShardSource(reader, wanted)
-    elif (path / generators.RECORD).exists():
+    elif (path / GENERATORS).exists():
         made_by, record = generators.load_generators(path)
         sha256, uses = generators.identity(record), ()
         try:

@@ -22,7 +22,7 @@ from dfkd_cli.artifacts.run import RunDirectory
 from dfkd_cli.artifacts.shards import MANIFEST, ShardReader, ShardWriter
 from dfkd_cli.catalog import Choice, Command
 from dfkd_cli.config import option, plain
-from dfkd_cli.data.seal import sealed
+from dfkd_cli.data.seal import check_kept, kept, kept_by, sealed
 from dfkd_cli.errors import ArtifactError, ConfigError
 from dfkd_cli.models.classifier import Classifier, is_batch_norm
 from dfkd_cli.models.directory import save_model
@@ -54,6 +54,7 @@ COMMAND = Command(
     out="shards",
     choices=(Choice("method", "synthesizers"),),
     shared=True,
+    data_free=lambda _: True,
     examples=("dfkd synthesize --method zskd --beta 1.0 0.1", "dfkd synthesize --method noise --num-images 1000"),
     next="dfkd distill --transfer-set shards/",
 )
@@ -75,17 +76,18 @@ def run(settings: Settings, terminal: Terminal, dry_run: bool = False) -> dict[s
         raise ConfigError("a student in the loop is trained by one process", "give --devices 1 --num-nodes 1")
     if dry_run:
         return rehearse(settings, run, terminal)
-    with sealed("synthesize is data-free"):
-        teacher = locate(settings.inputs.teacher, settings.inputs).open(settings.run.allow_code)
+    location = locate(settings.inputs.teacher, settings.inputs)
+    with sealed("synthesize is data-free", real_data(location)), kept():
+        teacher = location.open(settings.run.allow_code)
         check_needs(settings.method.entry, teacher.classifier, settings.inputs)
         extras, parents = open_inputs(settings, teacher)
-    with sealed("synthesize is data-free", real_data(teacher)):
+        check_kept()
         facts = {"data_free": True, "uses": uses(settings.method.entry)}
-        directory = RunDirectory(settings.out, settings, [teacher.parent("teacher"), *parents], facts)
+        directory = RunDirectory(settings.out, settings, [teacher.parent("teacher"), *parents], facts, kept_by())
         if directory.claim():
             directory.say_complete(terminal)
         else:
-            with directory.guard():
+            with directory.guard(), kept():
                 _make(settings, teacher, extras, directory, terminal)
     metrics = directory.record["metrics"]
     terminal.answer(f"{directory.path}: {metrics['count']} images, mean teacher confidence {metrics['confidence']:.3f}")
@@ -150,6 +152,7 @@ def _make(
     task = SynthesisTask(teacher.classifier, count, settings.run.seed, writer, processes, **extras)
     synthesizer = settings.method.entry.load()(task, config)
     fit(synthesizer, directory, terminal)
+    check_kept()
     writer.collect()
     manifest = writer.write_manifest()
     if synthesizer.stateless:

@@ -13,6 +13,7 @@ import torch
 from dfkd_cli import catalog
 from dfkd_cli.artifacts.run import RunDirectory, check_free
 from dfkd_cli.config import dump_yaml, shortened
+from dfkd_cli.data.seal import check_kept, kept
 from dfkd_cli.data.sources import ANSWERS
 from dfkd_cli.errors import ConfigError
 from dfkd_cli.models.adapter import require_training
@@ -79,11 +80,12 @@ def train(
         run.say_complete(terminal)
         metrics = run.record["metrics"]
     else:
-        with run.guard():
+        with run.guard(), kept():
             learner = regime.load()(task, settings.method.config)
             snapshots = Snapshots(run.path / SNAPSHOTS, task.student, task.training.snapshots, learner.rounds)
             fit(learner, run, terminal, [snapshots])
             metrics = dict(score(task.student.eval().to(run.record["device"])))
+            check_kept()
             save_model(run.path, task.student, metrics=metrics, provenance=dict(provenance))
             files = [run.path / name for name in ("model.safetensors", "model.json", "metrics.csv")]
             run.finish([*files, *snapshots.paths.values()], metrics)

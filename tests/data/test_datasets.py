@@ -311,7 +311,7 @@ def test_class_balanced():
 def test_sealed_names(name):
     with sealed("zskd is data-free"), pytest.raises(DataSealed, match="zskd is data-free") as caught:
         load(name, "test", download=False)
-    assert (caught.value.exit_code, caught.value.code) == (1, "data_sealed")
+    assert (caught.value.exit_code, caught.value.code) == (4, "data_sealed")
 
 
 def test_sealed_directory_and_its_files(tmp_path):

@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections.abc import Callable
 from typing import Any
 
+from dfkd_cli.data.access import access
 from dfkd_cli.stages.grid.commands import Grid, carry_out
 from dfkd_cli.ui import Terminal
 from dfkd_cli.workers import Workers
@@ -32,7 +33,9 @@ def run_grid(grid: Grid, terminal: Terminal, save: Callable[[], None], processes
                 elif workers.busy < processes and unfinished.isdisjoint(run.waits_for):
                     del waiting[number]
                     terminal.say(f"[{number}/{len(grid.runs)}] {run.describe()}")
-                    workers.submit(run, carry_out, run.settings.plain(), terminal.verbosity, silent)
+                    reach = access(run.settings)  # a process that is confined can do nothing else afterwards
+                    inside = None if reach is None else reach.confined
+                    workers.submit(run, carry_out, run.settings.plain(), terminal.verbosity, silent, inside=inside)
             if not workers.busy:
                 continue  # what was waiting had failed before
             run, error = workers.next()

@@ -1,0 +1,215 @@
+"""What a data-free command may read, and a process that can read nothing else. Nothing here imports torch.
+
+The kernel restricts one thread and what it starts from then on. So a process is confined while it has one thread,
+before it imports NumPy and torch, which start more.
+
+What it does not keep: names of files beneath directories of code can be listed; UDP and sockets that are files stay
+open, and TCP too before version 4 of Landlock, or where several processes work together.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import importlib.machinery
+import importlib.util
+import os
+import shutil
+import site
+import stat
+import sys
+import tempfile
+import typing
+from collections.abc import Iterable, Iterator
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from dfkd_cli import catalog
+from dfkd_cli.artifacts.files import read_json
+from dfkd_cli.config import hints, plain, strip_none
+from dfkd_cli.data import landlock, seal
+from dfkd_cli.data.landlock import LIST, READ, REMOVE_DIR, WRITE
+from dfkd_cli.errors import ArtifactError
+from dfkd_cli.processes import writes_records
+from dfkd_cli.settings import Settings
+from dfkd_cli.unimported import PACKAGE
+
+Rule = tuple[str, int]
+
+_SYSTEM = ("/usr", "/bin", "/sbin", "/lib", "/lib32", "/lib64", "/etc", "/proc", "/sys", "/nix/store")
+_DEVICES = ("null", "zero", "full", "random", "urandom", "tty", "ptmx", "pts", "nvidia*", "dri", "kfd", "dxg")
+_FONTS = os.path.join(os.environ.get("XDG_CACHE_HOME") or "~/.cache", "matplotlib")  # torchmetrics imports it
+_CACHES = (_FONTS, "~/.config/matplotlib", "~/.nv", "/tmp/nvidia-mps")
+_SUFFIXES = tuple(importlib.machinery.all_suffixes())
+
+
+@dataclass(frozen=True)
+class Access:
+    """What one command reads and writes.
+
+    Attributes:
+        inputs: Files and directories that it names.
+        code: Directories of which it may import.
+        output: The directory that it writes; None for one that is thrown away.
+        processes: Whether several work together, which takes sockets and shared memory.
+        sealed: Where datasets lie: nothing in there is read, whatever names it.
+    """
+
+    inputs: tuple[str, ...]
+    code: tuple[str, ...]
+    output: str | None
+    processes: bool
+    sealed: tuple[str, ...]
+
+    @contextlib.contextmanager
+    def confined(self) -> Iterator[None]:
+        """Confine this process for good, where its kernel can and it has one thread; the block is what it does then.
+
+        The output directory is made, as the kernel allows nothing but what is there, and removed if it stays empty.
+        """
+        made: list[Path] = []
+        if len(os.listdir("/proc/self/task")) == 1:
+            with contextlib.suppress(OSError):  # no such output can be made: the command will say so
+                made = self._confine()
+        try:
+            yield
+        finally:
+            if made and writes_records():
+                shutil.rmtree(made[0], ignore_errors=True)
+                for directory in made[1:]:
+                    with contextlib.suppress(OSError):
+                        directory.rmdir()
+
+    def _confine(self) -> list[Path]:
+        """Returns a directory for temporary files, and those that were made for the output, the innermost first."""
+        if self.output is None:
+            output = Path(tempfile.mkdtemp())
+            made = [output]
+        else:
+            output = Path(self.output).absolute()
+            made = [place for place in (output, *output.parents) if not place.exists()]
+            output.mkdir(parents=True, exist_ok=True)
+        scratch = output / ".scratch"  # torch wants a place for temporary files
+        with contextlib.suppress(OSError):  # a directory, as an earlier process left it
+            scratch.unlink()  # a link in what was received may lead anywhere
+        scratch.mkdir(exist_ok=True)
+        with contextlib.suppress(OSError):
+            os.makedirs(os.path.expanduser(_FONTS), exist_ok=True)
+        tempfile.tempdir = os.environ["TMPDIR"] = str(scratch)
+        rules = [*self._readable(), (str(output), WRITE)]
+        rules += [(str(place.parent), REMOVE_DIR) for place in made[-1:]]
+        _drop_open_files()
+        landlock.restrict(rules, sockets=self.processes)
+        seal.keep_by_kernel()
+        return [scratch, *made]
+
+    def _readable(self) -> Iterator[Rule]:
+        prefixes = {sys.prefix, sys.base_prefix, sys.exec_prefix, *site.getsitepackages(), site.getusersitepackages()}
+        libraries = [os.environ.get(name, "") for name in ("LD_LIBRARY_PATH", "CUDA_HOME", "CUDA_PATH")]
+        folders = [folder for folder in ":".join(libraries).split(":") if folder.startswith("/")]
+        linked = [
+            entry.path for place in self.inputs for entry in _entries(place) if entry.is_symlink() and entry.is_file()
+        ]
+        whole = [*_SYSTEM, *prefixes, *folders, str(PACKAGE), str(catalog.recipes_directory()), *self.inputs, *linked]
+        yield from _all_but(whole, self.sealed)
+        for folder in (*sys.path, *self.code):
+            if not any(Path(folder).resolve().is_relative_to(prefix) for prefix in prefixes):
+                yield from _code(folder or ".")
+        yield "/dev", LIST
+        devices = [str(path) for name in _DEVICES for path in Path("/dev").glob(name)]
+        shared = ["/dev/shm"] if self.processes else []
+        own = os.path.realpath("/proc/self")  # where threads write their names
+        yield from ((os.path.expanduser(place), WRITE) for place in (*devices, *shared, *_CACHES, own))
+
+
+def access(settings: Settings, dry_run: bool = False) -> Access | None:
+    """What a command may read by its settings; None where it needs data, or the kernel cannot hold it to that."""
+    data_free = catalog.command(settings.command).data_free
+    if data_free is None or not data_free(settings.inputs) or not landlock.version():
+        return None
+    inputs: type = type(settings.inputs)
+    kinds = hints(inputs)
+    values = [value for name, value in plain(settings.inputs).items() if _is_text(kinds[name])]
+    names = [name for value in values for name in (value if isinstance(value, list) else [value]) if name]
+    code = set[str]()
+    for name in names:
+        code |= _code_of(name)
+        with contextlib.suppress(ArtifactError, KeyError):  # the command will say so
+            if settings.run.allow_code:
+                spec = str(read_json(Path(name, "model.json"))["spec"])
+                code |= _code_of(spec) | _code_of(os.path.join(name, spec))
+    several = settings.run.devices * settings.run.num_nodes > 1
+    return Access(
+        inputs=tuple(name for name in names if os.path.exists(name)),
+        code=tuple(sorted(code)),
+        output=None if dry_run else str(settings.out),
+        processes=several,
+        sealed=seal.sealed_places(getattr(settings.inputs, "data_dir", None)),
+    )
+
+
+def _is_text(kind: Any) -> bool:
+    inner, _ = strip_none(kind)
+    return str in (inner, *typing.get_args(inner))
+
+
+def _code_of(spec: str) -> set[str]:
+    """The directories that the code of a model SPEC is imported from."""
+    source, colon, _ = spec.partition(":")
+    if not colon:
+        return set()
+    if source.endswith(".py"):
+        return {os.path.dirname(source) or "."}
+    with contextlib.suppress(ImportError, ValueError):
+        if package := importlib.util.find_spec(source.partition(".")[0]):
+            return {".", *(package.submodule_search_locations or [os.path.dirname(package.origin or "")])}
+    return {"."}
+
+
+def _all_but(places: Iterable[str], sealed: Iterable[str]) -> Iterator[Rule]:
+    """Rules that let everything in ``places`` be read but for what is sealed: around that, each neighbour by itself."""
+    closed = [os.path.join(place, "") for place in sealed]
+    todo, seen = [os.path.realpath(place) for place in places], set[str]()
+    while todo:
+        place = todo.pop()
+        inside = os.path.join(place, "")
+        if place in seen or any(inside.startswith(other) for other in closed):
+            continue
+        seen.add(place)
+        holds = any(other.startswith(inside) for other in closed)
+        yield place, LIST if holds else READ
+        if holds:
+            targets = (os.path.realpath(entry.path) for entry in _entries(place))
+            todo += [target for target in targets if not inside.startswith(os.path.join(target, ""))]
+
+
+def _code(folder: str, whole: bool = True) -> Iterator[Rule]:
+    """Rules that let modules in a directory be imported, and those in its packages: no other file beside them."""
+    entries = _entries(folder)
+    files = [entry.path for entry in entries if entry.name.endswith(_SUFFIXES)]
+    if whole or files:
+        yield folder, LIST
+        yield from ((file, READ) for file in files)
+        for entry in entries:
+            if entry.name.isidentifier() and entry.is_dir(follow_symlinks=False):
+                yield from _code(entry.path, whole=False)
+
+
+def _entries(directory: str) -> list[os.DirEntry[str]]:
+    """What a directory holds; nothing of anything else."""
+    try:
+        with os.scandir(directory) as entries:
+            return list(entries)
+    except OSError:
+        return []
+
+
+def _drop_open_files() -> None:
+    """Close the files that were open when this process started: the kernel only looks when a file is opened."""
+    if not sys.stdin or not sys.stdin.isatty():
+        os.dup2(os.open(os.devnull, os.O_RDONLY), 0)
+    for name in os.listdir("/proc/self/fd"):
+        with contextlib.suppress(OSError):  # the one that listed them
+            mode = os.fstat(int(name)).st_mode
+            if int(name) > 2 and (stat.S_ISREG(mode) or stat.S_ISDIR(mode)):
+                os.close(int(name))
