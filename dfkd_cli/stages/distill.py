@@ -142,7 +142,11 @@ def run(settings: Settings, terminal: Terminal, dry_run: bool = False) -> dict[s
 def learn(settings: Settings, job: Job, terminal: Terminal) -> dict[str, Any]:
     """Train the student of a job into its model directory."""
     task, teacher = job.task(settings), job.teacher
-    parents = [teacher.parent("teacher"), *(s.parent for s in job.sets), *architecture(settings.inputs.student).parents]
+    parents = [
+        teacher.parent("teacher"),
+        *(s.parent for s in job.sets),
+        *architecture(settings.inputs.student, settings.code).parents,
+    ]
     facts = {"data_free": job.data_free, "uses": job.uses, "num_images": len(task.source)}
     directory = RunDirectory(settings.out, settings, parents, facts)
 
@@ -174,13 +178,13 @@ def opened(settings: Settings) -> Iterator[Job]:
     with contextlib.ExitStack() as seals:
         if data_free:
             seals.enter_context(sealed("the transfer set is data-free"))
-        teacher = locate(inputs.teacher, inputs).open(settings.run.allow_code)
+        teacher = locate(inputs.teacher, inputs).open(settings.code)
         if data_free:
             seals.enter_context(sealed("the transfer set is data-free", real_data(teacher, inputs.data_dir)))
         needs = [need for chosen in settings.components.values() for c in chosen for need in c.entry.needs]
         sets = [open_transfer_set(name, teacher, inputs.data_dir, seed, needs) for name in inputs.transfer_set]
         info = dataclasses.replace(teacher.classifier.info, spec=inputs.student)
-        student = fresh(info, "student", seed, settings.run.allow_code)
+        student = fresh(info, "student", seed, settings.code)
         objectives = connect(settings.components["objective"], student, teacher.classifier, seed)
         yield Job(teacher, sets, data_free, student, objectives)
 

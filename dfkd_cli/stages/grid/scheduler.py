@@ -32,7 +32,8 @@ def run_grid(grid: Grid, terminal: Terminal, save: Callable[[], None], processes
                 elif workers.busy < processes and unfinished.isdisjoint(run.waits_for):
                     del waiting[number]
                     terminal.say(f"[{number}/{len(grid.runs)}] {run.describe()}")
-                    workers.submit(run, carry_out, run.settings.plain(), terminal.verbosity, silent)
+                    settings = run.settings
+                    workers.submit(run, carry_out, settings.plain(), settings.code.typed, terminal.verbosity, silent)
             if not workers.busy:
                 continue  # what was waiting had failed before
             run, error = workers.next()
