@@ -26,6 +26,8 @@ from dfkd_cli.config import parse_yaml
 from dfkd_cli.errors import ConfigError, did_you_mean
 from dfkd_cli.unimported import PACKAGE, Module, read
 
+RECIPES = (".yaml", ".yml")  # how a recipe's file is told from a recipe's name
+
 # The part of a command's file that is read: up to the end of its record.
 _HEAD = re.compile(r".*?^COMMAND\b.*?(?=^[\w@#]|\Z)", re.MULTILINE | re.DOTALL)
 
@@ -201,6 +203,16 @@ def models() -> list[dict[str, Any]]:
     return items
 
 
+def stands_for(pattern: str, name: str) -> bool:
+    """Whether a name in a list of models, such as ``wrn-<depth>-<width>``, stands for this one."""
+    return re.fullmatch(re.sub(r"<\w+>", r"[0-9]+", pattern), name) is not None
+
+
+def is_built_in(name: str) -> bool:
+    """Whether an architecture or a dataset is called so, whatever a file or directory of that name is."""
+    return any(stands_for(item["name"], name) for item in [*models(), *datasets()])
+
+
 def datasets() -> list[dict[str, Any]]:
     """The named datasets."""
     names = read(PACKAGE / "data" / "datasets.py").value("DATASETS")
@@ -228,7 +240,7 @@ def recipes() -> dict[str, Path]:
 
 def find_recipe(name: str, command: str | None = None) -> Path:
     """A recipe by name (for a command), by ``<command>/<name>``, or by the path of a YAML file."""
-    if Path(name).suffix in (".yaml", ".yml"):
+    if Path(name).suffix in RECIPES:
         if not Path(name).is_file():
             raise ConfigError(f"no recipe file {name}", "check the path, or list the built-in ones: dfkd ls recipes")
         return Path(name)

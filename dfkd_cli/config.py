@@ -31,6 +31,7 @@ def option(
     volatile: bool | None = None,
     rehearsal: int | None = None,
     argument: str | None = None,
+    typed: bool | None = None,
 ) -> Any:
     """A configuration field. What a subclass restates, as a default alone or with more, keeps all else that it was.
 
@@ -43,10 +44,11 @@ def option(
         volatile: The value does not change the result (a device, a logger): it may differ when a run continues.
         rehearsal: The value is a length: work grows with it, and ``--dry-run`` takes no more than this.
         argument: What help calls the value, which is typed without a flag.
+        typed: The value destroys or permits something: only the command line may say it, no recipe.
     """
     traits = {
         "help": help, "low": low, "above": above, "high": high, "volatile": volatile, "rehearsal": rehearsal,
-        "argument": argument,
+        "argument": argument, "typed": typed,
     }  # fmt: skip
     return dataclasses.field(default=default, metadata={k: v for k, v in traits.items() if v is not None})
 

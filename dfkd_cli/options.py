@@ -253,7 +253,7 @@ class Run:
     """How a command runs: flags that every command has."""
 
     out: str | None = option(None, "directory to write", volatile=True)
-    overwrite: bool = option(False, "replace what --out holds", volatile=True)
+    overwrite: bool = option(False, "replace what --out holds", volatile=True, typed=True)
     seed: int = option(0, "seed of everything random", low=0)
     device: Literal["auto", "cpu", "cuda", "mps"] = option("auto", "device", volatile=True)
     devices: int = option(1, "number of devices (processes)", low=1, volatile=True)
@@ -262,4 +262,7 @@ class Run:
     logger: Literal["csv", "tensorboard"] = option(
         "csv", "curves: metrics.csv alone, or also tensorboard", volatile=True
     )
-    allow_code: bool = option(False, "run the Python file or module that an artifact names", volatile=True)
+    allow_code: bool = option(False, "run the Python file or module that an artifact names", volatile=True, typed=True)
+    code_dir: str | None = option(
+        None, "where those files lie (default: in the artifact, beside it, or here)", volatile=True, typed=True
+    )

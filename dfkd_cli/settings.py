@@ -3,16 +3,24 @@
 from __future__ import annotations
 
 import dataclasses
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
-from dfkd_cli import catalog, config
+from dfkd_cli import catalog, config, trust
 from dfkd_cli.errors import ConfigError, did_you_mean
 from dfkd_cli.options import FOREIGN, Run
+from dfkd_cli.trust import Code
 
-TYPED = "--"  # where typed flags come from
-Layer = tuple[str, Mapping[str, Any]]  # where the values come from (a prefix for messages), and the values
+TYPED, ASSIGNED = "--", "--set "  # where typed flags come from, and what ``--set`` says
+
+
+class Layer(NamedTuple):
+    """What one source says."""
+
+    source: str  # a prefix for messages; empty for what the program itself says
+    values: Mapping[str, Any]
+    typed: frozenset[str] = frozenset()  # the user's own words among the values, which may name code
 
 
 @dataclasses.dataclass(frozen=True)
@@ -34,6 +42,7 @@ class Settings:
         inputs: What it reads and how, as its ``Inputs`` say.
         components: What was chosen, by flag.
         sections: What a recipe says beside its options, such as the pipelines of a grid; None where it says nothing.
+        code: Which code may run.
     """
 
     command: str
@@ -41,6 +50,7 @@ class Settings:
     inputs: Any
     components: dict[str, tuple[Component, ...]]
     sections: Mapping[str, Any]
+    code: Code = dataclasses.field(default_factory=Code)
 
     @property
     def method(self) -> Component:
@@ -94,8 +104,8 @@ class Settings:
         return dataclasses.replace(self, inputs=dataclasses.replace(self.inputs, **changes))
 
 
-def resolve(command: str, layers: list[Layer]) -> Settings:
-    """Merge layers, lowest precedence first.
+def resolve(command: str, sources: Sequence[tuple[Any, ...]]) -> Settings:
+    """Merge what sources say, :class:`Layer` each, lowest precedence first.
 
     A key that several sections know (``temperature`` of two objectives) reaches all of them;
     ``objective.NAME.key`` reaches one and wins over the short form within the same layer.
@@ -103,6 +113,7 @@ def resolve(command: str, layers: list[Layer]) -> Settings:
     Raises:
         ConfigError: Unknown key, bad value, or a recipe for another command.
     """
+    layers = [Layer(*source) for source in sources]
     record, chosen = catalog.command(command), choose(command, layers)
     types: dict[tuple[str, ...], type] = {("inputs",): record.inputs, ("run",): Run}
     types |= {(flag, entry.name): entry.config for flag, picked in chosen.items() for entry, _ in picked}
@@ -110,7 +121,7 @@ def resolve(command: str, layers: list[Layer]) -> Settings:
     labels: dict[tuple[str, ...], dict[str, str]] = {key: {} for key in types}
     fields = {key: config.hints(cls) for key, cls in types.items()}
     sections: dict[str, Any] = dict.fromkeys(record.sections)
-    for source, layer in layers:
+    for source, layer, _ in layers:
         sections |= {name: layer[name] for name in record.sections if name in layer}
         if "teacher" in layer and layer["teacher"] != values["inputs",].get("teacher"):
             for name in FOREIGN:  # what was said of another teacher
@@ -124,6 +135,8 @@ def resolve(command: str, layers: list[Layer]) -> Settings:
                 keys = {name for names in fields.values() for name in names} | {c.flag for c in record.choices}
                 raise ConfigError(f"{source}{'.'.join(path)}: unknown key", did_you_mean(path[-1], keys))
             for key in targets:
+                if source not in ("", TYPED, ASSIGNED) and config.options(types[key])[path[-1]].get("typed"):
+                    _refuse(source, path, value)
                 values[key][path[-1]] = value
                 labels[key][path[-1]] = source + (path[-1].replace("_", "-") if source == TYPED else path[-1])
     built = {key: config.build(cls, values[key], labels[key]) for key, cls in types.items()}
@@ -131,7 +144,16 @@ def resolve(command: str, layers: list[Layer]) -> Settings:
         flag: tuple(Component(entry, built[flag, entry.name], weight) for entry, weight in picked)
         for flag, picked in chosen.items()
     }
-    return Settings(command, built["run",], built["inputs",], components, sections)
+    run: Run = built["run",]
+    code = Code(frozenset().union(*(layer.typed for layer in layers)), run.allow_code, run.code_dir)
+    return Settings(command, run, built["inputs",], components, sections, code)
+
+
+def _refuse(source: str, path: tuple[str, ...], value: Any) -> None:
+    """Refuse what only the command line may say, unless it says no."""
+    if value not in (None, False, "false", "no", "off", "none"):
+        flag = "--" + path[-1].replace("_", "-")
+        raise ConfigError(f"{source}no recipe may {path[-1].replace('_', ' ')}", f"leave it out, and type {flag}")
 
 
 def choose(command: str, layers: list[Layer]) -> dict[str, list[tuple[catalog.Entry, float]]]:
@@ -140,17 +162,17 @@ def choose(command: str, layers: list[Layer]) -> dict[str, list[tuple[catalog.En
     for choice in catalog.command(command).choices:
         flag, package = choice.flag, choice.package
         if choice.beside is not None and choice.beside not in (method := chosen["method"][0][0]).needs:
-            if any(layer.get(flag) for source, layer in layers if source == TYPED):
+            if any(layer.get(flag) for source, layer, _ in layers if source == TYPED):
                 raise ConfigError(f"--method {method.name} has no {choice.beside} to learn from", f"leave out --{flag}")
             chosen[flag] = []
             continue
-        named = next((layer[flag] for _, layer in reversed(layers) if layer.get(flag)), choice.default)
+        named = next((layer[flag] for _, layer, _ in reversed(layers) if layer.get(flag)), choice.default)
         if named is None:
             methods = ", ".join(catalog.entries(package))
             raise ConfigError(f"{command} needs a --{flag}", f"choose from: {methods}")
         picked = {name: (catalog.find(package, name, flag), weight) for name, weight in _named(named, choice)}
         weights = {name: entry.weight if weight is None else weight for name, (entry, weight) in picked.items()}
-        for source, layer in layers:  # `--set objective.NAME.weight=2`
+        for source, layer, _ in layers:  # `--set objective.NAME.weight=2`
             for name in weights:
                 label = f"{flag}.{name}.weight"
                 weights[name] = config.convert(layer.get(label, weights[name]), float, source + label)
@@ -201,12 +223,21 @@ def recipe_layer(name: str, command: str) -> Layer:
         ConfigError: No such recipe, or one for another command.
     """
     path = catalog.find_recipe(name, command)
-    values = catalog.read_recipe(path)
+    values = trust.read_recipe(path)
     if values.get("command", command) != command:
         raise ConfigError(f"{path} is a recipe for {values['command']}, not for {command}")
-    if values.pop("allow_code", False):
-        raise ConfigError(f"{path}: no recipe may allow code to be run", "leave it out, and type --allow-code")
-    return f"{path}: ", values
+    return Layer(f"{path}: ", values, trust.typed_words(path, values))
+
+
+def typed_layer(values: Mapping[str, Any]) -> Layer:
+    """What flags say."""
+    return Layer(TYPED, values, frozenset(trust.words(dict(values))))
+
+
+def assigned_layer(items: list[str]) -> Layer:
+    """What ``--set KEY=VALUE ...`` says."""
+    pairs = assignments(items)
+    return Layer(ASSIGNED, pairs, frozenset(trust.words(pairs)))
 
 
 def assignments(items: list[str]) -> dict[str, str]:

@@ -17,6 +17,7 @@ LAYERS = (
     {"config", "processes", "ui", "unimported"},
     {"options", "workers"},
     {"catalog"},
+    {"trust"},
     {"settings"},
     {"artifacts"},
     {"models", "rounds"},

@@ -13,10 +13,12 @@ from typing import IO, Any
 
 from dfkd_cli import __version__
 from dfkd_cli.artifacts.files import os_error, read_json, sha256_file, write_atomic, write_json
-from dfkd_cli.config import dump_yaml
+from dfkd_cli.config import dump_yaml, options
 from dfkd_cli.errors import ArtifactError, ConfigError, DfkdError, Interrupted
+from dfkd_cli.options import Run
 from dfkd_cli.processes import writes_records
 from dfkd_cli.settings import Settings
+from dfkd_cli.trust import CONFIG
 from dfkd_cli.ui import Terminal
 
 RUN = "run.json"
@@ -100,10 +102,10 @@ class RunDirectory:
         for pattern in (".*.tmp", "*/.*.tmp"):
             for left_by_a_kill in self.path.glob(pattern):
                 left_by_a_kill.unlink()
-        only_typed = ("overwrite", "allow_code")
+        only_typed = {name for name, traits in options(Run).items() if traits.get("typed")}
         replayable = {key: value for key, value in self.settings.plain().items() if key not in only_typed}
-        write_atomic(self.path / "config.yaml", dump_yaml(replayable).encode())
-        self.save()
+        self.save()  # first: what lies beside it is ours
+        write_atomic(self.path / CONFIG, dump_yaml(replayable).encode())
         return False
 
     def record_concern(self, what: str) -> bool:
@@ -197,12 +199,14 @@ def _previous(path: Path, afresh: bool) -> dict[str, Any] | None:
         raise ConfigError(f"{path} is a file", "choose another --out") from None
     if (path / RUN).exists():
         try:
-            return read_json(path / RUN)
+            previous = read_json(path / RUN)
         except ArtifactError:
             if afresh:
                 return {}
             raise ArtifactError(f"{path / RUN} is damaged", "give --overwrite to start afresh") from None
-    if present and [item.name for item in present] != ["config.yaml"]:
+        if "identity" in previous:
+            return previous
+    if present:
         raise ConfigError(f"{path} is not empty and was not made by dfkd", "choose another --out")
     return None
 
@@ -221,7 +225,7 @@ def _is_another(path: Path, recorded: Mapping[str, Any], settings: Settings, ide
     """
     completed = settings.completed(recorded).items() if recorded else ()
     different = differences({key: value for key, value in completed if key in recorded or key in identity}, identity)
-    records_only = (RUN, "config.yaml", "metrics.csv")
+    records_only = (RUN, CONFIG, "metrics.csv")
     begun = any(not item.name.startswith(".") and item.name not in records_only for item in path.iterdir())
     if different and begun:
         # Of another command or method everything differs.

@@ -20,7 +20,7 @@ from dfkd_cli.data.access import access
 from dfkd_cli.errors import ConfigError, DfkdError, Interrupted, memory_can_end
 from dfkd_cli.options import Run
 from dfkd_cli.processes import dedicated, first_process, join_machines, stop_on_signals
-from dfkd_cli.settings import TYPED, Layer, Settings, assignments, choose, recipe_layer, resolve
+from dfkd_cli.settings import Layer, Settings, assigned_layer, choose, recipe_layer, resolve, typed_layer
 from dfkd_cli.ui import NORMAL, QUIET, VERBOSE, Notes, Terminal
 
 CONTEXT = {"help_option_names": ["-h", "--help"], "max_content_width": 200}
@@ -92,7 +92,8 @@ def _chosen(command: catalog.Command, argv: list[str]) -> Chosen:
     """The methods that the arguments name."""
     layers = _named_layers(command, argv)
     undecided = any(
-        choice.default is None and not any(layer.get(choice.flag) for _, layer in layers) for choice in command.choices
+        choice.default is None and not any(layer.get(choice.flag) for _, layer, _ in layers)
+        for choice in command.choices
     )
     if undecided and {"-h", "--help"} & set(argv):  # help must work before a method is chosen
         return []
@@ -105,12 +106,12 @@ def _named_layers(command: catalog.Command, argv: list[str]) -> list[Layer]:
     tokens = arguments.expand(argv, _several(command))  # `--objective a b`; other lists are not of interest here
     for name in arguments.values_of(tokens, "--recipe")[-1:]:
         layers.append(recipe_layer(name, command.name))
-    layers.append(("--set ", assignments(arguments.values_of(tokens, "--set"))))
+    layers.append(assigned_layer(arguments.values_of(tokens, "--set")))
     typed: dict[str, Any] = {}
     for choice in command.choices:
         if named := arguments.values_of(tokens, arguments.flag(choice.flag)):
             typed[choice.flag] = named if choice.several else named[-1]
-    return [*layers, ("", typed)]
+    return [*layers, Layer("", typed)]
 
 
 def _several(command: catalog.Command) -> set[str]:
@@ -215,8 +216,8 @@ def _stage(command: catalog.Command, classes: list[tuple[str, type]], terminal: 
         for name in ("json", "quiet", "verbose", "debug"):
             values.pop(name)
         stack = [recipe_layer(recipe, command.name)] if recipe else []
-        stack.append(("--set ", assignments(values.pop("set") or [])))
-        stack.append((TYPED, {name: value for name, value in values.items() if value not in (None, [])}))
+        stack.append(assigned_layer(values.pop("set") or []))
+        stack.append(typed_layer({name: value for name, value in values.items() if value not in (None, [])}))
         run_stage(resolve(command.name, stack), terminal, dry_run)
 
     stage.__signature__ = Signature(list(parameters.values()))  # type: ignore[attr-defined]  # Typer reads it

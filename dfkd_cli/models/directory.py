@@ -16,6 +16,7 @@ from dfkd_cli.errors import ArtifactError, ConfigError, RunFailed
 from dfkd_cli.models.classifier import Classifier, ModelInfo
 from dfkd_cli.models.registry import build
 from dfkd_cli.models.weights import load_weights
+from dfkd_cli.trust import Code
 
 SCHEMA = 1
 RECORD = "model.json"
@@ -65,10 +66,17 @@ def save_model(directory: Path, classifier: Classifier, *, metrics: dict[str, An
     return identity(record)
 
 
-def load_model(directory: Path, allow_code: bool = False) -> tuple[Classifier, dict[str, Any]]:
+def load_model(
+    directory: Path, allow_code: bool = False, code: Code | None = None
+) -> tuple[Classifier, dict[str, Any]]:
     """Read and check a model directory. Returns the classifier on the CPU, and the record in ``model.json``.
 
     The global random state is left alone.
+
+    Args:
+        directory: What to read.
+        allow_code: Whether it may name code, which is run. A file is looked for in the directory, beside it, and here.
+        code: Which code may run; by default any or none, as ``allow_code`` says.
 
     Raises:
         ArtifactError: The directory is missing, damaged, from a newer version, or names code without ``allow_code``.
@@ -86,7 +94,9 @@ def load_model(directory: Path, allow_code: bool = False) -> tuple[Classifier, d
         raise ArtifactError(f"{weights}: damaged, its sha256 is not the recorded one", "make or copy the model again")
     try:
         with torch.random.fork_rng(devices=[]):
-            net = build(info.spec, info.num_classes, info.input_size, allow_code)
+            code = code or Code(artifacts=allow_code)
+            spec = code.locate(info.spec, directory)
+            net = build(spec, info.num_classes, info.input_size, code.may_run(spec))
     except ConfigError as error:  # not the user's words but the directory's
         raise ArtifactError(f"{directory}: {error.message}", error.hint) from error
     load_weights(net, weights)

@@ -17,6 +17,7 @@ from dfkd_cli.models.directory import identity, load_model, read_record
 from dfkd_cli.models.registry import build, code_file, family
 from dfkd_cli.models.weights import load_weights
 from dfkd_cli.options import FOREIGN, ForeignModel
+from dfkd_cli.trust import Code
 
 LOG = logging.getLogger(__name__)
 
@@ -69,9 +70,9 @@ class ModelDirectory:
         """The dataset it was trained on, as far as its record says."""
         return read_record(Path(self.name)).get("provenance", {}).get("dataset")
 
-    def open(self, allow_code: bool) -> LoadedModel:
+    def open(self, code: Code) -> LoadedModel:
         """Read and check it, as :func:`~dfkd_cli.models.directory.load_model` does."""
-        classifier, record = load_model(Path(self.name), allow_code)
+        classifier, record = load_model(Path(self.name), code=code)
         return LoadedModel(classifier, identity(record), record, self.name)
 
 
@@ -85,15 +86,15 @@ class ForeignWeights:
     key: str | None = None
     dataset: ClassVar[None] = None  # nobody says
 
-    def open(self, allow_code: bool) -> LoadedModel:
-        """Build it and load the weights. It may be code in any case: the SPEC is the user's own word.
+    def open(self, code: Code) -> LoadedModel:
+        """Build it and load the weights.
 
         Raises:
             ConfigError: It cannot be built.
-            ArtifactError: The file is missing, or is not of this network.
+            ArtifactError: The file is missing, or is not of this network; or the SPEC is code that may not run.
         """
         with torch.random.fork_rng(devices=[]):
-            net = build(self.info.spec, self.info.num_classes, self.info.input_size, allow_code=True)
+            net = build(self.info.spec, self.info.num_classes, self.info.input_size, code.may_run(self.name))
         if not self.weights.is_file():
             raise ArtifactError(f"no weights file {self.weights}", "check --weights")
         load_weights(net, self.weights, self.key)
@@ -161,7 +162,7 @@ class Architecture:
 
     Attributes:
         spec: What builds it.
-        directory: The model directory whose record says so; None where the user does, who may name code.
+        directory: The model directory whose record says so; None where the SPEC itself does.
     """
 
     spec: str
@@ -176,12 +177,12 @@ class Architecture:
         return [] if file is None else [{"role": "architecture", "path": str(file), "sha256": sha256_file(file)}]
 
 
-def architecture(name: str) -> Architecture:
+def architecture(name: str, code: Code = Code()) -> Architecture:  # noqa: B008  # immutable
     """The architecture that a SPEC names: that of a model directory, or any that can be built.
 
     Raises:
         ArtifactError: A directory without a model.
     """
     if family(name) is None and Path(name).is_dir():
-        return Architecture(read_record(Path(name))["spec"], name)
+        return Architecture(code.locate(read_record(Path(name))["spec"], Path(name)), name)
     return Architecture(name)

@@ -9,7 +9,6 @@ import importlib
 import importlib.util
 import inspect
 import pkgutil
-import re
 import sys
 from collections.abc import Callable, Iterator
 from pathlib import Path
@@ -19,6 +18,8 @@ from typing import Any
 from torch import nn
 
 from dfkd_cli import models
+from dfkd_cli.artifacts.files import digest
+from dfkd_cli.catalog import stands_for
 from dfkd_cli.errors import ArtifactError, ConfigError, did_you_mean
 from dfkd_cli.models.adapter import adapt, watch
 
@@ -81,8 +82,8 @@ def _families() -> dict[str, Callable[[str, int, Size], nn.Module]]:
 
 def family(name: str) -> Callable[[str, int, Size], nn.Module] | None:
     """What builds a built-in name, or None where it is none."""
-    for pattern, build_one in _families().items():  # wrn-<depth>-<width> stands for many names
-        if re.fullmatch(re.sub(r"<\w+>", r"[0-9]+", pattern), name):
+    for pattern, build_one in _families().items():
+        if stands_for(pattern, name):
             return build_one
     return None
 
@@ -131,7 +132,9 @@ def _user_code(source: str, factory: str, num_classes: int, input_size: Size) ->
     spec = f"{source}:{factory}"
     is_file = source.endswith(".py")
     if is_file and not Path(source).is_file():
-        raise ConfigError(f"{spec}: no such file {source}")
+        raise ConfigError(
+            f"{spec}: no such file {source}", "check the SPEC; where an artifact's files lie, say with --code-dir"
+        )
     # As for a script or `python -m`, modules beside the file or in the working directory can be imported.
     with _as_config_error(f"{spec}: failed"), _importable(Path(source).parent if is_file else Path()):
         module = _import_file(Path(source)) if is_file else importlib.import_module(source)
@@ -144,18 +147,38 @@ def _user_code(source: str, factory: str, num_classes: int, input_size: Size) ->
     return net
 
 
+_USER = "_dfkd_user_"  # what modules from users' files are called
+_imported: dict[str, dict[str, ModuleType]] = {}  # by folder, the modules that users' code has imported from there
+
+
 @contextlib.contextmanager
 def _importable(folder: Path) -> Iterator[None]:
+    """Modules in the folder can be imported, and stand for no module of the same name in another such folder."""
     entry = str(folder.resolve())
+    for modules in _imported.values():
+        for name in modules:
+            sys.modules.pop(name, None)
+    own = _imported.setdefault(entry, {})
+    sys.modules.update(own)
+    before = set(sys.modules)
     sys.path.insert(0, entry)
     try:
         yield
     finally:
         sys.path.remove(entry)
+        added = {k: module for k, module in sys.modules.items() if k not in before and not k.startswith(_USER)}
+        roots = {name for name, module in added.items() if "." not in name and entry in _homes(module)}
+        own.update({name: module for name, module in added.items() if name.partition(".")[0] in roots | {*own}})
+
+
+def _homes(module: ModuleType) -> set[str]:
+    """The folders in which a module's file or directory lies."""
+    places = [*getattr(module, "__path__", ())] or [getattr(module, "__file__", None) or ""]
+    return {str(Path(place).parent) for place in places}
 
 
 def _import_file(path: Path) -> ModuleType:
-    spec = importlib.util.spec_from_file_location(f"_dfkd_user_{path.stem}", path)
+    spec = importlib.util.spec_from_file_location(f"{_USER}{path.stem}_{digest(str(path.resolve()))[:12]}", path)
     assert spec is not None and spec.loader is not None  # as for every path that ends in .py
     module = importlib.util.module_from_spec(spec)
     sys.modules[spec.name] = module  # dataclasses look their module up there

@@ -15,6 +15,7 @@ from dfkd_cli.artifacts.shards import MANIFEST, ShardReader
 from dfkd_cli.errors import ArtifactError
 from dfkd_cli.models.directory import RECORD, identity
 from dfkd_cli.models.names import Location, ModelDirectory
+from dfkd_cli.trust import Code
 
 
 @dataclass(frozen=True)
@@ -143,14 +144,14 @@ class Model:
         return read_curves(self.path / "metrics.csv")
 
 
-def read_model(location: Location, allow_code: bool) -> Model:
+def read_model(location: Location, code: Code) -> Model:
     """Read a model, and find the shard sets that its directory names.
 
     Raises:
         ArtifactError: Missing, damaged, or not a model.
         ConfigError: A foreign model cannot be built.
     """
-    model = location.open(allow_code)
+    model = location.open(code)
     facts = location, Path(model.path), model.sha256, model.classifier.num_parameters, model.record
     if not isinstance(location, ModelDirectory):
         return Model(*facts)

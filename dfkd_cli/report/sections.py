@@ -9,6 +9,7 @@ from pathlib import Path
 from dfkd_cli.errors import ArtifactError, ConfigError
 from dfkd_cli.models.names import ModelDirectory
 from dfkd_cli.report.entries import Model, find_teacher, read_model
+from dfkd_cli.trust import Code
 
 
 @dataclass
@@ -41,13 +42,13 @@ class Section:
         return self.measured_against.get(model.path) or next(iter(self.teachers.values()))
 
 
-def arrange(models: Sequence[Model], dataset: str | None, allow_code: bool) -> list[Section]:
+def arrange(models: Sequence[Model], dataset: str | None, code: Code) -> list[Section]:
     """The sections of a comparison, in the order of the models.
 
     Args:
         models: Everything to compare. A teacher that is not among them is looked for where its students say.
         dataset: What to test on; by default what each teacher was tested on.
-        allow_code: Whether a model directory may name code.
+        code: Which code may run.
 
     Raises:
         ArtifactError: A student's teacher is not to be found.
@@ -58,11 +59,11 @@ def arrange(models: Sequence[Model], dataset: str | None, allow_code: bool) -> l
     by_hash = {model.sha256: model for model in reversed(models)}
     for model in models:
         if model.teacher is not None and not model.is_grid_teacher:
-            teacher = _teacher_of(model, by_hash, allow_code)
+            teacher = _teacher_of(model, by_hash, code)
             if teacher is None and model.sha256 in teacher_hashes:
                 continue  # here as a teacher, whoever taught it
             while teacher is not None and teacher.row is not None:  # a student's student: a grid has one ranking
-                teacher = _teacher_of(teacher, by_hash, allow_code)
+                teacher = _teacher_of(teacher, by_hash, code)
             if teacher is None:
                 raise ArtifactError(
                     f"{model.path}: its teacher (sha256 {model.teacher[:12]}...) is not to be found",
@@ -92,11 +93,11 @@ def _section(sections: dict[str, Section], model: Model, teacher: Model, dataset
     return section
 
 
-def _teacher_of(student: Model, by_hash: dict[str, Model], allow_code: bool) -> Model | None:
+def _teacher_of(student: Model, by_hash: dict[str, Model], code: Code) -> Model | None:
     """Among the known models, by hash, or where the student says, or in ``teacher/``: then it is known as well."""
     wanted = str(student.teacher)
     if wanted not in by_hash and (place := find_teacher(student.path, wanted)) is not None:
-        by_hash[wanted] = read_model(ModelDirectory(str(place)), allow_code)
+        by_hash[wanted] = read_model(ModelDirectory(str(place)), code)
     return by_hash.get(wanted)
 
 

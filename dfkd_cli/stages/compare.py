@@ -29,13 +29,14 @@ from dfkd_cli.report import html, table
 from dfkd_cli.report.entries import Model, ShardSet, read_model, read_run, read_shards
 from dfkd_cli.report.results import rows
 from dfkd_cli.report.sections import Section, arrange
-from dfkd_cli.settings import Settings, recipe_layer, resolve
+from dfkd_cli.settings import Layer, Settings, recipe_layer, resolve
 from dfkd_cli.stages.grid.commands import Grid, PlannedRun, qualified
 from dfkd_cli.stages.grid.planner import plan
 from dfkd_cli.stages.grid.scheduler import run_grid
 from dfkd_cli.stages.inputs import pick_device
 from dfkd_cli.stages.measures import Examiner, check_gate, finite, top1
 from dfkd_cli.stages.snapshots import look_back
+from dfkd_cli.trust import CONFIG, Code
 from dfkd_cli.ui import Progress, Terminal
 
 
@@ -84,7 +85,7 @@ def run(settings: Settings, terminal: Terminal, dry_run: bool = False) -> dict[s
     grid = None if settings.sections["grid"] is None else plan(settings, out)
     models, shards = _open(settings, grid, terminal)
     # What does not fit is found before anything is written.
-    sections = arrange(models, settings.inputs.dataset, settings.run.allow_code)
+    sections = arrange(models, settings.inputs.dataset, settings.code)
     check_free(out, settings)
     for planned in () if grid is None or settings.run.overwrite else grid.runs:
         check_free(planned.out, planned.settings)
@@ -104,8 +105,8 @@ def run(settings: Settings, terminal: Terminal, dry_run: bool = False) -> dict[s
             if grid is not None:
                 lost = {(f["teacher"], f["row"], f["seed"]) for f in failed}
                 done = [run for run in grid.runs if (run.teacher, run.row, run.seed) not in lost]
-                models = [*_models(done, settings.run.allow_code), *models]
-            sections = arrange(models, settings.inputs.dataset, settings.run.allow_code)
+                models = [*_models(done, settings.code), *models]
+            sections = arrange(models, settings.inputs.dataset, settings.code)
             results = _results(models, shards, sections, failed, directory, terminal)
             write_atomic(out / TABLE, table.markdown(results).encode())
             write_atomic(out / REPORT, html.page(results).encode())
@@ -131,21 +132,21 @@ def _open(settings: Settings, grid: Grid | None, terminal: Terminal) -> tuple[li
         ConfigError: No model was given.
         ArtifactError: Missing, unfinished or damaged.
     """
-    inputs, allow_code = settings.inputs, settings.run.allow_code
+    inputs, code = settings.inputs, settings.code
     models: list[Model] = []
     shards: list[ShardSet] = []
     paths = {Path(name).resolve(): Path(name) for name in inputs.paths or ()}.values()
     comparisons = [path for path in paths if read_run(path).get("command") == "compare"]
     for path in paths:
         if path in comparisons:
-            for model in _so_far(path, allow_code, terminal):
+            for model in _so_far(path, code, terminal):
                 own = grid is not None or len(comparisons) > 1  # each comparison has rankings of its own
                 group = qualified(str(path), model.group or "").rstrip("/") if own else model.group
                 models.append(replace(model, group=group))
         elif (path / MANIFEST).is_file():
             shards.append(read_shards(path))
         else:
-            models.append(read_model(ModelDirectory(str(path)), allow_code))
+            models.append(read_model(ModelDirectory(str(path)), code))
     if grid is not None:
         for group, name in grid.existing.items():
             models.append(replace(_teacher(name, settings), group=group))
@@ -156,34 +157,35 @@ def _open(settings: Settings, grid: Grid | None, terminal: Terminal) -> tuple[li
     return models, shards
 
 
-def _so_far(path: Path, allow_code: bool, terminal: Terminal) -> list[Model]:
+def _so_far(path: Path, code: Code, terminal: Terminal) -> list[Model]:
     """What a comparison's grid has made until now, under the names of its rows. It may be running meanwhile.
 
     Raises:
         ArtifactError: A comparison without a grid makes nothing.
     """
-    settings = resolve("compare", [recipe_layer(str(path / "config.yaml"), "compare")])
+    allowed = {"allow_code": code.artifacts, "code_dir": code.folder}
+    settings = resolve("compare", [recipe_layer(str(path / CONFIG), "compare"), Layer("", allowed, code.typed)])
     if settings.sections["grid"] is None:
         raise ArtifactError(f"{path}: a comparison without a grid", "give the directories that it compares")
     grid = plan(settings, path)
     finished = [run for run in grid.runs if read_run(run.out).get("status") == "done"]
     terminal.say(f"{path}: {len(finished)} of {len(grid.runs)} steps are finished")
     teachers = [replace(_teacher(name, settings), group=group) for group, name in grid.existing.items()]
-    return [*teachers, *_models(finished, allow_code)]
+    return [*teachers, *_models(finished, code)]
 
 
 def _teacher(name: str, settings: Settings) -> Model:
     """A teacher that was there before: a model directory, or a SPEC with ``--weights``."""
-    return read_model(locate(name, settings.inputs), settings.run.allow_code)
+    return read_model(locate(name, settings.inputs), settings.code)
 
 
-def _models(runs: Sequence[PlannedRun], allow_code: bool) -> list[Model]:
+def _models(runs: Sequence[PlannedRun], code: Code) -> list[Model]:
     """The models that commands of a grid have made."""
     models = []
     for run in runs:
         if run.model is not None:
             place: dict[str, Any] = {"row": run.row or None, "series": run.series, "group": run.teacher}
-            model = read_model(ModelDirectory(str(run.model)), allow_code)
+            model = read_model(ModelDirectory(str(run.model)), code)
             models.append(replace(model, **place, published=run.published))
     return models
 
@@ -234,7 +236,7 @@ def _results(
     if examiner.caveat:
         terminal.say(examiner.caveat)
     progress = Progress(terminal, "compare", "models", sum(len(section.models) for section in sections))
-    meter = Meter(directory.path / MEASUREMENTS, examiner, settings.run.allow_code, progress)
+    meter = Meter(directory.path / MEASUREMENTS, examiner, settings.code, progress)
     blocks: list[dict[str, Any]] = []
     lost: dict[str, list[Mapping[str, Any]]] = {}
     for failure in failed:
@@ -262,9 +264,9 @@ def _results(
 class Meter:
     """Measures every model with the same code, once: a continued run takes the numbers from ``file``."""
 
-    def __init__(self, file: Path, examiner: Examiner, allow_code: bool, progress: Progress) -> None:
+    def __init__(self, file: Path, examiner: Examiner, code: Code, progress: Progress) -> None:
         self.file, self.examiner, self.progress = file, examiner, progress
-        self.open: Callable[[Location], LoadedModel] = lambda location: location.open(allow_code)
+        self.open: Callable[[Location], LoadedModel] = lambda location: location.open(code)
         self.open_teacher = functools.lru_cache(1)(self.open)
         self.taken = read_json(file) if file.exists() else {}
         self.done = 0

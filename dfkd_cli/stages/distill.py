@@ -143,7 +143,11 @@ def run(settings: Settings, terminal: Terminal, dry_run: bool = False) -> dict[s
 def learn(settings: Settings, job: Job, terminal: Terminal) -> dict[str, Any]:
     """Train the student of a job into its model directory."""
     task, teacher = job.task(settings), job.teacher
-    parents = [teacher.parent("teacher"), *(s.parent for s in job.sets), *architecture(settings.inputs.student).parents]
+    parents = [
+        teacher.parent("teacher"),
+        *(s.parent for s in job.sets),
+        *architecture(settings.inputs.student, settings.code).parents,
+    ]
     facts = {"data_free": job.data_free, "uses": job.uses, "num_images": len(task.source)}
     directory = RunDirectory(settings.out, settings, parents, facts, kept_by() if job.data_free else None)
 
@@ -177,11 +181,11 @@ def opened(settings: Settings) -> Iterator[Job]:
         if data_free:
             seals.enter_context(sealed("the transfer set is data-free", real_data(location, inputs.data_dir)))
             seals.enter_context(kept())
-        teacher = location.open(settings.run.allow_code)
+        teacher = location.open(settings.code)
         needs = [need for chosen in settings.components.values() for c in chosen for need in c.entry.needs]
         sets = [open_transfer_set(name, teacher, inputs.data_dir, seed, needs) for name in inputs.transfer_set]
         info = dataclasses.replace(teacher.classifier.info, spec=inputs.student)
-        student = fresh(info, "student", seed, settings.run.allow_code)
+        student = fresh(info, "student", seed, settings.code)
         objectives = connect(settings.components["objective"], student, teacher.classifier, seed)
         check_kept()
         yield Job(teacher, sets, data_free, student, objectives)

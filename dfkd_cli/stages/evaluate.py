@@ -175,18 +175,18 @@ class _Opener:
 
     def __init__(self, settings: Settings, terminal: Terminal) -> None:
         inputs, self.terminal = settings.inputs, terminal
-        self.inputs, self.allow_code, self.seed = inputs, settings.run.allow_code, settings.run.seed
+        self.inputs, self.code, self.seed = inputs, settings.code, settings.run.seed
         self.examiner = Examiner(pick_device(settings.run.device), inputs.data_dir, inputs.batch_size)
         self.passes = self.examiner.device, inputs.batch_size  # how images are shown to a model
         self.orphans: list[str] = []
         self.teacher: LoadedModel | None = None
         if inputs.teacher is not None or Path(TEACHER, RECORD).is_file():
-            self.teacher = locate(inputs.teacher or TEACHER, inputs).open(self.allow_code)
+            self.teacher = locate(inputs.teacher or TEACHER, inputs).open(self.code)
         self.models = {} if self.teacher is None else {self.teacher.path: self.teacher}
         self.paths = inputs.paths or [*self.models, *([STUDENT] if Path(STUDENT).exists() else [])]
         for path in self.paths:
             if path not in self.models and Path(path, RECORD).is_file():
-                self.models[path] = ModelDirectory(path).open(self.allow_code)
+                self.models[path] = ModelDirectory(path).open(self.code)
 
     def open(self, path: str) -> Evaluation:
         """Open one path."""
@@ -251,7 +251,7 @@ class _Opener:
         try:
             place = find_teacher(Path(path), recorded)
             if place is not None:
-                return self.models.setdefault(str(place), ModelDirectory(str(place)).open(self.allow_code))
+                return self.models.setdefault(str(place), ModelDirectory(str(place)).open(self.code))
             self.orphans.append(path)
         except ArtifactError as error:  # nobody asked for this teacher
             self.terminal.say(f"{path}: not compared with its teacher, which cannot be read: {error}")

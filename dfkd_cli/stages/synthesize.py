@@ -78,7 +78,7 @@ def run(settings: Settings, terminal: Terminal, dry_run: bool = False) -> dict[s
         return rehearse(settings, run, terminal)
     location = locate(settings.inputs.teacher, settings.inputs)
     with sealed("synthesize is data-free", real_data(location)), kept():
-        teacher = location.open(settings.run.allow_code)
+        teacher = location.open(settings.code)
         check_needs(settings.method.entry, teacher.classifier, settings.inputs)
         extras, parents = open_inputs(settings, teacher)
         check_kept()
@@ -110,8 +110,8 @@ def open_inputs(settings: Settings, teacher: LoadedModel) -> tuple[dict[str, Any
     parents = []
     if inputs.student is not None:
         info = dataclasses.replace(teacher.classifier.info, spec=inputs.student)
-        extras["student"] = fresh(info, "student", how.seed, how.allow_code)
-        parents += architecture(inputs.student).parents
+        extras["student"] = fresh(info, "student", how.seed, settings.code)
+        parents += architecture(inputs.student, settings.code).parents
     if inputs.metadata is not None:
         extras["metadata"], sha256 = read_metadata(Path(inputs.metadata), teacher.sha256)
         parents.append({"role": "metadata", "path": inputs.metadata, "sha256": sha256})

@@ -61,9 +61,9 @@ def run(settings: Settings, terminal: Terminal, dry_run: bool = False) -> dict[s
     dataset = datasets.load(inputs.dataset, "train", data_dir=inputs.data_dir, image_shape=inputs.input_size)
     mean, std = dataset.mean_std()
     info = ModelInfo(inputs.model, len(dataset.classes), dataset.image_shape, mean, std, dataset.classes)
-    parents = [*architecture(inputs.model).parents, *datasets.contents(inputs.dataset)]
+    parents = [*architecture(inputs.model, settings.code).parents, *datasets.contents(inputs.dataset)]
     directory = RunDirectory(settings.out, settings, parents, {"data_free": False})
-    student = fresh(info, "teacher", settings.run.seed, settings.run.allow_code)
+    student = fresh(info, "teacher", settings.run.seed, settings.code)
     task = Task(student, None, RealSource(dataset), {}, inputs, settings.run.seed)
 
     def score(model: Classifier) -> dict[str, float]:

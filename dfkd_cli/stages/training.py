@@ -27,22 +27,23 @@ from dfkd_cli.seeds import derive
 from dfkd_cli.settings import Settings
 from dfkd_cli.stages.inputs import pick_device
 from dfkd_cli.stages.snapshots import SNAPSHOTS, Snapshots
+from dfkd_cli.trust import Code
 from dfkd_cli.ui import Terminal
 
 
-def fresh(info: ModelInfo, role: str, seed: int, allow_code: bool) -> Classifier:
+def fresh(info: ModelInfo, role: str, seed: int, code: Code = Code()) -> Classifier:  # noqa: B008  # immutable
     """A newly initialised classifier; its weights depend on its role and the seed only.
 
     Args:
         info: What it is; its ``spec`` is any that :func:`~dfkd_cli.models.names.architecture` knows.
         role: What it is for.
         seed: The run's seed.
-        allow_code: Whether a model directory may name code. The user may.
+        code: Which code may run.
     """
-    named = architecture(info.spec)
+    named = architecture(info.spec, code)
     with torch.random.fork_rng(devices=[]):
         torch.manual_seed(derive(role, seed))
-        net = build(named.spec, info.num_classes, info.input_size, allow_code or named.directory is None)
+        net = build(named.spec, info.num_classes, info.input_size, code.may_run(named.spec))
         require_training(net, info.spec, info.num_classes, info.input_size, batch=2)
     return Classifier(net, dataclasses.replace(info, spec=named.spec))
 

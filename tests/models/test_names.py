@@ -17,6 +17,7 @@ from dfkd_cli.models.directory import identity, load_model
 from dfkd_cli.models.names import Architecture, ForeignWeights, ModelDirectory, architecture, locate
 from dfkd_cli.options import ForeignModel
 from dfkd_cli.stages.training import fresh
+from dfkd_cli.trust import Code
 
 CODE = """
 import torch
@@ -41,7 +42,7 @@ def here(teacher, tmp_path, monkeypatch) -> Path:
 def test_a_directory_is_a_model(here, name):
     location = locate(name, ForeignModel())
     assert location == ModelDirectory(name)
-    model = location.open(allow_code=False)
+    model = location.open(Code())
     classifier, record = load_model(Path(name))
     assert (model.path, model.sha256, model.record, model.dataset) == (name, identity(record), record, "digits")
     assert model.classifier.info == classifier.info
@@ -49,7 +50,7 @@ def test_a_directory_is_a_model(here, name):
 
 
 def test_ancestry_is_of_all_teachers(here):
-    model = locate("mine", ForeignModel()).open(allow_code=False)
+    model = locate("mine", ForeignModel()).open(Code())
     for provenance, ancestry in (
         ({"teacher": "a"}, ["a"]),  # as before ancestries were recorded
         ({"teacher": "a", "line": ["a", "b"]}, ["a", "b"]),
@@ -62,7 +63,7 @@ def test_a_spec_with_weights_is_a_model(here):
     location = locate("lenet5", ForeignModel(**DIGITS, std=(0.5,)))
     info = ModelInfo("lenet5", 10, (1, 32, 32), (0.0,), (0.5,))
     assert location == ForeignWeights("lenet5", Path("net.safetensors"), info)
-    model = location.open(allow_code=False)
+    model = location.open(Code())
     facts = dataclasses.asdict(info)
     assert model.sha256 == digest([sha256_file(Path("net.safetensors")), facts])
     assert model.record == facts | {"provenance": {}}
@@ -74,7 +75,9 @@ def test_a_spec_with_weights_is_a_model(here):
 def test_a_users_own_code_is_run_and_its_spelling_does_not_count(here):
     torch.save({"1.weight": torch.zeros(10, 1024), "1.bias": torch.zeros(10)}, "net.pt")
     said = ForeignModel(**DIGITS | {"weights": "net.pt"})
-    plain, dotted = (locate(name, said).open(allow_code=False) for name in ("net.py:net", "./net.py:net"))
+    plain, dotted = (locate(name, said).open(Code(frozenset({name}))) for name in ("net.py:net", "./net.py:net"))
+    with pytest.raises(ArtifactError, match="--allow-code"):  # a SPEC that nobody typed, or typed otherwise
+        locate("net.py:net", said).open(Code(frozenset({"./net.py:net"})))
     assert plain.sha256 == dotted.sha256
     assert plain.classifier.info.spec == "net.py:net"
 
@@ -104,7 +107,7 @@ def test_a_users_own_code_is_run_and_its_spelling_does_not_count(here):
 )
 def test_what_names_no_model(here, name, said, error, words):
     with pytest.raises(error) as caught:
-        locate(name, ForeignModel(**said)).open(allow_code=False)
+        locate(name, ForeignModel(**said)).open(Code())
     assert words in str(caught.value)
 
 
@@ -136,10 +139,12 @@ def test_an_architecture_counts_by_what_was_read(here):
 
 def test_code_is_built_where_the_user_names_it_and_not_where_a_directory_does(here):
     info = ModelInfo("./net.py:net", 10, (1, 32, 32), (0.0,), (1.0,))
-    assert fresh(info, "student", 0, allow_code=False).info.spec == "./net.py:net"
+    assert fresh(info, "student", 0, Code(frozenset({"./net.py:net"}))).info.spec == "./net.py:net"
+    with pytest.raises(ArtifactError, match="this model is code, which is not run"):
+        fresh(info, "student", 0)
     record = json.loads(Path("mine/model.json").read_text())
     Path("mine/model.json").write_text(json.dumps({**record, "spec": "net.py:net"}))
     info = dataclasses.replace(info, spec="mine")
     with pytest.raises(ArtifactError, match="this model is code, which is not run"):
-        fresh(info, "student", 0, allow_code=False)
-    assert fresh(info, "student", 0, allow_code=True).info.spec == "net.py:net"
+        fresh(info, "student", 0, Code(frozenset({"mine"})))
+    assert fresh(info, "student", 0, Code(artifacts=True)).info.spec == "net.py:net"

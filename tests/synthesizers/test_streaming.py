@@ -42,7 +42,7 @@ def make_method(tmp_path, make_teacher):
         config = build(METHODS[name].config, {"batch_size": 4, "latent": 5, "width": 0.05, "steps": 2, **values})
         info = teacher.info
         head = {"shape": list(info.input_size), "dtype": "float16", "num_classes": 10, "teacher": {"sha256": "0"}}
-        student = fresh(dataclasses.replace(info, spec="lenet5-half"), "student", 0, False)
+        student = fresh(dataclasses.replace(info, spec="lenet5-half"), "student", 0)
         task = SynthesisTask(teacher, 4, 0, ShardWriter(tmp_path, head, 1), student=student)
         return METHODS[name].load()(task, config)
 

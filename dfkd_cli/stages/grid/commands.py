@@ -10,11 +10,11 @@ from typing import Any
 from dfkd_cli import catalog, config
 from dfkd_cli.errors import ConfigError, did_you_mean, memory_can_end
 from dfkd_cli.options import FOREIGN, Run
-from dfkd_cli.settings import Settings, resolve
+from dfkd_cli.settings import Layer, Settings, resolve
 from dfkd_cli.ui import Terminal
 
 # The flags of `compare` that reach every command which has them.
-_PASSED = ("device", "precision", "logger", "allow_code", "data_dir")
+_PASSED = ("device", "precision", "logger", "allow_code", "code_dir", "data_dir")
 
 
 @dataclasses.dataclass(frozen=True)
@@ -92,9 +92,9 @@ def passed_flags(settings: Settings, command: str, foreign: bool) -> dict[str, A
     return {name: values[name] for name in names if name in fields and values[name] != unset[name]}
 
 
-def carry_out(values: dict[str, Any], verbosity: int, silent: bool) -> None:
-    """Run a command, perhaps in another process: settings reach it as the plain values of a recipe."""
+def carry_out(values: dict[str, Any], typed: frozenset[str], verbosity: int, silent: bool) -> None:
+    """Run a command, perhaps in another process: settings reach it as plain values, and with what the user typed."""
     command = values.pop("command")
     quiet = Terminal(verbosity, as_json=True, silent=silent)  # stdout is for the comparison
     with memory_can_end():  # of one command: the others go on
-        catalog.command(command).load()(resolve(command, [("", values)]), quiet)
+        catalog.command(command).load()(resolve(command, [Layer("", values, typed)]), quiet)

@@ -184,8 +184,9 @@ def _layers(command: str, *sections: _Section, own: tuple[str, ...] = _OWN) -> l
                 raise ConfigError(f"{where}.{key}: the grid itself decides this", "leave it out")
         recipe = values.pop("recipe", None)
         if recipe is not None:
-            recipes.append(recipe_layer(str(recipe), command))
-        layers.append((f"{where}.", values))
+            # Whether these are the user's own words the recipe of the grid decides, which named it.
+            recipes.append(recipe_layer(str(recipe), command)._replace(typed=frozenset()))
+        layers.append(Layer(f"{where}.", values))
     return recipes + layers
 
 
@@ -250,9 +251,9 @@ def _row(name: str, row: Mapping[str, Any], common: Mapping[str, list[_Section]]
         if cotrained and key in row:
             hint = f"another row with `shards: {name}` distills from its shards"
             raise ConfigError(f"{where}: has both cotrained and {key}", hint)
-    if shards is None and not any("transfer_set" in layer for _, layer in distill):
+    if shards is None and not any("transfer_set" in layer.values for layer in distill):
         raise ConfigError(f"{where}: nothing to distill from", "give synthesize, shards, or distill.transfer_set")
-    sets, taught_by = distill[-1][1].get("transfer_set", []), str(row.get("taught_by", ""))
+    sets, taught_by = distill[-1].values.get("transfer_set", []), str(row.get("taught_by", ""))
     sets = sets if isinstance(sets, list) else [sets]
     sizes = sorted(set(config.convert(row["sizes"], tuple[int, ...], f"{where}.sizes"))) if "sizes" in row else []
     chosen = tuple(seed for seed in seeds if seed in chosen)

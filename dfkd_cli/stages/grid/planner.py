@@ -150,5 +150,9 @@ class _Planner:
         values |= {name: source.value for name, source in reads.items()}
         foreign = values.get("teacher", "") == self.teacher.paths.get("teacher")
         flags = passed_flags(self.settings, command, foreign)
-        settings = resolve(command, [*layers, ("", {**values, "overwrite": False}), (TYPED, flags)])
+        own = Layer("", {**values, "overwrite": False}, self.settings.code.typed)
+        settings = resolve(command, [*layers, own, (TYPED, flags)])
+        for spec in (getattr(settings.inputs, name, None) for name in ("teacher", "student", "model")):
+            if spec is not None and not Path(spec).is_dir():
+                settings.code.check(spec)  # here, and not when other rows have taken their hours
         return settings, frozenset(source.made_by for source in reads.values() if source.made_by is not None)

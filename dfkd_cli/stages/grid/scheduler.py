@@ -33,9 +33,11 @@ def run_grid(grid: Grid, terminal: Terminal, save: Callable[[], None], processes
                 elif workers.busy < processes and unfinished.isdisjoint(run.waits_for):
                     del waiting[number]
                     terminal.say(f"[{number}/{len(grid.runs)}] {run.describe()}")
-                    reach = access(run.settings)  # a process that is confined can do nothing else afterwards
+                    settings = run.settings
+                    reach = access(settings)  # a process that is confined can do nothing else afterwards
                     inside = None if reach is None else reach.confined
-                    workers.submit(run, carry_out, run.settings.plain(), terminal.verbosity, silent, inside=inside)
+                    what = settings.plain(), settings.code.typed, terminal.verbosity, silent
+                    workers.submit(run, carry_out, *what, inside=inside)
             if not workers.busy:
                 continue  # what was waiting had failed before
             run, error = workers.next()

@@ -1,0 +1,112 @@
+"""Whose word a name is: which code may run, and where the paths lie that a recipe or an artifact names."""
+
+from __future__ import annotations
+
+import dataclasses
+import os
+from collections.abc import Iterable, Iterator
+from pathlib import Path
+from typing import Any
+
+from dfkd_cli import catalog
+from dfkd_cli.errors import ArtifactError
+
+RECORDS = ("run.json", "model.json", "manifest.json")  # any of them makes an artifact of the directory that holds it
+CONFIG = "config.yaml"  # what every artifact calls its recipe
+# The keys of recipes that name what is read.
+PATHS = (
+    "teacher", "student", "model", "weights", "metadata", "transfer_set", "dataset", "data_dir", "paths", "path",
+    "recipe",
+)  # fmt: skip
+
+
+@dataclasses.dataclass(frozen=True)
+class Code:
+    """Which code may run: what the user named, or also what an artifact names.
+
+    Attributes:
+        typed: Every word of the command line, and of the user's own recipes.
+        artifacts: Whether artifacts may name code: ``--allow-code``.
+        folder: Where the user says that the Python files lie which they name.
+    """
+
+    typed: frozenset[str] = frozenset()
+    artifacts: bool = False
+    folder: str | None = None
+
+    def may_run(self, spec: str) -> bool:
+        """Whether the code that a SPEC names, seen from here, may run: did the user type this SPEC?"""
+        return self.artifacts or spec in self.typed
+
+    def check(self, spec: str) -> None:
+        """Raise :class:`ArtifactError` where a SPEC names code that may not run."""
+        source, colon, _ = spec.partition(":")
+        if colon and source not in ("torchvision", "timm") and not self.may_run(spec):
+            raise ArtifactError(f"{spec}: this model is code, which is not run", "pass --allow-code if you trust it")
+
+    def locate(self, spec: str, directory: Path) -> str:
+        """Where the Python file lies that a model directory names: where the user says, in it, beside it, or here."""
+        if not spec.partition(":")[0].endswith(".py"):
+            return spec
+        return placed(spec, [*([Path(self.folder)] if self.folder else []), directory, directory.parent])
+
+
+def of_artifact(recipe: Path) -> bool:
+    """Whether a recipe is an artifact's word, not the user's: it is called as theirs are, or lies in one."""
+    homes = {*recipe.absolute().parents, *recipe.resolve().parents}
+    return recipe.name == CONFIG or any((home / record).is_file() for home in homes for record in RECORDS)
+
+
+def read_recipe(path: Path) -> dict[str, Any]:
+    """The keys of a recipe file. Of the relative paths in it those are found that lie beside it.
+
+    What an artifact recorded was typed beside the artifact, as a rule.
+    """
+    folders = [path.parent, path.parent.parent] if of_artifact(path) else [path.parent]
+    values: dict[str, Any] = _placed(catalog.read_recipe(path), folders)
+    return values
+
+
+def typed_words(recipe: Path, values: Any) -> frozenset[str]:
+    """What the user says in a recipe and in those that it names: nothing where the recipe is an artifact's word."""
+    if of_artifact(recipe):
+        return frozenset()
+    own = frozenset(words(values))
+    named = [Path(word) for word in own if Path(word).suffix in catalog.RECIPES and os.path.isfile(word)]
+    return own.union(*(words(read_recipe(path)) for path in named if not of_artifact(path)))
+
+
+def words(values: Any) -> Iterator[str]:
+    """Every text among plain values."""
+    if isinstance(values, str):
+        yield values
+    elif isinstance(values, (dict, list, tuple)):
+        for value in values.values() if isinstance(values, dict) else values:
+            yield from words(value)
+
+
+def placed(name: str, folders: Iterable[Path]) -> str:
+    """A relative path, or the SPEC of a Python file, in the first of the folders that has it.
+
+    As it is where none has, where it means the same from here, and where it is the name of something built in.
+    """
+    file, colon, factory = name.partition(":")
+    path = Path(file if file.endswith(".py") else name)
+    if not name or path.is_absolute():
+        return name
+    place = next((folder / path for folder in folders if os.path.exists(folder / path)), path)
+    if place == path or (os.path.exists(path) and os.path.samefile(path, place)) or catalog.is_built_in(name):
+        return name
+    return f"{place}{colon}{factory}" if file.endswith(".py") else str(place)
+
+
+def _placed(value: Any, folders: list[Path], key: str = "", above: str = "") -> Any:
+    """The value of a key with the paths in it placed; a teacher's path may stand under its name in ``teachers``."""
+    if isinstance(value, dict):
+        return {name: _placed(inner, folders, name, key) for name, inner in value.items()}
+    if isinstance(value, list):
+        return [_placed(inner, folders, key, above) for inner in value]
+    reads = key in PATHS or above == "teachers"
+    if key == "recipe":
+        reads = Path(str(value)).suffix in catalog.RECIPES
+    return placed(value, folders) if reads and isinstance(value, str) else value
