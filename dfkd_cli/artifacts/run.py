@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import contextlib
 import os
+import secrets
 import shutil
 import sys
 import time
@@ -12,15 +13,16 @@ from pathlib import Path
 from typing import IO, Any
 
 from dfkd_cli import __version__
-from dfkd_cli.artifacts.files import os_error, read_json, sha256_file, write_atomic, write_json
+from dfkd_cli.artifacts.files import os_error, sha256_file, write_atomic, write_json
+from dfkd_cli.artifacts.integrity import CONFIG, RUN, intact, read_run
 from dfkd_cli.config import dump_yaml
 from dfkd_cli.errors import ArtifactError, ConfigError, DfkdError, Interrupted
 from dfkd_cli.processes import writes_records
 from dfkd_cli.settings import Settings
 from dfkd_cli.ui import Terminal
 
-RUN = "run.json"
 LOCK = ".lock"
+AFRESH = "give --overwrite to start afresh"
 
 
 class RunDirectory:
@@ -28,7 +30,8 @@ class RunDirectory:
 
     ``run.json`` has: the command, its identity (everything that decides the result: settings and the hashes of what
     was read), status, parents, seconds of work over all processes, versions, artifacts with hashes, metrics, concerns
-    (what the reader is warned of), error.
+    (what the reader is warned of), error; an ``id``, which checkpoints carry too, and the hashes of files that were
+    ``kept``, from early rounds or for a continued run.
 
     Args:
         path: The directory.
@@ -57,6 +60,8 @@ class RunDirectory:
             "metrics": {},
             "concerns": [],
             "error": None,
+            "id": secrets.token_hex(8),
+            "kept": {},
         }
         self._lock: IO[str] | None = None
         self._mark = time.monotonic()
@@ -77,7 +82,9 @@ class RunDirectory:
                 self.record = {"concerns": [], **previous}  # older records have none
                 return True
             if not afresh:
-                self.record |= {k: previous[k] for k in ("started", "seconds", "concerns") if k in previous}
+                self.record |= {
+                    k: previous[k] for k in ("started", "seconds", "concerns", "id", "kept") if k in previous
+                }
         if not writes_records():
             return False
         self._take_lock()
@@ -91,7 +98,7 @@ class RunDirectory:
                 left_by_a_kill.unlink()
         only_typed = ("overwrite", "allow_code")
         replayable = {key: value for key, value in self.settings.plain().items() if key not in only_typed}
-        write_atomic(self.path / "config.yaml", dump_yaml(replayable).encode())
+        write_atomic(self.path / CONFIG, dump_yaml(replayable).encode())
         self.save()
         return False
 
@@ -141,12 +148,28 @@ class RunDirectory:
         self._mark = now
         write_json(self.path / RUN, self.record)
 
+    def keep(self, path: Path, sha256: str) -> None:
+        """Note the hash of a file when it is written, for whoever reads it later or calls it a result."""
+        self.record["kept"][path.relative_to(self.path).as_posix()] = sha256
+
+    def kept(self, path: Path) -> Path | None:
+        """A file that an earlier process of this run kept, None where it is gone or damaged."""
+        try:
+            return intact(path, self.record["kept"].get(path.relative_to(self.path).as_posix()))
+        except ArtifactError:
+            return None
+
     def finish(self, artifacts: list[Path], metrics: Mapping[str, Any]) -> None:
-        """Record the result. From here on the same command changes nothing."""
-        self.record["artifacts"] = [
-            {"path": str(p.relative_to(self.path)), "sha256": sha256_file(p), "bytes": p.stat().st_size}
-            for p in artifacts
-        ]
+        """Record the result. From here on the same command changes nothing.
+
+        Raises:
+            ArtifactError: A file that was kept from an early round is damaged or gone.
+        """
+        self.record["artifacts"] = []
+        for path in artifacts:
+            name = path.relative_to(self.path).as_posix()
+            intact(path, self.record["kept"].get(name), AFRESH)
+            self.record["artifacts"].append({"path": name, "sha256": sha256_file(path), "bytes": path.stat().st_size})
         self.record |= {"metrics": dict(metrics), "status": "done", "error": None, "ended": _now()}
         self.save()
 
@@ -185,12 +208,12 @@ def _previous(path: Path, afresh: bool) -> dict[str, Any] | None:
         raise ConfigError(f"{path} is a file", "choose another --out") from None
     if (path / RUN).exists():
         try:
-            return read_json(path / RUN)
-        except ArtifactError:
+            return read_run(path)
+        except ArtifactError as error:
             if afresh:
                 return {}
-            raise ArtifactError(f"{path / RUN} is damaged", "give --overwrite to start afresh") from None
-    if present and [item.name for item in present] != ["config.yaml"]:
+            raise ArtifactError(error.message, AFRESH) from None
+    if present and [item.name for item in present] != [CONFIG]:
         raise ConfigError(f"{path} is not empty and was not made by dfkd", "choose another --out")
     return None
 
@@ -209,7 +232,7 @@ def _is_another(path: Path, recorded: Mapping[str, Any], settings: Settings, ide
     """
     completed = settings.completed(recorded).items() if recorded else ()
     different = differences({key: value for key, value in completed if key in recorded or key in identity}, identity)
-    records_only = (RUN, "config.yaml", "metrics.csv")
+    records_only = (RUN, CONFIG, "metrics.csv")
     begun = any(not item.name.startswith(".") and item.name not in records_only for item in path.iterdir())
     if different and begun:
         # Of another command or method everything differs.
@@ -238,10 +261,10 @@ def differences(old: Mapping[str, Any], new: Mapping[str, Any], prefix: str = ""
 
 
 def _whole(path: Path, record: Mapping[str, Any]) -> bool:
-    return all(
-        (path / item["path"]).is_file() and sha256_file(path / item["path"]) == item["sha256"]
-        for item in record.get("artifacts", [])
-    )
+    try:
+        return all(intact(path / item["path"], item["sha256"]) for item in record["artifacts"])
+    except ArtifactError:
+        return False
 
 
 def _now() -> str:

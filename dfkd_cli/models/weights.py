@@ -7,15 +7,16 @@ from pathlib import Path
 from typing import Any
 
 import safetensors.torch
-import torch
 from safetensors import SafetensorError
 from torch import Tensor, nn
 
+from dfkd_cli.artifacts.pickles import read_pickle
 from dfkd_cli.errors import ArtifactError, ConfigError
 
 _WRAPPERS = ("state_dict", "model_state_dict", "model", "net")
 _PREFIXES = ("module.", "_orig_mod.", "model.", "net.")  # DataParallel, torch.compile, LightningModule
 _REFUSALS = ("GLOBAL ", "TorchScript")  # in torch.load's messages about code; damaged files fail in other words
+_NESTED = 8  # wrappers in wrappers; one that holds itself has no end
 _LISTED = 3  # keys named in a message
 
 
@@ -52,7 +53,7 @@ def _read_safetensors(file: Path) -> dict[str, Tensor]:
 
 def _read_pickle(file: Path) -> Any:
     try:
-        return torch.load(file, map_location="cpu", weights_only=True)
+        return read_pickle(file, "cpu")
     except Exception as error:  # a damaged pickle can raise anything
         if any(words in str(error) for words in _REFUSALS):
             raise ArtifactError(
@@ -62,7 +63,9 @@ def _read_pickle(file: Path) -> Any:
 
 
 def _unwrap(content: Any, file: Path) -> dict[str, Tensor]:
-    while isinstance(content, Mapping):
+    for _ in range(_NESTED):
+        if not isinstance(content, Mapping):
+            break
         inner = next((content[key] for key in _WRAPPERS if isinstance(content.get(key), Mapping)), None)
         if inner is None:
             break

@@ -14,7 +14,9 @@ from typing import Any
 
 import torch
 
-from dfkd_cli.artifacts.files import digest, read_json, write_atomic, write_json
+from dfkd_cli.artifacts.files import digest, write_atomic, write_json
+from dfkd_cli.artifacts.integrity import read_run
+from dfkd_cli.artifacts.records import read_json
 from dfkd_cli.artifacts.run import RunDirectory, check_free
 from dfkd_cli.artifacts.shards import MANIFEST
 from dfkd_cli.catalog import Command
@@ -26,7 +28,7 @@ from dfkd_cli.models.directory import read_info
 from dfkd_cli.models.names import LoadedModel, Location, ModelDirectory, locate
 from dfkd_cli.options import ForeignModel
 from dfkd_cli.report import html, table
-from dfkd_cli.report.entries import Model, ShardSet, read_model, read_run, read_shards
+from dfkd_cli.report.entries import Model, ShardSet, read_model, read_shards
 from dfkd_cli.report.results import rows
 from dfkd_cli.report.sections import Section, arrange
 from dfkd_cli.settings import Settings, recipe_layer, resolve
@@ -96,7 +98,7 @@ def run(settings: Settings, terminal: Terminal, dry_run: bool = False) -> dict[s
     directory = RunDirectory(out, settings, _parents(models, shards, sections), facts)
     if directory.claim():
         directory.say_complete(terminal)
-        results = read_json(out / RESULTS)
+        results = read_json(out / RESULTS, dict[str, Any])
         _show(results, terminal)
     else:
         with directory.guard():
@@ -230,11 +232,11 @@ def _results(
     device = pick_device(settings.run.device)
     examiner = Examiner(device, settings.inputs.data_dir)
     # What does not fit is found before anything is measured.
-    tests = [[examiner.images(s.dataset, read_info(m.record), str(m.path)) for m in s.models] for s in sections]
+    tests = [[examiner.images(s.dataset, read_info(m.record, m.path), str(m.path)) for m in s.models] for s in sections]
     if examiner.caveat:
         terminal.say(examiner.caveat)
     progress = Progress(terminal, "compare", "models", sum(len(section.models) for section in sections))
-    meter = Meter(directory.path / MEASUREMENTS, examiner, settings.run.allow_code, progress)
+    meter = Meter(directory, examiner, settings.run.allow_code, progress)
     blocks: list[dict[str, Any]] = []
     lost: dict[str, list[Mapping[str, Any]]] = {}
     for failure in failed:
@@ -260,13 +262,13 @@ def _results(
 
 
 class Meter:
-    """Measures every model with the same code, once: a continued run takes the numbers from ``file``."""
+    """Measures every model with the same code, once: a continued run takes the numbers that were kept."""
 
-    def __init__(self, file: Path, examiner: Examiner, allow_code: bool, progress: Progress) -> None:
-        self.file, self.examiner, self.progress = file, examiner, progress
+    def __init__(self, run: RunDirectory, examiner: Examiner, allow_code: bool, progress: Progress) -> None:
+        self.run, self.file, self.examiner, self.progress = run, run.path / MEASUREMENTS, examiner, progress
         self.open: Callable[[Location], LoadedModel] = lambda location: location.open(allow_code)
         self.open_teacher = functools.lru_cache(1)(self.open)
-        self.taken = read_json(file) if file.exists() else {}
+        self.taken = {} if run.kept(self.file) is None else read_json(self.file, dict[str, dict[str, Any]])
         self.done = 0
 
     def measure(self, model: Model, teacher: Model, dataset: str) -> dict[str, Any]:
@@ -278,7 +280,8 @@ class Meter:
             opened = self.open(model.location)
             measures = self.examiner.measure(opened, self.open_teacher(teacher.location), dataset)
             self.taken[key] = finite(measures | {"snapshots": self._look_back(model.path, opened, dataset)})
-            write_json(self.file, self.taken)
+            self.run.keep(self.file, write_json(self.file, self.taken))
+            self.run.save()
         self.done += 1
         self.progress.update(self.done)
         return self.taken[key]

@@ -24,7 +24,7 @@ from dfkd_cli.rounds.trainer import fit
 from dfkd_cli.seeds import derive
 from dfkd_cli.settings import Settings
 from dfkd_cli.stages.inputs import pick_device
-from dfkd_cli.stages.snapshots import SNAPSHOTS, Snapshots
+from dfkd_cli.stages.snapshots import Snapshots
 from dfkd_cli.ui import Terminal
 
 
@@ -79,7 +79,7 @@ def train(
     else:
         with run.guard():
             learner = regime.load()(task, settings.method.config)
-            snapshots = Snapshots(run.path / SNAPSHOTS, task.student, task.training.snapshots, learner.rounds)
+            snapshots = Snapshots(run, task.student, task.training.snapshots, learner.rounds)
             fit(learner, run, terminal, [snapshots])
             metrics = dict(score(task.student.eval().to(run.record["device"])))
             save_model(run.path, task.student, metrics=metrics, provenance=dict(provenance))
