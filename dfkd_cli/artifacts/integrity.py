@@ -57,7 +57,7 @@ def read_run(directory: Path) -> dict[str, Any]:
     """
     if not (directory / RUN).exists():
         return {}
-    return {"parents": [], "identity": {}, "artifacts": [], **read_json(directory / RUN, RunRecord)}
+    return {"parents": [], "identity": {}, "artifacts": [], "kept": {}, **read_json(directory / RUN, RunRecord)}
 
 
 def intact(path: Path, sha256: str | None = None, hint: str = REMAKE) -> Path:
@@ -93,7 +93,8 @@ def _recorded(path: Path) -> str | None:
     for directory in (path.parent, path.parent.parent):
         if (directory / RUN).exists() and (directory / CONFIG).exists():
             name = path.relative_to(directory).as_posix()
-            return next((file["sha256"] for file in read_run(directory)["artifacts"] if file["path"] == name), None)
+            run = read_run(directory)
+            return next((file["sha256"] for file in run["artifacts"] if file["path"] == name), run["kept"].get(name))
     return None
 
 

@@ -98,7 +98,7 @@ class RunDirectory:
                 left_by_a_kill.unlink()
         only_typed = ("overwrite", "allow_code")
         replayable = {key: value for key, value in self.settings.plain().items() if key not in only_typed}
-        write_atomic(self.path / CONFIG, dump_yaml(replayable).encode())
+        self.keep(self.path / CONFIG, write_atomic(self.path / CONFIG, dump_yaml(replayable).encode()))
         self.save()
         return False
 

@@ -15,7 +15,7 @@ from typing import Any
 import torch
 
 from dfkd_cli.artifacts.files import digest, write_atomic, write_json
-from dfkd_cli.artifacts.integrity import read_run
+from dfkd_cli.artifacts.integrity import CONFIG, intact, read_run
 from dfkd_cli.artifacts.records import read_json
 from dfkd_cli.artifacts.run import RunDirectory, check_free
 from dfkd_cli.artifacts.shards import MANIFEST
@@ -164,7 +164,7 @@ def _so_far(path: Path, allow_code: bool, terminal: Terminal) -> list[Model]:
     Raises:
         ArtifactError: A comparison without a grid makes nothing.
     """
-    settings = resolve("compare", [recipe_layer(str(path / "config.yaml"), "compare")])
+    settings = resolve("compare", [recipe_layer(str(intact(path / CONFIG)), "compare")])
     if settings.sections["grid"] is None:
         raise ArtifactError(f"{path}: a comparison without a grid", "give the directories that it compares")
     grid = plan(settings, path)
