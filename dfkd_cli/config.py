@@ -222,6 +222,17 @@ def _mapping(loader: _UniqueKeys, node: yaml.MappingNode) -> dict[str, Any]:
     return loader.construct_mapping(node, deep=True)
 
 
+def _number_of(kind: str) -> Any:
+    def construct(loader: _UniqueKeys, node: yaml.ScalarNode) -> Any:
+        if len(node.value) > 100:  # PyYAML takes minutes for long ones
+            raise yaml.constructor.ConstructorError(None, None, "a number is too long", node.start_mark)
+        return getattr(loader, f"construct_yaml_{kind}")(node)
+
+    return construct
+
+
+_UniqueKeys.add_constructor("tag:yaml.org,2002:int", _number_of("int"))
+_UniqueKeys.add_constructor("tag:yaml.org,2002:float", _number_of("float"))
 _UniqueKeys.add_constructor(yaml.resolver.BaseResolver.DEFAULT_MAPPING_TAG, _mapping)
 
 

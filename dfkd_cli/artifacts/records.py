@@ -21,6 +21,7 @@ from typing import Annotated, Any, Literal, NamedTuple, NotRequired, TypedDict, 
 
 from dfkd_cli.config import is_bounded
 from dfkd_cli.errors import ArtifactError
+from dfkd_cli.options import MOST_IMAGES
 
 Record = TypeVar("Record")
 
@@ -41,7 +42,7 @@ class Between(NamedTuple):
 Check = Callable[[Any], None]
 
 REMAKE = "make it again, or copy it again"
-Count = Annotated[int, Between(1, 10**8)]  # of images, or of what makes them
+Count = Annotated[int, Between(1, MOST_IMAGES)]  # of images, or of what makes them
 Classes = Annotated[int, Between(1, 10**6)]
 Side = Annotated[int, Between(1, 2**13)]  # channels or pixels of an image
 ImageShape = tuple[Side, Side, Side]

@@ -148,6 +148,17 @@ class RunDirectory:
         self._mark = now
         write_json(self.path / RUN, self.record)
 
+    def metric(self, name: str) -> Any:
+        """A number that the finished run has measured.
+
+        Raises:
+            ArtifactError: The record lacks it.
+        """
+        value = self.record["metrics"].get(name)
+        if isinstance(value, bool) or not isinstance(value, (int, float)):
+            raise ArtifactError(f"{self.path / RUN} is damaged: metrics.{name} is {value!r:.40}, not a number", AFRESH)
+        return value
+
     def keep(self, path: Path, sha256: str) -> None:
         """Note the hash of a file when it is written, for whoever reads it later or calls it a result."""
         self.record["kept"][path.relative_to(self.path).as_posix()] = sha256

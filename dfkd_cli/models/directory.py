@@ -16,7 +16,7 @@ from dfkd_cli.artifacts.integrity import check_finished, intact
 from dfkd_cli.artifacts.records import Classes, Count, Hashed, ImageShape, read_json
 from dfkd_cli.errors import ArtifactError, ConfigError, RunFailed
 from dfkd_cli.models.classifier import Classifier, ModelInfo
-from dfkd_cli.models.registry import build
+from dfkd_cli.models.registry import build, family
 from dfkd_cli.models.weights import load_weights
 
 SCHEMA = 1
@@ -115,12 +115,26 @@ def load_model(directory: Path, allow_code: bool = False) -> tuple[Classifier, d
     hint = "the model directory is incomplete; make or copy the model again"
     weights = intact(directory / WEIGHTS, record["weights"]["sha256"], hint)
     try:
+        _check_size(info, weights)
         with torch.random.fork_rng(devices=[]):
             net = build(info.spec, info.num_classes, info.input_size, allow_code)
     except ConfigError as error:  # not the user's words but the directory's
         raise ArtifactError(f"{directory}: {error.message}", error.hint) from error
     load_weights(net, weights)
     return Classifier(net, info), record
+
+
+def _check_size(info: ModelInfo, weights: Path) -> None:
+    """A record can say any size: what is beyond that of its weights is seen before it takes any memory."""
+    if family(info.spec) is not None:
+        with torch.random.fork_rng(devices=[]), torch.device("meta"):
+            net = build(info.spec, info.num_classes, info.input_size)
+        if sum(tensor.nbytes for tensor in net.state_dict().values()) > 10 * weights.stat().st_size + 2**28:
+            raise ArtifactError(
+                f"{weights}: the weights do not fit the model: {info.num_classes} classes of images "
+                f"{info.input_size} need far more of them",
+                "make or copy the model again",
+            )
 
 
 def read_record(directory: Path) -> dict[str, Any]:

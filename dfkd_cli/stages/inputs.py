@@ -17,6 +17,7 @@ from dfkd_cli.errors import ArtifactError, ConfigError
 from dfkd_cli.models import generators
 from dfkd_cli.models.classifier import ModelInfo
 from dfkd_cli.models.names import LoadedModel
+from dfkd_cli.options import MOST_IMAGES
 from dfkd_cli.seeds import derive
 
 
@@ -71,7 +72,7 @@ def _counted(name: str) -> tuple[str, int | None]:
     kind, colon, count = name.partition(":")
     if kind not in ("real", "noise", *datasets.DATASETS) or not colon or Path(name).exists():
         return name, None
-    if not (count.isdecimal() and int(count)):
+    if not (count.isdecimal() and len(count) < 10 and 0 < int(count) <= MOST_IMAGES):
         raise ConfigError(f"{name}: {count!r} is not a number of images", f"e.g. {kind}:200")
     return kind, int(count)
 
