@@ -113,3 +113,10 @@ def test_directories_that_are_none(saved):
     (directory / "model.json").write_text("hello")
     with pytest.raises(ArtifactError, match="not readable as JSON"):
         load_model(directory)
+
+
+@pytest.mark.parametrize("values", [{"num_classes": 10**6, "classes": None}, {"input_size": [1, 8000, 8000]}])
+def test_a_size_beyond_its_weights_takes_no_memory(saved, values):
+    edit(saved[0], spec="lenet5", **values)
+    with pytest.raises(ArtifactError, match="need far more of them"):
+        load_model(saved[0])
