@@ -95,4 +95,6 @@ def edit(file: Path, **values: Any) -> None:
         record = json.loads(run.read_text())
         for row in record["artifacts"]:
             row["sha256"] = sha256_file(file) if row["path"] == file.name else row["sha256"]
+        if file.name in record["kept"]:
+            record["kept"][file.name] = sha256_file(file)
         run.write_text(json.dumps(record))
