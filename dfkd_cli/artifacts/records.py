@@ -56,10 +56,10 @@ _COLUMN = re.compile(r"[\w./ +-]+")
 class _Wrong(Exception):
     """A value that is not as declared; ``keys`` lead to it."""
 
-    def __init__(self, value: Any, wanted: str) -> None:
+    def __init__(self, what: str) -> None:
         super().__init__()
         self.keys: list[str] = []
-        self.what = f"is {reprlib.repr(value)}, not {wanted}"
+        self.what = what
 
 
 def read_json(path: Path, declared: type[Record], hint: str = REMAKE) -> Record:
@@ -125,7 +125,7 @@ def _check_version(value: dict[str, Any], declared: Any, path: Path, hint: str) 
         raise ArtifactError(f"{path.parent}: holds {reprlib.repr(value['kind'])}, not {kind!r}", hint)
     for schema in said.get("schema", ()):
         if type(found := value.get("schema", schema)) is int and found != schema:
-            hint = "update dfkd" if found > schema else hint
+            hint = "update dfkd" if found > schema else "make it again"
             raise ArtifactError(f"{path.parent}: {kind} schema {found}, this version reads schema {schema}", hint)
 
 
@@ -167,7 +167,7 @@ def _check(declared: Hashable) -> Check:
 def _accept(fits: Callable[[Any], bool], wanted: str) -> Check:
     def check(value: Any) -> None:
         if not fits(value):
-            raise _Wrong(value, wanted)
+            raise _Wrong(f"is {reprlib.repr(value)}, not {wanted}")
 
     return check
 
@@ -178,7 +178,7 @@ def _items(checks: list[Check], length: int | None = None) -> Check:
 
     def check(value: Any) -> None:
         if not isinstance(value, list) or len(value) != (length or len(value)):
-            raise _Wrong(value, wanted)
+            raise _Wrong(f"is {reprlib.repr(value)}, not {wanted}")
         index = 0
         try:
             for index, item in enumerate(value):
@@ -196,12 +196,12 @@ def _keys(checks: dict[str, tuple[Check, bool]], others: Check | None = None) ->
 
     def check(value: Any) -> None:
         if not isinstance(value, dict):
-            raise _Wrong(value, "a mapping")
+            raise _Wrong(f"is {reprlib.repr(value)}, not a mapping")
         key = ""
         try:
             for key, (_, needed) in checks.items():
                 if needed and key not in value:
-                    raise _Wrong("missing", "there")
+                    raise _Wrong("is missing")
             for key, item in value.items():
                 checks.get(key, (others, False))[0](item)
         except _Wrong as wrong:

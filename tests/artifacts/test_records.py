@@ -48,7 +48,7 @@ def test_what_is_declared_is_read_as_it_is(tmp_path, more):
         ({"shape": [1]}, r"shape is \[1\], not a list of 2"),
         ({"shape": [1, None]}, "shape.1 is None"),
         ({"names": [["a"]]}, r"names.0 is \['a'\], not text"),
-        ({"parts": [{"sha256": "a"}, {}]}, "parts.1.sha256 is 'missing'"),
+        ({"parts": [{"sha256": "a"}, {}]}, "parts.1.sha256 is missing"),
         ({"parts": {}}, "parts is {}, not a list"),
         ({"more": {"a": "b"}}, "more.a is 'b'"),
         ({"kind": "other"}, "holds 'other', not 'example'"),
