@@ -22,7 +22,7 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
-from dfkd_cli.config import parse_yaml
+from dfkd_cli.config import MOST_YAML, parse_yaml
 from dfkd_cli.errors import ConfigError, did_you_mean
 from dfkd_cli.unimported import PACKAGE, Module, read
 
@@ -262,7 +262,8 @@ def find_recipe(name: str, command: str | None = None) -> Path:
 def read_recipe(path: Path) -> dict[str, Any]:
     """The keys of a recipe file, its head ``about`` included."""
     try:
-        return parse_yaml(path.read_text(encoding="utf-8"), str(path))
+        with path.open(encoding="utf-8") as file:
+            return parse_yaml(file.read(MOST_YAML + 1), str(path))
     except (OSError, UnicodeDecodeError):
         raise ConfigError(f"{path}: not a readable recipe") from None
 

@@ -10,6 +10,7 @@ import contextlib
 import copy
 import dataclasses
 import functools
+import itertools
 import math
 import types
 import typing
@@ -19,6 +20,8 @@ from typing import Any, Literal
 import yaml
 
 from dfkd_cli.errors import ConfigError, did_you_mean
+
+MOST_YAML = 2**18  # characters of a recipe
 
 
 def option(
@@ -146,8 +149,8 @@ def _split(text: str, *, spaces: bool, where: str) -> list[Any]:
     """The items of ``[a, b]``, ``a,b`` or, unless they are words, ``a b``."""
     if text.strip().startswith("["):
         try:
-            return list(yaml.safe_load(text))
-        except (yaml.YAMLError, TypeError):
+            return list(_load(text))
+        except (ConfigError, TypeError):
             raise ConfigError(f"{where}: {text!r} is not a list") from None
     return text.replace(",", " ").split() if spaces else [item.strip() for item in text.split(",")]
 
@@ -221,6 +224,17 @@ def _mapping(loader: _UniqueKeys, node: yaml.MappingNode) -> dict[str, Any]:
     return loader.construct_mapping(node, deep=True)
 
 
+def _number_of(kind: str) -> Any:
+    def construct(loader: _UniqueKeys, node: yaml.ScalarNode) -> Any:
+        if len(node.value) > 100:  # PyYAML takes minutes for long ones
+            raise yaml.constructor.ConstructorError(None, None, "a number is too long", node.start_mark)
+        return getattr(loader, f"construct_yaml_{kind}")(node)
+
+    return construct
+
+
+_UniqueKeys.add_constructor("tag:yaml.org,2002:int", _number_of("int"))
+_UniqueKeys.add_constructor("tag:yaml.org,2002:float", _number_of("float"))
 _UniqueKeys.add_constructor(yaml.resolver.BaseResolver.DEFAULT_MAPPING_TAG, _mapping)
 
 
@@ -233,12 +247,41 @@ def parse_yaml(text: str, where: str) -> dict[str, Any]:
 def _parsed(text: str, where: str) -> dict[str, Any]:
     """The grids read the same few recipes hundreds of times."""
     try:
-        values = yaml.load(text, Loader=_UniqueKeys)
-    except yaml.YAMLError as error:
-        raise ConfigError(f"{where}: not readable as YAML: {' '.join(str(error).split())}") from None
+        values = _load(text)
+    except ConfigError as error:
+        raise ConfigError(f"{where}: not readable as YAML: {error}") from None
     if not isinstance(values, dict):
         raise ConfigError(f"{where}: must be a mapping of keys to values")
     return values
+
+
+def _load(text: str) -> Any:
+    """The plain values of a YAML document. PyYAML takes seconds for a megabyte, and follows any nesting."""
+    if len(text) > MOST_YAML:
+        raise ConfigError(f"longer than {MOST_YAML:,} characters")
+    try:
+        values = yaml.load(text, Loader=_UniqueKeys)
+    except yaml.YAMLError as error:
+        raise ConfigError(str(error)) from None
+    except Exception as error:  # what a tag or a number does not fit, and deep nesting, can raise anything
+        raise ConfigError(f"a value of it is none ({type(error).__name__})") from None
+    if not is_bounded(values, len(text) + 1000):
+        raise ConfigError("nested too deep, a number too long, or too much repeated by aliases")
+    return values
+
+
+def is_bounded(value: Any, most: int, depth: int = 32) -> bool:
+    """Whether plain values are no more, those that YAML repeats counted each time, nor deeper nested, and not huge."""
+    level = [value]
+    for _ in range(depth):
+        if any(isinstance(item, int) and item.bit_length() > 128 for item in level):
+            return False
+        parts = (item.values() if isinstance(item, dict) else item for item in level if isinstance(item, (dict, list)))
+        level = list(itertools.islice(itertools.chain.from_iterable(parts), most + 1))
+        most -= len(level)
+        if not level or most < 0:
+            return most >= 0
+    return False
 
 
 def dump_yaml(values: Mapping[str, Any]) -> str:

@@ -29,6 +29,9 @@ class Augmentation:
     fill: Literal["black", "mean"] = option("black", "what comes in from outside the image; mean: the model's")
 
 
+MOST_IMAGES = 10**8  # of one set
+
+
 @dataclass(frozen=True, kw_only=True)
 class Training(Augmentation):
     """How a network is trained: any teacher, any student."""

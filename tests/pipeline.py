@@ -9,6 +9,7 @@ import subprocess
 import sys
 from collections.abc import Mapping
 from pathlib import Path
+from typing import Any
 
 from forks import Fork
 
@@ -97,3 +98,16 @@ def hashes(output: Path) -> dict[str, str]:
     """The hash of every result of a stage; run.json, with when it ran and for how long, is none."""
     files = (path for path in output.glob("[!.]*") if path.is_file() and path.name != "run.json")
     return {path.name: sha256_file(path) for path in files}
+
+
+def edit(file: Path, **values: Any) -> None:
+    """Change a JSON file as its author would: the ``run.json`` beside it, if any, has its hash."""
+    file.write_text(json.dumps(json.loads(file.read_text()) | values))
+    run = file.parent / "run.json"
+    if run.exists() and file != run:
+        record = json.loads(run.read_text())
+        for row in record["artifacts"]:
+            row["sha256"] = sha256_file(file) if row["path"] == file.name else row["sha256"]
+        if file.name in record["kept"]:
+            record["kept"][file.name] = sha256_file(file)
+        run.write_text(json.dumps(record))

@@ -16,7 +16,7 @@ from pathlib import Path
 
 import pytest
 import torch
-from pipeline import start
+from pipeline import edit, start
 from torchvision.utils import save_image
 
 from dfkd_cli.artifacts.run import RunDirectory
@@ -185,14 +185,12 @@ def test_shards_of_another_teacher(here: Path, cli, dfkd) -> None:
 
 
 def test_class_count_mismatch(here: Path, cli) -> None:
-    manifest = json.loads(Path("shards/manifest.json").read_text())
-    Path("shards/manifest.json").write_text(json.dumps({**manifest, "num_classes": 7}))
+    edit(Path("shards/manifest.json"), num_classes=7)
     one_line(cli("distill", "--steps", "1"), 3, "does not hold what the manifest says")
 
 
 def test_unfinished_shards(here: Path, cli) -> None:
-    manifest = json.loads(Path("shards/manifest.json").read_text())
-    Path("shards/manifest.json").write_text(json.dumps({**manifest, "complete": False}))
+    edit(Path("shards/manifest.json"), complete=False)
     one_line(cli("distill", "--steps", "1"), 3, "not finished", "synthesize")
 
 
@@ -531,9 +529,9 @@ def test_artifacts_among_datasets_are_refused_and_no_bug(here: Path, cli) -> Non
     ids=str,
 )
 def test_a_strange_manifest_is_damaged(here: Path, cli, change: dict) -> None:
-    manifest = json.loads(Path("shards/manifest.json").read_text())
-    Path("shards/manifest.json").write_text(json.dumps(manifest | change))
-    one_line(cli("distill"), 3, "manifest.json is damaged")
+    edit(Path("shards/manifest.json"), **change)
+    (key,) = change
+    one_line(cli("distill"), 3, f"manifest.json is damaged: {key if change[key] else 'it does not name'}")
 
 
 def test_strange_records_and_files_are_one_line(here: Path, cli) -> None:
@@ -544,7 +542,7 @@ def test_strange_records_and_files_are_one_line(here: Path, cli) -> None:
     one_line(cli("distill", "--transfer-set", "noise:²"), 2, "'²' is not a number of images")
     record = json.loads(Path("teacher/model.json").read_text())
     Path("teacher/model.json").write_text(json.dumps({**record, "provenance": []}))
-    one_line(cli("distill"), 3, "provenance is damaged")
+    one_line(cli("distill"), 3, "model.json is damaged: provenance is [], not a mapping")
 
 
 def test_an_artifact_that_is_its_own_parent(here: Path, cli) -> None:
@@ -558,8 +556,8 @@ def test_an_artifact_that_is_its_own_parent(here: Path, cli) -> None:
     assert (parent["found"], parent["lineage"], len(sha256)) == ("same", [], 64)
     for parents in ({}, ["x"], [{"path": "shards"}], [{"role": "teacher", "path": 3}]):
         Path("student/run.json").write_text(json.dumps({**run, "parents": parents}))
-        one_line(cli("info", "student"), 3, "run.json: damaged")
-        one_line(cli("compare", "student", "--out", "c"), 3, "run.json: damaged")
+        one_line(cli("info", "student"), 3, "run.json is damaged: parents")
+        one_line(cli("compare", "student", "--out", "c"), 3, "run.json is damaged: parents")
 
 
 def test_images_of_four_channels(here: Path, cli) -> None:

@@ -11,7 +11,7 @@ import tempfile
 from pathlib import Path
 from typing import Any
 
-from dfkd_cli.errors import ArtifactError, ConfigError, RunFailed
+from dfkd_cli.errors import ConfigError, RunFailed
 
 
 def write_atomic(path: Path, data: bytes) -> str:
@@ -57,23 +57,6 @@ def _umask() -> int:
 def write_json(path: Path, value: Any) -> str:
     """Write a JSON document atomically. Returns its sha256."""
     return write_atomic(path, (json.dumps(value, indent=2, ensure_ascii=False) + "\n").encode())
-
-
-def read_json(path: Path) -> dict[str, Any]:
-    """Read a JSON object.
-
-    Raises:
-        ArtifactError: The file is missing or is not a JSON object.
-    """
-    try:
-        value = json.loads(path.read_bytes())
-    except FileNotFoundError:
-        raise ArtifactError(f"{path}: no such file") from None
-    except (OSError, ValueError):
-        raise ArtifactError(f"{path}: not readable as JSON", "the artifact is damaged; make it again") from None
-    if not isinstance(value, dict):
-        raise ArtifactError(f"{path}: not a JSON object", "the artifact is damaged; make it again")
-    return value
 
 
 def sha256_file(path: Path) -> str:

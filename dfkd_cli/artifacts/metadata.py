@@ -11,19 +11,41 @@ import math
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import Annotated, Any, Literal, TypedDict
 
 import safetensors.torch
 import torch
 from safetensors import SafetensorError
 from torch import Tensor
 
-from dfkd_cli.artifacts.files import read_json, sha256_file, write_atomic, write_json
+from dfkd_cli.artifacts.files import sha256_file, write_atomic, write_json
+from dfkd_cli.artifacts.integrity import check_finished, intact
+from dfkd_cli.artifacts.records import Between, Hashed, read_json
 from dfkd_cli.errors import ArtifactError
 
 RECORD = "metadata.json"
 TENSORS = "metadata.safetensors"
 REMAKE = "make it again: dfkd collect-metadata --overwrite"
+
+
+class Layer(TypedDict):
+    """A layer, its shape and whether it is ``joint``."""
+
+    name: str
+    shape: list[Annotated[int, Between(1, 10**9)]]
+    joint: bool
+
+
+class MetadataRecord(TypedDict):
+    """``metadata.json``."""
+
+    schema: Literal[1]
+    kind: Literal["metadata"]
+    teacher: Hashed
+    temperature: float
+    counts: list[Annotated[int, Between(0, 10**9)]]
+    layers: list[Layer]
+    tensors: Hashed
 
 
 @dataclass(frozen=True)
@@ -109,21 +131,19 @@ def read_metadata(directory: Path, teacher: str) -> tuple[Metadata, str]:
     """
     path, tensors = directory / RECORD, directory / TENSORS
     if not path.is_file():
+        check_finished(directory)
         raise ArtifactError(f"no metadata at {directory}", "make it: dfkd collect-metadata")
-    record = read_json(path)
-    if (record.get("schema"), record.get("kind")) != (1, "metadata"):
-        raise ArtifactError(f"{path}: not metadata of schema 1", REMAKE)
+    record = read_json(intact(path, hint=REMAKE), MetadataRecord, REMAKE)
+    if record["teacher"]["sha256"] != teacher:
+        raise ArtifactError(f"{directory} is of another teacher", "give the --teacher it was collected from")
+    intact(tensors, record["tensors"]["sha256"], REMAKE)
     try:
-        if record["teacher"]["sha256"] != teacher:
-            raise ArtifactError(f"{directory} is of another teacher", "give the --teacher it was collected from")
-        if not tensors.is_file() or sha256_file(tensors) != record["tensors"]["sha256"]:
-            raise ArtifactError(f"{tensors}: missing or damaged", REMAKE)
         return _metadata(record, safetensors.torch.load_file(tensors)), sha256_file(path)
-    except (KeyError, TypeError, ValueError, SafetensorError):
+    except (KeyError, ValueError, SafetensorError):
         raise ArtifactError(f"{directory}: the metadata is damaged", REMAKE) from None
 
 
-def _metadata(record: Mapping[str, Any], tensors: Mapping[str, Tensor]) -> Metadata:
+def _metadata(record: MetadataRecord, tensors: Mapping[str, Tensor]) -> Metadata:
     layers = {
         row["name"]: LayerStatistics(
             tuple(row["shape"]), tensors[f"{row['name']}.mean"], tensors[f"{row['name']}.std"], row["joint"]

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import contextlib
 import os
+import secrets
 import shutil
 import sys
 import time
@@ -12,7 +13,9 @@ from pathlib import Path
 from typing import IO, Any
 
 from dfkd_cli import __version__
-from dfkd_cli.artifacts.files import os_error, read_json, sha256_file, write_atomic, write_json
+from dfkd_cli.artifacts.files import os_error, sha256_file, write_atomic, write_json
+from dfkd_cli.artifacts.integrity import RUN, intact, read_run
+from dfkd_cli.artifacts.records import read_json
 from dfkd_cli.config import dump_yaml, options
 from dfkd_cli.errors import ArtifactError, ConfigError, DfkdError, Interrupted
 from dfkd_cli.options import Run
@@ -21,8 +24,8 @@ from dfkd_cli.settings import Settings
 from dfkd_cli.trust import CONFIG
 from dfkd_cli.ui import Terminal
 
-RUN = "run.json"
 LOCK = ".lock"
+AFRESH = "give --overwrite to start afresh"
 
 
 class RunDirectory:
@@ -30,7 +33,8 @@ class RunDirectory:
 
     ``run.json`` has: the command, its identity (everything that decides the result: settings and the hashes of what
     was read), status, parents, seconds of work over all processes, versions, artifacts with hashes, metrics, concerns
-    (what the reader is warned of), error.
+    (what the reader is warned of), error; an ``id``, which checkpoints carry too, and the hashes of files that were
+    ``kept``, from early rounds or for a continued run.
 
     Args:
         path: The directory.
@@ -68,6 +72,8 @@ class RunDirectory:
             "metrics": {},
             "concerns": [],
             "error": None,
+            "id": secrets.token_hex(8),
+            "kept": {},
         }
         self._lock: IO[str] | None = None
         self._mark = time.monotonic()
@@ -90,7 +96,8 @@ class RunDirectory:
             if not afresh:
                 if "sealed" in self.record and previous.get("sealed") != self.record["sealed"]:
                     self.record["sealed"] = "python"  # the weaker one holds for the whole
-                self.record |= {k: previous[k] for k in ("started", "seconds", "concerns") if k in previous}
+                lasting = ("started", "seconds", "concerns", "id", "kept")
+                self.record |= {key: previous[key] for key in lasting if key in previous}
         if not writes_records():
             return False
         self._take_lock()
@@ -105,7 +112,8 @@ class RunDirectory:
         only_typed = {name for name, traits in options(Run).items() if traits.get("typed")}
         replayable = {key: value for key, value in self.settings.plain().items() if key not in only_typed}
         self.save()  # first: what lies beside it is ours
-        write_atomic(self.path / CONFIG, dump_yaml(replayable).encode())
+        self.keep(self.path / CONFIG, write_atomic(self.path / CONFIG, dump_yaml(replayable).encode()))
+        self.save()
         return False
 
     def record_concern(self, what: str) -> bool:
@@ -154,12 +162,39 @@ class RunDirectory:
         self._mark = now
         write_json(self.path / RUN, self.record)
 
+    def metric(self, name: str) -> Any:
+        """A number that the finished run has measured.
+
+        Raises:
+            ArtifactError: The record lacks it.
+        """
+        value = self.record["metrics"].get(name)
+        if isinstance(value, bool) or not isinstance(value, (int, float)):
+            raise ArtifactError(f"{self.path / RUN} is damaged: metrics.{name} is {value!r:.40}, not a number", AFRESH)
+        return value
+
+    def keep(self, path: Path, sha256: str) -> None:
+        """Note the hash of a file when it is written, for whoever reads it later or calls it a result."""
+        self.record["kept"][path.relative_to(self.path).as_posix()] = sha256
+
+    def kept(self, path: Path) -> Path | None:
+        """A file that an earlier process of this run kept, None where it is gone or damaged."""
+        try:
+            return intact(path, self.record["kept"].get(path.relative_to(self.path).as_posix()))
+        except ArtifactError:
+            return None
+
     def finish(self, artifacts: list[Path], metrics: Mapping[str, Any]) -> None:
-        """Record the result. From here on the same command changes nothing."""
-        self.record["artifacts"] = [
-            {"path": str(p.relative_to(self.path)), "sha256": sha256_file(p), "bytes": p.stat().st_size}
-            for p in artifacts
-        ]
+        """Record the result. From here on the same command changes nothing.
+
+        Raises:
+            ArtifactError: A file that was kept from an early round is damaged or gone.
+        """
+        self.record["artifacts"] = []
+        for path in artifacts:
+            name = path.relative_to(self.path).as_posix()
+            intact(path, self.record["kept"].get(name), AFRESH)
+            self.record["artifacts"].append({"path": name, "sha256": sha256_file(path), "bytes": path.stat().st_size})
         self.record |= {"metrics": dict(metrics), "status": "done", "error": None, "ended": _now()}
         self.save()
 
@@ -199,13 +234,12 @@ def _previous(path: Path, afresh: bool) -> dict[str, Any] | None:
         raise ConfigError(f"{path} is a file", "choose another --out") from None
     if (path / RUN).exists():
         try:
-            previous = read_json(path / RUN)
-        except ArtifactError:
+            if "identity" in read_json(path / RUN, dict[str, Any]):
+                return read_run(path)
+        except ArtifactError as error:
             if afresh:
                 return {}
-            raise ArtifactError(f"{path / RUN} is damaged", "give --overwrite to start afresh") from None
-        if "identity" in previous:
-            return previous
+            raise ArtifactError(error.message, AFRESH) from None
     if present:
         raise ConfigError(f"{path} is not empty and was not made by dfkd", "choose another --out")
     return None
@@ -254,10 +288,10 @@ def differences(old: Mapping[str, Any], new: Mapping[str, Any], prefix: str = ""
 
 
 def _whole(path: Path, record: Mapping[str, Any]) -> bool:
-    return all(
-        (path / item["path"]).is_file() and sha256_file(path / item["path"]) == item["sha256"]
-        for item in record.get("artifacts", [])
-    )
+    try:
+        return all(intact(path / item["path"], item["sha256"]) for item in record["artifacts"])
+    except ArtifactError:
+        return False
 
 
 def _now() -> str:

@@ -13,19 +13,54 @@ import contextlib
 import json
 from collections.abc import Mapping
 from pathlib import Path
-from typing import Any
+from typing import Any, Literal, NotRequired, TypedDict
 
 import safetensors.torch
 import torch
 from safetensors import SafetensorError
 from torch import Tensor
 
-from dfkd_cli.artifacts.files import digest, read_json, sha256_file, write_atomic, write_json
+from dfkd_cli.artifacts.files import digest, sha256_file, write_atomic, write_json
+from dfkd_cli.artifacts.integrity import check_finished, intact
+from dfkd_cli.artifacts.records import Classes, Count, Hashed, ImageShape, read_json
 from dfkd_cli.errors import ArtifactError
 
 MANIFEST = "manifest.json"
 METADATA = "dfkd"
 REMAKE = "run the synthesize command again: it remakes what is damaged"
+
+
+class Row(TypedDict):
+    """What the manifest says of a shard."""
+
+    file: str
+    sha256: str
+    count: Count
+    range: NotRequired[list[float]]
+    histogram: NotRequired[list[int]]
+    terms: NotRequired[dict[str, float]]
+
+
+class Manifest(TypedDict):
+    """``manifest.json``."""
+
+    schema: Literal[1]
+    kind: Literal["shards"]
+    method: str
+    config: NotRequired[dict[str, Any]]
+    seed: NotRequired[int]
+    shape: ImageShape
+    dtype: Literal["float16", "float32", "uint8"]
+    num_classes: Classes
+    classes: NotRequired[list[str] | None]
+    teacher: Hashed
+    data_free: NotRequired[bool]
+    uses: NotRequired[list[str]]
+    complete: bool
+    count: Count
+    range: NotRequired[list[float]]
+    class_histogram: NotRequired[list[int]]
+    shards: list[Row]
 
 
 def shard_name(index: int) -> str:
@@ -48,8 +83,8 @@ class ShardWriter:
         self.rows: dict[int, dict[str, Any]] = {}
         self.confidences: dict[int, float] = {}  # by shard, summed over its images: the teacher's highest probability
         try:
-            recorded = {row["file"]: row["sha256"] for row in read_json(directory / MANIFEST)["shards"]}
-        except (ArtifactError, KeyError, TypeError):
+            recorded = {row["file"]: row["sha256"] for row in read_json(directory / MANIFEST, Manifest)["shards"]}
+        except ArtifactError:
             recorded = {}  # no manifest, or a damaged one: it is made anew from the shards
         self.collect(recorded)
 
@@ -132,31 +167,28 @@ class ShardReader:
     def __init__(self, directory: Path) -> None:
         self.directory = directory
         if not (directory / MANIFEST).is_file():
+            check_finished(directory)
             raise ArtifactError(
                 f"{directory}: no shard directory (no {MANIFEST})", "make one: dfkd synthesize --method zskd"
             )
-        self.manifest = manifest = read_json(directory / MANIFEST)
-        try:
-            if manifest["schema"] != 1 or manifest["kind"] != "shards":
-                raise ArtifactError(f"{directory}: shards of schema {manifest['schema']}", "this dfkd reads schema 1")
-            self.sizes = [row["count"] for row in manifest["shards"]]
-            self.shape: tuple[int, int, int] = tuple(manifest["shape"])
-            self.dtype: torch.dtype = getattr(torch, manifest["dtype"])
-            self.num_classes: int = manifest["num_classes"]
-            self.teacher: str = manifest["teacher"]["sha256"]
-            files = [str(Path(row["file"])) for row in manifest["shards"]]
-            numbers = [*self.sizes, *self.shape, self.num_classes]
-            sound = [isinstance(number, int) and number > 0 for number in numbers]
-            sound += [isinstance(row["sha256"], str) for row in manifest["shards"]]
-            if not (all(sound) and self.sizes and len(self.shape) == 3 and isinstance(self.dtype, torch.dtype)):
-                raise TypeError
-        except (KeyError, TypeError, AttributeError):
-            raise ArtifactError(f"{directory}: {MANIFEST} is damaged", REMAKE) from None
-        if not manifest.get("complete"):
+        self.manifest = manifest = read_json(intact(directory / MANIFEST, hint=REMAKE), Manifest, REMAKE)
+        if not manifest["complete"]:
             raise ArtifactError(f"{directory}: the synthesis is not finished", "run the same synthesize command again")
-        for name in files:
-            if Path(name).name != name or not (directory / name).is_file():
-                raise ArtifactError(f"{directory / name}: the shard is missing", REMAKE)
+        rows = manifest["shards"]
+        self.sizes = [row["count"] for row in rows]
+        channels, height, width = manifest["shape"]
+        self.shape = channels, height, width
+        self.dtype: torch.dtype = getattr(torch, manifest["dtype"])
+        self.num_classes: int = manifest["num_classes"]
+        self.teacher: str = manifest["teacher"]["sha256"]
+        # Images are drawn by their position: in another order they would be another set.
+        if [row["file"] for row in rows] != [*map(shard_name, range(len(rows)))] or manifest["count"] != sum(
+            self.sizes
+        ):
+            raise ArtifactError(f"{directory / MANIFEST} is damaged: it does not name shard after shard", REMAKE)
+        for row in rows:
+            if not (directory / row["file"]).is_file():
+                raise ArtifactError(f"{directory / row['file']} is missing", REMAKE)
         self._checked: set[int] = set()
 
     @property
@@ -169,8 +201,7 @@ class ShardReader:
         row = self.manifest["shards"][index]
         path = self.directory / row["file"]
         if index not in self._checked:
-            if sha256_file(path) != row["sha256"]:
-                raise ArtifactError(f"{path}: the shard is damaged (its hash is not the recorded one)", REMAKE)
+            intact(path, row["sha256"], REMAKE)
             self._checked.add(index)
         try:
             tensors = safetensors.torch.load_file(path)

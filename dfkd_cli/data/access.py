@@ -25,7 +25,7 @@ from pathlib import Path
 from typing import Any
 
 from dfkd_cli import catalog
-from dfkd_cli.artifacts.files import read_json
+from dfkd_cli.artifacts.records import read_json
 from dfkd_cli.config import hints, plain, strip_none
 from dfkd_cli.data import landlock, seal
 from dfkd_cli.data.landlock import LIST, READ, REMOVE_DIR, WRITE
@@ -135,9 +135,9 @@ def access(settings: Settings, dry_run: bool = False) -> Access | None:
     for name in names:
         code |= _code_of(name)
         with contextlib.suppress(ArtifactError, KeyError):  # the command will say so
-            if settings.run.allow_code:
-                spec = str(read_json(Path(name, "model.json"))["spec"])
-                code |= _code_of(spec) | _code_of(os.path.join(name, spec))
+            spec = str(read_json(Path(name, "model.json"), dict[str, Any])["spec"])
+            if settings.code.may_run(spec := settings.code.locate(spec, Path(name))):
+                code |= _code_of(spec)
     several = settings.run.devices * settings.run.num_nodes > 1
     return Access(
         inputs=tuple(name for name in names if os.path.exists(name)),

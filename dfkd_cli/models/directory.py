@@ -5,16 +5,18 @@ from __future__ import annotations
 import dataclasses
 from collections.abc import Mapping
 from pathlib import Path
-from typing import Any
+from typing import Any, Literal, NotRequired, TypedDict
 
 import safetensors.torch
 import torch
 from torch import nn
 
-from dfkd_cli.artifacts.files import digest, read_json, sha256_file, write_atomic, write_json
+from dfkd_cli.artifacts.files import digest, write_atomic, write_json
+from dfkd_cli.artifacts.integrity import check_finished, intact
+from dfkd_cli.artifacts.records import Classes, Count, Hashed, ImageShape, read_json
 from dfkd_cli.errors import ArtifactError, ConfigError, RunFailed
 from dfkd_cli.models.classifier import Classifier, ModelInfo
-from dfkd_cli.models.registry import build
+from dfkd_cli.models.registry import build, family
 from dfkd_cli.models.weights import load_weights
 from dfkd_cli.trust import Code
 
@@ -23,7 +25,42 @@ RECORD = "model.json"
 WEIGHTS = "model.safetensors"
 
 
-def identity(record: dict[str, Any]) -> str:
+class Input(TypedDict):
+    """What a network is and what it expects: :class:`~dfkd_cli.models.classifier.ModelInfo`."""
+
+    spec: str
+    num_classes: Classes
+    input_size: ImageShape
+    mean: list[float]
+    std: list[float]
+    classes: NotRequired[list[str] | None]
+
+
+class Provenance(TypedDict):
+    """Where a model comes from."""
+
+    command: NotRequired[str]
+    dataset: NotRequired[str | None]
+    data_free: NotRequired[bool]
+    uses: NotRequired[list[str]]
+    seed: NotRequired[int]
+    teacher: NotRequired[str]
+    line: NotRequired[list[str]]
+    num_images: NotRequired[Count]
+    config: NotRequired[dict[str, Any]]
+
+
+class ModelRecord(Input):
+    """``model.json``."""
+
+    schema: Literal[1]
+    kind: Literal["model"]
+    weights: Hashed
+    metrics: NotRequired[dict[str, Any]]
+    provenance: NotRequired[Provenance]
+
+
+def identity(record: Mapping[str, Any]) -> str:
     """The hash that stands for a model: its weights and how they are used."""
     used = {key: record[key] for key in ("spec", "num_classes", "input_size", "mean", "std")}
     return digest([record["weights"]["sha256"], used])
@@ -82,17 +119,11 @@ def load_model(
         ArtifactError: The directory is missing, damaged, from a newer version, or names code without ``allow_code``.
     """
     record = read_record(directory)
-    weights = directory / WEIGHTS
-    if not weights.is_file():
-        raise ArtifactError(f"{weights}: no such file", "the model directory is incomplete; make it again")
+    info = read_info(record, directory / RECORD)
+    hint = "the model directory is incomplete; make or copy the model again"
+    weights = intact(directory / WEIGHTS, record["weights"]["sha256"], hint)
     try:
-        info = read_info(record)
-        intact = sha256_file(weights) == record["weights"]["sha256"]
-    except (KeyError, TypeError, ConfigError) as error:
-        raise ArtifactError(f"{directory / RECORD}: not a model record: {error}", "make the model again") from None
-    if not intact:
-        raise ArtifactError(f"{weights}: damaged, its sha256 is not the recorded one", "make or copy the model again")
-    try:
+        _check_size(info, weights)
         with torch.random.fork_rng(devices=[]):
             code = code or Code(artifacts=allow_code)
             spec = code.locate(info.spec, directory)
@@ -101,6 +132,19 @@ def load_model(
         raise ArtifactError(f"{directory}: {error.message}", error.hint) from error
     load_weights(net, weights)
     return Classifier(net, info), record
+
+
+def _check_size(info: ModelInfo, weights: Path) -> None:
+    """A record can say any size: what is beyond that of its weights is seen before it takes any memory."""
+    if family(info.spec) is not None:
+        with torch.random.fork_rng(devices=[]), torch.device("meta"):
+            net = build(info.spec, info.num_classes, info.input_size)
+        if sum(tensor.nbytes for tensor in net.state_dict().values()) > 10 * weights.stat().st_size + 2**28:
+            raise ArtifactError(
+                f"{weights}: the weights do not fit the model: {info.num_classes} classes of images "
+                f"{info.input_size} need far more of them",
+                "make or copy the model again",
+            )
 
 
 def read_record(directory: Path) -> dict[str, Any]:
@@ -112,28 +156,21 @@ def read_record(directory: Path) -> dict[str, Any]:
     if directory.is_file():
         raise ArtifactError(f"{directory}: a file, not a model directory", "give weights with --weights FILE")
     if not (directory / RECORD).is_file():
+        check_finished(directory)
         what = "no model.json in it" if directory.is_dir() else "no such directory"
         raise ArtifactError(f"{directory}: {what}", "`dfkd train-teacher` and `dfkd distill` make model directories")
-    record = read_json(directory / RECORD)
-    if record.get("kind") != "model":
-        raise ArtifactError(f"{directory}: holds {record.get('kind')!r}, not a model")
-    if not isinstance(record.get("provenance", {}), dict):
-        raise ArtifactError(f"{directory / RECORD}: its provenance is damaged", "make the model again")
-    if record.get("schema") != SCHEMA:
-        raise ArtifactError(
-            f"{directory}: model schema {record.get('schema')!r}, this version reads {SCHEMA}", "update dfkd"
-        )
-    return record
+    return dict(read_json(intact(directory / RECORD), ModelRecord))
 
 
-def read_info(record: Mapping[str, Any]) -> ModelInfo:
-    """What a record in JSON says about a network, or about the input of one."""
-    classes = record.get("classes")
-    return ModelInfo(
-        spec=str(record["spec"]),
-        num_classes=record["num_classes"],
-        input_size=tuple(record["input_size"]),
-        mean=tuple(record["mean"]),
-        std=tuple(record["std"]),
-        classes=None if classes is None else tuple(classes),
-    )
+def read_info(record: Mapping[str, Any], file: Path) -> ModelInfo:
+    """What the record in a file says about a network, or about the input of one.
+
+    Raises:
+        ArtifactError: The values do not fit each other.
+    """
+    fields = {field.name: record.get(field.name) for field in dataclasses.fields(ModelInfo)}
+    values: dict[str, Any] = {key: tuple(value) if isinstance(value, list) else value for key, value in fields.items()}
+    try:
+        return ModelInfo(**values)
+    except ConfigError as error:
+        raise ArtifactError(f"{file} is damaged: {error.message}", "make the model again") from None

@@ -20,16 +20,18 @@ from __future__ import annotations
 import dataclasses
 import itertools
 import math
+from collections.abc import Mapping
 from pathlib import Path
-from typing import Any
+from typing import Annotated, Any, Literal, TypedDict
 
 import torch
 from torch import Tensor, nn
 
-from dfkd_cli.artifacts.files import digest, read_json, sha256_file, write_json
-from dfkd_cli.errors import ArtifactError
+from dfkd_cli.artifacts.files import digest, write_json
+from dfkd_cli.artifacts.integrity import intact
+from dfkd_cli.artifacts.records import Between, Count, Hashed, read_json
 from dfkd_cli.models.classifier import ModelInfo
-from dfkd_cli.models.directory import read_info, save_weights
+from dfkd_cli.models.directory import Input, read_info, save_weights
 from dfkd_cli.models.weights import load_weights
 from dfkd_cli.options import GeneratorEnd
 
@@ -38,6 +40,41 @@ LARGEST_START = 16  # pixels
 RECORD = "generator.json"
 WEIGHTS = "generator.safetensors"
 SCHEMA = 3
+
+
+class Settings(TypedDict):
+    """What :class:`Generators` takes beside the input of the teacher."""
+
+    latent: Annotated[int, Between(1, 10**6)]
+    end: GeneratorEnd
+    width: Annotated[float, Between(1e-6, 1000)]
+    epsilon: float
+    count: Annotated[int, Between(1, 1000)]
+
+
+class Training(TypedDict):
+    """How they were trained."""
+
+    batch_size: Annotated[int, Between(1, 10**6)]
+
+
+class Provenance(TypedDict):
+    """Where they come from."""
+
+    teacher: str
+    num_images: Count
+    config: Training
+
+
+class GeneratorRecord(TypedDict):
+    """``generator.json``."""
+
+    schema: Literal[3]
+    kind: Literal["generator"]
+    settings: Settings
+    teacher_input: Input
+    weights: Hashed
+    provenance: Provenance
 
 
 class Generator(nn.Module):
@@ -144,21 +181,15 @@ def load_generators(directory: Path) -> tuple[Generators, dict[str, Any]]:
     Raises:
         ArtifactError: Missing, damaged, or from a newer version.
     """
-    record, weights = read_json(directory / RECORD), directory / WEIGHTS
-    try:
-        if record["kind"] != "generator" or record["schema"] != SCHEMA:
-            hint = "make it again" if record["schema"] < SCHEMA else "update dfkd"
-            raise ArtifactError(f"{directory}: {record['kind']} of schema {record['schema']}", hint)
-        if not weights.is_file() or sha256_file(weights) != record["weights"]["sha256"]:
-            raise ArtifactError(f"{weights}: missing or damaged", "make or copy the generator again")
-        with torch.random.fork_rng(devices=[]):
-            generators = Generators(read_info(record["teacher_input"]), **record["settings"])
-    except (KeyError, TypeError) as error:
-        raise ArtifactError(f"{directory / RECORD}: not a generator's record: {error}", "make it again") from None
+    record = read_json(intact(directory / RECORD), GeneratorRecord)
+    weights = intact(directory / WEIGHTS, record["weights"]["sha256"])
+    info, settings = read_info(record["teacher_input"], directory / RECORD), record["settings"]
+    with torch.random.fork_rng(devices=[]):
+        generators = Generators(info, **settings)
     load_weights(generators, weights)
-    return generators, record
+    return generators, dict(record)
 
 
-def identity(record: dict[str, Any]) -> str:
+def identity(record: Mapping[str, Any]) -> str:
     """The hash that stands for generators: their weights and how they are used."""
     return digest([record["weights"]["sha256"], record["settings"], record["teacher_input"]])

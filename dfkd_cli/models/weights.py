@@ -16,6 +16,7 @@ import torch
 from safetensors import SafetensorError
 from torch import Tensor, nn
 
+from dfkd_cli.artifacts.pickles import check_sums
 from dfkd_cli.errors import ArtifactError, ConfigError, did_you_mean
 
 LOG = logging.getLogger(__name__)
@@ -94,6 +95,7 @@ def _read(file: Path) -> Any:
     unread: dict[str, type[_Unread]] = {}
     while True:
         try:
+            check_sums(file)
             # A stream: of a path, torch.load looks at the name.
             with file.open("rb") as stream, torch.serialization.safe_globals([(c, name) for name, c in unread.items()]):
                 return torch.load(stream, map_location="cpu", weights_only=True)

@@ -3,17 +3,17 @@
 from __future__ import annotations
 
 import contextlib
-import csv
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
-from dfkd_cli.artifacts.files import digest, read_json, sha256_file
-from dfkd_cli.artifacts.run import RUN
+from dfkd_cli.artifacts.files import digest, sha256_file
+from dfkd_cli.artifacts.integrity import RUN, present, read_run
+from dfkd_cli.artifacts.records import column, read_table
 from dfkd_cli.artifacts.shards import MANIFEST, ShardReader
 from dfkd_cli.errors import ArtifactError
-from dfkd_cli.models.directory import RECORD, identity
+from dfkd_cli.models.directory import RECORD, identity, read_record
 from dfkd_cli.models.names import Location, ModelDirectory
 from dfkd_cli.trust import Code
 
@@ -37,7 +37,7 @@ class ShardSet:
     @property
     def settings(self) -> dict[str, Any]:
         """What made it, but for the seed and what it was made from."""
-        return settings_of(self.run) or {k: self.manifest[k] for k in ("method", "config", "count")}
+        return settings_of(self.run) or {k: self.manifest.get(k) for k in ("method", "config", "count")}
 
     def facts(self) -> dict[str, Any]:
         """For ``results.json``."""
@@ -193,7 +193,7 @@ def find(parent: Mapping[str, Any], child: Path, file: str) -> Path | None:
         file: ``manifest.json`` or ``model.json``, whichever makes a directory of that kind.
     """
     for path in where(parent, child):
-        with contextlib.suppress(KeyError, TypeError):  # what lies there now is something else
+        with contextlib.suppress(ArtifactError, KeyError):  # what lies there now is something else, or damaged
             if (path / file).is_file() and _sha256(path / file) == parent["sha256"]:
                 return path
     return None
@@ -208,15 +208,18 @@ def find_teacher(child: Path, sha256: str) -> Path | None:
 
 
 def read_curves(path: Path) -> dict[str, list[float]]:
-    """The columns of a ``metrics.csv``, ``round`` among them; nothing where there is no file."""
-    if not path.is_file():
+    """The columns of a ``metrics.csv``, ``round`` among them; nothing where there is no file.
+
+    Raises:
+        ArtifactError: It is damaged.
+    """
+    if present(path) is None:
         return {}
-    with path.open(newline="") as file:
-        rows = list(csv.DictReader(file))
+    rows = read_table(path)
     try:
-        return {name: [float(row[name] or "nan") for row in rows] for name in (rows[0] if rows else ())}
-    except (TypeError, ValueError):
-        raise ArtifactError(f"{path}: not a table of numbers", "make the directory again") from None
+        return {name: column(rows, name) for name in (rows[0] if rows else ())}
+    except ValueError:
+        raise ArtifactError(f"{path} is damaged: not a table of numbers", "make the directory again") from None
 
 
 def settings_of(run: Mapping[str, Any]) -> dict[str, Any]:
@@ -229,29 +232,9 @@ def _sum(seconds: Sequence[float | None]) -> float | None:
     return sum(measured) if measured and len(measured) == len(seconds) else None
 
 
-def read_run(path: Path) -> dict[str, Any]:
-    """The ``run.json`` of a directory, or an empty mapping where it has none.
-
-    Raises:
-        ArtifactError: It is damaged.
-    """
-    if not (path / RUN).is_file():
-        return {}
-    run = {"parents": [], "identity": {}} | read_json(path / RUN)
-    parents = run["parents"] if isinstance(run["parents"], list) else [None]
-    if not isinstance(run["identity"], dict) or not all(map(_is_parent, parents)):
-        raise ArtifactError(f"{path / RUN}: damaged", "make the directory again")
-    return run
-
-
-def _is_parent(value: Any) -> bool:
-    texts = {"role": "", "path": "", "spec": "", "sha256": ""}
-    return isinstance(value, dict) and "role" in value and all(isinstance((texts | value)[key], str) for key in texts)
-
-
 def _sha256(path: Path) -> str:
     """What stands for a directory in its children's records."""
-    return identity(read_json(path)) if path.name == RECORD else sha256_file(path)
+    return identity(read_record(path.parent)) if path.name == RECORD else sha256_file(path)
 
 
 def _owner(parent: Mapping[str, Any], shards: Sequence[ShardSet]) -> ShardSet | None:

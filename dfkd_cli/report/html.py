@@ -8,6 +8,7 @@ from html import escape
 from pathlib import Path
 from typing import Any
 
+from dfkd_cli.artifacts.integrity import present
 from dfkd_cli.report import charts, table
 from dfkd_cli.report.entries import read_curves
 from dfkd_cli.report.results import curves
@@ -130,8 +131,7 @@ def _curves(row: Mapping[str, Any]) -> str:
 def _galleries(shards: Iterable[Mapping[str, Any]]) -> str:
     cards = []
     for facts in shards:
-        preview = Path(facts["path"], "preview.png")
-        if not preview.is_file():
+        if (preview := present(Path(facts["path"], "preview.png"))) is None:
             continue
         confidence = "" if facts["confidence"] is None else f", mean teacher confidence {facts['confidence']:.3f}"
         seed = "" if facts["seed"] is None else f", seed {facts['seed']}"

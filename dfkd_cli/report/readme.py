@@ -17,9 +17,11 @@ import re
 import sys
 from collections.abc import Sequence
 from pathlib import Path
+from typing import Any
 
 from dfkd_cli import catalog
-from dfkd_cli.artifacts.files import read_json, write_atomic
+from dfkd_cli.artifacts.files import write_atomic
+from dfkd_cli.artifacts.records import read_json
 from dfkd_cli.report.table import LEFT, cells, escape, markdown, markdown_table
 
 _LEFT_OUT = ("AGREEMENT %", "SYNTHESIS s", "DISTILLATION s", "PARAMS", "SEEDS")  # report.html has room for them
@@ -45,7 +47,7 @@ def fill(text: str, root: Path) -> str:
     def table(block: re.Match[str]) -> str:
         start, what, more, end = block.groups()
         if what.endswith(".json"):
-            lines = markdown(read_json(root / what), _LEFT_OUT).splitlines()
+            lines = markdown(read_json(root / what, dict[str, Any]), _LEFT_OUT).splitlines()
         elif what == "rows":
             columns, *rows = more.strip().splitlines()
             lines = _rows(columns.split(", "), rows, root)
@@ -63,7 +65,7 @@ def _rows(columns: Sequence[str], chosen: Sequence[str], root: Path) -> list[str
     for line in chosen:
         words, _, when = line.partition(": ")
         file, *names = words.split()
-        sections = read_json(root / file)["sections"]
+        sections = read_json(root / file, dict[str, Any])["sections"]
         rows = {f"{s['teacher']}/{row['label']}".strip("/"): (s, row) for s in sections for row in s["rows"]}
         for section, row in map(rows.__getitem__, names):
             teacher = cells(section["rows"][0])

@@ -12,7 +12,9 @@ from typing import Any
 from lightning.pytorch.loggers import Logger
 from lightning.pytorch.utilities import rank_zero_only
 
-from dfkd_cli.artifacts.files import write_atomic
+from dfkd_cli.artifacts.files import digest, write_atomic
+from dfkd_cli.artifacts.records import read_table
+from dfkd_cli.errors import ArtifactError
 
 
 class MetricsFile(Logger):
@@ -29,8 +31,17 @@ class MetricsFile(Logger):
         super().__init__()
         self.path = path
         self.rows: dict[int, dict[str, Any]] = {}
-        with contextlib.suppress(FileNotFoundError, KeyError, TypeError, ValueError), path.open(newline="") as file:
-            self.rows = {int(row["round"]): row for row in csv.DictReader(file)}
+        with contextlib.suppress(ArtifactError, KeyError, ValueError):
+            self.rows = {int(row["round"]): row for row in read_table(path)}
+
+    def digest(self, rounds: int) -> str | None:
+        """A hash of the first rows, as they are in the file; None where some are missing."""
+        rows = [self.rows.get(index, {}) for index in range(rounds)]
+        return (
+            digest([{key: str(value) for key, value in row.items() if value != ""} for row in rows])
+            if all(rows)
+            else None
+        )
 
     @rank_zero_only
     def log_metrics(self, metrics: dict[str, float], step: int | None = None) -> None:

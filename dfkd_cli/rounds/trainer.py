@@ -26,7 +26,8 @@ from lightning.pytorch.utilities import rank_zero_only
 from torch.utils.data import DataLoader, TensorDataset
 
 from dfkd_cli.artifacts.files import write_atomic
-from dfkd_cli.artifacts.run import RunDirectory
+from dfkd_cli.artifacts.pickles import read_pickle
+from dfkd_cli.artifacts.run import AFRESH, RunDirectory
 from dfkd_cli.errors import ArtifactError, ConfigError
 from dfkd_cli.processes import writes_records
 from dfkd_cli.rounds.curves import MetricsFile
@@ -35,6 +36,7 @@ from dfkd_cli.ui import Progress, Terminal
 
 _PRECISION: dict[str, Any] = {"32": "32-true", "bf16": "bf16-mixed", "16": "16-mixed"}
 CHECKPOINT = Path("checkpoints", "last.ckpt")
+SAVED = "dfkd"  # our part of it
 # Lightning sets this to keep processes fit to fork, which none of ours is; every step of Adam would load NVML anew.
 os.environ["PYTORCH_NVML_BASED_CUDA_CHECK"] = "0"
 LASTING = 3  # rounds in a row that a concern must have lasted to be said, unless it is there at the end
@@ -52,7 +54,7 @@ def fit(learner: Learner, run: RunDirectory, terminal: Terminal, callbacks: Sequ
     if not learner.rounds:
         return
     curves = MetricsFile(run.path / "metrics.csv")
-    callbacks = [*callbacks, _Report(terminal, run), _Keeper(run)]
+    callbacks = [*callbacks, _Report(terminal, run), _Keeper(run, curves)]
     trainer = trainer_for(run, [] if learner.stateless else [curves], learner.rounds, callbacks)
     run.record["device"] = str(trainer.strategy.root_device)
     start = _saved_state(learner, run, curves, terminal)
@@ -66,15 +68,22 @@ def fit(learner: Learner, run: RunDirectory, terminal: Terminal, callbacks: Sequ
 
 
 def _saved_state(learner: Learner, run: RunDirectory, curves: MetricsFile, terminal: Terminal) -> Path | None:
-    """The checkpoint of an earlier process; None where there is none, or what belongs to it is gone."""
+    """The checkpoint of an earlier process; None where there is none, or what belongs to it is damaged or gone."""
     path = run.path / CHECKPOINT
     if learner.stateless or not path.exists():
         return None
     try:
-        last = torch.load(path, map_location="meta", weights_only=True)["epoch"]
+        state = read_pickle(path, "meta")
+        done, saved = state["epoch"] + 1, state.get(SAVED, {})
+        ours = done in range(1, learner.rounds + 1) and saved.get("id", run.record["id"]) == run.record["id"]
+        run.record["kept"] |= (kept := saved.get("kept", {}))
+        files_whole = all(run.kept(run.path / name) for name in kept)
     except Exception as error:
-        raise ArtifactError(f"{path}: not a readable checkpoint", "give --overwrite to start afresh") from error
-    if learner.can_continue(last + 1) and curves.rows.keys() >= set(range(last + 1)):
+        raise ArtifactError(f"{path}: not a readable checkpoint", AFRESH) from error
+    if not ours and writes_records():  # the first of all processes has the record
+        raise ArtifactError(f"{path}: the checkpoint of another run", AFRESH)
+    rows = curves.digest(done)
+    if learner.can_continue(done) and files_whole and rows is not None and rows == saved.get("curves", rows):
         return path
     terminal.say(f"{run.path}: what earlier rounds wrote is damaged or gone; all rounds are done again")
     return None
@@ -83,9 +92,14 @@ def _saved_state(learner: Learner, run: RunDirectory, curves: MetricsFile, termi
 class _Keeper(Checkpoint):
     """Saves state, curves, manifest and the time worked between rounds: for at most two per cent of all the time."""
 
-    def __init__(self, run: RunDirectory) -> None:
-        self.run = run
+    def __init__(self, run: RunDirectory, curves: MetricsFile) -> None:
+        self.run, self.curves = run, curves
         self.next = 0.0
+
+    def on_save_checkpoint(self, trainer: pl.Trainer, module: pl.LightningModule, checkpoint: dict[str, Any]) -> None:
+        """Of which run the state is, and what it comes with: the continued run must find the same."""
+        rows = self.curves.digest(checkpoint["epoch"] + 1)
+        checkpoint[SAVED] = {"id": self.run.record["id"], "kept": dict(self.run.record["kept"]), "curves": rows}
 
     def on_train_epoch_end(self, trainer: pl.Trainer, module: pl.LightningModule) -> None:
         assert isinstance(module, Learner)

@@ -88,7 +88,9 @@ def run(settings: Settings, terminal: Terminal, dry_run: bool = False) -> dict[s
             directory.record["device"] = str(device)
             directory.finish(files, {"count": sum(metadata.counts), "layers": len(metadata.layers)})
     metrics = directory.record["metrics"]
-    terminal.answer(f"{directory.path}: {metrics['layers']} layers on {metrics['count']} images of {dataset}")
+    terminal.answer(
+        f"{directory.path}: {directory.metric('layers')} layers on {directory.metric('count')} images of {dataset}"
+    )
     return {"artifacts": {"metadata": str(directory.path)}, "metrics": metrics}
 
 

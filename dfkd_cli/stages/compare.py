@@ -14,7 +14,9 @@ from typing import Any
 
 import torch
 
-from dfkd_cli.artifacts.files import digest, read_json, write_atomic, write_json
+from dfkd_cli.artifacts.files import digest, write_atomic, write_json
+from dfkd_cli.artifacts.integrity import intact, read_run
+from dfkd_cli.artifacts.records import read_json
 from dfkd_cli.artifacts.run import RunDirectory, check_free
 from dfkd_cli.artifacts.shards import MANIFEST
 from dfkd_cli.catalog import Command
@@ -26,7 +28,7 @@ from dfkd_cli.models.directory import read_info
 from dfkd_cli.models.names import LoadedModel, Location, ModelDirectory, locate
 from dfkd_cli.options import ForeignModel
 from dfkd_cli.report import html, table
-from dfkd_cli.report.entries import Model, ShardSet, read_model, read_run, read_shards
+from dfkd_cli.report.entries import Model, ShardSet, read_model, read_shards
 from dfkd_cli.report.results import rows
 from dfkd_cli.report.sections import Section, arrange
 from dfkd_cli.settings import Layer, Settings, recipe_layer, resolve
@@ -97,7 +99,7 @@ def run(settings: Settings, terminal: Terminal, dry_run: bool = False) -> dict[s
     directory = RunDirectory(out, settings, _parents(models, shards, sections), facts)
     if directory.claim():
         directory.say_complete(terminal)
-        results = read_json(out / RESULTS)
+        results = read_json(out / RESULTS, dict[str, Any])
         _show(results, terminal)
     else:
         with directory.guard():
@@ -164,7 +166,8 @@ def _so_far(path: Path, code: Code, terminal: Terminal) -> list[Model]:
         ArtifactError: A comparison without a grid makes nothing.
     """
     allowed = {"allow_code": code.artifacts, "code_dir": code.folder}
-    settings = resolve("compare", [recipe_layer(str(path / CONFIG), "compare"), Layer("", allowed, code.typed)])
+    recipe = recipe_layer(str(intact(path / CONFIG)), "compare")
+    settings = resolve("compare", [recipe, Layer("", allowed, code.typed)])
     if settings.sections["grid"] is None:
         raise ArtifactError(f"{path}: a comparison without a grid", "give the directories that it compares")
     grid = plan(settings, path)
@@ -232,11 +235,11 @@ def _results(
     device = pick_device(settings.run.device)
     examiner = Examiner(device, settings.inputs.data_dir)
     # What does not fit is found before anything is measured.
-    tests = [[examiner.images(s.dataset, read_info(m.record), str(m.path)) for m in s.models] for s in sections]
+    tests = [[examiner.images(s.dataset, read_info(m.record, m.path), str(m.path)) for m in s.models] for s in sections]
     if examiner.caveat:
         terminal.say(examiner.caveat)
     progress = Progress(terminal, "compare", "models", sum(len(section.models) for section in sections))
-    meter = Meter(directory.path / MEASUREMENTS, examiner, settings.code, progress)
+    meter = Meter(directory, examiner, settings.code, progress)
     blocks: list[dict[str, Any]] = []
     lost: dict[str, list[Mapping[str, Any]]] = {}
     for failure in failed:
@@ -262,13 +265,13 @@ def _results(
 
 
 class Meter:
-    """Measures every model with the same code, once: a continued run takes the numbers from ``file``."""
+    """Measures every model with the same code, once: a continued run takes the numbers that were kept."""
 
-    def __init__(self, file: Path, examiner: Examiner, code: Code, progress: Progress) -> None:
-        self.file, self.examiner, self.progress = file, examiner, progress
+    def __init__(self, run: RunDirectory, examiner: Examiner, code: Code, progress: Progress) -> None:
+        self.run, self.file, self.examiner, self.progress = run, run.path / MEASUREMENTS, examiner, progress
         self.open: Callable[[Location], LoadedModel] = lambda location: location.open(code)
         self.open_teacher = functools.lru_cache(1)(self.open)
-        self.taken = read_json(file) if file.exists() else {}
+        self.taken = {} if run.kept(self.file) is None else read_json(self.file, dict[str, dict[str, Any]])
         self.done = 0
 
     def measure(self, model: Model, teacher: Model, dataset: str) -> dict[str, Any]:
@@ -280,7 +283,8 @@ class Meter:
             opened = self.open(model.location)
             measures = self.examiner.measure(opened, self.open_teacher(teacher.location), dataset)
             self.taken[key] = finite(measures | {"snapshots": self._look_back(model.path, opened, dataset)})
-            write_json(self.file, self.taken)
+            self.run.keep(self.file, write_json(self.file, self.taken))
+            self.run.save()
         self.done += 1
         self.progress.update(self.done)
         return self.taken[key]

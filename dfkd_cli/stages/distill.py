@@ -166,7 +166,7 @@ def learn(settings: Settings, job: Job, terminal: Terminal) -> dict[str, Any]:
         "num_images": len(task.source),
     }
     answer = train(task, directory, terminal, provenance, score)
-    shown = f"{answer['metrics']['agreement_on_transfer_set']:.2%} agreement with the teacher on the transfer set"
+    shown = f"{directory.metric('agreement_on_transfer_set'):.2%} agreement with the teacher on the transfer set"
     terminal.answer(f"{answer['artifacts']['student']}: {shown}")
     return answer
 

@@ -10,12 +10,14 @@ import functools
 from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import Any, TypedDict
 
 from rich.table import Table
 from rich.text import Text
 
-from dfkd_cli.artifacts.files import read_json, write_json
+from dfkd_cli.artifacts.files import write_json
+from dfkd_cli.artifacts.integrity import check_foreign
+from dfkd_cli.artifacts.records import read_json
 from dfkd_cli.artifacts.run import RunDirectory
 from dfkd_cli.artifacts.shards import MANIFEST, ShardReader
 from dfkd_cli.catalog import Command
@@ -63,6 +65,12 @@ RESULTS = "results.json"
 DIVERGENCE = "bn_divergence"
 
 
+class Results(TypedDict):
+    """``results.json``."""
+
+    results: list[dict[str, Any]]
+
+
 def run(settings: Settings, terminal: Terminal, dry_run: bool = False) -> dict[str, Any]:
     """Measure what the paths hold, in float32; the teacher and the student when there are none."""
     if dry_run:
@@ -76,7 +84,7 @@ def run(settings: Settings, terminal: Terminal, dry_run: bool = False) -> dict[s
         file = directory.path / RESULTS
         if directory.claim():
             directory.say_complete(terminal)
-            results = read_json(file)["results"]
+            results = read_json(file, Results)["results"]
         else:
             with directory.guard():
                 results = measure(evaluations, terminal)
@@ -195,6 +203,7 @@ class _Opener:
         if Path(path, MANIFEST).is_file():
             return self._shards(path)
         if is_images(path):
+            check_foreign(Path(path))
             return self._images(path)
         what = "neither a model directory nor a shard directory" if Path(path).exists() else "no such directory"
         raise ArtifactError(f"{path}: {what}", "give a directory that dfkd train-teacher, synthesize or distill made")

@@ -9,6 +9,7 @@ from typing import Any
 
 import torch
 
+from dfkd_cli.artifacts.integrity import check_foreign
 from dfkd_cli.artifacts.shards import MANIFEST, ShardReader
 from dfkd_cli.data import datasets
 from dfkd_cli.data.sources import FolderSource, GeneratorSource, NoiseSource, RealSource, ShardSource, Source
@@ -17,6 +18,7 @@ from dfkd_cli.models import generators
 from dfkd_cli.models.classifier import ModelInfo
 from dfkd_cli.models.generators import RECORD as GENERATORS
 from dfkd_cli.models.names import LoadedModel, Location
+from dfkd_cli.options import MOST_IMAGES
 from dfkd_cli.seeds import derive
 
 
@@ -71,7 +73,7 @@ def _counted(name: str) -> tuple[str, int | None]:
     kind, colon, count = name.partition(":")
     if kind not in ("real", "noise", *datasets.DATASETS) or not colon or Path(name).exists():
         return name, None
-    if not (count.isdecimal() and int(count)):
+    if not (count.isdecimal() and len(count) < 10 and 0 < int(count) <= MOST_IMAGES):
         raise ConfigError(f"{name}: {count!r} is not a number of images", f"e.g. {kind}:200")
     return kind, int(count)
 
@@ -133,6 +135,7 @@ def open_transfer_set(
         if impressions.made_from not in teacher.ancestry:
             raise ArtifactError(f"{name} was made from another teacher", "give the --teacher it was made from")
         return impressions
+    check_foreign(path)
     folder = FolderSource(path, info.input_size)
     return TransferSet(folder, {"role": "transfer-set", "path": name, "sha256": folder.sha256})
 
@@ -147,12 +150,8 @@ def _impressions(name: str, info: ModelInfo, seed: int, wanted: Collection[str] 
     elif (path / GENERATORS).exists():
         made_by, record = generators.load_generators(path)
         sha256, uses = generators.identity(record), ()
-        try:
-            provenance = record["provenance"]
-            made_from = str(provenance["teacher"])
-            source = GeneratorSource(made_by, provenance["num_images"], provenance["config"]["batch_size"], seed)
-        except (KeyError, TypeError, ValueError) as error:
-            raise ArtifactError(f"{name}: its provenance is damaged: {error}", "make the generator again") from None
+        made_from, images = record["provenance"]["teacher"], record["provenance"]["num_images"]
+        source = GeneratorSource(made_by, images, record["provenance"]["config"]["batch_size"], seed)
     else:
         return None
     if source.shape != info.input_size:

@@ -7,15 +7,22 @@ from pathlib import Path
 from typing import Any
 
 from dfkd_cli.artifacts import metadata
-from dfkd_cli.artifacts.files import read_json, sha256_file
-from dfkd_cli.artifacts.run import RUN
-from dfkd_cli.artifacts.shards import MANIFEST, ShardReader
+from dfkd_cli.artifacts.files import sha256_file
+from dfkd_cli.artifacts.integrity import RUN, RunRecord, intact, read_run
+from dfkd_cli.artifacts.records import read_json
+from dfkd_cli.artifacts.shards import MANIFEST, Manifest, ShardReader
 from dfkd_cli.errors import ArtifactError, DfkdError
 from dfkd_cli.models import directory, generators
 from dfkd_cli.models.names import architecture
-from dfkd_cli.report.entries import made_beside, read_run, where
+from dfkd_cli.report.entries import made_beside, where
 
-RECORDS = (directory.RECORD, MANIFEST, metadata.RECORD, generators.RECORD, RUN)
+RECORDS: dict[str, Any] = {
+    directory.RECORD: directory.ModelRecord,
+    MANIFEST: Manifest,
+    metadata.RECORD: metadata.MetadataRecord,
+    generators.RECORD: generators.GeneratorRecord,
+    RUN: RunRecord,
+}
 LONG = ("shards", "identity", "artifacts", "parents")  # what is left out of them
 
 
@@ -23,17 +30,28 @@ def describe(path: Path) -> dict[str, Any]:
     """The records of an artifact, by file, and its ``lineage``.
 
     Raises:
-        ArtifactError: The path holds no artifact.
+        ArtifactError: The path holds no artifact, or one of which a file is damaged or gone.
     """
     if not path.is_dir():
         raise ArtifactError(f"{path}: no such directory", "give a directory that dfkd wrote")
-    facts: dict[str, Any] = {"path": str(path)}
-    for name in RECORDS:
-        if (path / name).is_file():
-            facts[name] = {key: value for key, value in read_json(path / name).items() if key not in LONG}
-    if len(facts) == 1:
+    records = {name: read_json(intact(path / name), kind) for name, kind in RECORDS.items() if (path / name).is_file()}
+    if not records:
         raise ArtifactError(f"{path}: no model, shard or metadata directory", "give a directory that dfkd wrote")
-    return facts | {"lineage": lineage(path)}
+    for file, sha256 in _hashes(records).items():
+        intact(path / file, sha256)
+    short = {name: {key: v for key, v in record.items() if key not in LONG} for name, record in records.items()}
+    return {"path": str(path), **short, "lineage": lineage(path)}
+
+
+def _hashes(records: dict[str, Any]) -> dict[str, str]:
+    """The hash of every file of which the records of a directory have one."""
+    named = [*records.get(MANIFEST, {}).get("shards", ())]
+    for kind in (directory, generators):
+        named += [{"file": kind.WEIGHTS, **records[kind.RECORD]["weights"]}] if kind.RECORD in records else []
+    if metadata.RECORD in records:
+        named.append({"file": metadata.TENSORS, **records[metadata.RECORD]["tensors"]})
+    hashes = {Path(item["file"]).name: item["sha256"] for item in named}
+    return hashes | {file["path"]: file["sha256"] for file in records.get(RUN, {}).get("artifacts", ())}
 
 
 def lineage(path: Path, below: tuple[Path, ...] = ()) -> list[dict[str, Any]]:
@@ -63,7 +81,7 @@ def _found(parent: dict[str, Any], child: Path, chain: tuple[Path, ...]) -> dict
         return {} if ":" in parent["path"] else {"found": "gone"}  # a SPEC is no place
     artifacts = [place for place in there if any((place / name).is_file() for name in RECORDS)]
     for place in artifacts:
-        with contextlib.suppress(DfkdError, OSError, KeyError, TypeError):  # damaged is not the same either
+        with contextlib.suppress(DfkdError, OSError, KeyError):  # damaged is not the same either
             if _identity(place, parent["role"]) == parent["sha256"]:
                 return {"found": "same", "lineage": lineage(place, chain)}
     return {"found": "another"} if artifacts else {}
@@ -75,8 +93,7 @@ def _identity(path: Path, role: str) -> str:
         return architecture(str(path)).parents[0]["sha256"]
     for kind in (directory, generators):
         if (path / kind.RECORD).is_file():
-            record = read_json(path / kind.RECORD)
-            if sha256_file(path / kind.WEIGHTS) != record["weights"]["sha256"]:
-                raise ArtifactError(f"{path}: its weights are damaged")
+            record = read_json(intact(path / kind.RECORD), RECORDS[kind.RECORD])
+            intact(path / kind.WEIGHTS, record["weights"]["sha256"])
             return kind.identity(record)
     return ShardReader(path).sha256 if (path / MANIFEST).is_file() else sha256_file(path / metadata.RECORD)

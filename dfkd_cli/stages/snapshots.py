@@ -9,6 +9,8 @@ import lightning.pytorch as pl
 from lightning.pytorch.callbacks import Callback
 from lightning.pytorch.utilities import rank_zero_only
 
+from dfkd_cli.artifacts.integrity import intact, read_run
+from dfkd_cli.artifacts.run import RunDirectory
 from dfkd_cli.models.classifier import Classifier
 from dfkd_cli.models.directory import save_weights
 from dfkd_cli.models.weights import load_weights
@@ -20,16 +22,16 @@ class Snapshots(Callback):
     """Keeps a model's weights after evenly spaced rounds, the last among them.
 
     Args:
-        directory: Where they go: ``round-00042.safetensors`` is what the model was after round 42, counted from 0.
+        run: Of the training. ``snapshots/round-00042.safetensors`` is the model after round 42, counted from 0.
         model: The model that is trained.
         count: How many; 0 for none.
         rounds: Rounds of the training.
     """
 
-    def __init__(self, directory: Path, model: Classifier, count: int, rounds: int) -> None:
-        self.model = model
+    def __init__(self, run: RunDirectory, model: Classifier, count: int, rounds: int) -> None:
+        self.run, self.model = run, model
         chosen = {-(-rounds * (i + 1) // count) - 1 for i in range(count)}
-        self.paths = {index: directory / f"round-{index:05d}.safetensors" for index in sorted(chosen)}
+        self.paths = {index: run.path / SNAPSHOTS / f"round-{index:05d}.safetensors" for index in sorted(chosen)}
 
     @rank_zero_only
     def on_train_epoch_end(self, trainer: pl.Trainer, module: pl.LightningModule) -> None:
@@ -37,11 +39,17 @@ class Snapshots(Callback):
         if trainer.current_epoch in self.paths:
             path = self.paths[trainer.current_epoch]
             path.parent.mkdir(exist_ok=True)
-            save_weights(path, self.model.net)
+            self.run.keep(path, save_weights(path, self.model.net))
 
 
 def look_back(directory: Path, model: Classifier) -> Iterator[int]:
-    """Set ``model`` to each snapshot of a model directory in turn; yields the round that it is from."""
-    for path in sorted((directory / SNAPSHOTS).glob("round-*.safetensors")):
-        load_weights(model.net, path)
+    """Set ``model`` to each snapshot of a model directory in turn; yields the round that it is from.
+
+    Raises:
+        ArtifactError: One of them is damaged, or one that the run recorded is gone.
+    """
+    recorded = [directory / file["path"] for file in read_run(directory).get("artifacts", ())]
+    there = {*(directory / SNAPSHOTS).glob("round-*.safetensors"), *(p for p in recorded if p.parent.name == SNAPSHOTS)}
+    for path in sorted(there):
+        load_weights(model.net, intact(path))
         yield int(path.stem.removeprefix("round-"))

@@ -28,7 +28,7 @@ from dfkd_cli.models.classifier import Classifier, is_batch_norm
 from dfkd_cli.models.directory import save_model
 from dfkd_cli.models.generators import Generators, save_generators
 from dfkd_cli.models.names import LoadedModel, architecture, locate
-from dfkd_cli.options import ForeignModel
+from dfkd_cli.options import MOST_IMAGES, ForeignModel
 from dfkd_cli.rounds.curves import write_csv
 from dfkd_cli.rounds.trainer import fit
 from dfkd_cli.settings import Settings
@@ -43,7 +43,7 @@ class Inputs(ForeignModel):
     """What is read, and how."""
 
     teacher: str = option("teacher", "teacher: model directory or SPEC")
-    num_images: int = option(8000, "images to make", low=1, rehearsal=2)
+    num_images: int = option(8000, "images to make", low=1, high=MOST_IMAGES, rehearsal=2)
     student: str | None = option(None, "student SPEC, for methods with a student in the loop")
     # Volatile: what decides the result is what the directory holds, by hash.
     metadata: str | None = option(None, "metadata directory, for methods that use metadata", volatile=True)
@@ -90,7 +90,8 @@ def run(settings: Settings, terminal: Terminal, dry_run: bool = False) -> dict[s
             with directory.guard(), kept():
                 _make(settings, teacher, extras, directory, terminal)
     metrics = directory.record["metrics"]
-    terminal.answer(f"{directory.path}: {metrics['count']} images, mean teacher confidence {metrics['confidence']:.3f}")
+    count, confidence = directory.metric("count"), directory.metric("confidence")
+    terminal.answer(f"{directory.path}: {count} images, mean teacher confidence {confidence:.3f}")
     return {"artifacts": {"shards": str(directory.path)}, "metrics": metrics, "concerns": directory.record["concerns"]}
 
 

@@ -73,6 +73,6 @@ def run(settings: Settings, terminal: Terminal, dry_run: bool = False) -> dict[s
     provenance = {"command": "train-teacher", "dataset": inputs.dataset, "seed": settings.run.seed}
     answer = train(task, directory, terminal, provenance, score)
     terminal.answer(
-        f"{answer['artifacts']['teacher']}: top-1 {answer['metrics']['top1']:.2%} on {inputs.dataset} test images"
+        f"{answer['artifacts']['teacher']}: top-1 {directory.metric('top1'):.2%} on {inputs.dataset} test images"
     )
     return answer

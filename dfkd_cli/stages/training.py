@@ -26,7 +26,7 @@ from dfkd_cli.rounds.trainer import fit
 from dfkd_cli.seeds import derive
 from dfkd_cli.settings import Settings
 from dfkd_cli.stages.inputs import pick_device
-from dfkd_cli.stages.snapshots import SNAPSHOTS, Snapshots
+from dfkd_cli.stages.snapshots import Snapshots
 from dfkd_cli.trust import Code
 from dfkd_cli.ui import Terminal
 
@@ -83,7 +83,7 @@ def train(
     else:
         with run.guard(), kept():
             learner = regime.load()(task, settings.method.config)
-            snapshots = Snapshots(run.path / SNAPSHOTS, task.student, task.training.snapshots, learner.rounds)
+            snapshots = Snapshots(run, task.student, task.training.snapshots, learner.rounds)
             fit(learner, run, terminal, [snapshots])
             metrics = dict(score(task.student.eval().to(run.record["device"])))
             check_kept()

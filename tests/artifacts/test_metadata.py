@@ -49,7 +49,10 @@ DAMAGE = {
     "no tensors": (lambda path: (path / "metadata.safetensors").unlink(), "missing"),
     "no record": (lambda path: (path / "metadata.json").unlink(), "dfkd collect-metadata"),
     "not JSON": (lambda path: (path / "metadata.json").write_text("{"), "damaged"),
-    "another kind": (lambda path: change_record(path, lambda r: r.update(kind="model")), "not metadata"),
+    "another kind": (
+        lambda path: change_record(path, lambda r: r.update(kind="model")),
+        "holds 'model', not 'metadata'",
+    ),
     "newer": (lambda path: change_record(path, lambda r: r.update(schema=2)), "schema 1"),
     "no layers": (lambda path: change_record(path, lambda r: r.pop("layers")), "damaged"),
     "a layer too many": (lambda path: change_record(path, lambda r: r["layers"][0].update(name="x")), "damaged"),

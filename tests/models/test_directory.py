@@ -81,12 +81,12 @@ def test_a_flipped_bit_is_noticed(saved):
     ("values", "message"),
     [
         ({"schema": 2}, "model schema 2"),
-        ({"kind": "shards"}, "'shards', not a model"),
+        ({"kind": "shards"}, "holds 'shards', not 'model'"),
         ({"num_classes": 5, "classes": None}, r"head.weight \(3, 64\) instead of \(5, 64\)"),
         ({"num_classes": 5}, "3 class names for 5 classes"),
-        ({"num_classes": "3"}, "not a model record"),
-        ({"mean": None}, "not a model record"),
-        ({"weights": None}, "not a model record"),
+        ({"num_classes": "3"}, "model.json is damaged: num_classes is '3', not a whole number"),
+        ({"mean": None}, "model.json is damaged: mean is None, not a list"),
+        ({"weights": None}, "model.json is damaged: weights is None, not a mapping"),
         ({"spec": "resnet14"}, "missing stage1.1"),
         ({"spec": "resnet9"}, "unknown model"),
     ],
@@ -113,3 +113,12 @@ def test_directories_that_are_none(saved):
     (directory / "model.json").write_text("hello")
     with pytest.raises(ArtifactError, match="not readable as JSON"):
         load_model(directory)
+
+
+@pytest.mark.parametrize(
+    "values", [{"num_classes": 10**6, "input_size": [1, 32, 32]}, {"num_classes": 3, "input_size": [1, 8000, 8000]}]
+)
+def test_a_size_beyond_its_weights_takes_no_memory(saved, values):
+    edit(saved[0], spec="lenet5", classes=None, **values)
+    with pytest.raises(ArtifactError, match="need far more of them"):
+        load_model(saved[0])

@@ -309,3 +309,20 @@ def test_weights_that_do_not_fit_are_named_and_change_nothing(tmp_path, source):
     assert "unexpected extra0, extra1, extra2 and 2 more" in message
     assert "head.weight (10, 64) instead of (7, 64)" in message
     assert all(torch.equal(value, before[key]) for key, value in net.state_dict().items())
+
+
+def test_a_wrapper_that_holds_itself_has_an_end(tmp_path):
+    content: dict = {}
+    content["model"] = content
+    torch.save(content, tmp_path / "own.pt")
+    with pytest.raises(ArtifactError, match="holds no state_dict"):
+        load_weights(torch.nn.Linear(2, 2), tmp_path / "own.pt")
+
+
+def test_a_flipped_bit_of_a_weight_is_noticed(tmp_path):
+    torch.save({"weight": torch.full((64, 64), 7.0)}, tmp_path / "w.pt")
+    data = bytearray((tmp_path / "w.pt").read_bytes())
+    data[data.index(b"\x00\x00\xe0\x40" * 9) + 6] ^= 1
+    (tmp_path / "w.pt").write_bytes(data)
+    with pytest.raises(ArtifactError, match="not readable as PyTorch weights"):
+        load_weights(torch.nn.Linear(64, 64, bias=False), tmp_path / "w.pt")

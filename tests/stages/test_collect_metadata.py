@@ -10,6 +10,7 @@ import numpy as np
 import pytest
 import torch
 from dropout_network import TEMPERATURE, forward, small_teacher
+from pipeline import edit
 from stand_ins import random_images, statistics_of, synthesizer
 from torch import nn
 
@@ -209,8 +210,7 @@ def test_the_same_seed_gives_the_same_bytes_in_another_process(here, dfkd, tmp_p
 
 def test_other_metadata_is_another_run(here, cli, tmp_path):
     shutil.copytree("metadata", tmp_path / "metadata")
-    record = json.loads(Path("metadata", "metadata.json").read_text())
-    (tmp_path / "metadata" / "metadata.json").write_text(json.dumps(record | {"temperature": 4.0}))
+    edit(tmp_path / "metadata" / "metadata.json", temperature=4.0)
     code, _, err = cli("synthesize", "--method", "lopes", "--metadata", tmp_path / "metadata", *FAST)
     assert (code, "another metadata" in err) == (2, True)
     code, _, err = cli("synthesize", "--method", "lopes", "--metadata", here / "metadata", *FAST)

@@ -17,6 +17,7 @@ import numpy as np
 import pytest
 import torch
 from PIL import Image
+from pipeline import edit
 from tiny_comparisons import SMALL, accuracy, check_self_contained, results_in, tree
 
 from dfkd_cli.models.classifier import Classifier
@@ -120,7 +121,7 @@ def test_snapshots_tell_what_other_stopping_points_would_have_given(here, compar
         shutil.copy(path, moved / "model.safetensors")
         record = json.loads((moved / "model.json").read_text())
         record["weights"]["sha256"] = hashlib.sha256(path.read_bytes()).hexdigest()
-        (moved / "model.json").write_text(json.dumps(record))
+        edit(moved / "model.json", **record)
         by_hand[index] = accuracy(moved)
     assert by_hand[0] != by_hand[2], "equal values would hide a mistake"
     chosen = max(by_hand, key=lambda index: (agreement[index], index))
@@ -158,10 +159,14 @@ def test_measures_are_taken_once(here, compared, cli):
     known = json.loads(file.read_text())
     for measures in known.values():
         measures["top1"] = 0.125
-    file.write_text(json.dumps(known))
     (here / "once" / "report.html").unlink()
-    assert cli("compare", *EVERYTHING, "--out", "once")[0] == 0
-    assert {row["top1"]["mean"] for row in results_in(here / "once")["sections"][0]["rows"]} == {0.125}
+    shutil.copytree("once", "damaged")
+    edit(file, **known)
+    (here / "damaged" / "measurements.json").write_bytes(file.read_bytes())  # but not whom they are by
+    for out, believed in (("once", True), ("damaged", False)):
+        assert cli("compare", *EVERYTHING, "--out", out)[0] == 0
+        shown = {row["top1"]["mean"] for row in results_in(here / out)["sections"][0]["rows"]}
+        assert (shown == {0.125}) == believed
     assert (here / "once" / "report.html").is_file()
     code, _, err = cli("compare", "student1", "teacher", "--out", "once")
     assert (code, "holds another run" in err) == (2, True)

@@ -148,11 +148,12 @@ def test_a_generator_directory_gives_the_same_images(tmp_path):
     info = ModelInfo("x", 10, (3, 8, 8), (0.3,) * 3, (0.2,) * 3)
     torch.manual_seed(0)
     generators = Generators(info, 5, "tanh", 0.1, 0.8, 3).to(memory_format=torch.channels_last)
-    save_generators(tmp_path, generators, {"teacher": "0"})
+    provenance = {"teacher": "0", "num_images": 8, "config": {"batch_size": 4}}
+    save_generators(tmp_path, generators, provenance)
     loaded, record = load_generators(tmp_path)
     latents = torch.randn(4, 5)
     torch.testing.assert_close(loaded(latents), generators(latents))
-    assert record["provenance"] == {"teacher": "0"}
+    assert record["provenance"] == provenance
     record_file = tmp_path / "generator.json"
     whole = record_file.read_text()
     for schema, hint in ((2, "make it again"), (4, "update dfkd")):
@@ -160,6 +161,10 @@ def test_a_generator_directory_gives_the_same_images(tmp_path):
         with pytest.raises(ArtifactError, match=f"schema {schema}") as caught:
             load_generators(tmp_path)
         assert caught.value.hint == hint
+    for strange in ({"num_images": 10**12}, {"num_images": "8"}, {"config": {}}, {"teacher": 3}):
+        record_file.write_text(json.dumps(json.loads(whole) | {"provenance": provenance | strange}))
+        with pytest.raises(ArtifactError, match=f"generator.json is damaged: provenance.{next(iter(strange))}"):
+            load_generators(tmp_path)
     record_file.write_text(whole)
     weights = tmp_path / "generator.safetensors"
     weights.write_bytes(weights.read_bytes()[:-1] + b"x")
