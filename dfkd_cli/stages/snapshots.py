@@ -35,9 +35,7 @@ class Snapshots(Callback):
     def on_train_epoch_end(self, trainer: pl.Trainer, module: pl.LightningModule) -> None:
         """Write a snapshot when its round is done."""
         if trainer.current_epoch in self.paths:
-            path = self.paths[trainer.current_epoch]
-            path.parent.mkdir(exist_ok=True)
-            save_weights(path, self.model.net)
+            save_weights(self.paths[trainer.current_epoch], self.model.net)
 
 
 def look_back(directory: Path, model: Classifier) -> Iterator[int]:
