@@ -102,9 +102,14 @@ def _umask() -> int:
     return mask
 
 
+def write_text(path: Path, text: str) -> str:
+    """Write text atomically, in UTF-8, with escapes for what is not in it, as in names of files. Returns its sha256."""
+    return write_atomic(path, text.encode(errors="backslashreplace"))
+
+
 def write_json(path: Path, value: Any) -> str:
     """Write a JSON document atomically. Returns its sha256."""
-    return write_atomic(path, (json.dumps(value, indent=2, ensure_ascii=False) + "\n").encode())
+    return write_text(path, json.dumps(value, indent=2, ensure_ascii=False) + "\n")
 
 
 def read_json(path: Path) -> dict[str, Any]:
@@ -132,4 +137,5 @@ def sha256_file(path: Path) -> str:
 
 def digest(value: Any) -> str:
     """A hash of plain values that does not depend on the order of keys."""
-    return hashlib.sha256(json.dumps(value, sort_keys=True, ensure_ascii=False).encode()).hexdigest()
+    text = json.dumps(value, sort_keys=True, ensure_ascii=False)
+    return hashlib.sha256(text.encode(errors="backslashreplace")).hexdigest()
