@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import contextlib
+import json
 import os
 import socket
 from pathlib import Path
@@ -16,6 +17,9 @@ from dfkd_cli.data import image_files
 from dfkd_cli.data.datasets import load
 from dfkd_cli.data.sources import FolderSource
 from dfkd_cli.errors import ArtifactError
+from dfkd_cli.models.classifier import Classifier, ModelInfo
+from dfkd_cli.models.directory import save_model
+from dfkd_cli.models.registry import build
 
 EPS = b"%!PS-Adobe-3.0 EPSF-3.0\n%%BoundingBox: 0 0 8 6\n(victim) (w) file closefile showpage\n"
 
@@ -174,3 +178,20 @@ def test_test_images_alone_will_do(photos, tmp_path):
     (tmp_path / "loose").mkdir()
     with pytest.raises(ArtifactError, match="no folders of classes"):
         load(str(tmp_path / "loose"), "test")
+
+
+@pytest.mark.usefixtures("quick_latency")
+def test_a_model_of_four_channels_is_evaluated_on_test_images_alone(photos, tmp_path, monkeypatch, cli):
+    monkeypatch.chdir(tmp_path)
+    info = ModelInfo("resnet8", 2, (4, 32, 32), (0.5,) * 4, (0.5,) * 4, ("dog", "cat"))
+    classifier = Classifier(build(info.spec, info.num_classes, info.input_size), info).eval()
+    save_model(tmp_path / "model", classifier, metrics={}, provenance={})
+    dataset = load(str(photos), "test", image_shape=info.input_size).labelled_for(info, "model")
+    with torch.no_grad():
+        answers = classifier(dataset.images(torch.arange(6)).float() / 255).argmax(1)
+    code, out, err = cli("evaluate", "model", "--dataset", photos, "--json")
+    assert code == 0, err
+    assert json.loads(out)["results"][0]["top1"] == float((answers == dataset.labels).double().mean())
+    assert cli("compare", "model", "--dataset", photos)[0] == 0
+    code, out, err = cli("evaluate", photos, "--teacher", "model", "--json")
+    assert (code, json.loads(out)["results"][0]["count"]) == (0, 6), err
