@@ -148,7 +148,7 @@ def load(
     """
     seal.check(f"dataset {name!r}")
     if image_shape:
-        check_channels(f"dataset {name!r}", image_shape)
+        check_channels(f"dataset {name!r}", image_shape, files=name not in DATASETS)
     pixels: Tensor | ImageFiles
     note = ""
     if name == "digits":
@@ -197,7 +197,6 @@ def _fit(images: Tensor, shape: Shape) -> Tensor:
     """Bring uint8 images (n, C, H, W) to ``shape``; returns the same tensor if they have it."""
     if images.shape[1] != shape[0]:
         images = transforms.rgb_to_grayscale(images) if shape[0] == 1 else transforms.grayscale_to_rgb(images)
-        images = pad(images, (0, 0, 0, 0, 0, shape[0] - images.shape[1]), value=255)  # the fourth channel is opaque
     if images.shape[2:] == (28, 28) and shape[1:] == (32, 32):
         images = pad(images, (2, 2, 2, 2))  # MNIST as LeNet-5 was made for it
     elif images.shape[2:] != shape[1:]:

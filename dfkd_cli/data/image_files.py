@@ -112,10 +112,10 @@ def common_shape(paths: Sequence[str]) -> tuple[Shape, str]:
     return shape, f"images of several sizes or colours: {taken}, the middle of {count:,}; --input-size says otherwise"
 
 
-def check_channels(name: str, shape: Shape) -> None:
-    """Raise :class:`ArtifactError` where no image has so many channels."""
-    if shape[0] not in MODES:
-        raise ArtifactError(f"{name}: images can have 1, 3 or 4 channels, not {shape[0]}")
+def check_channels(name: str, shape: Shape, files: bool = True) -> None:
+    """Raise :class:`ArtifactError` where no image has so many channels: of files, or of what is grey or RGB."""
+    if shape[0] not in MODES or (shape[0] == 4 and not files):
+        raise ArtifactError(f"{name}: images can have {'1, 3 or 4' if files else '1 or 3'} channels, not {shape[0]}")
 
 
 def _image_paths(folder: Path) -> Iterator[str]:
@@ -163,7 +163,7 @@ def _decode(path: str, shape: Shape) -> Tensor:
         ImageOps.exif_transpose(file, in_place=True)
         image = _eight_bits(file)
         if channels == 4 and "A" not in image.getbands() and "transparency" not in image.info:
-            image = image.convert("RGB")  # Pillow has no way from CMYK to RGBA
+            raise ValueError("it has no fourth channel")  # of whatever kind: nobody says that it is opacity
         image = image.convert(MODES[channels])
     if image.size != (width, height):
         image = ImageOps.fit(image, (width, height), Image.Resampling.BILINEAR)

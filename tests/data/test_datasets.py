@@ -235,8 +235,11 @@ def test_requested_shape(tmp_path):
         digits.images(some).double(), size=(16, 16), mode="bilinear", antialias=True
     )
     assert (images[:, :1] - halves).abs().max() <= 1
+    for channels in (2, 4):
+        with pytest.raises(ArtifactError, match=f"1 or 3 channels, not {channels}"):
+            load("digits", "test", image_shape=(channels, 32, 32))
     with pytest.raises(ArtifactError, match="1, 3 or 4 channels, not 2"):
-        load("digits", "test", image_shape=(2, 32, 32))
+        load(str(root), "test", image_shape=(2, 32, 32))
 
 
 def corrupt(root: Path) -> None:
