@@ -14,6 +14,7 @@ import pytest
 import torch
 from pipeline import run
 from stand_ins import statistics_of
+from torch.utils.benchmark import Timer
 
 from dfkd_cli.artifacts.files import sha256_file
 from dfkd_cli.artifacts.metadata import write_metadata
@@ -110,3 +111,10 @@ def cli(capsys) -> Iterator[Callable[..., tuple[int, str, str]]]:
     yield run
     for number, handler in handlers.items():
         signal.signal(number, handler)
+
+
+@pytest.fixture
+def quick_latency(monkeypatch) -> None:
+    """No test here reads the latency; measuring it well would take most of the time."""
+    quick = functools.partialmethod(Timer.blocked_autorange, min_run_time=0.01)
+    monkeypatch.setattr(Timer, "blocked_autorange", quick)

@@ -561,7 +561,7 @@ def test_an_artifact_that_is_its_own_parent(here: Path, cli) -> None:
 
 
 def test_images_of_four_channels(here: Path, cli) -> None:
-    """Multispectral images, and a network for them: impressions of it, but no files of such images."""
+    """Multispectral images, and a network for them: impressions of it, and files with as many channels, no others."""
     Path("net.py").write_text(NET.replace("WIDTH", "4").replace("FEATURES", "16"))
     torch.manual_seed(0)
     net = torch.nn.Sequential(torch.nn.AvgPool2d(4), torch.nn.Flatten(), torch.nn.Linear(16, 3))
@@ -576,7 +576,9 @@ def test_images_of_four_channels(here: Path, cli) -> None:
     Path("photos").mkdir()
     save_image(torch.rand(3, 8, 8), "photos/0.png")
     command = ["distill", *foreign, "--student", "./net.py:build", "--transfer-set", "photos"]
-    one_line(cli(*command), 3, "1 or 3 channels, not 4")
+    one_line(cli(*command, "--steps", "1", "--out", "rgb"), 3, "photos/0.png", "no fourth channel")
+    save_image(torch.rand(4, 8, 8), "photos/0.png")
+    assert cli(*command, "--steps", "1", "--out", "four")[0] == 0
 
 
 @pytest.mark.parametrize("left", ["", "[1]", "{"])

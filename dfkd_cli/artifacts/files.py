@@ -1,4 +1,4 @@
-"""Files that are either whole or absent, and their hashes."""
+"""Files that are either whole or absent, and their hashes; all that is written, locked or removed is so here."""
 
 from __future__ import annotations
 
@@ -7,11 +7,12 @@ import errno
 import hashlib
 import json
 import os
+import shutil
 import tempfile
 from pathlib import Path
-from typing import Any
+from typing import Any, BinaryIO
 
-from dfkd_cli.errors import ConfigError, RunFailed
+from dfkd_cli.errors import ArtifactError, ConfigError, RunFailed
 
 
 def write_atomic(path: Path, data: bytes) -> str:
@@ -41,6 +42,53 @@ def write_atomic(path: Path, data: bytes) -> str:
     return hashlib.sha256(data).hexdigest()
 
 
+def check_inside(directory: Path) -> None:
+    """Check that what is written below a directory stays there. The directory may itself be a link.
+
+    Links to files are harmless: files are replaced, never written into.
+
+    Raises:
+        ArtifactError: Another link in it leads out of it.
+    """
+    for place, *names in os.walk(directory):
+        for path in (Path(place, name) for kind in names for name in kind):
+            inside = Path(os.path.realpath(path)).is_relative_to(directory.resolve())
+            if path.is_symlink() and not path.is_file() and not inside:
+                raise ArtifactError(f"{path} is a link out of {directory}, where nothing is written", "remove the link")
+
+
+def open_lock(path: Path) -> BinaryIO:
+    """Open a file to be locked, whose content is left alone.
+
+    Raises:
+        ArtifactError: It is a link.
+        ConfigError: It cannot be written.
+    """
+
+    def opener(name: str, _: int) -> int:
+        return os.open(name, os.O_RDWR | os.O_CREAT | getattr(os, "O_NOFOLLOW", 0), 0o666)  # Windows has no such flag
+
+    try:
+        path.parent.mkdir(parents=True, exist_ok=True)
+        return open(path, "rb", buffering=0, opener=opener)
+    except OSError as error:
+        if path.is_symlink():
+            raise ArtifactError(f"{path} is a link", "remove the link") from None
+        raise os_error(error, path.parent) from None
+
+
+def remove(path: Path) -> None:
+    """Remove a file, a directory with all that is in it, or a link, but not what that leads to.
+
+    Raises:
+        ConfigError: It cannot be removed.
+    """
+    try:
+        shutil.rmtree(path) if path.is_dir() and not path.is_symlink() else path.unlink()
+    except OSError as error:
+        raise os_error(error, path) from None
+
+
 def os_error(error: OSError, path: Path) -> ConfigError | RunFailed:
     """The user's view of a failed write to ``path``."""
     if error.errno in (errno.ENOSPC, errno.EDQUOT, errno.EFBIG):
@@ -54,9 +102,14 @@ def _umask() -> int:
     return mask
 
 
+def write_text(path: Path, text: str) -> str:
+    """Write text atomically, in UTF-8, with escapes for what is not in it, as in names of files. Returns its sha256."""
+    return write_atomic(path, text.encode(errors="backslashreplace"))
+
+
 def write_json(path: Path, value: Any) -> str:
     """Write a JSON document atomically. Returns its sha256."""
-    return write_atomic(path, (json.dumps(value, indent=2, ensure_ascii=False) + "\n").encode())
+    return write_text(path, json.dumps(value, indent=2, ensure_ascii=False) + "\n")
 
 
 def sha256_file(path: Path) -> str:
@@ -67,4 +120,5 @@ def sha256_file(path: Path) -> str:
 
 def digest(value: Any) -> str:
     """A hash of plain values that does not depend on the order of keys."""
-    return hashlib.sha256(json.dumps(value, sort_keys=True, ensure_ascii=False).encode()).hexdigest()
+    text = json.dumps(value, sort_keys=True, ensure_ascii=False)
+    return hashlib.sha256(text.encode(errors="backslashreplace")).hexdigest()

@@ -5,15 +5,14 @@ from __future__ import annotations
 import contextlib
 import os
 import secrets
-import shutil
 import sys
 import time
 from collections.abc import Iterator, Mapping
 from pathlib import Path
-from typing import IO, Any
+from typing import Any, BinaryIO
 
 from dfkd_cli import __version__
-from dfkd_cli.artifacts.files import os_error, sha256_file, write_atomic, write_json
+from dfkd_cli.artifacts.files import check_inside, open_lock, remove, sha256_file, write_atomic, write_json
 from dfkd_cli.artifacts.integrity import RUN, intact, read_run
 from dfkd_cli.artifacts.records import read_json
 from dfkd_cli.config import dump_yaml, options
@@ -75,14 +74,14 @@ class RunDirectory:
             "id": secrets.token_hex(8),
             "kept": {},
         }
-        self._lock: IO[str] | None = None
+        self._lock: BinaryIO | None = None
         self._mark = time.monotonic()
 
     def claim(self) -> bool:
         """Take the directory. Returns True when it already holds this command's finished result.
 
         Raises:
-            ArtifactError: Its ``run.json`` is damaged.
+            ArtifactError: Its ``run.json`` is damaged, or a link in it leads out of it.
             ConfigError: It holds something else, another process works in it, or it cannot be written.
         """
         afresh = self.settings.run.overwrite
@@ -105,10 +104,11 @@ class RunDirectory:
             self._spare_parents()
             for item in sorted(self.path.iterdir(), key=lambda item: item.name == RUN):  # last: it makes the rest ours
                 if item.name != LOCK:
-                    shutil.rmtree(item) if item.is_dir() and not item.is_symlink() else item.unlink()
+                    remove(item)
+        check_inside(self.path)
         for pattern in (".*.tmp", "*/.*.tmp"):
             for left_by_a_kill in self.path.glob(pattern):
-                left_by_a_kill.unlink()
+                remove(left_by_a_kill)
         only_typed = {name for name, traits in options(Run).items() if traits.get("typed")}
         replayable = {key: value for key, value in self.settings.plain().items() if key not in only_typed}
         self.save()  # first: what lies beside it is ours
@@ -137,11 +137,7 @@ class RunDirectory:
                 raise ConfigError(f"{parent['path']} is read and would be overwritten", "choose another --out")
 
     def _take_lock(self) -> None:
-        try:
-            self.path.mkdir(parents=True, exist_ok=True)
-            self._lock = (self.path / LOCK).open("w")
-        except OSError as error:
-            raise os_error(error, self.path) from None
+        self._lock = open_lock(self.path / LOCK)
         try:
             import fcntl
         except ImportError:  # not on Windows

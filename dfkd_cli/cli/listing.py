@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import platform
-import shutil
 from collections.abc import Callable
 from pathlib import Path
 from typing import Annotated, Any, Literal
@@ -11,6 +10,7 @@ from typing import Annotated, Any, Literal
 import typer
 
 from dfkd_cli import __version__, catalog
+from dfkd_cli.artifacts.files import write_atomic
 from dfkd_cli.config import dump_yaml
 from dfkd_cli.errors import ConfigError
 from dfkd_cli.ui import Terminal
@@ -62,10 +62,7 @@ def register(app: typer.Typer, terminal: Terminal) -> None:
             dest = dest / source.name
         if dest.exists() and not overwrite:
             raise ConfigError(f"{dest} exists", "choose another name or give --overwrite")
-        try:
-            shutil.copyfile(source, dest)
-        except OSError as error:
-            raise ConfigError(f"{dest}: cannot be written ({error.strerror})") from None
+        write_atomic(dest, source.read_bytes())
         terminal.answer(str(dest))
         terminal.document({"ok": True, "command": "cp", "artifacts": {"recipe": str(dest)}})
 

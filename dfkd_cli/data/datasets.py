@@ -7,23 +7,29 @@ import io
 import math
 import pickle
 import socket
-from collections.abc import Iterator, Sequence
-from concurrent.futures import ThreadPoolExecutor
+from collections.abc import Iterator
 from dataclasses import dataclass, replace
 from pathlib import Path
-from typing import Any, Literal, TypeVar
+from typing import Any, Literal
 
 import numpy as np
 import torch
 import torchvision
-from PIL import Image, ImageOps
 from torch import Tensor
 from torch.nn.functional import interpolate, pad
-from torchvision.datasets.folder import IMG_EXTENSIONS, find_classes, make_dataset
 from torchvision.transforms.v2 import functional as transforms
 
 from dfkd_cli.artifacts.files import digest
 from dfkd_cli.data import seal
+from dfkd_cli.data.image_files import (
+    ImageFiles,
+    Shape,
+    check_channels,
+    class_names,
+    common_shape,
+    labelled_files,
+    mixed,
+)
 from dfkd_cli.errors import ArtifactError, ConfigError, did_you_mean
 from dfkd_cli.models.classifier import ModelInfo
 
@@ -36,9 +42,7 @@ DATASETS = {
     "svhn": "99,289 house-number digits, RGB, 32x32",
 }
 
-T = TypeVar("T")
 Split = Literal["train", "test"]
-Shape = tuple[int, int, int]
 
 _DIGITS = tuple("0123456789")
 _MEMORY_BUDGET = 2 * 1024**3  # bytes: a directory of images that needs more is decoded batch by batch
@@ -59,28 +63,6 @@ _UNREADABLE = (OSError, RuntimeError, ValueError, AssertionError, EOFError, pick
 
 
 @dataclass(frozen=True, eq=False)
-class ImageFiles:
-    """Image files that are decoded when indexed, like a uint8 tensor (N, C, H, W) that lies on disk."""
-
-    paths: list[str]
-    shape: Shape  # of one image
-
-    def __len__(self) -> int:
-        return len(self.paths)
-
-    def __getitem__(self, indices: Tensor) -> Tensor:
-        """Decode the images at ``indices`` (n,) to uint8 (n, C, H, W)."""
-        images = torch.empty(len(indices), *self.shape, dtype=torch.uint8)
-
-        def decode(slot: int) -> None:
-            images[slot] = _decode(self.paths[indices[slot]], self.shape)
-
-        with ThreadPoolExecutor() as pool:  # Pillow decodes outside of the interpreter lock
-            list(pool.map(decode, range(len(indices))))
-        return images
-
-
-@dataclass(frozen=True, eq=False)
 class Dataset:
     """A labelled set of real images."""
 
@@ -90,6 +72,7 @@ class Dataset:
     image_shape: Shape
     labels: Tensor  # (N,) int64
     pixels: Tensor | ImageFiles  # (N, C', H', W') uint8, brought to `image_shape` when read
+    note: str = ""  # what is to be said of the shape, where its images have several
 
     def __len__(self) -> int:
         return len(self.labels)
@@ -151,7 +134,8 @@ def load(
     """Load one split of a dataset.
 
     Args:
-        name: A key of ``DATASETS``, or a directory with ``train/<class>/*`` and ``test/<class>/*``.
+        name: A key of ``DATASETS``, or a directory with ``train/<class>/*`` and ``test/<class>/*``, of which only the
+            split has to be there. Test images may also lie in ``val/``, or in folders of classes alone.
         split: Which half.
         data_dir: Where to look first, and where to download to.
         image_shape: (C, H, W) to convert to; the dataset's own by default.
@@ -164,8 +148,9 @@ def load(
     """
     seal.check(f"dataset {name!r}")
     if image_shape:
-        _check_channels(f"dataset {name!r}", image_shape)
+        check_channels(f"dataset {name!r}", image_shape, files=name not in DATASETS)
     pixels: Tensor | ImageFiles
+    note = ""
     if name == "digits":
         pixels, labels, classes = _load_digits(split)
         native_shape = (1, 32, 32)
@@ -173,13 +158,14 @@ def load(
         pixels, labels, classes = _load_published(name, split, seal.dataset_roots(data_dir), download)
         native_shape = (_PUBLISHED[name][1], 32, 32)
     elif Path(name).is_dir():
-        pixels, labels, classes = _load_tree(Path(name), split, image_shape)
-        native_shape = pixels.shape
+        paths, labels, classes = _list_tree(Path(name), split)
+        native_shape, note = (image_shape, "") if image_shape else common_shape(paths)
+        pixels = ImageFiles(paths, native_shape)
     else:
         raise ConfigError(f"dataset {name!r}: neither a known name nor a directory", did_you_mean(name, DATASETS))
     if isinstance(pixels, ImageFiles) and len(labels) * math.prod(pixels.shape) <= _MEMORY_BUDGET:
         pixels = pixels[torch.arange(len(labels))]
-    return Dataset(name, split, classes, image_shape or native_shape, labels, pixels)
+    return Dataset(name, split, classes, image_shape or native_shape, labels, pixels, note)
 
 
 def contents(name: str) -> list[dict[str, Any]]:
@@ -235,7 +221,9 @@ def _load_published(
 ) -> tuple[Tensor | ImageFiles, Tensor, tuple[str, ...]]:
     for root in roots:
         if (root / name / split).is_dir():
-            return _load_tree(root / name, split, channels=_PUBLISHED[name][1])
+            paths, labels, classes = _list_tree(root / name, split)
+            shape, _ = common_shape(paths)
+            return ImageFiles(paths, (_PUBLISHED[name][1], *shape[1:])), labels, classes
         with contextlib.suppress(*_UNREADABLE):
             return _read_published(name, split, root, download=False)
     reason = "downloading is off"
@@ -274,82 +262,21 @@ def _quiet_network() -> Iterator[None]:
         socket.setdefaulttimeout(before)
 
 
-def _load_tree(
-    root: Path, split: Split, image_shape: Shape | None = None, channels: int | None = None
-) -> tuple[ImageFiles, Tensor, tuple[str, ...]]:
-    """List ``root/{train,test}/<class>/*``. Without ``image_shape``, the first training image decides it."""
-    samples = {}
-    classes: dict[str, list[str]] = {}
-    for half in ("train", "test"):
-        if not (root / half).is_dir():
-            raise ArtifactError(f"{root}: has no {half}/", "a dataset directory has train/<class>/* and test/<class>/*")
-        try:
-            classes[half], index_of = find_classes(root / half)
-            samples[half] = make_dataset(root / half, index_of, IMG_EXTENSIONS)
-        except FileNotFoundError as error:  # an empty split or class
-            raise ArtifactError(f"{root / half}: {error}") from None
-    if differing := set(classes["train"]) ^ set(classes["test"]):
-        raise ArtifactError(f"{root}: not in both train/ and test/: {', '.join(sorted(differing))}")
-
-    shape = image_shape or _first_shape(samples["train"][0][0], channels)
-    paths, labels = zip(*_mixed(samples[split]), strict=True)
-    return ImageFiles(list(paths), shape), torch.tensor(labels), tuple(classes[split])
-
-
-def _mixed(files: Sequence[T]) -> list[T]:
-    """The files in an order that looks random and is always the same.
-
-    On disk they lie class by class, and sets that are too large for the memory are read in stretches.
-    """
-    return [files[index] for index in np.random.default_rng(0).permutation(len(files))]
-
-
-def image_files(folder: Path, shape: Shape) -> ImageFiles:
-    """Every image file below ``folder``.
-
-    Raises:
-        ArtifactError: There is none, or images cannot have that shape.
-    """
-    _check_channels(str(folder), shape)
-    paths = sorted(str(path) for path in folder.rglob("*") if path.suffix.lower() in IMG_EXTENSIONS and path.is_file())
-    if not paths:
-        raise ArtifactError(f"{folder}: no image files in it", "give a folder of images or a shard directory")
-    return ImageFiles(_mixed(paths), shape)
-
-
-def _check_channels(name: str, shape: Shape) -> None:
-    if shape[0] not in (1, 3):
-        raise ArtifactError(f"{name}: images can have 1 or 3 channels, not {shape[0]}")
-
-
-def _first_shape(path: str, channels: int | None) -> Shape:
-    with _readable(path), Image.open(path) as image:
-        return channels or (1 if Image.getmodebase(image.mode) == "L" else 3), image.height, image.width
-
-
-def _decode(path: str, shape: Shape) -> Tensor:
-    """Read one image file to uint8 ``shape``: its shortest side is resized and its centre kept."""
-    channels, height, width = shape
-    with _readable(path), Image.open(path) as file:
-        image = _eight_bits(file).convert("L" if channels == 1 else "RGB")
-    if image.size != (width, height):
-        image = ImageOps.fit(image, (width, height), Image.Resampling.BILINEAR)
-    return torch.from_numpy(np.array(image)).view(height, width, channels).permute(2, 0, 1)
-
-
-def _eight_bits(image: Image.Image) -> Image.Image:
-    """An image whose pixels are 0 to 255. Pillow itself would cut off what is larger."""
-    if image.mode.startswith("I;16") or (image.mode == "I" and image.format == "PNG"):  # PNG has no more than 16 bits
-        return Image.fromarray(((np.asarray(image).astype(np.int64) + 128) // 257).astype(np.uint8))
-    if image.mode in ("I", "F"):
-        raise ValueError(f"pixels of mode {image.mode} have no known range; convert them to 8 or 16 bits")
-    return image
-
-
-@contextlib.contextmanager
-def _readable(path: str) -> Iterator[None]:
-    try:
-        yield
-    except (OSError, ValueError, TypeError, SyntaxError, EOFError, Image.DecompressionBombError) as error:
-        reason = str(error).replace(path, "the file")
-        raise ArtifactError(f"{path}: not readable as an image ({reason})", "replace or remove the file") from None
+def _list_tree(root: Path, split: Split) -> tuple[list[str], Tensor, tuple[str, ...]]:
+    """The image files of a split of a dataset directory, mixed, with their labels (N,) and the classes."""
+    places = {"train": root / "train", "test": root / ("test" if (root / "test").is_dir() else "val")}
+    halves = {half: place for half, place in places.items() if place.is_dir()}
+    if not halves and split == "test":
+        halves["test"] = root
+    if split not in halves:
+        hint = "a dataset directory has train/<class>/* and test/<class>/*, or val/"
+        raise ArtifactError(f"{root}: has no {split}/", hint)
+    classes = {half: class_names(folder) for half, folder in halves.items()}
+    if not classes[split]:
+        raise ArtifactError(f"{halves[split]}: no folders of classes in it", "give each class a folder of its images")
+    if strange := {name for names in classes.values() if names for name in {*names} ^ {*classes[split]}}:
+        both = " and ".join(f"{folder.name}/" for folder in halves.values())
+        raise ArtifactError(f"{root}: not in both {both}: {', '.join(sorted(strange))}")
+    files = labelled_files(halves[split], classes[split])
+    paths, labels = zip(*mixed(files), strict=True)
+    return list(paths), torch.tensor(labels), tuple(classes[split])

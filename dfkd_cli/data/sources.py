@@ -18,8 +18,8 @@ from torch import Tensor
 
 from dfkd_cli.artifacts.files import digest, sha256_file
 from dfkd_cli.artifacts.shards import ShardReader
-from dfkd_cli.data import datasets
 from dfkd_cli.data.datasets import Dataset
+from dfkd_cli.data.image_files import image_files
 from dfkd_cli.models.generators import Generators
 from dfkd_cli.seeds import derive
 
@@ -187,7 +187,7 @@ class FolderSource(Source):
     """A folder of images of any depth, without labels, brought to one shape. Nobody says that they are not real."""
 
     def __init__(self, folder: Path, shape: tuple[int, int, int], chunk: int = 1000) -> None:
-        self.files = datasets.image_files(folder, shape)
+        self.files = image_files(folder, shape)
         self.parts = torch.split(torch.arange(len(self.files)), chunk)
         self.sizes = [len(part) for part in self.parts]
         self.shape, self.dtype = shape, torch.uint8

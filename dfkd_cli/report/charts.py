@@ -72,7 +72,7 @@ def curves(runs: Sequence[Mapping[str, Sequence[float]]]) -> bytes | None:
     for axes, panel in zip(grid, panels, strict=True):
         for number, name in enumerate(panel):
             for repeat, run in enumerate(run for run in runs if name in run):
-                label = name if repeat == 0 else None
+                label = _short(name) if repeat == 0 else None
                 axes.plot(run["round"], run[name], "o-", color=f"C{number}", label=label, **_LINE)
         values = [value for name in panel for run in runs for value in run.get(name, ())]
         if min(values) > 0 and max(values) > 30 * min(values):

@@ -1,12 +1,16 @@
-"""``report.html``: a comparison as one file that needs nothing else, neither scripts nor a network."""
+"""``report.html``: a comparison as one file that needs nothing else, neither scripts nor a network.
+
+The page is a tree of elements, and the standard library writes it: text is escaped there, wherever it comes from.
+"""
 
 from __future__ import annotations
 
 import base64
+import hashlib
 from collections.abc import Iterable, Mapping, Sequence
-from html import escape
 from pathlib import Path
 from typing import Any
+from xml.etree.ElementTree import Element, tostring
 
 from dfkd_cli.artifacts.integrity import present
 from dfkd_cli.report import charts, table
@@ -40,76 +44,101 @@ code { font: 12px/1.4 ui-monospace, Consolas, monospace; overflow-wrap: anywhere
 details { margin: 12px 0; } summary { cursor: pointer; color: var(--soft); }
 @media (max-width: 600px) { body { padding: 14px; } th, td { padding: 6px 8px; } }
 """
+_STYLE_HASH = base64.b64encode(hashlib.sha256(_STYLE.encode()).digest()).decode()
+# Of whatever text might still become, nothing is run, fetched, sent or shown but this style and pictures in the page.
+_POLICY = f"default-src 'none'; style-src 'sha256-{_STYLE_HASH}'; img-src data:; base-uri 'none'; form-action 'none'"
 
 
 def page(results: Mapping[str, Any]) -> str:
     """The report of what is in ``results.json``; curves and previews are read from the directories it names."""
     rows = [row for section in results["sections"] for row in section["rows"]]
     runs = sum(len(row["runs"]) for row in rows)
-    body = [
-        "<h1>dfkd comparison</h1>",
-        f'<p class="soft">{len(rows)} rows from {runs} models, {escape(results["started"].partition("T")[0])}, '
-        f"dfkd {escape(results['versions']['dfkd'])}</p>",
-        *map(_section, results["sections"]),
-        _galleries(results["shards"]),
-        _provenance(rows, results),
+    facts = f"{len(rows)} rows from {runs} models, {results['started'].partition('T')[0]}, "
+    head = [
+        _element("meta", charset="utf-8"),
+        _element("meta", {"http-equiv": "Content-Security-Policy"}, content=_POLICY),
+        _element("meta", name="viewport", content="width=device-width, initial-scale=1"),
+        _element("title", "dfkd comparison"),
+        _element("style", _STYLE),
     ]
-    head = (
-        '<meta charset="utf-8"><meta name="viewport" content="width=device-width, initial-scale=1">'
-        f"<title>dfkd comparison</title><style>{_STYLE}</style>"
-    )
-    return f'<!doctype html>\n<html lang="en"><head>{head}</head>\n<body>\n' + "\n".join(body) + "\n</body></html>\n"
+    body = [
+        _element("h1", "dfkd comparison"),
+        _element("p", {"class": "soft"}, facts, f"dfkd {results['versions']['dfkd']}"),
+        *(part for section in results["sections"] for part in _section(section)),
+        *_galleries(results["shards"]),
+        *_provenance(rows, results),
+    ]
+    html = _element("html", _element("head", *head), _element("body", *body), lang="en")
+    return f"<!doctype html>\n{tostring(html, encoding='unicode', method='html')}\n"
 
 
-def _section(section: Mapping[str, Any]) -> str:
+def _element(tag: str, *content: Element | str | Mapping[str, str], **attributes: str) -> Element:
+    """An element with attributes, also those of mappings, and its content: elements and text, which is only text."""
+    element = Element(tag, attributes)
+    for item in content:
+        if isinstance(item, Element):
+            element.append(item)
+        elif isinstance(item, Mapping):
+            element.attrib.update(item)
+        elif len(element):
+            element[-1].tail = (element[-1].tail or "") + str(item)
+        else:
+            element.text = (element.text or "") + str(item)
+    return element
+
+
+def _section(section: Mapping[str, Any]) -> list[Element]:
     rows = table.plain_rows(section)
     columns = table.filled(section)
     roles = [row["role"] for row in rows] + ["failed"] * len(table.failed_cells(section))
     texts = list(zip(roles, zip(*columns.values(), strict=True), strict=True))
-    failures = "".join(f'<p class="failure">{escape(line)}</p>' for line in table.failures(section))
-    return "\n".join(
-        [
-            f"<h2>{escape(section['dataset'])}, teacher {escape(section['teacher'] or rows[0]['model'] or '')}</h2>",
-            f"<p>{escape(table.headline(section))}. Means over the seeds, with the sample standard deviation. "
-            "The gap is in percentage points, below zero where the student is worse than its teacher.</p>",
-            _table(list(columns), texts),
-            failures,
-            "<h3>Top-1</h3>",
-            _figure(
-                charts.top1(rows),
-                "Every dot is one seed, a diamond the mean, a whisker one standard deviation. "
-                "The dashed line is the teacher. Blue is data-free, brown had or used real data.",
-                "top-1 of every row",
-            ),
-            _sizes(section),
-            "<h3>Top-1 per class, %</h3>",
-            _classes(section),
-            "<h3>Training</h3>",
-            "<p>A line for each seed; a round is a stretch of optimiser steps.</p>",
-            f'<div class="cards">{"".join(filter(None, map(_curves, rows)))}</div>',
-        ]
-    )
+    return [
+        _element("h2", f"{section['dataset']}, teacher {section['teacher'] or rows[0]['model'] or ''}"),
+        _element(
+            "p",
+            f"{table.headline(section)}. Means over the seeds, with the sample standard deviation. ",
+            "The gap is in percentage points, below zero where the student is worse than its teacher.",
+        ),
+        _table(list(columns), texts),
+        *(_element("p", {"class": "failure"}, line) for line in table.failures(section)),
+        _element("h3", "Top-1"),
+        _figure(
+            charts.top1(rows),
+            "top-1 of every row",
+            "Every dot is one seed, a diamond the mean, a whisker one standard deviation. "
+            "The dashed line is the teacher. Blue is data-free, brown had or used real data.",
+        ),
+        *_sizes(section),
+        _element("h3", "Top-1 per class, %"),
+        _classes(section),
+        _element("h3", "Training"),
+        _element("p", "A line for each seed; a round is a stretch of optimiser steps."),
+        _element("div", {"class": "cards"}, *(figure for row in rows for figure in _curves(row))),
+    ]
 
 
-def _sizes(section: Mapping[str, Any]) -> str:
+def _sizes(section: Mapping[str, Any]) -> list[Element]:
     pivot = table.by_size(section)
     if not pivot:
-        return ""
+        return []
     drawn = charts.sizes(curves(section["rows"]), section["rows"][0]["top1"]["mean"])
-    shown = _table(pivot[0], [("", row) for row in pivot[1:]], left=("IMAGES",))
-    picture = _figure(drawn, "The dashed line is the teacher.", "top-1 over the number of images")
-    return f"<h3>Top-1 by images in the transfer set, %</h3>{shown}{picture}"
+    return [
+        _element("h3", "Top-1 by images in the transfer set, %"),
+        _table(pivot[0], [("", row) for row in pivot[1:]], left=("IMAGES",)),
+        _figure(drawn, "top-1 over the number of images", "The dashed line is the teacher."),
+    ]
 
 
-def _classes(section: Mapping[str, Any]) -> str:
+def _classes(section: Mapping[str, Any]) -> Element:
     rows = table.plain_rows(section)
     texts = []
     for name in section["classes"]:
         shares = [[run["measures"]["per_class"][name] for run in row["runs"]] for row in rows]
         texts.append(("", [name, *(_mean_share(values) for values in shares)]))
     shown = _table(["CLASS", *(row["label"] for row in rows)], texts, left=("CLASS",))
-    fold = "" if len(texts) <= _CLASSES_OPEN else "<summary>all classes</summary>"
-    return f"<details>{fold}{shown}</details>" if fold else shown
+    if len(texts) <= _CLASSES_OPEN:
+        return shown
+    return _element("details", _element("summary", "all classes"), shown)
 
 
 def _mean_share(values: Sequence[float | None]) -> str:
@@ -117,18 +146,16 @@ def _mean_share(values: Sequence[float | None]) -> str:
     return f"{100 * sum(shares) / len(shares):.1f}" if shares else "-"
 
 
-def _curves(row: Mapping[str, Any]) -> str:
+def _curves(row: Mapping[str, Any]) -> list[Element]:
     columns = [read_curves(Path(run["path"], "metrics.csv")) for run in row["runs"]]
     drawn = charts.curves([run for run in columns if run])
     if drawn is None:
-        return ""
+        return []
     seconds = table.seconds(row["seconds"]["training"])
-    return _figure(
-        drawn, f"<b>{escape(row['label'])}</b>, {escape(seconds)} s of training", f"curves of {row['label']}"
-    )
+    return [_figure(drawn, f"curves of {row['label']}", _element("b", row["label"]), f", {seconds} s of training")]
 
 
-def _galleries(shards: Iterable[Mapping[str, Any]]) -> str:
+def _galleries(shards: Iterable[Mapping[str, Any]]) -> list[Element]:
     cards = []
     for facts in shards:
         if (preview := present(Path(facts["path"], "preview.png"))) is None:
@@ -136,56 +163,62 @@ def _galleries(shards: Iterable[Mapping[str, Any]]) -> str:
         confidence = "" if facts["confidence"] is None else f", mean teacher confidence {facts['confidence']:.3f}"
         seed = "" if facts["seed"] is None else f", seed {facts['seed']}"
         used = f", uses {', '.join(facts['uses'])}" if facts["uses"] else ""
-        caption = f"<b>{escape(facts['method'])}</b>{escape(used)}{seed}: {facts['count']:,} images{confidence}<br>"
-        caption += "".join(f"<b>Warning:</b> {escape(concern)}<br>" for concern in facts["concerns"])
-        caption += f"<code>{escape(facts['path'])}</code>"
-        images = _figure(preview.read_bytes(), caption, f"images of {facts['path']}", "pixels")
-        cards.append(f"<div>{images}{_terms(facts)}</div>")
+        caption: list[Element | str] = [_element("b", facts["method"])]
+        caption += [f"{used}{seed}: {facts['count']:,} images{confidence}", _element("br")]
+        for concern in facts["concerns"]:
+            caption += [_element("b", "Warning:"), f" {concern}", _element("br")]
+        caption.append(_element("code", facts["path"]))
+        images = _figure(preview.read_bytes(), f"images of {facts['path']}", *caption, style="pixels")
+        cards.append(_element("div", images, *_terms(facts)))
     if not cards:
-        return ""
-    note = "<p>From the first rounds, on top, to the last. Each image is stretched to the full range by itself.</p>"
-    return f'<h2>Transfer sets</h2>{note}<div class="cards">{"".join(cards)}</div>'
+        return []
+    note = "From the first rounds, on top, to the last. Each image is stretched to the full range by itself."
+    return [_element("h2", "Transfer sets"), _element("p", note), _element("div", {"class": "cards"}, *cards)]
 
 
-def _terms(facts: Mapping[str, Any]) -> str:
+def _terms(facts: Mapping[str, Any]) -> list[Element]:
     """The loss terms that the images of each round ended with, below them; nothing where none were optimised."""
     drawn = charts.curves([read_curves(Path(facts["path"], "metrics.csv"))])
     caption = "Its loss terms, unweighted, and what is watched, over the rounds"
-    return _figure(drawn, caption, f"loss terms of {facts['path']}") if drawn else ""
+    return [_figure(drawn, f"loss terms of {facts['path']}", caption)] if drawn else []
 
 
-def _provenance(rows: Iterable[Mapping[str, Any]], results: Mapping[str, Any]) -> str:
+def _provenance(rows: Iterable[Mapping[str, Any]], results: Mapping[str, Any]) -> list[Element]:
     columns = ("DIRECTORY", "SHA-256", "COMMAND", "VERSIONS")
     directories = [run for row in rows for run in row["runs"]] + list(results["shards"])
     texts = [("", [m["path"], m["sha256"][:16], _command(m["argv"]), _versions(m["versions"])]) for m in directories]
-    command = f"<p>This report: <code>{escape(_command(results['argv']))}</code> "
-    command += f"({escape(_versions(results['versions']))})</p>"
-    return f"<h2>Provenance</h2>{command}{_table(columns, texts, left=columns)}"
+    command = _element("code", _command(results["argv"]))
+    return [
+        _element("h2", "Provenance"),
+        _element("p", "This report: ", command, f" ({_versions(results['versions'])})"),
+        _table(columns, texts, left=columns),
+    ]
 
 
-def _table(columns: Sequence[str], rows: Sequence[tuple[str, Sequence[str]]], left: Sequence[str] = table.LEFT) -> str:
+def _table(
+    columns: Sequence[str], rows: Sequence[tuple[str, Sequence[str]]], left: Sequence[str] = table.LEFT
+) -> Element:
     """A table that scrolls by itself; each row has a class and its texts."""
 
-    def cell(tag: str, column: str, text: str) -> str:
-        return f"<{tag}{' class=words' * (column in left)}>{escape(text)}</{tag}>"
+    def line(tag: str, texts: Sequence[str], role: str = "plain") -> Element:
+        styles: list[dict[str, str]] = [{"class": "words"} if column in left else {} for column in columns]
+        cells = (_element(tag, style, text) for style, text in zip(styles, texts, strict=True))
+        return _element("tr", {"class": role}, *cells)
 
-    head = "".join(cell("th", column, column) for column in columns)
-    lines = []
-    for role, texts in rows:
-        cells = "".join(cell("td", column, text) for column, text in zip(columns, texts, strict=True))
-        lines.append(f"<tr class={role or 'plain'}>{cells}</tr>")
-    return f'<div class="scroll"><table><thead><tr>{head}</tr></thead><tbody>{"".join(lines)}</tbody></table></div>'
+    body = [line("td", texts, role or "plain") for role, texts in rows]
+    whole = _element("table", _element("thead", line("th", columns)), _element("tbody", *body))
+    return _element("div", {"class": "scroll"}, whole)
 
 
-def _figure(png: bytes, caption: str, alt: str, style: str = "") -> str:
-    """A picture inside the page; ``caption`` is HTML, ``alt`` is not."""
+def _figure(png: bytes, alt: str, *caption: Element | str, style: str = "") -> Element:
+    """A picture inside the page."""
     data = base64.b64encode(png).decode()
-    image = f'<img class="{style}" alt="{escape(alt)}" src="data:image/png;base64,{data}">'
-    return f"<figure>{image}<figcaption>{caption}</figcaption></figure>"
+    image = _element("img", {"class": style}, alt=alt, src=f"data:image/png;base64,{data}")
+    return _element("figure", image, _element("figcaption", *caption))
 
 
 def _command(argv: Sequence[str] | None) -> str:
-    return " ".join(argv or ["-"])
+    return " ".join(map(str, argv or ["-"]))
 
 
 def _versions(versions: Mapping[str, str] | None) -> str:

@@ -135,7 +135,7 @@ def markdown(results: Mapping[str, Any], left_out: Container[str] = ()) -> str:
     for section in results["sections"]:
         columns = {name: texts for name, texts in filled(section).items() if name not in left_out}
         rows = (map(escape, row) for row in zip(*columns.values(), strict=True))
-        lines = [headline(section), "", *markdown_table(list(columns), rows)]
+        lines = [escape(headline(section)), "", *markdown_table(list(columns), rows)]
         if pivot := by_size(section):
             points = (map(escape, row) for row in pivot[1:])
             lines += [

@@ -14,7 +14,7 @@ from typing import Any
 
 import torch
 
-from dfkd_cli.artifacts.files import digest, write_atomic, write_json
+from dfkd_cli.artifacts.files import digest, write_json, write_text
 from dfkd_cli.artifacts.integrity import intact, read_run
 from dfkd_cli.artifacts.records import read_json
 from dfkd_cli.artifacts.run import RunDirectory, check_free
@@ -110,8 +110,8 @@ def run(settings: Settings, terminal: Terminal, dry_run: bool = False) -> dict[s
                 models = [*_models(done, settings.code), *models]
             sections = arrange(models, settings.inputs.dataset, settings.code)
             results = _results(models, shards, sections, failed, directory, terminal)
-            write_atomic(out / TABLE, table.markdown(results).encode())
-            write_atomic(out / REPORT, html.page(results).encode())
+            write_text(out / TABLE, table.markdown(results))
+            write_text(out / REPORT, html.page(results))
             write_json(out / RESULTS, results)
             _show(results, terminal)
             if failed:  # unfinished, so that the same command tries again

@@ -38,7 +38,6 @@ class Snapshots(Callback):
         """Write a snapshot when its round is done."""
         if trainer.current_epoch in self.paths:
             path = self.paths[trainer.current_epoch]
-            path.parent.mkdir(exist_ok=True)
             self.run.keep(path, save_weights(path, self.model.net))
 
 

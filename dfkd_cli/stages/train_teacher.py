@@ -59,6 +59,10 @@ def run(settings: Settings, terminal: Terminal, dry_run: bool = False) -> dict[s
         return rehearse(settings, run, terminal)
     inputs = settings.inputs
     dataset = datasets.load(inputs.dataset, "train", data_dir=inputs.data_dir, image_shape=inputs.input_size)
+    if dataset.note:
+        terminal.say(f"dataset {inputs.dataset}: {dataset.note}")
+    # What is wrong with the test images is found before any work.
+    test = datasets.load(inputs.dataset, "test", data_dir=inputs.data_dir, image_shape=dataset.image_shape)
     mean, std = dataset.mean_std()
     info = ModelInfo(inputs.model, len(dataset.classes), dataset.image_shape, mean, std, dataset.classes)
     parents = [*architecture(inputs.model, settings.code).parents, *datasets.contents(inputs.dataset)]
@@ -67,7 +71,6 @@ def run(settings: Settings, terminal: Terminal, dry_run: bool = False) -> dict[s
     task = Task(student, None, RealSource(dataset), {}, inputs, settings.run.seed)
 
     def score(model: Classifier) -> dict[str, float]:
-        test = datasets.load(inputs.dataset, "test", data_dir=inputs.data_dir, image_shape=info.input_size)
         return {"top1": top1(model, RealSource(test))}
 
     provenance = {"command": "train-teacher", "dataset": inputs.dataset, "seed": settings.run.seed}

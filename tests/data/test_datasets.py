@@ -235,8 +235,11 @@ def test_requested_shape(tmp_path):
         digits.images(some).double(), size=(16, 16), mode="bilinear", antialias=True
     )
     assert (images[:, :1] - halves).abs().max() <= 1
-    with pytest.raises(ArtifactError, match="1 or 3 channels"):
-        load("digits", "test", image_shape=(2, 32, 32))
+    for channels in (2, 4):
+        with pytest.raises(ArtifactError, match=f"1 or 3 channels, not {channels}"):
+            load("digits", "test", image_shape=(channels, 32, 32))
+    with pytest.raises(ArtifactError, match="1, 3 or 4 channels, not 2"):
+        load(str(root), "test", image_shape=(2, 32, 32))
 
 
 def corrupt(root: Path) -> None:
@@ -258,15 +261,22 @@ def other_classes(root: Path) -> None:
 
 
 @pytest.mark.parametrize(
-    ("damage", "message"),
-    [(corrupt, "1.png"), (drop_test, "has no test/"), (empty_class, "bird"), (other_classes, "dog, wolf")],
+    ("damage", "split", "message"),
+    [
+        (corrupt, "train", "1.png"),
+        (drop_test, "test", "has no test/"),
+        (empty_class, "test", "bird"),
+        (other_classes, "train", "dog, wolf"),
+    ],
 )
-def test_bad_directories(tmp_path, damage, message):
+def test_bad_directories(tmp_path, damage, split, message):
     root = make_tree(tmp_path)
     damage(root)
     with pytest.raises(ArtifactError, match=message) as caught:
-        load(str(root), "train")
+        load(str(root), split)
     assert caught.value.exit_code == 3
+    if damage is not other_classes:
+        assert load(str(root), "test" if split == "train" else "train"), "only what is read has to be there"
 
 
 def test_unknown_name(tmp_path):

@@ -2,13 +2,11 @@
 
 from __future__ import annotations
 
-import functools
 import signal
 from pathlib import Path
 
 import pytest
 from tiny_comparisons import SMALL
-from torch.utils.benchmark import Timer
 
 
 @pytest.fixture(scope="session")
@@ -47,13 +45,6 @@ def session_cli():
     yield run
     for number, handler in handlers.items():
         signal.signal(number, handler)
-
-
-@pytest.fixture
-def quick_latency(monkeypatch) -> None:
-    """No test here reads the latency; measuring it well would take most of the time."""
-    quick = functools.partialmethod(Timer.blocked_autorange, min_run_time=0.01)
-    monkeypatch.setattr(Timer, "blocked_autorange", quick)
 
 
 @pytest.fixture

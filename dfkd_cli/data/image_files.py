@@ -1,0 +1,193 @@
+"""Image files: which there are in a folder, and what is in them as tensors."""
+
+from __future__ import annotations
+
+import contextlib
+import os
+import statistics
+from collections.abc import Iterator, Sequence
+from concurrent.futures import ThreadPoolExecutor
+from dataclasses import dataclass
+from pathlib import Path
+from typing import TypeVar
+
+import numpy as np
+import torch
+from PIL import ExifTags, Image, ImageOps, UnidentifiedImageError
+from torch import Tensor
+from torchvision.datasets.folder import IMG_EXTENSIONS
+
+from dfkd_cli.errors import ArtifactError, DfkdError
+
+T = TypeVar("T")
+Shape = tuple[int, int, int]
+
+MODES = {1: "L", 3: "RGB", 4: "RGBA"}  # by the number of channels
+# Pillow would tell more formats by their content, whatever a file is called, and hand some to other programs.
+FORMATS = ("BMP", "JPEG", "PNG", "PPM", "TIFF", "WEBP")
+SUPPORTED = f"images are {', '.join(FORMATS)}: files named {' '.join(IMG_EXTENSIONS)}"
+_LOOKED_AT = 1000  # files whose headers say of which shape a set is
+
+
+@dataclass(frozen=True, eq=False)
+class ImageFiles:
+    """Image files that are decoded when indexed, like a uint8 tensor (N, C, H, W) that lies on disk."""
+
+    paths: list[str]
+    shape: Shape  # of one image
+
+    def __len__(self) -> int:
+        return len(self.paths)
+
+    def __getitem__(self, indices: Tensor) -> Tensor:
+        """Decode the images at ``indices`` (n,) to uint8 (n, C, H, W)."""
+        images = torch.empty(len(indices), *self.shape, dtype=torch.uint8)
+
+        def decode(slot: int) -> None:
+            images[slot] = _decode(self.paths[indices[slot]], self.shape)
+
+        with ThreadPoolExecutor() as pool:  # Pillow decodes outside of the interpreter lock
+            list(pool.map(decode, range(len(indices))))
+        return images
+
+
+def image_files(folder: Path, shape: Shape) -> ImageFiles:
+    """Every image file below ``folder``.
+
+    Raises:
+        ArtifactError: There is none, or images cannot have that shape.
+    """
+    check_channels(str(folder), shape)
+    paths = sorted(_image_paths(folder))
+    if not paths:
+        raise ArtifactError(f"{folder}: no image files in it", f"give a folder of images or shards; {SUPPORTED}")
+    return ImageFiles(mixed(paths), shape)
+
+
+def class_names(folder: Path) -> list[str]:
+    """The folders in ``folder``, each of which holds the images of a class: sorted."""
+    with _readable(str(folder)):
+        return sorted(entry.name for entry in _entries(str(folder)) if os.path.isdir(entry))
+
+
+def labelled_files(folder: Path, classes: Sequence[str]) -> list[tuple[str, int]]:
+    """The image files of each class, with its number: class by class.
+
+    Raises:
+        ArtifactError: A class has none.
+    """
+    files = []
+    for label, name in enumerate(classes):
+        paths = sorted(_image_paths(folder / name), key=os.path.split)
+        if not paths:
+            raise ArtifactError(f"{folder}: no image files of class {name}", SUPPORTED)
+        files += [(path, label) for path in paths]
+    return files
+
+
+def mixed(files: Sequence[T]) -> list[T]:
+    """The files in an order that looks random and is always the same.
+
+    On disk they lie class by class, and sets that are too large for the memory are read in stretches.
+    """
+    return [files[index] for index in np.random.default_rng(0).permutation(len(files))]
+
+
+def common_shape(paths: Sequence[str]) -> tuple[Shape, str]:
+    """The shape that suits image files: the median height and width, with colour where any has it.
+
+    At most 1,000 of them are looked at, evenly chosen.
+
+    Returns:
+        The shape, and what is to be said of it, nothing where all have it.
+    """
+    count = min(len(paths), _LOOKED_AT)
+    with ThreadPoolExecutor() as pool:
+        shapes = list(pool.map(_shape, (paths[index * len(paths) // count] for index in range(count))))
+    channels, heights, widths = zip(*shapes, strict=True)
+    shape = max(channels), statistics.median_low(heights), statistics.median_low(widths)
+    if set(shapes) == {shape}:
+        return shape, ""
+    taken = f"all are taken as {' x '.join(map(str, shape))} (channels, height, width)"
+    return shape, f"images of several sizes or colours: {taken}, the middle of {count:,}; --input-size says otherwise"
+
+
+def check_channels(name: str, shape: Shape, files: bool = True) -> None:
+    """Raise :class:`ArtifactError` where no image has so many channels: of files, or of what is grey or RGB."""
+    if shape[0] not in MODES or (shape[0] == 4 and not files):
+        raise ArtifactError(f"{name}: images can have {'1, 3 or 4' if files else '1 or 3'} channels, not {shape[0]}")
+
+
+def _image_paths(folder: Path) -> Iterator[str]:
+    """Every image file below a folder. Links are followed, but to no folder twice, nor to one that it lies in."""
+    start = folder.resolve()
+    seen, folders = {*start.parents}, [str(folder)]
+    while folders:
+        place = folders.pop()
+        if (real := Path(place).resolve()) not in seen:
+            seen.add(real)
+            with _readable(place):
+                for entry in sorted(_entries(place), key=lambda entry: entry.name, reverse=True):
+                    if os.path.splitext(entry.name)[1].lower() in IMG_EXTENSIONS and os.path.isfile(entry):
+                        yield entry.path  # a pipe or a device would never end
+                    elif os.path.isdir(entry):
+                        folders.append(entry.path)
+
+
+def _entries(folder: str) -> list[os.DirEntry[str]]:
+    """What lies in a folder, without what is hidden, as copies and indices of systems and editors are."""
+    with os.scandir(folder) as entries:
+        return [entry for entry in entries if not entry.name.startswith((".", "__MACOSX"))]
+
+
+@contextlib.contextmanager
+def _open(path: str) -> Iterator[Image.Image]:
+    # Not by its path: Pillow would map TIFF files into memory, and turn those upright in the wrong way.
+    with _readable(path), open(path, "rb") as file, Image.open(file, formats=FORMATS) as image:
+        yield image
+
+
+def _shape(path: str) -> Shape:
+    """As the image is to be seen; of its header alone, for most formats."""
+    with _open(path) as image:
+        if image.getexif().get(ExifTags.Base.Orientation, 1) != 1:
+            ImageOps.exif_transpose(image, in_place=True)
+        width, height = image.size
+        return 1 if Image.getmodebase(image.mode) == "L" else 3, height, width
+
+
+def _decode(path: str, shape: Shape) -> Tensor:
+    """Read one image file to uint8 ``shape``: upright, its shortest side is resized and its centre kept."""
+    channels, height, width = shape
+    with _open(path) as file:
+        ImageOps.exif_transpose(file, in_place=True)
+        image = _eight_bits(file)
+        if channels == 4 and "A" not in image.getbands() and "transparency" not in image.info:
+            raise ValueError("it has no fourth channel")  # of whatever kind: nobody says that it is opacity
+        image = image.convert(MODES[channels])
+    if image.size != (width, height):
+        image = ImageOps.fit(image, (width, height), Image.Resampling.BILINEAR)
+    return torch.from_numpy(np.array(image)).view(height, width, channels).permute(2, 0, 1)
+
+
+def _eight_bits(image: Image.Image) -> Image.Image:
+    """An image whose pixels are 0 to 255. Pillow itself would cut off what is larger."""
+    if image.mode.startswith("I;16") or (image.mode == "I" and image.format == "PNG"):  # PNG has no more than 16 bits
+        return Image.fromarray(((np.asarray(image).astype(np.int64) + 128) // 257).astype(np.uint8))
+    if image.mode in ("I", "F"):
+        raise ValueError(f"pixels of mode {image.mode} have no known range; convert them to 8 or 16 bits")
+    return image
+
+
+@contextlib.contextmanager
+def _readable(path: str) -> Iterator[None]:
+    """Make whatever the system or a decoder says of a file or folder one line."""
+    try:
+        yield
+    except (DfkdError, MemoryError):
+        raise
+    except Exception as error:  # decoders raise anything
+        if isinstance(error, OSError) and error.errno is not None:
+            raise ArtifactError(f"{path}: not readable ({error.strerror})", "replace or remove it") from None
+        reason = "" if isinstance(error, UnidentifiedImageError) else f" ({error})"
+        raise ArtifactError(f"{path}: not readable as an image{reason}", f"replace or remove it; {SUPPORTED}") from None
