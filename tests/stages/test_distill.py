@@ -9,6 +9,7 @@ import pytest
 import torch
 from pipeline import finish, kill_after_saving
 from safetensors import safe_open
+from safetensors.torch import load_file
 
 from dfkd_cli import catalog
 from dfkd_cli.artifacts.files import sha256_file
@@ -96,6 +97,23 @@ def test_a_phase_that_leaves_nothing_for_the_others_is_refused(cli, teacher, tmp
     assert not (tmp_path / "s").exists()
     code, _, err = cli(*distill(teacher, *args, "--pretraining", 1, "--epochs", 2))
     assert code == 0, err
+
+
+@pytest.mark.parametrize("objectives", [["response", "sp", "pkt", "rkd", "information-flow=100"], ["dist"]])
+def test_two_processes_compare_the_images_of_a_whole_batch(teacher, tmp_path, objectives):
+    """They learn what one does, whose weights belong to the size of its batches; 63 images have two unequal shares."""
+    args = ["--objective", *objectives, "--steps", 3, "--batch-size", 63, "--holdout", 0, "--optimizer", "sgd"]
+    still = [part for name in ("rotate", "translate", "scale", "noise") for part in (f"--{name}", 0)]
+    for devices in (1, 2):
+        finish(distill(teacher, *args, *still, "--devices", devices, "--out", f"s{devices}"), tmp_path)
+    rows, weights = [], []
+    for out in (tmp_path / "s1", tmp_path / "s2"):
+        with (out / "metrics.csv").open() as file:
+            (row,) = csv.DictReader(file)
+        rows.append({name: float(value) for name, value in row.items() if not name.startswith("response")})
+        weights.append(load_file(out / "model.safetensors"))
+    assert rows[1] == pytest.approx(rows[0], rel=1e-2)
+    torch.testing.assert_close(weights[1], weights[0], rtol=1e-2, atol=1e-4)
 
 
 def test_two_processes_train_in_phases(teacher, tmp_path):
