@@ -131,6 +131,11 @@ class Objective(nn.Module):
         return self.config.pretraining if isinstance(self.config, Preceding) else 0
 
     @property
+    def of_answers(self) -> bool:
+        """Whether it is about the student's answers: without any that is, the student's head learns nothing."""
+        return True
+
+    @property
     def alone(self) -> bool:
         """Whether training is in this objective's phase now, in which objectives without one do not count."""
         return self.epoch < self.phase
@@ -162,6 +167,10 @@ class FeatureObjective(Objective):
         self.pairs = tuple(zip(*names, strict=True))
         for tap, teacher_tap in self.pairs:
             self.prepare(students.shape(tap), teachers.shape(teacher_tap))
+
+    @property
+    def of_answers(self) -> bool:
+        return any(tap == "logits" for tap, _ in self.pairs)
 
     def prepare(self, student: tuple[int, ...], teacher: tuple[int, ...]) -> None:
         """Make what depends on the shapes of the next pair, each (C, H, W) or (D,). Nothing by default."""

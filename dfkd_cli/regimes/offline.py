@@ -90,7 +90,7 @@ class Offline(Regime):
         alone = any(objective.alone for objective in self.losses.values())
         weighted = []
         for name, objective in self.losses.items():
-            if objective.alone == alone:
+            if objective.alone == alone and self.weights[name]:  # without a weight, weight decay alone would count
                 scaled = {term: objective.strength(term) * value for term, value in terms[name].items()}
                 weighted.append(self.weights[name] * weighted_sum(scaled, objective.config))
         return functools.reduce(torch.add, weighted)

@@ -50,6 +50,50 @@ def test_objectives_combine(cli, teacher, tmp_path):
         assert {key.split(".")[0] for key in file.keys()} == {"stage1", "stage2", "fc1", "fc2", "head"}  # noqa: SIM118
 
 
+@pytest.mark.parametrize("mode", [[], ["--dry-run"]])
+def test_features_alone_are_learned_beside_the_labels_where_there_are_any(cli, teacher, tmp_path, mode):
+    def student(out, *args):
+        base = distill(teacher, "--steps", 2, "--batch-size", 16, "--out", tmp_path / out, "--json", *args, *mode)
+        base[base.index("noise:64")] = "real:20" if out.startswith("real") else "noise:64"
+        code, answer, err = cli(*base)
+        assert code == 0, err
+        return json.loads(answer), err
+
+    said = "at: from features alone the student's head learns nothing"
+    answer, err = student("real", "--objective", "at")
+    assert f"{said}: it learns the labels beside them" in err
+    for out, objectives in (("real0", ["at", "response=0"]), ("noise", ["at"])):
+        _, err = student(out, "--objective", *objectives)
+        assert "from features alone the student's head learns nothing: add --objective response" in err
+    for out, objectives in (("real-both", ["at", "response"]), ("real-logits", ["fitnets", "--taps", "logits"])):
+        _, err = student(out, "--objective", *objectives)
+        assert "features alone" not in err
+    if mode:
+        assert answer["config"]["objective"]["response"]["hard"] == 1
+        return
+    recipe = tmp_path / "real" / "config.yaml"
+    recorded = catalog.parse_yaml(recipe.read_text(), "config")["objective"]
+    assert (recorded["response"]["weight"], recorded["response"]["soft"], recorded["response"]["hard"]) == (1, 0, 1)
+    assert "already complete" in student("real", "--objective", "at")[1]
+    assert "already complete" in student("real", "--recipe", recipe)[1]
+    heads = [load_file(tmp_path / out / "model.safetensors")["head.weight"] for out in ("real", "real0", "noise")]
+    assert torch.equal(heads[1], heads[2])  # as it was made
+    assert not torch.equal(heads[0], heads[1])
+
+
+def test_a_student_that_has_learned_nothing_is_a_concern(cli, teacher, tmp_path):
+    args = ["--steps", 1, "--lr", 1e-9, "--rotate", 45, "--out", tmp_path / "s", "--json"]
+    command = [a.replace("noise:64", "real:200") for a in distill(teacher, *args)]
+    for _ in range(2):  # it is said of a finished run again
+        code, out, err = cli(*command)
+        assert code == 0, err
+        [concern] = json.loads(out)["concerns"]
+        assert "agreement with the teacher on the transfer set is hardly above chance (10.00%)" in concern
+        assert "change the images less (--rotate 45" in concern
+        assert f"warning: {concern}" in err
+    assert json.loads((tmp_path / "s" / "run.json").read_text())["concerns"] == [concern]
+
+
 def test_two_processes_train_a_student_whose_head_learns_nothing(teacher, tmp_path):
     args = ["--objective", "at", "fitnets", "crd", "--negatives", 16, "--steps", 3, "--batch-size", 8, "--out", "s"]
     finish(distill(teacher, *args, "--devices", 2), tmp_path)
