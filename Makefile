@@ -15,7 +15,7 @@ demo: .venv/.done ## The five commands on the bundled digits, in demo/, with the
 	cd demo && export PATH="$(BIN):$$PATH" && time ( set -e; \
 	  dfkd train-teacher; \
 	  dfkd synthesize --recipe zskd-digits; \
-	  dfkd distill --transfer-set shards/; \
+	  dfkd distill --recipe digits; \
 	  dfkd evaluate; \
 	  dfkd compare student/ )
 

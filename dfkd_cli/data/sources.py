@@ -53,7 +53,7 @@ class Images:
         return self.labels
 
     def __getitem__(self, rows: slice | Tensor) -> Images:
-        return self._each(lambda values: values[rows])
+        return self.each(lambda values: values[rows])
 
     def split(self, size: int) -> list[Images]:
         """The images in order, at most ``size`` in each part, as :func:`torch.split` gives them."""
@@ -61,7 +61,7 @@ class Images:
 
     def to(self, device: torch.device) -> Images:
         """The images on a device, as float32 in pixel space."""
-        moved = self._each(lambda values: values.to(device, non_blocking=True))
+        moved = self.each(lambda values: values.to(device, non_blocking=True))
         pixels = moved.pixels.float()
         return replace(moved, pixels=pixels.div_(255) if moved.pixels.dtype == torch.uint8 else pixels)
 
@@ -69,7 +69,8 @@ class Images:
         """The images with other pixels (B, C, H, W): labels and positions stay, answers stored for the old ones go."""
         return self if pixels is self.pixels else replace(self, pixels=pixels, logits=None, targets=None)
 
-    def _each(self, change: Callable[[Tensor], Tensor]) -> Images:
+    def each(self, change: Callable[[Tensor], Tensor]) -> Images:
+        """The images with every tensor changed."""
         return Images(**{name: change(values) for name, values in vars(self).items() if values is not None})
 
 

@@ -9,6 +9,7 @@ from torch import Tensor
 
 from dfkd_cli.data.sources import Images
 from dfkd_cli.errors import ConfigError
+from dfkd_cli.models.classifier import Classifier
 from dfkd_cli.objectives.base import Objective, Outputs
 from dfkd_cli.options import Answers
 
@@ -51,6 +52,10 @@ class AnswerObjective(Objective):
                 f"--label-smoothing {config.label_smoothing:g} smooths hard labels, which have no weight",
                 "give --hard too, or leave it out",
             )
+
+    def connect(self, student: Classifier, teacher: Classifier) -> None:
+        if self.config.standardise and teacher.info.num_classes < 3:
+            raise ConfigError("--standardise: z-scores of two logits are always the same two", "leave it out")
 
     def strength(self, term: str) -> float:
         """That of the objective; ``hard`` is the task itself and always counts in full."""

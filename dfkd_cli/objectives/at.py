@@ -6,8 +6,9 @@ Zagoruyko, Komodakis. Paying More Attention to Attention. ICLR 2017. arXiv:1612.
     code:   attention = sum_stages mean_{b,hw} (a(f_s) - a(f_t))^2
     paper:  attention = sum_stages mean_b 1/2 ||a(f_s) - a(f_t)||       equation 2, a norm that is not squared
 
-The released code's squared mean is the default, with its weight 1000. The default does not change with the variant:
-``variant: paper`` takes a weight of about 0.1, as in ``--objective at=0.1``.
+The released code's squared mean is the default, with its weight 1000. The default does not change with the variant: the
+paper's 0.1 is for a sum over the batch, so that ``variant: paper`` takes 0.1 times the batch size, as in
+``--objective at=12.8`` for batches of 128. There the authors' 1000 / (B HW) is 0.1 of maps of 8x8.
 Where the maps differ in size, each side of the larger one is pooled to that of the smaller before squaring. The weight
 belongs to 32x32 images: a mean over more positions is smaller.
 """
@@ -31,7 +32,9 @@ from dfkd_cli.options import Compared
 class Config(Compared):
     """Attention maps."""
 
-    variant: Literal["code", "paper"] = option("code", "mean of squares, or half the norm (weight: about 0.1)")
+    variant: Literal["code", "paper"] = option(
+        "code", "mean of squares, or half the norm (weight: about 0.1 times the batch size)"
+    )
     attention: float = option(1.0, "weight of the attention maps, beside that of the objective", low=0)
 
 

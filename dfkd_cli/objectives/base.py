@@ -9,6 +9,7 @@ from typing import Any, ClassVar, Literal
 
 import torch
 from torch import Tensor, nn
+from torchmetrics.utilities.distributed import gather_all_tensors
 
 from dfkd_cli.data.sources import Images
 from dfkd_cli.errors import ConfigError
@@ -31,6 +32,24 @@ class Outputs:
     logits: Tensor
     features: Mapping[str, Tensor] = field(default_factory=dict)
 
+    def everywhere(self) -> Outputs:
+        """What the networks of all processes answer for their shares of a batch."""
+        return Outputs(everywhere(self.logits), {name: everywhere(value) for name, value in self.features.items()})
+
+
+def everywhere(rows: Tensor) -> Tensor:
+    """The rows of all processes, which need not have equally many.
+
+    Only a process's own rows have a gradient. It is multiplied by the number of processes, whose mean is learned from:
+    so all learn from the sum of what their rows contribute.
+    """
+    if not torch.distributed.is_initialized():
+        return rows
+    own = rows.detach()
+    if rows.requires_grad:
+        own = own + torch.distributed.get_world_size() * (rows - own)
+    return torch.cat(gather_all_tensors(own))
+
 
 def ask(classifier: Classifier, pixels: Tensor, taps: Mapping[str, Tap]) -> Outputs:
     """Run a network on pixels (B, C, H, W); returns its logits, and its features at the taps."""
@@ -51,6 +70,8 @@ class Objective(nn.Module):
     Attributes:
         terms: The names of all terms. :meth:`forward` may leave out a term whose weight is 0.
         optional: The terms that some batches do not have.
+        relational: Whether images of a batch are compared with each other. Where processes share a batch, such an
+            objective gets all of it: its terms are those that one process would have.
         default_weight: The weight of the whole objective where the user gives none: its paper's.
         teacher_mode: ``train`` where the teacher's BatchNorm has to use the statistics of the batch.
         pairs: The taps that are compared, each as the student's name and the teacher's.
@@ -62,6 +83,7 @@ class Objective(nn.Module):
     needs: ClassVar[tuple[str, ...]] = ()
     terms: ClassVar[tuple[str, ...]] = ()
     optional: ClassVar[tuple[str, ...]] = ()
+    relational: ClassVar[bool] = False
     default_weight: ClassVar[float] = 1.0
     teacher_mode: ClassVar[Literal["eval", "train"]] = "eval"
     pairs: tuple[tuple[str, str], ...] = ()
@@ -109,6 +131,11 @@ class Objective(nn.Module):
         return self.config.pretraining if isinstance(self.config, Preceding) else 0
 
     @property
+    def of_answers(self) -> bool:
+        """Whether it is about the student's answers: without any that is, the student's head learns nothing."""
+        return True
+
+    @property
     def alone(self) -> bool:
         """Whether training is in this objective's phase now, in which objectives without one do not count."""
         return self.epoch < self.phase
@@ -140,6 +167,10 @@ class FeatureObjective(Objective):
         self.pairs = tuple(zip(*names, strict=True))
         for tap, teacher_tap in self.pairs:
             self.prepare(students.shape(tap), teachers.shape(teacher_tap))
+
+    @property
+    def of_answers(self) -> bool:
+        return any(tap == "logits" for tap, _ in self.pairs)
 
     def prepare(self, student: tuple[int, ...], teacher: tuple[int, ...]) -> None:
         """Make what depends on the shapes of the next pair, each (C, H, W) or (D,). Nothing by default."""

@@ -62,6 +62,7 @@ class BSS(AnswerObjective):
     config: Config
 
     def connect(self, student: Classifier, teacher: Classifier) -> None:
+        super().connect(student, teacher)
         self.networks = student, teacher  # a tuple: they are no parts of this module
 
     def strength(self, term: str) -> float:

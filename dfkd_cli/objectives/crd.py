@@ -28,14 +28,13 @@ from typing import Literal
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
-from torchmetrics.utilities.distributed import gather_all_tensors
 
 from dfkd_cli.config import option
 from dfkd_cli.data.sources import Images
 from dfkd_cli.errors import ConfigError
 from dfkd_cli.models.classifier import Classifier
 from dfkd_cli.objectives.answers import hard_labels
-from dfkd_cli.objectives.base import FeatureObjective, Outputs
+from dfkd_cli.objectives.base import FeatureObjective, Outputs, everywhere
 from dfkd_cli.options import Compared
 
 EPS = 1e-7
@@ -133,8 +132,3 @@ def estimation(scores: Tensor, noise: float) -> Tensor:
     """How well scores (B, 1 + K) tell the positive, which comes first, from ``noise = K / N``."""
     truth = torch.cat([scores[:, :1], torch.full_like(scores[:, 1:], noise)], dim=1)
     return -(truth / (scores + noise + EPS)).log().sum() / len(scores)
-
-
-def everywhere(rows: Tensor) -> Tensor:
-    """The rows of all processes, which need not have equally many."""
-    return torch.cat(gather_all_tensors(rows)) if torch.distributed.is_initialized() else rows

@@ -8,7 +8,6 @@ Huang, You, Wang, Qian, Xu. NeurIPS 2022. arXiv:2205.10536.
 
 The weights are the released 2 * tau^2 (inter + intra); the temperature is that of CIFAR-100 (1 on ImageNet). A column
 or a row without variance has the correlation 0, as in the released code, which adds 1e-8 to the product of the norms.
-``intra`` sees the images of one process only.
 """
 
 from __future__ import annotations
@@ -38,6 +37,7 @@ class Config(Answers):
 class DIST(AnswerObjective):
     """One minus the correlation of the answers' rows, and of their columns."""
 
+    relational = True
     terms = ("inter", "intra", "hard")
     config: Config
 

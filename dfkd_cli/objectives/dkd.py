@@ -47,6 +47,7 @@ class DKD(AnswerObjective):
     config: Config
 
     def connect(self, student: Classifier, teacher: Classifier) -> None:
+        super().connect(student, teacher)
         if teacher.info.num_classes < 3:
             raise ConfigError("dkd needs three classes or more: of two, one is left", "use --objective response")
 

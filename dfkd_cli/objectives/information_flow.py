@@ -12,6 +12,8 @@ Layers before the last are formed in a critical period at the start and left alo
 which keeps logarithms finite where a cosine is -1. It trains without labels and is judged by retrieval; as a
 classifier's loss it goes with ``response``.
 
+The loss shrinks as 1 / B: weights belong to a batch size, as those of ``sp`` and ``pkt`` do. The authors' is 128.
+
 The paper's auxiliary teacher, as deep as the student, is a student of ``--objective pkt``: give its directory as
 ``--teacher``, or in a grid its row as ``taught_by``. The released code makes a new optimiser in every epoch, which is
 not done here.
@@ -48,6 +50,7 @@ class InformationFlow(PairwiseObjective):
     """Jeffreys divergence of the neighbours' probabilities at several places, with critical periods."""
 
     kind = "information"
+    relational = True
     terms = ("flow",)
     config: Config
 
@@ -72,9 +75,12 @@ def others(kernel: Tensor) -> Tensor:
 
 def t_kernel(rows: Tensor, eps: float) -> Tensor:
     """Features (B, D) to ``1 / (1 + ||f_i - f_j||)`` (B, B); ``eps`` is added to the squares of the distances."""
+    rows = rows - rows.mean(0)  # differences stay; of small ones between large features, products would keep little
     squares = rows.square().sum(1)
     distances = (squares[:, None] + squares - 2 * rows @ rows.T).clamp_min(0)
-    return 1 / (1 + (distances + eps).sqrt())
+    itself = torch.eye(len(rows), dtype=torch.bool, device=rows.device)
+    # An image is at no distance from itself. What rounding leaves there would have gradients of its inverse root.
+    return 1 / (1 + (distances.masked_fill(itself, 0) + eps).sqrt())
 
 
 def jeffreys(q: Tensor, p: Tensor) -> Tensor:

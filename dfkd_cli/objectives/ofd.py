@@ -73,13 +73,16 @@ class OFD(PairwiseObjective):
 
 
 def margin(norm: _BatchNorm) -> Tensor:
-    """The mean of the negative values that a BatchNorm layer's shift and scale promise, (C, 1, 1)."""
-    mean, deviation = norm.bias.detach(), norm.weight.detach().abs().clamp_min(1e-12)
+    """The mean of the negative values that a BatchNorm layer's shift and scale promise, (C, 1, 1).
+
+    In float64: where few values are negative, it is a quotient of small numbers.
+    """
+    mean, deviation = norm.bias.detach().double(), norm.weight.detach().double().abs().clamp_min(1e-12)
     ratio = mean / deviation
     negative = torch.special.ndtr(-ratio)
     density = (-ratio.square() / 2).exp() / (2 * torch.pi) ** 0.5
     expected = mean - deviation * density / negative.clamp_min(RARE)
-    return torch.where(negative > RARE, expected, -3 * deviation)[:, None, None]
+    return torch.where(negative > RARE, expected, -3 * deviation)[:, None, None].to(norm.bias.dtype)
 
 
 def partial_distance(student: Tensor, target: Tensor) -> Tensor:

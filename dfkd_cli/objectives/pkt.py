@@ -7,7 +7,7 @@ Passalis, Tefas. Learning Deep Representations with Probabilistic Knowledge Tran
 
 The released code's forward divergence, mean over all B^2 entries, and 1e-7 in the logarithm and beside the norms; the
 weight is RepDistiller's. Kernels of features after a ReLU lie in [1/2, 1], which makes p nearly uniform: hence the
-weight. Only the images of one process are compared.
+weight. It belongs to batches of 64, for the loss shrinks as 1 / B.
 """
 
 from __future__ import annotations
@@ -36,6 +36,7 @@ class PKT(PairwiseObjective):
     """Divergence of the probabilities that images are neighbours."""
 
     kind = "information"
+    relational = True
     terms = ("neighbours",)
     default_weight = 30000.0
 

@@ -10,8 +10,9 @@ Chen, Liu, Zhao, Jia. CVPR 2021. arXiv:2104.09044.
     strength = min(e / ramp, 1)                                                e: the epoch, counted from 1
 
 As in the released code: y has at most 512 channels, is resized to the nearest, and the teacher's stages are taken
-before their activation. Levels are the stages and the pooled features. The weight is 1; the paper's are 0.6
-(ResNet-56 to 20), 5 (WRN, ResNet-32x4 to 8x4) and 8 (ShuffleNetV2) on CIFAR-100.
+before their activation. Levels are the stages and the pooled features. The weight is the one that the most pairs of the
+paper have on CIFAR-100, 5 (WRN, ResNet-32x4 to 8x4, ShuffleNetV1); the others are 0.6 (ResNet-56 to 20), 1 (ResNet-110
+to 32) and 8 (ShuffleNetV2).
 """
 
 from __future__ import annotations
@@ -48,6 +49,7 @@ class ReviewKD(FeatureObjective):
 
     kind = "feature"
     terms = ("levels",)
+    default_weight = 5.0
 
     def __init__(self, config: Config) -> None:
         super().__init__(config)

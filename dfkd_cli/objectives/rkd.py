@@ -10,7 +10,7 @@ Park, Kim, Lu, Cho. CVPR 2019. arXiv:1904.05068.
 Means are over all entries, the degenerate ones included, and gradients go through the student's mu, as in the released
 code. The weights are those of classification (RepDistiller); metric learning has 1 and 2. Features are the pooled ones.
 A batch of B images costs B^3 numbers for the angles, and B^2 D: ``angle: 0`` leaves them out. With two images every
-distance is the mean distance, and nothing is learned. Only the images of one process are compared.
+distance is the mean distance, and nothing is learned.
 """
 
 from __future__ import annotations
@@ -43,6 +43,7 @@ class RKD(PairwiseObjective):
     """Huber loss between the networks' relative distances, and between their angles."""
 
     kind = "relation"
+    relational = True
     terms = ("distance", "angle")
     config: Config
 

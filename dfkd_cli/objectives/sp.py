@@ -6,7 +6,7 @@ Tung, Mori. ICCV 2019. arXiv:1907.09682.
     similarity = 1 / B^2  sum_ij (G^s_ij - G^t_ij)^2
 
 The features are the last maps before the pooling. Each row adds at most 2, so the loss shrinks as 1 / B: the paper's
-weight 3000 belongs to batches of 64. Only the images of one process are compared.
+weight 3000 belongs to batches of 64, and in batches of another size it takes 3000 B / 64 to pull as hard.
 """
 
 from __future__ import annotations
@@ -33,6 +33,7 @@ class SimilarityPreserving(PairwiseObjective):
     """Squared distance of the matrices of inner products between images."""
 
     kind = "relation"
+    relational = True
     terms = ("similarity",)
     default_weight = 3000.0
 

@@ -28,7 +28,13 @@ from dfkd_cli.options import Training
 from dfkd_cli.rounds.learner import Learner
 from dfkd_cli.seeds import derive, seed_torch
 
+CHANGES = ("rotate", "translate", "scale", "noise")  # what may make images that a network cannot learn from
 MEASURED_AT_ONCE = 500  # images
+EXPLODED = 1000.0  # times a term's first value, or 1 where that is less
+FINISHED = {
+    "agreement_on_transfer_set": "agreement with the teacher on the transfer set",
+    "top1": "top-1 on test images",
+}
 STEPS_PER_ROUND = 200  # enough for Lightning's own cost not to show, few enough to lose little in a kill
 
 
@@ -76,6 +82,7 @@ class Regime(Learner):
         self.config, self.training_config, self.seed, self.source = config, task.training, task.seed, task.source
         self.student = task.student.lay_out()
         self.teacher = None if task.teacher is None else task.teacher.freeze().lay_out()
+        self.first: dict[str, float] = {}  # what each term was in its first step
         self.weights = {name: weight for name, (weight, _) in task.objectives.items()}
         self.losses = {name: objective for name, (_, objective) in task.objectives.items()}
         self.objectives = nn.ModuleDict(self.losses)  # what is trained with the student and saved with its state
@@ -97,6 +104,36 @@ class Regime(Learner):
     @abstractmethod
     def correct(self, images: Images) -> Tensor:
         """Per held-out image (B,), whether the student answers as it should. The batch is not augmented."""
+
+    def concern(self, measures: Mapping[str, float]) -> str | None:
+        """A loss that has exploded; or answers of the finished network, which are measured, hardly above chance."""
+        for name in measures.keys() & self.first.keys():
+            if measures[name] > EXPLODED * max(self.first[name], 1):
+                return f"{name} was {self.first[name]:.2g} and has exploded to {measures[name]:.2g}: lower --lr"
+        chance = 1 / self.student.info.num_classes
+        for name in measures.keys() & FINISHED.keys():
+            if measures[name] < 0.1 + 0.9 * chance:
+                what = f"{measures[name]:.2%} {FINISHED[name]} is hardly above chance ({chance:.2%})"
+                return f"{what}: {self.advice}"
+        return None
+
+    @property
+    def advice(self) -> str:
+        """What to change where nothing was learned."""
+        if self.losses and not any(self.weights[name] and loss.of_answers for name, loss in self.losses.items()):
+            return "the head learned nothing: add --objective response"
+        c = self.training_config
+        changes = [f"--{name} {value:g}" for name, value in vars(c).items() if name in CHANGES and value]
+        less = f"change the images less ({' '.join(changes)}), " if changes else ""
+        return f"{less}train for longer (--epochs, --steps), or try another --lr"
+
+    def on_save_checkpoint(self, checkpoint: dict[str, Any]) -> None:
+        super().on_save_checkpoint(checkpoint)
+        checkpoint["first"] = self.first
+
+    def on_load_checkpoint(self, checkpoint: dict[str, Any]) -> None:
+        """Later rounds are compared with the first one."""
+        self.first = checkpoint.get("first", {})
 
     def after_step(self) -> None:
         """What else happens after each step of the student. Nothing by default."""
@@ -147,6 +184,7 @@ class Regime(Learner):
         self.student.train()
         for step, images in enumerate(self.batches.steps(start, stop), start):
             terms = self._step(step, images)
+            self.first |= {name: float(term.detach()) for name, term in terms.items() if name not in self.first}
             for name, term in terms.items():
                 sums[name] = sums[name] + term.detach() if name in sums else term.detach()
             counts.update(terms.keys())

@@ -24,7 +24,7 @@ from torch import Tensor
 from dfkd_cli.data.sources import Images
 from dfkd_cli.models.activations import batch_statistics
 from dfkd_cli.models.taps import find_taps
-from dfkd_cli.objectives.base import Outputs, ask
+from dfkd_cli.objectives.base import Outputs, ask, everywhere
 from dfkd_cli.regimes.base import Regime, Task
 from dfkd_cli.rounds.learner import weighted_sum
 
@@ -50,7 +50,7 @@ class Offline(Regime):
         """The objectives between student and teacher on the same pixels."""
         with torch.no_grad():
             teacher = self.ask_teacher(images.pixels)
-        terms = self.terms(self.ask_student(images.pixels), teacher, images)
+        terms = self.terms(self.ask_student(images.pixels), teacher, images, shared=True)
         return self.total(terms), self.named(terms)
 
     def ask_teacher(self, pixels: Tensor) -> dict[str, Outputs]:
@@ -69,20 +69,28 @@ class Offline(Regime):
         """The student's outputs."""
         return ask(self.student, pixels, self.student_taps)
 
-    def terms(self, student: Outputs, teacher: Mapping[str, Outputs], images: Images) -> dict[str, dict[str, Tensor]]:
-        """The unweighted terms of each objective, 0-d, between a student's and the teacher's outputs in each mode."""
+    def terms(
+        self, student: Outputs, teacher: Mapping[str, Outputs], images: Images, shared: bool = False
+    ) -> dict[str, dict[str, Tensor]]:
+        """The unweighted terms of each objective, 0-d, between a student's and the teacher's outputs in each mode.
+
+        Where the images are this process's share of a batch, ``shared``, relations are those of the whole batch.
+        """
+        terms = {}
         with torch.autocast(self.device.type, enabled=False):  # losses are computed in float32
-            return {
-                name: objective(student, teacher[objective.teacher_mode], images)
-                for name, objective in self.losses.items()
-            }
+            for name, objective in self.losses.items():
+                own, guide, seen = student, teacher[objective.teacher_mode], images
+                if shared and objective.relational:
+                    own, guide, seen = own.everywhere(), guide.everywhere(), seen.each(everywhere)
+                terms[name] = objective(own, guide, seen)
+        return terms
 
     def total(self, terms: Mapping[str, Mapping[str, Tensor]]) -> Tensor:
         """The loss, 0-d: the weighted sum of the terms of the objectives learned alone now, or else of all."""
         alone = any(objective.alone for objective in self.losses.values())
         weighted = []
         for name, objective in self.losses.items():
-            if objective.alone == alone:
+            if objective.alone == alone and self.weights[name]:  # without a weight, weight decay alone would count
                 scaled = {term: objective.strength(term) * value for term, value in terms[name].items()}
                 weighted.append(self.weights[name] * weighted_sum(scaled, objective.config))
         return functools.reduce(torch.add, weighted)

@@ -72,6 +72,7 @@ class PseudoExamples(Offline):
 
     def on_load_checkpoint(self, checkpoint: dict[str, Any]) -> None:
         """Keep the ascent's state until there is an ascent."""
+        super().on_load_checkpoint(checkpoint)
         self.ascent_state = checkpoint["ascent"]
 
     def loss(self, images: Images) -> tuple[Tensor, dict[str, Tensor]]:

@@ -14,9 +14,10 @@ from typing import Any
 
 import torch
 
+from dfkd_cli import catalog
 from dfkd_cli.artifacts.run import RunDirectory
 from dfkd_cli.catalog import Choice, Command
-from dfkd_cli.config import option
+from dfkd_cli.config import build, option
 from dfkd_cli.data.seal import check_kept, kept, kept_by, sealed
 from dfkd_cli.data.sources import Concat, Source, first
 from dfkd_cli.errors import ConfigError
@@ -49,11 +50,11 @@ class Inputs(Training, ForeignModel):
         "lenet5-half", "student model SPEC, as of train-teacher --model; of a directory, the architecture"
     )
     epochs: int = 30
-    # Stronger than for real images: impressions are alike, and the teacher answers each changed one anew.
-    rotate: float = 45.0
-    translate: float = 0.4
-    scale: float = 0.5
-    noise: float = 0.2
+    # Mild, so that any network's images stay images to it. From impressions, which are alike, small networks without
+    # BatchNorm learn more where these are changed strongly, as in the recipes for LeNets.
+    rotate: float = 10.0
+    translate: float = 0.1
+    scale: float = 0.1
     data_dir: str | None = option(None, "where the real images lie, for real and real:N", volatile=True)
     holdout: float = option(0.02, "share of the images that only measures agreement")
 
@@ -121,6 +122,7 @@ class Job:
 def run(settings: Settings, terminal: Terminal, dry_run: bool = False) -> dict[str, Any]:
     """Train a student. Unless a transfer set is real, no dataset can be opened meanwhile."""
     with opened(settings) as job:
+        settings = with_answers(settings, job, terminal)
         task = job.task(settings)
         if task.objectives:
             check(task)
@@ -189,6 +191,26 @@ def opened(settings: Settings) -> Iterator[Job]:
         objectives = connect(settings.components["objective"], student, teacher.classifier, seed)
         check_kept()
         yield Job(teacher, sets, data_free, student, objectives)
+
+
+def with_answers(settings: Settings, job: Job, terminal: Terminal) -> Settings:
+    """The settings and, where all objectives are between features and the images have labels, these as an objective.
+
+    Published figures of such objectives are beside labels: of features alone a student's head learns nothing.
+    """
+    losses = [loss for weight, loss in job.objectives.values() if weight]
+    if not losses or any(loss.of_answers for loss in losses):
+        return settings
+    alone = f"{', '.join(job.objectives)}: from features alone the student's head learns nothing"
+    if "response" in job.objectives or not all(s.source.labelled for s in job.sets):
+        terminal.say(f"warning: {alone}: add --objective response")
+        return settings
+    entry = catalog.find("objectives", "response", "objective")
+    labels = Component(entry, build(entry.config, {"soft": 0, "hard": 1}))
+    job.objectives |= connect([labels], job.student, job.teacher.classifier, settings.run.seed)
+    terminal.say(f"{alone}: it learns the labels beside them (--objective response=0: it does not)")
+    objectives = (*settings.components["objective"], labels)
+    return dataclasses.replace(settings, components=settings.components | {"objective": objectives})
 
 
 def connect(

@@ -87,6 +87,9 @@ def train(
             fit(learner, run, terminal, [snapshots])
             metrics = dict(score(task.student.eval().to(run.record["device"])))
             check_kept()
+            concern = learner.concern(metrics)
+            if concern is not None and run.record_concern(concern):
+                terminal.say(f"warning: {concern}")
             save_model(run.path, task.student, metrics=metrics, provenance=dict(provenance))
             files = [run.path / name for name in ("model.safetensors", "model.json", "metrics.csv")]
             run.finish([*files, *snapshots.paths.values()], metrics)

@@ -163,6 +163,25 @@ def test_information_flow(shapes, variant, scale):
         assert found == pytest.approx(expected, rel=1e-7, abs=1e-18)
 
 
+@pytest.mark.parametrize("variant", ["code", "paper"])
+@pytest.mark.parametrize(("offset", "spread"), [(0.0, 1.0), (30.0, 1.0), (1.0, 0.01)])
+def test_information_flow_has_the_formulas_gradient_in_float32(variant, offset, spread):
+    """Of features whose differences are small beside them too: an image is at no distance from itself."""
+    student, teacher = (offset + spread * RNG.normal(size=(12, size)) for size in (40, 30))
+    student = student.astype(np.float32)
+    own = torch.tensor(student, requires_grad=True)
+    objective = OBJECTIVES["information-flow"].load()(
+        build(OBJECTIVES["information-flow"].config, {"variant": variant})
+    )
+    objective.pairs = (("0", "0"),)
+    objective.compare(0, own, torch.tensor(teacher, dtype=torch.float32))["flow"].backward()
+    for direction in own.grad.double().numpy(), RNG.normal(size=student.shape):
+        step = 1e-4 * spread * direction / np.sqrt((direction**2).sum())
+        ends = (losses.information_flow(student.astype(float) + end * step, teacher, variant) for end in (1, -1))
+        expected = (next(ends) - next(ends)) / 2
+        assert (own.grad.double().numpy() * step).sum() == pytest.approx(expected, rel=2e-3, abs=1e-12)
+
+
 @pytest.mark.parametrize(
     ("name", "values"), [(name, v) for name in ("sp", "rkd", "pkt", "information-flow") for v in variants(name)]
 )
@@ -365,6 +384,16 @@ def test_margins_of_known_gaussians(mean, deviation, expected):
     nn.init.constant_(norm.weight, -deviation)
     assert margin(norm).item() == pytest.approx(expected, abs=6e-4)
     assert losses.margin(mean, deviation) == pytest.approx(expected, abs=6e-4)
+
+
+@pytest.mark.parametrize("ratio", [-20.0, -3.0, 0.0, 2.9, 3.05, 3.09])
+def test_margins_are_as_good_as_float32_holds_them(ratio):
+    norm = nn.BatchNorm2d(1)
+    nn.init.constant_(norm.weight, 0.7)
+    nn.init.constant_(norm.bias, 0.7 * ratio)
+    expected = losses.margin(norm.bias.item(), norm.weight.item())
+    assert margin(norm).dtype == torch.float32
+    assert margin(norm).item() == pytest.approx(expected, rel=2e-7)
 
 
 def test_what_the_activation_cuts_off_costs_nothing():

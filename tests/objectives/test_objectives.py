@@ -13,12 +13,13 @@ import objective_oracles as losses
 import oracles
 import pytest
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 
 from dfkd_cli import catalog
 from dfkd_cli.config import build, hints, options
 from dfkd_cli.data.sources import Images
 from dfkd_cli.errors import ConfigError
+from dfkd_cli.models.classifier import Classifier, ModelInfo
 from dfkd_cli.objectives.base import Objective, Outputs
 from dfkd_cli.objectives.dist import correlation
 from dfkd_cli.objectives.response import Response, soft_loss
@@ -260,6 +261,15 @@ def test_standardised_answers_are_compared_as_z_scores(name, shape):
     assert found == pytest.approx(
         terms_of(name, 3 * student + 1, 0.1 * teacher - 5, standardise=True, temperature=2.0), rel=1e-5
     )
+
+
+@pytest.mark.parametrize("name", ANSWERS)
+def test_z_scores_of_two_logits_say_nothing(name):
+    two = Classifier(nn.Linear(3, 2), ModelInfo("test", 2, (1, 1, 3), (0.0,), (1.0,)))
+    with pytest.raises(ConfigError, match="z-scores of two logits"):
+        objective(name, standardise=True).connect(two, two)
+    if name != "dkd":  # of two classes, it has one less than it needs
+        objective(name).connect(two, two)
 
 
 @pytest.mark.parametrize("name", ANSWERS)

@@ -115,6 +115,39 @@ def test_no_gradient_reaches_the_teacher():
     np.testing.assert_allclose(images.grad.flatten(1), expected, atol=1e-6)
 
 
+def test_a_loss_that_explodes_is_a_concern_of_continued_runs_too(tmp_path):
+    learner = regime("offline", batch_size=6, steps=450, schedule="constant", optimizer="sgd", lr=0.5, warmup=0)
+    work(learner, tmp_path / "run")
+    [(term, first)] = learner.first.items()
+    assert learner.concern({term: 100.0}) is None
+    assert learner.concern({term: 6.8e13}) == f"{term} was {first:.2g} and has exploded to 6.8e+13: lower --lr"
+    checkpoint = torch.load(tmp_path / "run" / "checkpoints" / "last.ckpt", weights_only=True)
+    continued = regime("offline")
+    continued.on_load_checkpoint(checkpoint)
+    assert continued.concern({term: 6.8e13}) == learner.concern({term: 6.8e13})
+    continued.first[term] = 1e11  # a sum over large maps starts high
+    assert continued.concern({term: 6.8e13}) is None
+
+
+@pytest.mark.parametrize(
+    ("objectives", "training", "advice"),
+    [(None, {}, "train for longer (--epochs, --steps), or try another --lr"),
+     (None, {"rotate": 45, "noise": 0.2}, "change the images less (--rotate 45 --noise 0.2), train for longer"),
+     ([(0.0, response())], {}, "the head learned nothing: add --objective response")],
+)  # fmt: skip
+def test_answers_hardly_above_chance_are_a_concern(objectives, training, advice):
+    learner = regime("offline", **({"objectives": objectives} if objectives else {}), **training)
+    chance = 1 / CLASSES
+    limit = 0.1 + 0.9 * chance
+    concern = learner.concern({"agreement_on_transfer_set": limit - 0.01})
+    what = f"{limit - 0.01:.2%} agreement with the teacher on the transfer set is hardly above chance ({chance:.2%})"
+    assert concern.startswith(f"{what}: ")
+    assert advice in concern
+    assert learner.concern({"agreement_on_transfer_set": limit + 0.01}) is None
+    assert learner.concern({"agreement": 0.0}) is None  # of images held out, while training goes on
+    assert "top-1" in learner.concern({"top1": chance})
+
+
 @pytest.mark.parametrize("smoothing", [0.0, 0.1, 1.0])
 def test_supervised_is_smoothed_cross_entropy(smoothing):
     images, labels = pixels(), torch.tensor([0, 1, 2, 3, 0, 1])

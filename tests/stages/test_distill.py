@@ -9,6 +9,7 @@ import pytest
 import torch
 from pipeline import finish, kill_after_saving
 from safetensors import safe_open
+from safetensors.torch import load_file
 
 from dfkd_cli import catalog
 from dfkd_cli.artifacts.files import sha256_file
@@ -47,6 +48,50 @@ def test_objectives_combine(cli, teacher, tmp_path):
     }  # fmt: skip
     with safe_open(out / "model.safetensors", framework="pt") as file:
         assert {key.split(".")[0] for key in file.keys()} == {"stage1", "stage2", "fc1", "fc2", "head"}  # noqa: SIM118
+
+
+@pytest.mark.parametrize("mode", [[], ["--dry-run"]])
+def test_features_alone_are_learned_beside_the_labels_where_there_are_any(cli, teacher, tmp_path, mode):
+    def student(out, *args):
+        base = distill(teacher, "--steps", 2, "--batch-size", 16, "--out", tmp_path / out, "--json", *args, *mode)
+        base[base.index("noise:64")] = "real:20" if out.startswith("real") else "noise:64"
+        code, answer, err = cli(*base)
+        assert code == 0, err
+        return json.loads(answer), err
+
+    said = "at: from features alone the student's head learns nothing"
+    answer, err = student("real", "--objective", "at")
+    assert f"{said}: it learns the labels beside them" in err
+    for out, objectives in (("real0", ["at", "response=0"]), ("noise", ["at"])):
+        _, err = student(out, "--objective", *objectives)
+        assert "from features alone the student's head learns nothing: add --objective response" in err
+    for out, objectives in (("real-both", ["at", "response"]), ("real-logits", ["fitnets", "--taps", "logits"])):
+        _, err = student(out, "--objective", *objectives)
+        assert "features alone" not in err
+    if mode:
+        assert answer["config"]["objective"]["response"]["hard"] == 1
+        return
+    recipe = tmp_path / "real" / "config.yaml"
+    recorded = catalog.parse_yaml(recipe.read_text(), "config")["objective"]
+    assert (recorded["response"]["weight"], recorded["response"]["soft"], recorded["response"]["hard"]) == (1, 0, 1)
+    assert "already complete" in student("real", "--objective", "at")[1]
+    assert "already complete" in student("real", "--recipe", recipe)[1]
+    heads = [load_file(tmp_path / out / "model.safetensors")["head.weight"] for out in ("real", "real0", "noise")]
+    assert torch.equal(heads[1], heads[2])  # as it was made
+    assert not torch.equal(heads[0], heads[1])
+
+
+def test_a_student_that_has_learned_nothing_is_a_concern(cli, teacher, tmp_path):
+    args = ["--steps", 1, "--lr", 1e-9, "--rotate", 45, "--out", tmp_path / "s", "--json"]
+    command = [a.replace("noise:64", "real:200") for a in distill(teacher, *args)]
+    for _ in range(2):  # it is said of a finished run again
+        code, out, err = cli(*command)
+        assert code == 0, err
+        [concern] = json.loads(out)["concerns"]
+        assert "agreement with the teacher on the transfer set is hardly above chance (10.00%)" in concern
+        assert "change the images less (--rotate 45" in concern
+        assert f"warning: {concern}" in err
+    assert json.loads((tmp_path / "s" / "run.json").read_text())["concerns"] == [concern]
 
 
 def test_two_processes_train_a_student_whose_head_learns_nothing(teacher, tmp_path):
@@ -96,6 +141,23 @@ def test_a_phase_that_leaves_nothing_for_the_others_is_refused(cli, teacher, tmp
     assert not (tmp_path / "s").exists()
     code, _, err = cli(*distill(teacher, *args, "--pretraining", 1, "--epochs", 2))
     assert code == 0, err
+
+
+@pytest.mark.parametrize("objectives", [["response", "sp", "pkt", "rkd", "information-flow=100"], ["dist"]])
+def test_two_processes_compare_the_images_of_a_whole_batch(teacher, tmp_path, objectives):
+    """They learn what one does, whose weights belong to the size of its batches; 63 images have two unequal shares."""
+    args = ["--objective", *objectives, "--steps", 3, "--batch-size", 63, "--holdout", 0, "--optimizer", "sgd"]
+    still = [part for name in ("rotate", "translate", "scale", "noise") for part in (f"--{name}", 0)]
+    for devices in (1, 2):
+        finish(distill(teacher, *args, *still, "--devices", devices, "--out", f"s{devices}"), tmp_path)
+    rows, weights = [], []
+    for out in (tmp_path / "s1", tmp_path / "s2"):
+        with (out / "metrics.csv").open() as file:
+            (row,) = csv.DictReader(file)
+        rows.append({name: float(value) for name, value in row.items() if not name.startswith("response")})
+        weights.append(load_file(out / "model.safetensors"))
+    assert rows[1] == pytest.approx(rows[0], rel=1e-2)
+    torch.testing.assert_close(weights[1], weights[0], rtol=1e-2, atol=1e-4)
 
 
 def test_two_processes_train_in_phases(teacher, tmp_path):
