@@ -45,13 +45,14 @@ def test_a_grid_killed_in_the_middle_ends_as_if_it_had_not_been(tmp_path, monkey
 
     command = [sys.executable, "-m", "dfkd_cli", "compare", "--recipe", "grid.yaml", "--out", "killed"]
     process = subprocess.Popen(
-        command, cwd=tmp_path, env={**os.environ, "OMP_NUM_THREADS": "1"}, stderr=subprocess.DEVNULL
+        command, cwd=tmp_path, env={**os.environ, "OMP_NUM_THREADS": "1"}, stderr=subprocess.PIPE
     )
     while not (tmp_path / "killed" / "runs" / "zskd" / "seed1" / "shards" / "run.json").exists():
         assert process.poll() is None
         time.sleep(0.01)
     process.kill()
-    assert process.wait() == -signal.SIGKILL
+    process.communicate()  # until nobody has its stderr open any more
+    assert process.returncode == -signal.SIGKILL
     finished = students(tmp_path / "killed")
     assert 0 < len(finished) < len(whole)
     code, _, err = cli("compare", "killed", "--out", "so-far")
