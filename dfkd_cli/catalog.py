@@ -66,7 +66,6 @@ class Command:
         choices: What is chosen by name.
         shared: Whether several devices and machines can share the work.
         sections: Keys of a recipe that are no options and reach ``Settings.sections`` as they are.
-        data_free: Whether no dataset may be opened with these inputs; None where one may be with any.
         name: What the user types. The file's name.
         help: What the command does, in paragraphs, the first of one line. The file's docstring.
     """
@@ -78,7 +77,6 @@ class Command:
     choices: tuple[Choice, ...] = ()
     shared: bool = False
     sections: tuple[str, ...] = ()
-    data_free: Callable[[Any], bool] | None = None
     name: str = ""
     help: str = ""
 
@@ -86,6 +84,11 @@ class Command:
     def inputs(self) -> type:
         """The configuration class of what the command reads and how."""
         return _heads()[self.name].value("Inputs")
+
+    def data_free(self, inputs: Any) -> bool:
+        """Whether no dataset may be opened with these inputs: as ``data_free`` in the file says, which few have."""
+        head = _heads()[self.name]
+        return "data_free" in head.names and head.value("data_free")(inputs)
 
     def load(self) -> Callable[..., dict[str, Any]]:
         """Import the file and return ``run``, which does the work."""

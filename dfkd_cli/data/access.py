@@ -124,8 +124,7 @@ class Access:
 
 def access(settings: Settings, dry_run: bool = False) -> Access | None:
     """What a command may read by its settings; None where it needs data, or the kernel cannot hold it to that."""
-    data_free = catalog.command(settings.command).data_free
-    if data_free is None or not data_free(settings.inputs) or not landlock.version():
+    if not landlock.version() or not catalog.command(settings.command).data_free(settings.inputs):
         return None
     inputs: type = type(settings.inputs)
     kinds = hints(inputs)

@@ -63,7 +63,7 @@ def failed_cells(section: Mapping[str, Any]) -> list[dict[str, str]]:
 
 
 def headline(section: Mapping[str, Any]) -> str:
-    """One line: test images, teacher, repeats, for how long all runs worked, on what, and what kept data out."""
+    """One line: test images, teacher, repeats, what kept data out, and for how long all runs worked, on what."""
     teacher = section["rows"][0]
     name = f"{section['teacher']} ({teacher['model']})" if section["teacher"] else teacher["model"]
     seeds = {seed for row in section["rows"][1:] for seed in row["seeds"]}
@@ -73,10 +73,10 @@ def headline(section: Mapping[str, Any]) -> str:
     works = [work for run in runs for work in (run, *run["shards"])]
     devices = {work["device"] for work in works} - {None}
     seals = {"landlock", "python"} & {str(work.get("sealed")) for work in works}
+    kept = f"data kept out by {' and '.join(sorted(seals))}; " if seals else ""
     return (
         f"{section['test_images']:,} test images of {section['dataset']}; teacher {name}: top-1 {top1} %; "
-        f"{repeats}; {worked(section)} of work on {', '.join(sorted(devices)) or 'unknown devices'}"
-        + (f"; data kept out by {' and '.join(sorted(seals))}" if seals else "")
+        f"{repeats}; {kept}{worked(section)} of work on {', '.join(sorted(devices)) or 'unknown devices'}"
     )
 
 

@@ -59,6 +59,11 @@ class Inputs(Training, ForeignModel):
     holdout: float = option(0.02, "share of the images that only measures agreement")
 
 
+def data_free(inputs: Inputs) -> bool:
+    """Unless a transfer set is real, no dataset may be opened."""
+    return not any(map(may_be_real, inputs.transfer_set))
+
+
 COMMAND = Command(
     position=40,
     out="student",
@@ -67,7 +72,6 @@ COMMAND = Command(
         Choice("objective", "objectives", "response", several=True, beside="teacher"),
     ),
     shared=True,
-    data_free=lambda inputs: not any(map(may_be_real, inputs.transfer_set)),
     examples=("dfkd distill --transfer-set shards/", "dfkd distill --transfer-set real:200 --student lenet5-half"),
     next="dfkd evaluate",
 )
@@ -177,10 +181,9 @@ def learn(settings: Settings, job: Job, terminal: Terminal) -> dict[str, Any]:
 def opened(settings: Settings) -> Iterator[Job]:
     """Open the inputs. Unless a transfer set is real, no dataset can be opened inside the ``with`` block."""
     inputs, seed = settings.inputs, settings.run.seed
-    data_free = not any(map(may_be_real, inputs.transfer_set))
-    location = locate(inputs.teacher, inputs)
+    without_data, location = data_free(inputs), locate(inputs.teacher, inputs)
     with contextlib.ExitStack() as seals:
-        if data_free:
+        if without_data:
             seals.enter_context(sealed("the transfer set is data-free", real_data(location, inputs.data_dir)))
             seals.enter_context(kept())
         teacher = location.open(settings.code)
@@ -190,7 +193,7 @@ def opened(settings: Settings) -> Iterator[Job]:
         student = fresh(info, "student", seed, settings.code)
         objectives = connect(settings.components["objective"], student, teacher.classifier, seed)
         check_kept()
-        yield Job(teacher, sets, data_free, student, objectives)
+        yield Job(teacher, sets, without_data, student, objectives)
 
 
 def with_answers(settings: Settings, job: Job, terminal: Terminal) -> Settings:

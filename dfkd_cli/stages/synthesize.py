@@ -49,12 +49,16 @@ class Inputs(ForeignModel):
     metadata: str | None = option(None, "metadata directory, for methods that use metadata", volatile=True)
 
 
+def data_free(_: Inputs) -> bool:
+    """No dataset may be opened, whatever is read."""
+    return True
+
+
 COMMAND = Command(
     position=30,
     out="shards",
     choices=(Choice("method", "synthesizers"),),
     shared=True,
-    data_free=lambda _: True,
     examples=("dfkd synthesize --method zskd --beta 1.0 0.1", "dfkd synthesize --method noise --num-images 1000"),
     next="dfkd distill --transfer-set shards/",
 )

@@ -88,6 +88,7 @@ def test_directories_become_table_json_markdown_and_page(made, compared):
     assert "360 test images of digits" in lines[0]
     assert "2 seeds" in lines[0]
     assert lines[0].endswith(" of work on cpu")
+    assert "; data kept out by python; " in lines[0]
     assert f"top-1 {100 * teacher:.2f} %" in lines[0]
     cells = next(line for line in lines if line.startswith("| zskd")).split(" | ")
     assert cells[2] == f"{100 * np.mean(zskd):.2f} ± {100 * np.std(zskd, ddof=1):.2f}"

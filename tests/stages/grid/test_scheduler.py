@@ -13,8 +13,6 @@ from pathlib import Path
 
 import numpy as np
 import pytest
-from forks import Fork
-from pipeline import HANGS
 from tiny_comparisons import GRID, TEACHERS, accuracy, check_self_contained, results_in, students
 
 from dfkd_cli.settings import recipe_layer, resolve
@@ -45,10 +43,16 @@ def test_a_grid_killed_in_the_middle_ends_as_if_it_had_not_been(tmp_path, monkey
     assert rows["zskd-hot"]["settings"]["objective"]["response"]["temperature"] == 2
     assert "zskd-hot" in shown
 
-    begun = tmp_path / "killed" / "runs" / "zskd" / "seed1" / "shards" / "run.json"
-    process = Fork(["compare", "--recipe", "grid.yaml", "--out", "killed"], tmp_path, (begun, signal.SIGKILL))
-    _, err = process.communicate(timeout=HANGS)
-    assert process.returncode == -signal.SIGKILL, err
+    command = [sys.executable, "-m", "dfkd_cli", "compare", "--recipe", "grid.yaml", "--out", "killed"]
+    process = subprocess.Popen(
+        command, cwd=tmp_path, env={**os.environ, "OMP_NUM_THREADS": "1"}, stderr=subprocess.PIPE
+    )
+    while not (tmp_path / "killed" / "runs" / "zskd" / "seed1" / "shards" / "run.json").exists():
+        assert process.poll() is None
+        time.sleep(0.01)
+    process.kill()
+    process.communicate()  # until nobody has its stderr open any more
+    assert process.returncode == -signal.SIGKILL
     finished = students(tmp_path / "killed")
     assert 0 < len(finished) < len(whole)
     code, _, err = cli("compare", "killed", "--out", "so-far")
