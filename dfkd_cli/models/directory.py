@@ -136,9 +136,10 @@ def load_model(
 
 def _check_size(info: ModelInfo, weights: Path) -> None:
     """A record can say any size: what is beyond that of its weights is seen before it takes any memory."""
-    if family(info.spec) is not None:
+    build_one = family(info.spec)
+    if build_one is not None:
         with torch.random.fork_rng(devices=[]), torch.device("meta"):
-            net = build(info.spec, info.num_classes, info.input_size)
+            net = build_one(info.spec, info.num_classes, info.input_size)
         if sum(tensor.nbytes for tensor in net.state_dict().values()) > 10 * weights.stat().st_size + 2**28:
             raise ArtifactError(
                 f"{weights}: the weights do not fit the model: {info.num_classes} classes of images "
