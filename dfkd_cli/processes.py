@@ -2,12 +2,15 @@
 
 from __future__ import annotations
 
+import json
 import os
 import signal
+import sys
 from typing import Any
 
 from dfkd_cli.errors import ConfigError, Interrupted
 
+STOPPED = "interrupted", "stopped; what was finished is kept", "the same command continues"  # code, message, hint
 MEETING = ("NODE_RANK", "MASTER_ADDR", "MASTER_PORT")  # what Lightning asks of each machine's environment
 _machine = 0  # this one's number among those that share the run
 
@@ -45,10 +48,28 @@ def first_process() -> bool:
     return int(os.environ.get("LOCAL_RANK") or 0) == 0 or "WORLD_SIZE" not in os.environ
 
 
+def leave_on_signals() -> None:
+    """Let a signal end this process at once, while nothing has begun that would have to be saved.
+
+    An exception could not: code that is being imported swallows any.
+    """
+    _handle(_leave)
+
+
+def _leave(signum: int, _frame: Any) -> None:
+    code, message, hint = STOPPED
+    try:
+        if "--json" in sys.argv:
+            error = {"code": code, "message": message, "hint": hint}
+            os.write(1, (json.dumps({"schema": 1, "ok": False, "error": error}) + "\n").encode())
+        os.write(2, f"error: {message} -- {hint}\n".encode())
+    finally:
+        os._exit(128 + signum)
+
+
 def stop_on_signals() -> None:
-    """Let SIGINT and SIGTERM raise :class:`Interrupted` in the main thread, once."""
-    signal.signal(signal.SIGTERM, _stop)
-    signal.signal(signal.SIGINT, _stop)
+    """Let a signal raise :class:`Interrupted` in the main thread, once."""
+    _handle(_stop)
 
 
 def _stop(signum: int, _frame: Any) -> None:
@@ -57,6 +78,16 @@ def _stop(signum: int, _frame: Any) -> None:
 
 
 def ignore_signals() -> None:
-    """Let neither of them do anything any more."""
-    signal.signal(signal.SIGINT, signal.SIG_IGN)
-    signal.signal(signal.SIGTERM, signal.SIG_IGN)
+    """Let none of them do anything any more."""
+    _handle(signal.SIG_IGN)
+
+
+def _handle(handler: Any) -> None:
+    """Set what a signal does that ends a run: the first process ends it, and the others with it.
+
+    What was told to ignore a hang-up, as ``nohup`` does, goes on ignoring it.
+    """
+    for name in ("SIGINT", "SIGTERM", "SIGHUP"):
+        number = getattr(signal, name, None)  # Windows has no SIGHUP
+        if number is not None and (name != "SIGHUP" or signal.getsignal(number) != signal.SIG_IGN):
+            signal.signal(number, handler if first_process() else signal.SIG_IGN)

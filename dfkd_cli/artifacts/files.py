@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import contextlib
-import errno
 import hashlib
 import json
 import os
@@ -11,7 +10,7 @@ import tempfile
 from pathlib import Path
 from typing import Any
 
-from dfkd_cli.errors import ArtifactError, ConfigError, RunFailed
+from dfkd_cli.errors import FULL, ArtifactError, ConfigError, RunFailed
 
 
 def write_atomic(path: Path, data: bytes) -> str:
@@ -43,7 +42,7 @@ def write_atomic(path: Path, data: bytes) -> str:
 
 def os_error(error: OSError, path: Path) -> ConfigError | RunFailed:
     """The user's view of a failed write to ``path``."""
-    if error.errno in (errno.ENOSPC, errno.EDQUOT, errno.EFBIG):
+    if error.errno in FULL:
         return RunFailed(f"{path}: the disk is full", "free some space and run the same command again: it continues")
     return ConfigError(f"{path}: cannot be written ({error.strerror})", "choose a writable --out")
 
