@@ -2,10 +2,13 @@
 
 from __future__ import annotations
 
+import functools
 import json
 import os
 import signal
 import sys
+import threading
+import time
 from typing import Any
 
 from dfkd_cli.errors import ConfigError, Interrupted
@@ -39,6 +42,7 @@ def writes_records() -> bool:
     return _machine == 0 and first_process()
 
 
+@functools.cache  # Lightning takes the numbers back at the end of its work, while the processes are the same
 def first_process() -> bool:
     """Whether this is the first process of a run on this machine.
 
@@ -46,6 +50,18 @@ def first_process() -> bool:
     several commands, each with one device, may well run under one of them.
     """
     return int(os.environ.get("LOCAL_RANK") or 0) == 0 or "WORLD_SIZE" not in os.environ
+
+
+def end_with_parent() -> None:
+    """Let a process that another one has started not outlive it, whatever ends that."""
+    parent = os.getppid()
+
+    def watch() -> None:
+        while os.getppid() == parent:
+            time.sleep(1)
+        os._exit(128 + signal.SIGTERM)
+
+    threading.Thread(target=watch, daemon=True).start()
 
 
 def leave_on_signals() -> None:

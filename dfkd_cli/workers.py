@@ -15,6 +15,8 @@ from typing import Any
 from dfkd_cli.errors import DfkdError, Interrupted, RunFailed
 from dfkd_cli.processes import ignore_signals, stop_on_signals
 
+KILLED = "a process was killed", "out of memory? lower --devices; the same command continues"  # message, hint
+
 
 class Workers(contextlib.AbstractContextManager["Workers"]):
     """Processes that carry out one call at a time each; of one alone, this process does its work.
@@ -90,8 +92,7 @@ class Workers(contextlib.AbstractContextManager["Workers"]):
         try:
             failure = connection.recv()
         except (EOFError, ConnectionError):
-            hint = "out of memory? lower --devices; the same command continues"
-            raise RunFailed("a process was killed", hint) from None
+            raise RunFailed(*KILLED) from None
         if isinstance(failure, str):
             raise RuntimeError(failure)
         return name, failure

@@ -156,17 +156,18 @@ class RunDirectory:
         try:
             yield
         except BaseException as error:
-            stopped = isinstance(error, (Interrupted, KeyboardInterrupt))
-            self.record |= {
-                "status": "interrupted" if stopped else "failed",
-                "error": str(error) or type(error).__name__,
-            }
-            with contextlib.suppress(DfkdError):  # the disk may be what failed
-                self.save()
+            self.record_failure(error)
             raise
         finally:
             if self._lock is not None:
                 self._lock.close()
+
+    def record_failure(self, error: BaseException) -> None:
+        """Note how the work ended."""
+        stopped = isinstance(error, (Interrupted, KeyboardInterrupt))
+        self.record |= {"status": "interrupted" if stopped else "failed", "error": str(error) or type(error).__name__}
+        with contextlib.suppress(DfkdError):  # the disk may be what failed
+            self.save()
 
 
 def check_free(path: Path, settings: Settings) -> None:
