@@ -53,9 +53,19 @@ def _umask() -> int:
     return mask
 
 
+def write_text(path: Path, text: str) -> str:
+    """Write text atomically. Returns its sha256."""
+    return write_atomic(path, utf8(text))
+
+
+def utf8(text: str) -> bytes:
+    """Text as bytes. A name on disk that is not UTF-8 has escapes, which JSON and YAML read back."""
+    return text.encode(errors="backslashreplace")
+
+
 def write_json(path: Path, value: Any) -> str:
     """Write a JSON document atomically. Returns its sha256."""
-    return write_atomic(path, (json.dumps(value, indent=2, ensure_ascii=False) + "\n").encode())
+    return write_text(path, json.dumps(value, indent=2, ensure_ascii=False) + "\n")
 
 
 def read_json(path: Path) -> dict[str, Any]:
@@ -83,4 +93,4 @@ def sha256_file(path: Path) -> str:
 
 def digest(value: Any) -> str:
     """A hash of plain values that does not depend on the order of keys."""
-    return hashlib.sha256(json.dumps(value, sort_keys=True, ensure_ascii=False).encode()).hexdigest()
+    return hashlib.sha256(utf8(json.dumps(value, sort_keys=True, ensure_ascii=False))).hexdigest()

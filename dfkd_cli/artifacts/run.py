@@ -12,7 +12,7 @@ from pathlib import Path
 from typing import IO, Any
 
 from dfkd_cli import __version__
-from dfkd_cli.artifacts.files import os_error, read_json, sha256_file, write_atomic, write_json
+from dfkd_cli.artifacts.files import os_error, read_json, sha256_file, write_text, write_json
 from dfkd_cli.config import dump_yaml
 from dfkd_cli.errors import ArtifactError, ConfigError, DfkdError, Interrupted
 from dfkd_cli.processes import writes_records
@@ -91,7 +91,7 @@ class RunDirectory:
                 left_by_a_kill.unlink()
         only_typed = ("overwrite", "allow_code")
         replayable = {key: value for key, value in self.settings.plain().items() if key not in only_typed}
-        write_atomic(self.path / "config.yaml", dump_yaml(replayable).encode())
+        write_text(self.path / "config.yaml", dump_yaml(replayable))
         self.save()
         return False
 

@@ -214,6 +214,10 @@ def _stage(command: catalog.Command, classes: list[tuple[str, type]], terminal: 
 def run_stage(settings: Settings, terminal: Terminal, dry_run: bool) -> None:
     """Carry out a command; torch is imported here, not before."""
     start = time.monotonic()
+    try:
+        os.getcwd()
+    except FileNotFoundError:
+        raise ConfigError("the working directory was removed", "change into one that exists") from None
     command, how = catalog.command(settings.command), settings.run
     if how.num_nodes > 1 and not command.shared:
         raise ConfigError(f"{command.name} runs on one machine", "leave out --num-nodes")

@@ -19,7 +19,7 @@ from collections.abc import Sequence
 from pathlib import Path
 
 from dfkd_cli import catalog
-from dfkd_cli.artifacts.files import read_json, write_atomic
+from dfkd_cli.artifacts.files import read_json, write_text
 from dfkd_cli.report.table import LEFT, cells, escape, markdown, markdown_table
 
 _LEFT_OUT = ("AGREEMENT %", "SYNTHESIS s", "DISTILLATION s", "PARAMS", "SEEDS")  # report.html has room for them
@@ -88,4 +88,4 @@ def _link(paper: str) -> str:
 
 if __name__ == "__main__":
     for path in map(Path, sys.argv[1:]):
-        write_atomic(path, fill(path.read_text(encoding="utf-8"), path.parent).encode())
+        write_text(path, fill(path.read_text(encoding="utf-8"), path.parent))

@@ -12,7 +12,7 @@ from typing import Any
 from lightning.pytorch.loggers import Logger
 from lightning.pytorch.utilities import rank_zero_only
 
-from dfkd_cli.artifacts.files import write_atomic
+from dfkd_cli.artifacts.files import write_text
 
 
 class MetricsFile(Logger):
@@ -61,4 +61,4 @@ def write_csv(path: Path, rows: Iterable[Mapping[str, Any]]) -> None:
     writer = csv.DictWriter(buffer, columns, lineterminator="\n")
     writer.writeheader()
     writer.writerows(rows)
-    write_atomic(path, buffer.getvalue().encode())
+    write_text(path, buffer.getvalue())

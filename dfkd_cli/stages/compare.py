@@ -14,7 +14,7 @@ from typing import Any
 
 import torch
 
-from dfkd_cli.artifacts.files import digest, read_json, write_atomic, write_json
+from dfkd_cli.artifacts.files import digest, read_json, write_text, write_json
 from dfkd_cli.artifacts.run import RunDirectory, check_free
 from dfkd_cli.artifacts.shards import MANIFEST
 from dfkd_cli.catalog import Command
@@ -107,8 +107,8 @@ def run(settings: Settings, terminal: Terminal, dry_run: bool = False) -> dict[s
                 models = [*_models(done, settings.run.allow_code), *models]
             sections = arrange(models, settings.inputs.dataset, settings.run.allow_code)
             results = _results(models, shards, sections, failed, directory, terminal)
-            write_atomic(out / TABLE, table.markdown(results).encode())
-            write_atomic(out / REPORT, html.page(results).encode())
+            write_text(out / TABLE, table.markdown(results))
+            write_text(out / REPORT, html.page(results))
             write_json(out / RESULTS, results)
             _show(results, terminal)
             if failed:  # unfinished, so that the same command tries again
