@@ -118,7 +118,7 @@ def read_metadata(directory: Path, teacher: str) -> tuple[Metadata, str]:
             raise ArtifactError(f"{directory} is of another teacher", "give the --teacher it was collected from")
         if not tensors.is_file() or sha256_file(tensors) != record["tensors"]["sha256"]:
             raise ArtifactError(f"{tensors}: missing or damaged", REMAKE)
-        return _metadata(record, safetensors.torch.load_file(tensors)), sha256_file(path)
+        return _metadata(record, safetensors.torch.load(tensors.read_bytes())), sha256_file(path)
     except (KeyError, TypeError, ValueError, SafetensorError):
         raise ArtifactError(f"{directory}: the metadata is damaged", REMAKE) from None
 

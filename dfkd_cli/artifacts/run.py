@@ -12,7 +12,7 @@ from pathlib import Path
 from typing import IO, Any
 
 from dfkd_cli import __version__
-from dfkd_cli.artifacts.files import os_error, read_json, sha256_file, write_text, write_json
+from dfkd_cli.artifacts.files import os_error, read_json, sha256_file, write_json, write_text
 from dfkd_cli.config import dump_yaml
 from dfkd_cli.errors import ArtifactError, ConfigError, DfkdError, Interrupted
 from dfkd_cli.processes import writes_records

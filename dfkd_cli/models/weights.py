@@ -45,7 +45,7 @@ def load_weights(net: nn.Module, file: Path) -> None:
 
 def _read_safetensors(file: Path) -> dict[str, Tensor]:
     try:
-        return safetensors.torch.load_file(file)
+        return safetensors.torch.load(file.read_bytes())  # its own reader takes no name that is not UTF-8
     except (SafetensorError, OSError) as error:
         raise ArtifactError(f"{file}: not readable as safetensors: {error}", "the file is damaged") from None
 

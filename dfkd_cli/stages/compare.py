@@ -14,7 +14,7 @@ from typing import Any
 
 import torch
 
-from dfkd_cli.artifacts.files import digest, read_json, write_text, write_json
+from dfkd_cli.artifacts.files import digest, read_json, write_json, write_text
 from dfkd_cli.artifacts.run import RunDirectory, check_free
 from dfkd_cli.artifacts.shards import MANIFEST
 from dfkd_cli.catalog import Command
