@@ -12,6 +12,13 @@ def main() -> None:
     # times the run time; not to spin at all costs a third of the speed of two threads. Read when torch loads: set here.
     os.environ.setdefault("GOMP_SPINCOUNT", "20000")
     os.environ.setdefault("TORCH_CPP_LOG_LEVEL", "ERROR")  # its warnings are no part of this command's conversation
+    from dfkd_cli.processes import end_with_parent, first_process, leave_on_signals
+    from dfkd_cli.streams import open_streams
+
+    open_streams(as_json="--json" in sys.argv)
+    leave_on_signals()
+    if not first_process():
+        end_with_parent()
     from dfkd_cli.cli.app import main as run
     from dfkd_cli.processes import dedicate
 

@@ -4,6 +4,8 @@ from __future__ import annotations
 
 import contextlib
 import difflib
+import errno
+import os
 from collections.abc import Iterable, Iterator, Mapping
 from types import MappingProxyType
 from typing import Any
@@ -77,15 +79,25 @@ class Interrupted(BaseException):
         self.exit_code = 128 + signum
 
 
+FULL = (errno.ENOSPC, errno.EDQUOT, errno.EFBIG)  # what the system says of a disk that is full, or of a file's limit
+
+
 @contextlib.contextmanager
-def memory_can_end() -> Iterator[None]:
-    """Make memory that was not to be had, on CPU or accelerator, a :class:`RunFailed`."""
+def machine_can_fail() -> Iterator[None]:
+    """Make what the machine refuses an error of the user's: memory on CPU or accelerator, disks, files, handles."""
     try:
         yield
     except (MemoryError, RuntimeError) as error:  # torch has a class of its own for accelerators only
         if isinstance(error, MemoryError) or any(w in str(error) for w in ("out of memory", "can't allocate memory")):
             raise RunFailed("out of memory", "lower --batch-size; what was finished is kept") from None
         raise
+    except OSError as error:
+        if error.errno is None:  # not the system's
+            raise
+        name = f"{os.fsdecode(error.filename)}: " if isinstance(error.filename, (str, bytes)) else ""
+        if name and error.errno not in (*FULL, errno.EMFILE, errno.ENFILE):
+            raise ArtifactError(f"{name}{error.strerror}", "check what it is and who may read it") from error
+        raise RunFailed(f"{name}{error.strerror}", "what was finished is kept; the same command continues") from error
 
 
 def did_you_mean(name: str, choices: Iterable[str]) -> str:

@@ -2,12 +2,18 @@
 
 from __future__ import annotations
 
+import functools
+import json
 import os
 import signal
+import sys
+import threading
+import time
 from typing import Any
 
 from dfkd_cli.errors import ConfigError, Interrupted
 
+STOPPED = "interrupted", "stopped; what was finished is kept", "the same command continues"  # code, message, hint
 MEETING = ("NODE_RANK", "MASTER_ADDR", "MASTER_PORT")  # what Lightning asks of each machine's environment
 _machine = 0  # this one's number among those that share the run
 _dedicated = False
@@ -48,6 +54,7 @@ def writes_records() -> bool:
     return _machine == 0 and first_process()
 
 
+@functools.cache  # Lightning takes the numbers back at the end of its work, while the processes are the same
 def first_process() -> bool:
     """Whether this is the first process of a run on this machine.
 
@@ -57,10 +64,40 @@ def first_process() -> bool:
     return int(os.environ.get("LOCAL_RANK") or 0) == 0 or "WORLD_SIZE" not in os.environ
 
 
+def end_with_parent() -> None:
+    """Let a process that another one has started not outlive it, whatever ends that."""
+    parent = os.getppid()
+
+    def watch() -> None:
+        while os.getppid() == parent:
+            time.sleep(1)
+        os._exit(128 + signal.SIGTERM)
+
+    threading.Thread(target=watch, daemon=True).start()
+
+
+def leave_on_signals() -> None:
+    """Let a signal end this process at once, while nothing has begun that would have to be saved.
+
+    An exception could not: code that is being imported swallows any.
+    """
+    _handle(_leave)
+
+
+def _leave(signum: int, _frame: Any) -> None:
+    code, message, hint = STOPPED
+    try:
+        if "--json" in sys.argv:
+            error = {"code": code, "message": message, "hint": hint}
+            os.write(1, (json.dumps({"schema": 1, "ok": False, "error": error}) + "\n").encode())
+        os.write(2, f"error: {message} -- {hint}\n".encode())
+    finally:
+        os._exit(128 + signum)
+
+
 def stop_on_signals() -> None:
-    """Let SIGINT and SIGTERM raise :class:`Interrupted` in the main thread, once."""
-    signal.signal(signal.SIGTERM, _stop)
-    signal.signal(signal.SIGINT, _stop)
+    """Let a signal raise :class:`Interrupted` in the main thread, once."""
+    _handle(_stop)
 
 
 def _stop(signum: int, _frame: Any) -> None:
@@ -69,6 +106,16 @@ def _stop(signum: int, _frame: Any) -> None:
 
 
 def ignore_signals() -> None:
-    """Let neither of them do anything any more."""
-    signal.signal(signal.SIGINT, signal.SIG_IGN)
-    signal.signal(signal.SIGTERM, signal.SIG_IGN)
+    """Let none of them do anything any more."""
+    _handle(signal.SIG_IGN)
+
+
+def _handle(handler: Any) -> None:
+    """Set what a signal does that ends a run: the first process ends it, and the others with it.
+
+    What was told to ignore a hang-up, as ``nohup`` does, goes on ignoring it.
+    """
+    for name in ("SIGINT", "SIGTERM", "SIGHUP"):
+        number = getattr(signal, name, None)  # Windows has no SIGHUP
+        if number is not None and (name != "SIGHUP" or signal.getsignal(number) != signal.SIG_IGN):
+            signal.signal(number, handler if first_process() else signal.SIG_IGN)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import json
 import logging
 import sys
@@ -13,20 +14,16 @@ from typing import Any, TextIO
 
 from rich.console import Console
 
+from dfkd_cli.errors import Interrupted, RunFailed
+
 QUIET, NORMAL, VERBOSE = -1, 0, 1
-
-
-class _Console(Console):
-    def on_broken_pipe(self) -> None:
-        """The reader has gone: say so to the caller; Rich itself would exit with 1, which means a bug here."""
-        raise BrokenPipeError
 
 
 def _console(stream: TextIO) -> Console:
     """A console that never puts escapes into a file or a pipe, however hard the environment asks for colour."""
     terminal = stream.isatty()
     width = None if terminal else 200  # tables in a pipe are for grep and for files
-    return _Console(file=stream, force_terminal=terminal, width=width, soft_wrap=True, highlight=False, emoji=False)
+    return Console(file=stream, force_terminal=terminal, width=width, soft_wrap=True, highlight=False, emoji=False)
 
 
 class Terminal:
@@ -62,7 +59,8 @@ class Terminal:
 
     def error(self, code: str, message: str, hint: str, answer: Mapping[str, Any] = MappingProxyType({})) -> None:
         """One line on stderr, and the JSON document when asked for, with the results that there are all the same."""
-        self.document({"ok": False, "error": {"code": code, "message": message, "hint": hint}, **answer})
+        with contextlib.suppress(RunFailed, Interrupted):  # of the two errors this one counts
+            self.document({"ok": False, "error": {"code": code, "message": message, "hint": hint}, **answer})
         if not self.silent:
             self.err.print(f"error: {message}" + (f" -- {hint}" if hint else ""), markup=False)
 

@@ -15,6 +15,7 @@ from typing import Any
 from dfkd_cli.errors import DfkdError, Interrupted, RunFailed
 from dfkd_cli.processes import ignore_signals, stop_on_signals
 
+KILLED = "a process was killed", "out of memory? lower --devices; the same command continues"  # message, hint
 Inside = Callable[[], contextlib.AbstractContextManager[None]]
 _PRELOADED = [f"{__package__}.stages.{name}" for name in ("train_teacher", "collect_metadata", "synthesize", "distill")]
 
@@ -91,8 +92,7 @@ class Workers(contextlib.AbstractContextManager["Workers"]):
         try:
             failure = connection.recv()
         except (EOFError, ConnectionError):
-            hint = "out of memory? lower --devices; the same command continues"
-            raise RunFailed("a process was killed", hint) from None
+            raise RunFailed(*KILLED) from None
         name, process = self.working.pop(connection)
         process.join()
         if isinstance(failure, str):

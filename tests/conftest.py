@@ -101,7 +101,7 @@ def dfkd() -> Callable[..., subprocess.CompletedProcess]:
 @pytest.fixture
 def cli(capsys) -> Iterator[Callable[..., tuple[int, str, str]]]:
     """``cli(*args)``: the command line in this process, for what needs no isolation: exit code, stdout, stderr."""
-    handlers = {number: signal.getsignal(number) for number in (signal.SIGINT, signal.SIGTERM)}
+    handlers = {number: signal.getsignal(number) for number in (signal.SIGINT, signal.SIGTERM, signal.SIGHUP)}
 
     def run(*args: str) -> tuple[int, str, str]:
         capsys.readouterr()

@@ -32,12 +32,20 @@ class Fork:
         cwd: Where.
         signal_at: A file and a signal: the process sends the signal to itself at the first thing that it does after
             it has written the file, so that no test depends on when another process sees that.
+        stdout: Where its stdout goes, instead of to the test.
     """
 
-    def __init__(self, arguments: list[str], cwd: Path, signal_at: tuple[Path, int] | None = None) -> None:
+    def __init__(
+        self,
+        arguments: list[str],
+        cwd: Path,
+        signal_at: tuple[Path, int] | None = None,
+        stdout: Path | None = None,
+    ) -> None:
         self.arguments = arguments
         self.outputs = [Path(tempfile.mkstemp(prefix="dfkd-")[1]) for _ in range(2)]
-        self.process = CONTEXT.Process(target=_run, args=(arguments, cwd, dict(os.environ), self.outputs, signal_at))
+        places = [stdout or self.outputs[0], self.outputs[1]]
+        self.process = CONTEXT.Process(target=_run, args=(arguments, cwd, dict(os.environ), places, signal_at))
         self.process.start()
 
     @property

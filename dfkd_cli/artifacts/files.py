@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import contextlib
-import errno
 import hashlib
 import json
 import os
@@ -12,7 +11,7 @@ import tempfile
 from pathlib import Path
 from typing import Any, BinaryIO
 
-from dfkd_cli.errors import ArtifactError, ConfigError, RunFailed
+from dfkd_cli.errors import FULL, ArtifactError, ConfigError, RunFailed
 
 
 def write_atomic(path: Path, data: bytes) -> str:
@@ -91,7 +90,7 @@ def remove(path: Path) -> None:
 
 def os_error(error: OSError, path: Path) -> ConfigError | RunFailed:
     """The user's view of a failed write to ``path``."""
-    if error.errno in (errno.ENOSPC, errno.EDQUOT, errno.EFBIG):
+    if error.errno in FULL:
         return RunFailed(f"{path}: the disk is full", "free some space and run the same command again: it continues")
     return ConfigError(f"{path}: cannot be written ({error.strerror})", "choose a writable --out")
 
@@ -103,8 +102,13 @@ def _umask() -> int:
 
 
 def write_text(path: Path, text: str) -> str:
-    """Write text atomically, in UTF-8, with escapes for what is not in it, as in names of files. Returns its sha256."""
-    return write_atomic(path, text.encode(errors="backslashreplace"))
+    """Write text atomically. Returns its sha256."""
+    return write_atomic(path, utf8(text))
+
+
+def utf8(text: str) -> bytes:
+    """Text as bytes. A name on disk that is not UTF-8 has escapes, which JSON and YAML read back."""
+    return text.encode(errors="backslashreplace")
 
 
 def write_json(path: Path, value: Any) -> str:
@@ -120,5 +124,4 @@ def sha256_file(path: Path) -> str:
 
 def digest(value: Any) -> str:
     """A hash of plain values that does not depend on the order of keys."""
-    text = json.dumps(value, sort_keys=True, ensure_ascii=False)
-    return hashlib.sha256(text.encode(errors="backslashreplace")).hexdigest()
+    return hashlib.sha256(utf8(json.dumps(value, sort_keys=True, ensure_ascii=False))).hexdigest()

@@ -138,7 +138,7 @@ def read_metadata(directory: Path, teacher: str) -> tuple[Metadata, str]:
         raise ArtifactError(f"{directory} is of another teacher", "give the --teacher it was collected from")
     intact(tensors, record["tensors"]["sha256"], REMAKE)
     try:
-        return _metadata(record, safetensors.torch.load_file(tensors)), sha256_file(path)
+        return _metadata(record, safetensors.torch.load(tensors.read_bytes())), sha256_file(path)
     except (KeyError, ValueError, SafetensorError):
         raise ArtifactError(f"{directory}: the metadata is damaged", REMAKE) from None
 

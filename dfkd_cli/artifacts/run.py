@@ -12,7 +12,7 @@ from pathlib import Path
 from typing import Any, BinaryIO
 
 from dfkd_cli import __version__
-from dfkd_cli.artifacts.files import check_inside, open_lock, remove, sha256_file, write_atomic, write_json
+from dfkd_cli.artifacts.files import check_inside, open_lock, remove, sha256_file, write_json, write_text
 from dfkd_cli.artifacts.integrity import RUN, intact, read_run
 from dfkd_cli.artifacts.records import read_json
 from dfkd_cli.config import dump_yaml, options
@@ -112,7 +112,7 @@ class RunDirectory:
         only_typed = {name for name, traits in options(Run).items() if traits.get("typed")}
         replayable = {key: value for key, value in self.settings.plain().items() if key not in only_typed}
         self.save()  # first: what lies beside it is ours
-        self.keep(self.path / CONFIG, write_atomic(self.path / CONFIG, dump_yaml(replayable).encode()))
+        self.keep(self.path / CONFIG, write_text(self.path / CONFIG, dump_yaml(replayable)))
         self.save()
         return False
 
@@ -200,18 +200,18 @@ class RunDirectory:
         try:
             yield
         except BaseException as error:
-            stopped = isinstance(error, (Interrupted, KeyboardInterrupt))
-            self.record |= {
-                "status": "interrupted" if stopped else "failed",
-                "error": str(error) or type(error).__name__,
-                **getattr(error, "facts", {}),
-            }
-            with contextlib.suppress(DfkdError):  # the disk may be what failed
-                self.save()
+            self.record_failure(error)
             raise
         finally:
             if self._lock is not None:
                 self._lock.close()
+
+    def record_failure(self, error: BaseException) -> None:
+        """Note how the work ended."""
+        stopped = isinstance(error, (Interrupted, KeyboardInterrupt))
+        self.record |= {"status": "interrupted" if stopped else "failed", "error": str(error) or type(error).__name__}
+        with contextlib.suppress(DfkdError):  # the disk may be what failed
+            self.save()
 
 
 def check_free(path: Path, settings: Settings) -> None:

@@ -17,9 +17,9 @@ import typer
 from dfkd_cli import catalog
 from dfkd_cli.cli import arguments, listing
 from dfkd_cli.data.access import access
-from dfkd_cli.errors import ConfigError, DfkdError, Interrupted, memory_can_end
+from dfkd_cli.errors import ConfigError, DfkdError, Interrupted, machine_can_fail
 from dfkd_cli.options import Run
-from dfkd_cli.processes import dedicated, first_process, join_machines, stop_on_signals
+from dfkd_cli.processes import STOPPED, dedicated, first_process, join_machines, stop_on_signals
 from dfkd_cli.settings import Layer, Settings, assigned_layer, choose, recipe_layer, resolve, typed_layer
 from dfkd_cli.ui import NORMAL, QUIET, VERBOSE, Notes, Terminal
 
@@ -32,9 +32,10 @@ def main(argv: list[str] | None = None) -> int:
     terminal = _terminal(argv)
     debug = "--debug" in argv or bool(os.environ.get("DFKD_DEBUG"))
     try:
-        app, tokens = build(argv, terminal)
-        status = app(tokens, standalone_mode=False)
-        sys.stdout.flush()
+        with machine_can_fail():
+            app, tokens = build(argv, terminal)
+            status = app(tokens, standalone_mode=False)
+            sys.stdout.flush()
         return status if isinstance(status, int) else 0
     except typer.Exit as leave:
         return leave.exit_code
@@ -49,27 +50,16 @@ def main(argv: list[str] | None = None) -> int:
         terminal.error(error.code, error.message, error.hint, error.answer)
         return error.exit_code
     except (Interrupted, KeyboardInterrupt) as stop:
-        code = getattr(stop, "exit_code", 128 + signal.SIGINT)
-        terminal.error("interrupted", "stopped; what was finished is kept", "the same command continues")
-        return code
-    except BrokenPipeError:
-        return _reader_gone()
-    except SystemExit as leave:
-        if isinstance(leave.__context__, BrokenPipeError):  # what Typer makes of it
-            return _reader_gone()
-        raise
+        signum = getattr(stop, "signum", signal.SIGINT)
+        if signum != signal.SIGPIPE:
+            terminal.error(*STOPPED)
+        return 128 + signum
     except Exception as error:
         traceback.print_exc()
         terminal.error(
             "bug", f"{type(error).__name__}: {error}", "this is a bug in dfkd; please report it with `dfkd info`"
         )
         return 1
-
-
-def _reader_gone() -> int:
-    """The exit code when nobody reads stdout any more; a failing last flush must not hide it."""
-    os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
-    return 128 + signal.SIGPIPE
 
 
 def _terminal(argv: list[str]) -> Terminal:
@@ -227,8 +217,11 @@ def _stage(command: catalog.Command, classes: list[tuple[str, type]], terminal: 
 
 def run_stage(settings: Settings, terminal: Terminal, dry_run: bool) -> None:
     """Carry out a command; torch is imported here, not before."""
-    stop_on_signals()
     start = time.monotonic()
+    try:
+        os.getcwd()
+    except FileNotFoundError:
+        raise ConfigError("the working directory was removed", "change into one that exists") from None
     command, how = catalog.command(settings.command), settings.run
     if how.num_nodes > 1 and not command.shared:
         raise ConfigError(f"{command.name} runs on one machine", "leave out --num-nodes")
@@ -241,10 +234,10 @@ def run_stage(settings: Settings, terminal: Terminal, dry_run: bool) -> None:
         run = command.load()
         from dfkd_cli.stages.inputs import pick_device
 
+        stop_on_signals()
         device = pick_device(how.device, how.devices if command.shared else 1)
         if device.type == "cpu" and how.precision == "16":
             raise ConfigError("--precision 16: not on a CPU", "give --precision bf16, or 32, which is faster on most")
-        with memory_can_end():
-            answer = run(settings, terminal, dry_run=dry_run)
+        answer = run(settings, terminal, dry_run=dry_run)
     answer = {"ok": True, "command": command.name, **answer, "seconds": round(time.monotonic() - start, 3)}
     terminal.document(answer)

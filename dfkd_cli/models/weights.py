@@ -89,7 +89,7 @@ def _read(file: Path) -> Any:
         start = stream.read(9)
     if start[8:] == b"{":  # after the length of the header
         try:
-            return safetensors.torch.load_file(file)
+            return safetensors.torch.load(file.read_bytes())  # its own reader takes no name that is not UTF-8
         except (SafetensorError, OSError) as error:
             raise ArtifactError(f"{file}: not readable as safetensors: {error}", "the file is damaged") from None
     unread: dict[str, type[_Unread]] = {}

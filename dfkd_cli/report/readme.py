@@ -20,7 +20,7 @@ from pathlib import Path
 from typing import Any
 
 from dfkd_cli import catalog
-from dfkd_cli.artifacts.files import write_atomic
+from dfkd_cli.artifacts.files import write_text
 from dfkd_cli.artifacts.records import read_json
 from dfkd_cli.report.table import LEFT, cells, escape, markdown, markdown_table
 
@@ -90,4 +90,4 @@ def _link(paper: str) -> str:
 
 if __name__ == "__main__":
     for path in map(Path, sys.argv[1:]):
-        write_atomic(path, fill(path.read_text(encoding="utf-8"), path.parent).encode())
+        write_text(path, fill(path.read_text(encoding="utf-8"), path.parent))

@@ -12,7 +12,7 @@ from typing import Any
 from lightning.pytorch.loggers import Logger
 from lightning.pytorch.utilities import rank_zero_only
 
-from dfkd_cli.artifacts.files import digest, write_atomic
+from dfkd_cli.artifacts.files import digest, write_text
 from dfkd_cli.artifacts.records import read_table
 from dfkd_cli.errors import ArtifactError
 
@@ -72,4 +72,4 @@ def write_csv(path: Path, rows: Iterable[Mapping[str, Any]]) -> None:
     writer = csv.DictWriter(buffer, columns, lineterminator="\n")
     writer.writeheader()
     writer.writerows(rows)
-    write_atomic(path, buffer.getvalue().encode())
+    write_text(path, buffer.getvalue())

@@ -11,7 +11,7 @@ import lightning.pytorch as pl
 import torch
 from torch import Tensor
 
-from dfkd_cli.errors import RunFailed, memory_can_end
+from dfkd_cli.errors import DfkdError, RunFailed, machine_can_fail
 
 
 class Learner(pl.LightningModule, ABC):
@@ -67,10 +67,10 @@ class Learner(pl.LightningModule, ABC):
         """One round; stops the run when a term is not finite."""
         failure = None
         try:
-            with memory_can_end():
+            with machine_can_fail():
                 terms = self.round(self.current_round)
             self.check_finite(terms, self.current_round)
-        except RunFailed as error:
+        except DfkdError as error:
             failure = error
         # All processes stop together: one that only vanished would take the others down without a word.
         if not self.trainer.strategy.reduce_boolean_decision(failure is None, all=True):

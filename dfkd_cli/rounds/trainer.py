@@ -29,8 +29,9 @@ from dfkd_cli.artifacts.files import write_atomic
 from dfkd_cli.artifacts.pickles import read_pickle
 from dfkd_cli.artifacts.run import AFRESH, RunDirectory
 from dfkd_cli.errors import ArtifactError, ConfigError
-from dfkd_cli.processes import writes_records
+from dfkd_cli.processes import stop_on_signals, writes_records
 from dfkd_cli.rounds.curves import MetricsFile
+from dfkd_cli.rounds.launcher import Launcher
 from dfkd_cli.rounds.learner import Learner
 from dfkd_cli.ui import Progress, Terminal
 
@@ -58,8 +59,10 @@ def fit(learner: Learner, run: RunDirectory, terminal: Terminal, callbacks: Sequ
     trainer = trainer_for(run, [] if learner.stateless else [curves], learner.rounds, callbacks)
     run.record["device"] = str(trainer.strategy.root_device)
     start = _saved_state(learner, run, curves, terminal)
+    launcher = trainer.strategy.launcher
     try:
-        trainer.fit(learner, DataLoader(TensorDataset(torch.zeros(1))), ckpt_path=start, weights_only=True)
+        with launcher.together(run, terminal) if isinstance(launcher, Launcher) else contextlib.nullcontext():
+            trainer.fit(learner, DataLoader(TensorDataset(torch.zeros(1))), ckpt_path=start, weights_only=True)
     finally:
         if learner.teacher is not None:
             learner.teacher.thaw()
@@ -127,6 +130,7 @@ class _Report(Callback):
 
     def on_train_start(self, trainer: pl.Trainer, module: pl.LightningModule) -> None:
         assert isinstance(module, Learner)
+        stop_on_signals()  # Lightning's handler of SIGTERM would talk to processes that do not listen
         if module.note is not None:
             self.terminal.say(module.note)
         total, before = module.done(module.rounds), module.done(module.current_round)
@@ -203,6 +207,9 @@ class _AtomicCheckpoints(TorchCheckpointIO):
 
 class _Independent(DDPStrategy):
     """Processes that share rounds but no gradients: modules without trainable parameters cannot be wrapped."""
+
+    def _configure_launcher(self) -> None:
+        self._launcher = Launcher(self.cluster_environment, self.num_processes, self.num_nodes)
 
     def configure_ddp(self) -> None:
         if self.model is not None and any(parameter.requires_grad for parameter in self.model.parameters()):

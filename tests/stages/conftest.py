@@ -35,7 +35,7 @@ def session_cli():
     """``session_cli(cwd, *args)``: the command line in this process, somewhere else; its exit code."""
     from dfkd_cli.cli.app import main
 
-    handlers = {number: signal.getsignal(number) for number in (signal.SIGINT, signal.SIGTERM)}
+    handlers = {number: signal.getsignal(number) for number in (signal.SIGINT, signal.SIGTERM, signal.SIGHUP)}
 
     def run(cwd: Path, *args: str) -> int:
         with pytest.MonkeyPatch.context() as patch:

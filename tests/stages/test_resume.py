@@ -88,9 +88,9 @@ def test_a_new_process_does_what_this_one_does(reference, tmp_path, monkeypatch,
         assert what_counts(new.stdout) == what_counts(out)
 
 
-@pytest.mark.parametrize(("signum", "code"), [(signal.SIGINT, 130), (signal.SIGTERM, 143)])
+@pytest.mark.parametrize(("signum", "code"), [(signal.SIGINT, 130), (signal.SIGTERM, 143), (signal.SIGHUP, 129)])
 def test_signals_end_the_run_and_keep_the_state(reference: tuple, tmp_path: Path, signum: int, code: int) -> None:
-    """Ctrl-C and SIGTERM: the contract's exit codes, a status on disk, and the same result afterwards."""
+    """Ctrl-C, SIGTERM and a hang-up: the contract's exit codes, a status on disk, and the same result afterwards."""
     expected, _, source = reference
     (tmp_path / "teacher").symlink_to(source / "teacher")
     process = Fork([*PIPELINE[1], "--json"], tmp_path, (tmp_path / "shards" / "shard-00001.safetensors", signum))

@@ -34,7 +34,7 @@ METHODS = {
 def digits(tmp_path_factory) -> Path:
     """A teacher that reads digits of 16x16 pixels, and a student that it has taught with noise."""
     path = tmp_path_factory.mktemp("digits")
-    handlers = {number: signal.getsignal(number) for number in (signal.SIGINT, signal.SIGTERM)}
+    handlers = {number: signal.getsignal(number) for number in (signal.SIGINT, signal.SIGTERM, signal.SIGHUP)}
     small = ["--model", NETWORK, "--input-size", "1", "16", "16", "--epochs", "6", "--batch-size", "64"]
     assert main(["train-teacher", "--out", str(path / "teacher"), *small, "--device", "cpu"]) == 0
     plain = ["--rotate", "0", "--translate", "0", "--scale", "0", "--noise", "0", "--optimizer", "sgd", "--lr", "0.1"]

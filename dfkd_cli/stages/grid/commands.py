@@ -8,7 +8,7 @@ from pathlib import Path
 from typing import Any
 
 from dfkd_cli import catalog, config
-from dfkd_cli.errors import ConfigError, did_you_mean, memory_can_end
+from dfkd_cli.errors import ConfigError, did_you_mean, machine_can_fail
 from dfkd_cli.options import FOREIGN, Run
 from dfkd_cli.settings import Layer, Settings, resolve
 from dfkd_cli.ui import Terminal
@@ -96,5 +96,5 @@ def carry_out(values: dict[str, Any], typed: frozenset[str], verbosity: int, sil
     """Run a command, perhaps in another process: settings reach it as plain values, and with what the user typed."""
     command = values.pop("command")
     quiet = Terminal(verbosity, as_json=True, silent=silent)  # stdout is for the comparison
-    with memory_can_end():  # of one command: the others go on
+    with machine_can_fail():  # of one command: the others go on
         catalog.command(command).load()(resolve(command, [Layer("", values, typed)]), quiet)
