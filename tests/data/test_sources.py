@@ -348,7 +348,7 @@ def test_concat_brings_different_storage_to_one_space():
 def test_noise_source_is_what_the_noise_method_makes(tmp_path, teacher, dtype):
     classifier, _ = load_model(teacher)
     entry, count, seed = catalog.entries("synthesizers")["noise"], 1200, 3
-    head = {"shape": [1, 32, 32], "dtype": dtype, "num_classes": 10, "teacher": {"sha256": "0"}}
+    head = {"method": "noise", "shape": [1, 32, 32], "dtype": dtype, "num_classes": 10, "teacher": {"sha256": "0"}}
     writer = ShardWriter(tmp_path, head, 2)
     method = entry.load()(SynthesisTask(classifier, count, seed, writer), build(entry.config, {"dtype": dtype}))
     for index in range(method.rounds):
@@ -362,7 +362,7 @@ def test_noise_source_is_what_the_noise_method_makes(tmp_path, teacher, dtype):
 
 @pytest.mark.parametrize("everywhere", [True, False])
 def test_shard_source_carries_the_answers_that_are_wanted_and_stored(tmp_path, everywhere):
-    head = {"shape": [1, 2, 2], "dtype": "float16", "num_classes": 3, "teacher": {"sha256": "0"}}
+    head = {"method": "noise", "shape": [1, 2, 2], "dtype": "float16", "num_classes": 3, "teacher": {"sha256": "0"}}
     writer = ShardWriter(tmp_path, head, 2)
     shards = [
         {"images": torch.randn(count, 1, 2, 2).half(), "logits": torch.randn(count, 3), "targets": torch.rand(count, 3)}
