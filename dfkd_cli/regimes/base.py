@@ -170,11 +170,14 @@ class Regime(Learner):
         """Get the batches ready on this process's device."""
         self.augment = pipeline(self.training_config, self.student.background(self.training_config.fill))
         self.batches = Batches(self.train_source, self.training_config.batch_size, self.seed, self.device)
+        if self.held_out is not None:
+            self.held = self.held_out.all().to(self.device)
+
+    def on_train_start(self) -> None:
+        """Check that processes have images enough for the student, each its share of a batch."""
         if (share := self.batches.batch_size // self.trainer.world_size) < 2:
             info = self.student.info
             require_training(self.student.net, info.spec, info.num_classes, info.input_size, share)
-        if self.held_out is not None:
-            self.held = self.held_out.all().to(self.device)
 
     def round(self, index: int) -> Mapping[str, Tensor]:
         """A stretch of optimiser steps. Logs each term's mean over the steps that had it, and the held-out measure."""
