@@ -1,4 +1,4 @@
-.PHONY: help format lint quick test kill-test bench gpu demo readme clean
+.PHONY: help format lint quick test kill-test mutation-test bench gpu demo readme clean
 SHELL := bash
 BIN := $(CURDIR)/.venv/bin
 
@@ -22,7 +22,7 @@ demo: .venv/.done ## The five commands on the bundled digits, in demo/, with the
 test: .venv/.done lint ## All tests, style and types
 	OMP_NUM_THREADS=1 $(BIN)/python -m pytest -n auto --dist loadfile --no-loadscope-reorder
 
-quick: .venv/.done ## The tests that run no whole commands: mathematics, files, settings; about a minute
+quick: .venv/.done ## The tests that run no whole commands: mathematics, files, settings
 	OMP_NUM_THREADS=1 $(BIN)/python -m pytest -n auto --dist loadfile --no-loadscope-reorder -m "not slow"
 
 lint: .venv/.done ## Style, unused code, docstrings, types
@@ -36,6 +36,9 @@ format: .venv/.done ## Format the code
 
 kill-test: .venv/.done ## Kill the pipeline at twenty random moments: twenty times the same hashes
 	OMP_NUM_THREADS=1 DFKD_KILLS=20 $(BIN)/python -m pytest tests/stages/test_resume.py -k killed_pipeline
+
+mutation-test: .venv/.done ## Damage artifacts at random, COUNT=1500 times: what is not refused gives the same result
+	OMP_NUM_THREADS=1 $(BIN)/python tests/mutations.py $(COUNT)
 
 bench: .venv/.done ## Time every method's round against its bare loop; half an hour
 	OMP_NUM_THREADS=1 $(BIN)/python tests/bench_synthesis.py
