@@ -7,7 +7,7 @@ import json
 import logging
 import sys
 import time
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
 from datetime import timedelta
 from types import MappingProxyType
 from typing import Any, TextIO
@@ -75,6 +75,16 @@ class Notes(logging.Handler):
     def __init__(self, terminal: Terminal) -> None:
         super().__init__(logging.WARNING)
         self.terminal, self.said = terminal, set[str]()
+
+    @contextlib.contextmanager
+    def heard(self) -> Iterator[None]:
+        """Tell what the package's parts log inside the ``with`` block, and nobody else."""
+        logger = logging.getLogger(__package__)
+        before, logger.handlers = logger.handlers, [self]
+        try:
+            yield
+        finally:
+            logger.handlers = before
 
     def emit(self, record: logging.LogRecord) -> None:
         """Say it, unless it has been said."""

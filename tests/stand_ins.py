@@ -144,6 +144,7 @@ def synthesizer(
     entry, info = catalog.entries("synthesizers")[name], teacher.info
     config = build(entry.config, values)
     head = {
+        "method": name,
         "shape": list(info.input_size),
         "dtype": config.dtype,
         "num_classes": info.num_classes,

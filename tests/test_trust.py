@@ -17,9 +17,11 @@ from dfkd_cli.models.registry import build
 from dfkd_cli.trust import PATHS, of_artifact, placed
 
 NET = """
+from pathlib import Path
 from torch import nn
 from layers import WIDTH
-open("ran-" + str(WIDTH), "w").close()
+if not (ran := Path(f"ran-{WIDTH}")).exists():  # what is sealed cannot write it
+    ran.touch()
 def build(num_classes, input_size):
     return nn.Sequential(nn.AvgPool2d(WIDTH), nn.Flatten(), nn.Linear((32 // WIDTH) ** 2, num_classes))
 """

@@ -210,6 +210,8 @@ class RunDirectory:
         """Note how the work ended."""
         stopped = isinstance(error, (Interrupted, KeyboardInterrupt))
         self.record |= {"status": "interrupted" if stopped else "failed", "error": str(error) or type(error).__name__}
+        if isinstance(error, DfkdError):
+            self.record |= error.facts
         with contextlib.suppress(DfkdError):  # the disk may be what failed
             self.save()
 

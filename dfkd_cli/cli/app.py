@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import contextlib
-import logging
 import os
 import signal
 import sys
@@ -228,9 +227,8 @@ def run_stage(settings: Settings, terminal: Terminal, dry_run: bool) -> None:
     if how.num_nodes > 1 and how.overwrite:
         raise ConfigError("--overwrite: several machines begin at different times", "remove the directory first")
     join_machines(1 if dry_run else how.num_nodes)
-    logging.getLogger("dfkd_cli").handlers = [Notes(terminal)]
     reach = access(settings, dry_run) if dedicated() else None
-    with contextlib.nullcontext() if reach is None else reach.confined():
+    with Notes(terminal).heard(), contextlib.nullcontext() if reach is None else reach.confined():
         run = command.load()
         from dfkd_cli.stages.inputs import pick_device
 

@@ -25,6 +25,7 @@ from pathlib import Path
 from typing import Any
 
 from dfkd_cli import catalog
+from dfkd_cli.artifacts.integrity import RUN
 from dfkd_cli.artifacts.records import read_json
 from dfkd_cli.config import hints, plain, strip_none
 from dfkd_cli.data import landlock, seal
@@ -139,7 +140,7 @@ def access(settings: Settings, dry_run: bool = False) -> Access | None:
                 code |= _code_of(spec)
     several = settings.run.devices * settings.run.num_nodes > 1
     return Access(
-        inputs=tuple(name for name in names if os.path.exists(name)),
+        inputs=tuple(name for name in [*names, *map(_record_around, names)] if os.path.exists(name)),
         code=tuple(sorted(code)),
         output=None if dry_run else str(settings.out),
         processes=several,
@@ -150,6 +151,12 @@ def access(settings: Settings, dry_run: bool = False) -> Access | None:
 def _is_text(kind: Any) -> bool:
     inner, _ = strip_none(kind)
     return str in (inner, *typing.get_args(inner))
+
+
+def _record_around(name: str) -> str:
+    """The record of the directory that something lies in: it may have hashes of what it made in there."""
+    record = os.path.join(os.path.dirname(os.path.abspath(name)), RUN)
+    return "" if os.path.islink(record) else record
 
 
 def _code_of(spec: str) -> set[str]:

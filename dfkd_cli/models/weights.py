@@ -168,7 +168,13 @@ def _fitting(entries: Mapping[str, _Entry], expected: Mapping[str, Tensor], file
         fits[list(_shared_prefixes(entries))[-1], ""] = 0
     best = [pair for pair, count in fits.items() if count == max(fits.values())]
     prefix, lacking = min(best, key=lambda pair: (len(pair[1]), _rank(pair[0])))  # of equals, the first in the file
-    if others := list(dict.fromkeys(other for other, _ in best if other != prefix)):
+
+    def sources(pair: tuple[str, str]) -> dict[str, str]:
+        """Which entry each of the network's weights would come from."""
+        named = {pair[1] + path[len(pair[0]) :]: path for path in entries if path.startswith(pair[0])}
+        return {key: path for key, path in named.items() if key in expected}
+
+    if others := list(dict.fromkeys(pair[0] for pair in best if sources(pair) != sources((prefix, lacking)))):
         choices = _some(other[:-1] or "the outermost" for other in others)
         LOG.warning("%s: took %s; %s would fit too: --weights-key", file, prefix[:-1] or "the outermost", choices)
     taken = {lacking + path[len(prefix) :]: entry for path, entry in entries.items() if path.startswith(prefix)}

@@ -119,7 +119,7 @@ def test_what_a_command_names_can_be_read(here, dfkd, extra):
     Path("more.py").write_text("from layers.flat import Flatten")
     teacher = network("net.py", "from more import Flatten")
     Path("private.txt").write_text("x")
-    done = dfkd(*NOISE, "--num-images", "4", *teacher, "--out", "a/b", *extra, cwd=here, fresh="--devices" in extra)
+    done = dfkd(*NOISE, "--num-images", "4", *teacher, "--out", "a/b", *extra, cwd=here)
     assert done.returncode == 0, done.stderr
     assert Path("a").exists() == ("--dry-run" not in extra)
     if Path("a").exists():
@@ -172,10 +172,12 @@ def test_a_refusal_that_was_swallowed_ends_the_run(here, monkeypatch, dfkd, cli,
     network("late.py", "return Late(torch.nn.Flatten(), torch.nn.Linear(1024, num_classes))")
     with Path("late.py").open("a") as file:
         file.write(
-            "class Late(torch.nn.Sequential):\n    def forward(self, x):\n        if self.training:\n"
+            "class Late(torch.nn.Sequential):\n    calls = 0\n\n    def forward(self, x):\n        self.calls += 1\n"
+            "        if self.calls > 20:  # not while the network is looked at before the work starts\n"
             "            with contextlib.suppress(Exception):\n                open('data/x')\n"
             "        return super().forward(x)\n"
         )
+    student[3] = "40"
     code, err = command("distill", *plain, *student)
     assert (code, "data/x was opened" in err) == (4, True), err
     assert {key: record("student")[key] for key in ("status", "data_free")} == {"status": "failed", "data_free": False}

@@ -21,6 +21,7 @@ from dfkd_cli.models.names import locate
 from dfkd_cli.models.registry import build
 from dfkd_cli.models.weights import load_weights
 from dfkd_cli.options import ForeignModel
+from dfkd_cli.trust import Code
 
 
 @pytest.fixture(scope="module")
@@ -274,13 +275,20 @@ def test_a_file_that_contains_itself_ends(tmp_path):
         load_weights(target(), tmp_path / "w")
 
 
+def test_a_prefix_that_file_and_network_have_in_common_is_no_choice(tmp_path, caplog):
+    net = torch.nn.Sequential(torch.nn.Flatten(), torch.nn.Linear(4, 2))
+    torch.save(net.state_dict(), tmp_path / "w")
+    load_weights(net, tmp_path / "w")
+    assert not caplog.text
+
+
 def test_official_weights_with_auxiliary_heads(tmp_path, caplog):
     net = torchvision.models.googlenet(weights=None, num_classes=4, init_weights=False).eval()  # transforms inputs
     net.transform_input = True
     torch.save(net.state_dict(), tmp_path / "w")
     mean, std = (0.485, 0.456, 0.406), (0.229, 0.224, 0.225)
     said = ForeignModel(weights=str(tmp_path / "w"), input_size=(3, 64, 64), num_classes=4, mean=mean, std=std)
-    model = locate("torchvision:googlenet", said).open(allow_code=False).classifier.eval()
+    model = locate("torchvision:googlenet", said).open(Code()).classifier.eval()
     assert "auxiliary heads are left out: aux1, aux2" in caplog.text
     pixels = torch.rand(2, 3, 64, 64)
     shape = (1, 3, 1, 1)
@@ -324,5 +332,5 @@ def test_a_flipped_bit_of_a_weight_is_noticed(tmp_path):
     data = bytearray((tmp_path / "w.pt").read_bytes())
     data[data.index(b"\x00\x00\xe0\x40" * 9) + 6] ^= 1
     (tmp_path / "w.pt").write_bytes(data)
-    with pytest.raises(ArtifactError, match="not readable as PyTorch weights"):
+    with pytest.raises(ArtifactError, match="not readable as weights"):
         load_weights(torch.nn.Linear(64, 64, bias=False), tmp_path / "w.pt")

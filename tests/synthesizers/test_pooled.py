@@ -94,7 +94,9 @@ def run(name: str, path: Path, *callbacks: Callback, change: Callable = lambda _
     """The method after all its rounds."""
     made, directory = method(name, path, **values)
     change(made)
-    fit(made, directory, Terminal(silent=True), callbacks)
+    directory.claim()
+    with directory.guard():
+        fit(made, directory, Terminal(silent=True), callbacks)
     return made
 
 
