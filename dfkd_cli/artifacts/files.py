@@ -8,6 +8,7 @@ import json
 import os
 import shutil
 import tempfile
+from collections.abc import Iterator
 from pathlib import Path
 from typing import Any, BinaryIO
 
@@ -82,8 +83,15 @@ def remove(path: Path) -> None:
     Raises:
         ConfigError: It cannot be removed.
     """
-    try:
+    with writing(path):
         shutil.rmtree(path) if path.is_dir() and not path.is_symlink() else path.unlink()
+
+
+@contextlib.contextmanager
+def writing(path: Path) -> Iterator[None]:
+    """Raise the user's view of what fails in the ``with`` block, where something is written to ``path``."""
+    try:
+        yield
     except OSError as error:
         raise os_error(error, path) from None
 

@@ -11,6 +11,7 @@ from dfkd_cli.errors import ArtifactError
 from dfkd_cli.trust import CONFIG
 
 RUN = "run.json"
+LEVELS = 3  # how many directories above a file may have a record that names it: its own, and those that are around it
 
 
 class Parent(TypedDict):
@@ -89,14 +90,22 @@ def present(path: Path) -> Path | None:
     return intact(path) if path.exists() or _recorded(path) is not None else None
 
 
+def on_record(directory: Path) -> dict[Path, str]:
+    """The files in a directory that have a hash on record, with it: its own record, or that of the one it is part of.
+
+    Raises:
+        ArtifactError: The record is damaged.
+    """
+    for made in (directory, *directory.parents)[:LEVELS]:
+        if (made / RUN).exists() and (made / CONFIG).exists():
+            run = read_run(made)
+            hashes = run["kept"] | {file["path"]: file["sha256"] for file in run["artifacts"]}
+            return {made / name: sha256 for name, sha256 in hashes.items() if (made / name).parent == directory}
+    return {}
+
+
 def _recorded(path: Path) -> str | None:
-    """What the run that made a file, or the directory that the file's directory is in, says of it."""
-    for directory in (path.parent, path.parent.parent):
-        if (directory / RUN).exists() and (directory / CONFIG).exists():
-            name = path.relative_to(directory).as_posix()
-            run = read_run(directory)
-            return next((file["sha256"] for file in run["artifacts"] if file["path"] == name), run["kept"].get(name))
-    return None
+    return on_record(path.parent).get(path)
 
 
 def check_finished(directory: Path) -> None:

@@ -2,7 +2,8 @@
 
 ``manifest.json`` names every ``shard-00000.safetensors`` with its sha256. Shards are immutable and written whole; round
 ``i`` of a synthesizer writes shard ``i``, so the shards that exist are all the state a run needs to continue. Until all
-are there, the manifest may lag behind them: it says so much of every class that it costs more than many a shard.
+are there, the manifest may lag behind them, as it says so much of every class that it costs more than many a shard;
+their hashes stand in files ``.hashes-*`` until then, one of each process, with a line for each shard.
 Fields of a shard: ``images`` (B, C, H, W), ``logits`` (B, K) of the teacher on the stored images, ``targets`` (B, K)
 soft labels aimed at, ``labels`` (B,) classes aimed at; only ``images`` and ``logits`` are always there.
 """
@@ -11,6 +12,8 @@ from __future__ import annotations
 
 import contextlib
 import json
+import os
+import tempfile
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Any, Literal, NotRequired, TypedDict
@@ -20,12 +23,13 @@ import torch
 from safetensors import SafetensorError
 from torch import Tensor
 
-from dfkd_cli.artifacts.files import digest, sha256_file, write_atomic, write_json
+from dfkd_cli.artifacts.files import digest, remove, sha256_file, write_atomic, write_json, writing
 from dfkd_cli.artifacts.integrity import check_finished, intact
 from dfkd_cli.artifacts.records import Classes, Count, Hashed, ImageShape, read_json
 from dfkd_cli.errors import ArtifactError
 
 MANIFEST = "manifest.json"
+HASHES = ".hashes-"
 METADATA = "dfkd"
 REMAKE = "run the synthesize command again: it remakes what is damaged"
 
@@ -82,17 +86,15 @@ class ShardWriter:
         self.key = digest(self.head)  # written into each shard: a file from another run is never taken for ours
         self.rows: dict[int, dict[str, Any]] = {}
         self.confidences: dict[int, float] = {}  # by shard, summed over its images: the teacher's highest probability
-        try:
-            recorded = {row["file"]: row["sha256"] for row in read_json(directory / MANIFEST, Manifest)["shards"]}
-        except ArtifactError:
-            recorded = {}  # no manifest, or a damaged one: it is made anew from the shards
-        self.collect(recorded)
+        self._hashes: str | None = None  # the file of this process
+        self.collect()
 
-    def collect(self, recorded: Mapping[str, str] | None = None) -> None:
+    def collect(self) -> None:
         """Take over the shards that other processes of this run have finished, earlier or beside this one.
 
         What is damaged, not of this run, or has another hash than the recorded one of its file is left to be remade.
         """
+        recorded, noted = self._recorded(), any(self.directory.glob(f"{HASHES}*"))
         for index in self.missing():
             path = self.directory / shard_name(index)
             with contextlib.suppress(OSError, SafetensorError, KeyError, TypeError, ValueError):
@@ -100,8 +102,29 @@ class ShardWriter:
                     facts = json.loads((file.metadata() or {})[METADATA])
                     tensors = {name: file.get_tensor(name) for name in ("images", "logits")}
                 sha256, ours = sha256_file(path), (facts["key"], facts["index"]) == (self.key, index)
-                if ours and (recorded or {}).get(path.name, sha256) == sha256:
+                if ours and recorded.get(path.name, None if noted else sha256) == sha256:
                     self._enter(index, tensors, facts["terms"], sha256)
+
+    def _recorded(self) -> dict[str, str]:
+        """The hashes on record, by file."""
+        try:
+            recorded = {row["file"]: row["sha256"] for row in read_json(self.directory / MANIFEST, Manifest)["shards"]}
+        except ArtifactError:
+            recorded = {}  # no manifest, or a damaged one: it is made anew from the shards
+        for path in self.directory.glob(f"{HASHES}*"):
+            with contextlib.suppress(OSError):
+                lines = path.read_bytes().decode(errors="replace").splitlines()
+                recorded |= {line[65:]: line[:64] for line in lines}  # a line that was cut names no file
+        return recorded
+
+    def _note(self, sha256: str, name: str) -> None:
+        """Put a hash on record. The file is a new one: what a directory holds may be a link to somewhere else."""
+        with writing(self.directory):
+            if self._hashes is None:
+                handle, self._hashes = tempfile.mkstemp(prefix=HASHES, dir=self.directory)
+                os.close(handle)
+            with open(self._hashes, "a", encoding="utf-8") as file:
+                file.write(f"{sha256} {name}\n")
 
     def missing(self) -> list[int]:
         """The shards still to be made."""
@@ -119,7 +142,9 @@ class ShardWriter:
         # One entry only: safetensors writes several in random order, and equal work must give equal bytes.
         facts = json.dumps({"key": self.key, "index": index, "terms": dict(terms)})
         data = safetensors.torch.save(tensors, {METADATA: facts})
-        self._enter(index, tensors, terms, write_atomic(self.directory / shard_name(index), data))
+        sha256 = write_atomic(self.directory / shard_name(index), data)
+        self._note(sha256, shard_name(index))
+        self._enter(index, tensors, terms, sha256)
 
     def _enter(self, index: int, tensors: Mapping[str, Tensor], terms: Mapping[str, float], sha256: str) -> None:
         """Take a finished shard into the books, with all that is said of it."""
@@ -154,6 +179,9 @@ class ShardWriter:
             "shards": rows,
         }
         write_json(self.directory / MANIFEST, manifest)
+        if manifest["complete"]:
+            for path in self.directory.glob(f"{HASHES}*"):
+                remove(path)
         return manifest
 
 

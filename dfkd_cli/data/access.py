@@ -25,7 +25,7 @@ from pathlib import Path
 from typing import Any
 
 from dfkd_cli import catalog
-from dfkd_cli.artifacts.integrity import RUN
+from dfkd_cli.artifacts.integrity import LEVELS, RUN
 from dfkd_cli.artifacts.records import read_json
 from dfkd_cli.config import hints, plain, strip_none
 from dfkd_cli.data import landlock, seal
@@ -140,7 +140,7 @@ def access(settings: Settings, dry_run: bool = False) -> Access | None:
                 code |= _code_of(spec)
     several = settings.run.devices * settings.run.num_nodes > 1
     return Access(
-        inputs=tuple(name for name in [*names, *map(_record_around, names)] if os.path.exists(name)),
+        inputs=tuple(place for name in names for place in (name, *_records_around(name)) if os.path.exists(place)),
         code=tuple(sorted(code)),
         output=None if dry_run else str(settings.out),
         processes=several,
@@ -153,10 +153,10 @@ def _is_text(kind: Any) -> bool:
     return str in (inner, *typing.get_args(inner))
 
 
-def _record_around(name: str) -> str:
-    """The record of the directory that something lies in: it may have hashes of what it made in there."""
-    record = os.path.join(os.path.dirname(os.path.abspath(name)), RUN)
-    return "" if os.path.islink(record) else record
+def _records_around(name: str) -> list[str]:
+    """The records of the directories that something lies in: they may have hashes of what was made in there."""
+    records = [os.path.join(directory, RUN) for directory in Path(os.path.abspath(name)).parents[:LEVELS]]
+    return [record for record in records if not os.path.islink(record)]
 
 
 def _code_of(spec: str) -> set[str]:

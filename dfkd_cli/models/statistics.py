@@ -158,17 +158,22 @@ def gaussian_divergence(p: Moments, q: Moments, epsilon: float = 1e-6) -> Tensor
     return 0.5 * (ratio + (p.mean - q.mean).square() / theirs - 1 - ratio.log())
 
 
-def layer_divergence(seen: Moments, recorded: Moments, reverse: bool = False) -> Tensor:
-    """``KL(N(recorded) || N(seen))``, mean over the channels of one layer, 0-d, in nats.
+def channel_divergences(seen: Moments, recorded: Moments, reverse: bool = False) -> Tensor:
+    """``KL(N(recorded) || N(seen))`` of each channel (C,) of one layer, in nats.
 
     Args:
         seen: Of some images.
-        recorded: The teacher's. Channels that were dead in its training do not count.
+        recorded: The teacher's. Channels that were dead in its training do not count: theirs is 0.
         reverse: ``KL(N(seen) || N(recorded))`` instead.
     """
-    divergence = gaussian_divergence(seen, recorded) if reverse else gaussian_divergence(recorded, seen)
+    divergences = gaussian_divergence(seen, recorded) if reverse else gaussian_divergence(recorded, seen)
+    return (recorded.variance >= DEAD) * divergences
+
+
+def layer_divergence(seen: Moments, recorded: Moments, reverse: bool = False) -> Tensor:
+    """The mean, 0-d, of :func:`channel_divergences` over the channels that count."""
     alive = recorded.variance >= DEAD
-    return (alive * divergence).sum() / alive.sum().clamp_min(1)
+    return channel_divergences(seen, recorded, reverse).sum() / alive.sum().clamp_min(1)
 
 
 @contextlib.contextmanager

@@ -143,6 +143,11 @@ class Model:
         """The columns of ``metrics.csv``."""
         return read_curves(self.path / "metrics.csv")
 
+    def agreements(self) -> list[float]:
+        """After each round the agreement with the teacher, on images that were held out or, in the loop, just made."""
+        made = made_beside(self.path) is not None
+        return (read_curves(self.path.parent / "metrics.csv") if made else self.curves()).get("agreement", [])
+
 
 def read_model(location: Location, code: Code) -> Model:
     """Read a model, and find the shard sets that its directory names.

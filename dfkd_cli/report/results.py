@@ -92,7 +92,7 @@ def _run(model: Model, section: Section, measured: Mapping[Path, Measures]) -> d
         "measures": dict(measured[model.path]),
         "gap": measured[model.path]["top1"] - measured[teacher.path]["top1"],  # below zero: worse than the teacher
         "seconds": model.seconds,
-        "selected": _selected(kept, curves.get("agreement", [])),
+        "selected": _selected(kept, model.agreements() if kept else []),
         "best_test": max(kept, key=lambda snapshot: snapshot["top1"], default=None),
         "rounds": len(curves.get("round", [])),
         "last": {name: column[-1] for name, column in curves.items()},
@@ -102,7 +102,7 @@ def _run(model: Model, section: Section, measured: Mapping[Path, Measures]) -> d
 
 
 def _selected(kept: Sequence[Mapping[str, Any]], agreement: Sequence[float]) -> Mapping[str, Any] | None:
-    """The snapshot that agrees most with the teacher on held-out images, the latest of equals: no test data is used."""
+    """The snapshot that agrees most with the teacher, the latest of equals: no test data is used."""
     measured = [snapshot for snapshot in kept if snapshot["round"] < len(agreement)]
     return max(measured, key=lambda snapshot: (agreement[snapshot["round"]], snapshot["round"]), default=None)
 

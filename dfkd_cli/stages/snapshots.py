@@ -9,7 +9,7 @@ import lightning.pytorch as pl
 from lightning.pytorch.callbacks import Callback
 from lightning.pytorch.utilities import rank_zero_only
 
-from dfkd_cli.artifacts.integrity import intact, read_run
+from dfkd_cli.artifacts.integrity import intact, on_record
 from dfkd_cli.artifacts.run import RunDirectory
 from dfkd_cli.models.classifier import Classifier
 from dfkd_cli.models.directory import save_weights
@@ -22,16 +22,18 @@ class Snapshots(Callback):
     """Keeps a model's weights after evenly spaced rounds, the last among them.
 
     Args:
-        run: Of the training. ``snapshots/round-00042.safetensors`` is the model after round 42, counted from 0.
+        run: Of the training.
         model: The model that is trained.
+        directory: Where the model will be, in the run's directory or that itself. Its
+            ``snapshots/round-00042.safetensors`` is the model after round 42, counted from 0.
         count: How many; 0 for none.
         rounds: Rounds of the training.
     """
 
-    def __init__(self, run: RunDirectory, model: Classifier, count: int, rounds: int) -> None:
+    def __init__(self, run: RunDirectory, model: Classifier, directory: Path, count: int, rounds: int) -> None:
         self.run, self.model = run, model
         chosen = {-(-rounds * (i + 1) // count) - 1 for i in range(count)}
-        self.paths = {index: run.path / SNAPSHOTS / f"round-{index:05d}.safetensors" for index in sorted(chosen)}
+        self.paths = {index: directory / SNAPSHOTS / f"round-{index:05d}.safetensors" for index in sorted(chosen)}
 
     @rank_zero_only
     def on_train_epoch_end(self, trainer: pl.Trainer, module: pl.LightningModule) -> None:
@@ -47,8 +49,7 @@ def look_back(directory: Path, model: Classifier) -> Iterator[int]:
     Raises:
         ArtifactError: One of them is damaged, or one that the run recorded is gone.
     """
-    recorded = [directory / file["path"] for file in read_run(directory).get("artifacts", ())]
-    there = {*(directory / SNAPSHOTS).glob("round-*.safetensors"), *(p for p in recorded if p.parent.name == SNAPSHOTS)}
-    for path in sorted(there):
+    snapshots = directory / SNAPSHOTS
+    for path in sorted({*snapshots.glob("round-*.safetensors"), *on_record(snapshots)}):
         load_weights(model.net, intact(path))
         yield int(path.stem.removeprefix("round-"))

@@ -33,6 +33,7 @@ from dfkd_cli.rounds.curves import write_csv
 from dfkd_cli.rounds.trainer import fit
 from dfkd_cli.settings import Settings
 from dfkd_cli.stages.inputs import real_data
+from dfkd_cli.stages.snapshots import Snapshots
 from dfkd_cli.stages.training import fresh, rehearse
 from dfkd_cli.synthesizers.base import SynthesisTask
 from dfkd_cli.ui import Terminal
@@ -45,6 +46,7 @@ class Inputs(ForeignModel):
     teacher: str = option("teacher", "teacher: model directory or SPEC")
     num_images: int = option(8000, "images to make", low=1, high=MOST_IMAGES, rehearsal=2)
     student: str | None = option(None, "student SPEC, for methods with a student in the loop")
+    snapshots: int = option(0, "keep that student's weights of so many evenly spaced rounds, for a look back", low=0)
     # Volatile: what decides the result is what the directory holds, by hash.
     metadata: str | None = option(None, "metadata directory, for methods that use metadata", volatile=True)
 
@@ -78,6 +80,8 @@ def run(settings: Settings, terminal: Terminal, dry_run: bool = False) -> dict[s
     """Make impressions. No dataset can be opened meanwhile."""
     if "student" in settings.method.entry.needs and settings.run.devices * settings.run.num_nodes > 1:
         raise ConfigError("a student in the loop is trained by one process", "give --devices 1 --num-nodes 1")
+    if settings.inputs.snapshots and "student" not in settings.method.entry.needs:
+        raise ConfigError("--snapshots keeps weights of a student in the loop", "leave it out: this method has none")
     if dry_run:
         return rehearse(settings, run, terminal)
     location = locate(settings.inputs.teacher, settings.inputs)
@@ -156,7 +160,9 @@ def _make(
     processes = settings.run.devices * settings.run.num_nodes
     task = SynthesisTask(teacher.classifier, count, settings.run.seed, writer, processes, **extras)
     synthesizer = settings.method.entry.load()(task, config)
-    fit(synthesizer, directory, terminal)
+    student, rounds = synthesizer.models().get("student"), synthesizer.rounds
+    snapshots = student and Snapshots(directory, student, directory.path / "student", settings.inputs.snapshots, rounds)
+    fit(synthesizer, directory, terminal, [snapshots] if snapshots else [])
     check_kept()
     writer.collect()
     manifest = writer.write_manifest()
@@ -173,7 +179,8 @@ def _make(
     files += _save_models(synthesizer.models(), directory.path, {**head, **facts})
     confidence = sum(writer.confidences[index] for index in range(writer.count)) / count
     metrics = {"count": count, "confidence": confidence, "class_histogram": histogram}
-    directory.finish([directory.path / name for name in files], metrics)
+    kept = snapshots.paths.values() if snapshots else ()
+    directory.finish([*(directory.path / name for name in files), *kept], metrics)
 
 
 def _head(settings: Settings, teacher: LoadedModel) -> dict[str, Any]:
@@ -202,7 +209,7 @@ def _save_models(models: Mapping[str, Classifier | Generators], path: Path, prov
             save_generators(path / role, model, provenance)
         else:
             save_model(path / role, model.eval(), metrics={}, provenance=provenance)
-    return [f"{role}/{file.name}" for role in models for file in sorted((path / role).iterdir())]
+    return [f"{role}/{file.name}" for role in models for file in sorted((path / role).iterdir()) if file.is_file()]
 
 
 def rare_classes(histogram: Sequence[int], names: Sequence[str] | None = None) -> str | None:

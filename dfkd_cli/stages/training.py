@@ -83,7 +83,7 @@ def train(
     else:
         with run.guard(), kept():
             learner = regime.load()(task, settings.method.config)
-            snapshots = Snapshots(run, task.student, task.training.snapshots, learner.rounds)
+            snapshots = Snapshots(run, task.student, run.path, task.training.snapshots, learner.rounds)
             fit(learner, run, terminal, [snapshots])
             metrics = dict(score(task.student.eval().to(run.record["device"])))
             check_kept()

@@ -24,6 +24,7 @@ from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
+from pathlib import Path
 
 import torch
 import torch.nn.functional as F
@@ -40,9 +41,11 @@ from dfkd_cli.models.taps import find_taps
 from dfkd_cli.options import PooledGeneration
 from dfkd_cli.seeds import derive
 from dfkd_cli.synthesizers.base import SynthesisTask
+from dfkd_cli.synthesizers.memory import Memory
 from dfkd_cli.synthesizers.pooled import BatchGeneration, Candidate, PooledGenerator
 
 PROJECTED = 256  # outputs of the perceptron
+KEPT = Path("checkpoints", "memory")
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -76,7 +79,7 @@ class CMI(PooledGenerator):
         with torch.random.fork_rng(devices=[]):
             torch.manual_seed(derive("projection", self.seed))
             self.projection = nn.Sequential(nn.Linear(size, size), nn.ReLU(), nn.Linear(size, PROJECTED))
-        self.remembered = Memory(min(config.memory, self.num_images), 2 * size)
+        self.remembered = Memory(self.writer.directory / KEPT, min(config.memory, self.num_images), 2 * size)
         mirror: list[nn.Module] = [RandomFlip()] if config.view_flip else []
         self.second_view = v2.Compose([RandomResizedCrop(config.contrast_crop), *mirror])
 
@@ -108,7 +111,8 @@ class CMI(PooledGenerator):
 
     def contrast(self, local: Tensor, whole: Tensor) -> Tensor:
         """The contrastive loss of features (B, D) of both views, against rows of the memory."""
-        past_local, past_whole = self.remembered.sample(self.config.negatives).chunk(2, dim=1)
+        past = self.remembered.sample(self.config.negatives).to(self.device)
+        past_local, past_whole = past.chunk(2, dim=1)
         queries = F.normalize(self.projection(torch.cat([local, past_local])), dim=1)
         with torch.no_grad():
             keys = F.normalize(self.projection(torch.cat([whole, past_whole])), dim=1)
@@ -118,36 +122,18 @@ class CMI(PooledGenerator):
         """Remember the features of the best images."""
         if best.features is not None:
             self.remembered.push(best.features)
+            self.remembered.write(self.current_round, best.features)
 
+    def can_continue(self, index: int) -> bool:
+        if not super().can_continue(index):
+            return False
+        return index == self.rounds or not self.config.contrast or self.remembered.read(index, self.config.batch_size)
 
-class Memory(nn.Module):
-    """The last rows that were pushed, first in, first out. Its state is in its buffers.
-
-    Args:
-        capacity: Rows at most.
-        size: Numbers of a row.
-    """
-
-    rows: Tensor  # (capacity, size)
-    pushed: Tensor  # (), int64: rows so far
-
-    def __init__(self, capacity: int, size: int) -> None:
-        super().__init__()
-        self.register_buffer("rows", torch.zeros(capacity, size))
-        self.register_buffer("pushed", torch.zeros((), dtype=torch.int64))
-
-    def push(self, rows: Tensor) -> None:
-        """Take rows (B, size); each overwrites the oldest."""
-        kept = rows[-len(self.rows) :]
-        first = self.pushed + len(rows) - len(kept)
-        at = (first + torch.arange(len(kept), device=first.device)) % len(self.rows)
-        self.rows[at] = kept.to(self.rows.dtype)
-        self.pushed += len(rows)
-
-    def sample(self, count: int) -> Tensor:
-        """Up to ``count`` different rows in random order."""
-        filled = min(int(self.pushed), len(self.rows))
-        return self.rows[torch.randperm(filled, device=self.rows.device)[:count]]
+    def keep(self) -> None:
+        """What was forgotten when a checkpoint was saved need not be kept; after the last round, nothing need."""
+        super().keep()
+        done = self.current_round + 1
+        self.remembered.drop(done if done == self.rounds else self.remembered.first(done, self.config.batch_size))
 
 
 def channel_means(values: Tensor) -> Tensor:

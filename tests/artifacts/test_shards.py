@@ -12,7 +12,7 @@ import torch
 from torch import Tensor
 
 from dfkd_cli.artifacts.files import sha256_file
-from dfkd_cli.artifacts.shards import MANIFEST, ShardReader, ShardWriter, shard_name
+from dfkd_cli.artifacts.shards import HASHES, MANIFEST, ShardReader, ShardWriter, shard_name
 from dfkd_cli.errors import ArtifactError
 
 SHAPE, CLASSES = (1, 2, 2), 3
@@ -126,6 +126,28 @@ def test_the_order_of_the_work_does_not_show(tmp_path):
             writer.write_manifest()
     rows = [json.loads((tmp_path / name / MANIFEST).read_text())["shards"] for name in ("a", "b")]
     assert [[row["file"] for row in part] for part in rows] == [[*map(shard_name, range(3))]] * 2
+
+
+def test_shards_that_no_manifest_names_are_not_believed_when_damaged(tmp_path):
+    """Another process continues: what was flipped in a whole file is remade, a cut line of hashes too."""
+    writer = ShardWriter(tmp_path, HEAD, 4)
+    for index in range(3):
+        writer.write(index, tensors(index), {})
+    path = tmp_path / shard_name(1)
+    data = bytearray(path.read_bytes())
+    data[-100] ^= 1  # of the images: it is as whole a file as before
+    path.write_bytes(data)
+    assert ShardWriter(tmp_path, HEAD, 4).missing() == [1, 3]
+    (hashes,) = tmp_path.glob(f"{HASHES}*")
+    hashes.write_bytes(hashes.read_bytes()[:-3])
+    continued = ShardWriter(tmp_path, HEAD, 4)
+    assert continued.missing() == [1, 2, 3]
+    for index in continued.missing():
+        continued.write(index, tensors(index), {})
+    assert len([*tmp_path.glob(f"{HASHES}*")]) == 2
+    continued.write_manifest()
+    assert not [*tmp_path.glob(f"{HASHES}*")]
+    ShardReader(tmp_path).verify()
 
 
 # -- reading what is damaged -------------------------------------------------------------------------------------------

@@ -69,10 +69,37 @@ def test_student_in_the_loop_beats_one_taught_with_noise(name, digits, tmp_path,
 def test_killed_and_continued_is_uninterrupted(name, more, digits, tmp_path):
     """kill -9 between two rounds, in a process of its own."""
     arguments = ["synthesize", "--method", name, "--teacher", str(digits / "teacher"), *more, "--seed", "3"]
+    arguments += ["--snapshots", "3"]
     finish([*arguments, "--out", "whole"], tmp_path)
     kill_after_saving([*arguments, "--out", "killed"], tmp_path, tmp_path / "killed" / CHECKPOINT)
-    assert json.loads((tmp_path / "killed" / "run.json").read_text())["status"] != "complete"
+    assert json.loads((tmp_path / "killed" / "run.json").read_text())["status"] != "done"
     finish([*arguments, "--out", "killed"], tmp_path)
-    for file in ["manifest.json", "metrics.csv", "student/model.safetensors", "generator/generator.safetensors"]:
+    snapshots = sorted(str(path.relative_to(tmp_path / "whole")) for path in (tmp_path / "whole").rglob("round-*"))
+    assert len(snapshots) == 3
+    files = ["manifest.json", "metrics.csv", "student/model.safetensors", "generator/generator.safetensors"]
+    for file in [*files, *snapshots]:
         assert (tmp_path / "whole" / file).read_bytes() == (tmp_path / "killed" / file).read_bytes(), file
     load_generators(tmp_path / "killed" / "generator")
+
+
+def test_other_stopping_points_of_a_student_in_the_loop(digits, tmp_path, cli):
+    teacher, out = str(digits / "teacher"), tmp_path / "shards"
+    arguments = ("--teacher", teacher, "--out", out, *STREAMED, "--steps", "80", "--student-steps", "2")
+    assert cli("synthesize", "--method", "dafl", *arguments, "--snapshots", "4")[0] == 0
+    student = out / "student"
+    snapshots = sorted((student / "snapshots").iterdir())
+    assert [path.stem for path in snapshots] == [f"round-0000{index}" for index in (1, 2, 3, 4)]  # and one of a shard
+    assert snapshots[-1].read_bytes() == (student / "model.safetensors").read_bytes()
+    compare = ("compare", student, "--teacher", teacher, "--allow-code", "--device", "cpu")
+    code, answer, err = cli(*compare, "--out", tmp_path / "all", "--json")
+    assert code == 0, err
+    row = json.loads(answer)["sections"][0]["rows"][1]
+    assert row["best_test"]["mean"] >= row["top1"]["mean"]
+    assert row["runs"][0]["selected"]["round"] in (1, 2, 3, 4)
+    data = bytearray(snapshots[1].read_bytes())
+    data[-1] ^= 1
+    snapshots[1].write_bytes(data)
+    code, _, err = cli(*compare, "--out", tmp_path / "again")
+    assert (code, "round-00002.safetensors is damaged" in err) == (3, True), err
+    code, _, err = cli("synthesize", "--method", "noise", "--teacher", teacher, "--allow-code", "--snapshots", "4")
+    assert (code, "--snapshots keeps weights of a student in the loop" in err) == (2, True), err

@@ -139,7 +139,7 @@ class Dfq(Dfad):
     def generator(self, x: Array, students: Sequence[Array]) -> dict[str, float]:
         maps, p = self.teacher.maps(self.theta, x), softmax(self.logits(x))
         return super().generator(x, students) | {
-            "statistics": gaussian_kl(maps.mean((0, 2)), maps.var((0, 2)), *self.teacher.moments).mean(),
+            "statistics": gaussian_kl(maps.mean((0, 2)), maps.var((0, 2)), *self.teacher.moments).sum(),
             "instance_entropy": entropy(p).mean(),
             "batch_entropy": -entropy(p.mean(0)),
         }

@@ -30,8 +30,9 @@ from dfkd_cli.rounds.trainer import fit
 from dfkd_cli.seeds import derive
 from dfkd_cli.settings import resolve
 from dfkd_cli.synthesizers.base import SynthesisTask
-from dfkd_cli.synthesizers.cmi import Memory, contrastive_loss, initialise
+from dfkd_cli.synthesizers.cmi import contrastive_loss, initialise
 from dfkd_cli.synthesizers.fast_dfkd import reset_first_layer
+from dfkd_cli.synthesizers.memory import Memory
 from dfkd_cli.synthesizers.nayer import NoisyLayers
 from dfkd_cli.synthesizers.pooled import Candidate, PooledGenerator, agreed_divergence
 from dfkd_cli.ui import Terminal
@@ -163,8 +164,8 @@ def test_contrast_projects_features_and_memory_and_stops_at_the_keys(tmp_path):
     assert local.grad.abs().min() > 0
 
 
-def test_memory_forgets_the_oldest_first():
-    memory = Memory(5, 1)
+def test_memory_forgets_the_oldest_first(tmp_path):
+    memory = Memory(tmp_path, 5, 1)
     assert memory.sample(3).shape == (0, 1)
     kept: list[int] = []
     for first, last in ((0, 3), (3, 4), (4, 8), (8, 20), (20, 22)):
@@ -175,6 +176,30 @@ def test_memory_forgets_the_oldest_first():
     assert len(set(memory.sample(3).flatten().tolist())) == 3
     torch.manual_seed(0)
     assert len({tuple(memory.sample(5).flatten().tolist()) for _ in range(20)}) > 5
+
+
+@pytest.mark.parametrize("count", range(6))
+def test_a_continued_run_remembers_the_same(count, tmp_path):
+    """Rounds of 3 rows, of which 7 are remembered: in the same order, which sampling depends on."""
+    memory = Memory(tmp_path, 7, 2)
+    for index in range(count):
+        memory.push(rows := torch.randn(3, 2))
+        memory.write(index, rows)
+    memory.drop(memory.first(count, 3))
+    assert len([*tmp_path.iterdir()]) == min(count, 3)
+    again = Memory(tmp_path, 7, 2)
+    assert again.read(count, 3)
+    filled = min(3 * count, 7)
+    assert (again.pushed, memory.pushed) == (3 * count, 3 * count)
+    assert torch.equal(again.rows[:filled], memory.rows[:filled])
+    for path in sorted(tmp_path.iterdir()):
+        content = path.read_bytes()
+        for damage in (content[:-1] + bytes([content[-1] ^ 1]), content[:-5], b""):
+            path.write_bytes(damage)
+            assert not Memory(tmp_path, 7, 2).read(count, 3)
+        path.unlink()
+        assert not Memory(tmp_path, 7, 2).read(count, 3)
+        path.write_bytes(content)
 
 
 def test_only_layers_that_run_are_averaged():
