@@ -14,6 +14,7 @@ from typing import Any
 from forks import Fork
 
 from dfkd_cli.artifacts.files import sha256_file
+from dfkd_cli.artifacts.integrity import write_run
 
 # Small enough for a test, long enough for a kill to hit every phase: start, rounds, checkpoints, the final writes.
 PIPELINE = [
@@ -102,12 +103,15 @@ def hashes(output: Path) -> dict[str, str]:
 
 def edit(file: Path, **values: Any) -> None:
     """Change a JSON file as its author would: the ``run.json`` beside it, if any, has its hash."""
-    file.write_text(json.dumps(json.loads(file.read_text()) | values))
     run = file.parent / "run.json"
-    if run.exists() and file != run:
+    if file == run:
+        write_run(file.parent, json.loads(file.read_text()) | values)
+        return
+    file.write_text(json.dumps(json.loads(file.read_text()) | values))
+    if run.exists():
         record = json.loads(run.read_text())
         for row in record["artifacts"]:
             row["sha256"] = sha256_file(file) if row["path"] == file.name else row["sha256"]
         if file.name in record["kept"]:
             record["kept"][file.name] = sha256_file(file)
-        run.write_text(json.dumps(record))
+        write_run(file.parent, record)

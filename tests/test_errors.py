@@ -383,8 +383,7 @@ def test_an_optimiser_needs_betas_below_one(here: Path, cli) -> None:
 def test_a_damaged_checkpoint_says_so(here: Path, cli) -> None:
     command = ["distill", "--steps", "400", "--batch-size", "2"]
     assert cli(*command)[0] == 0
-    run = json.loads(Path("student/run.json").read_text())
-    Path("student/run.json").write_text(json.dumps({**run, "status": "interrupted"}))
+    edit(Path("student/run.json"), status="interrupted")
     checkpoint = Path("student/checkpoints/last.ckpt")
     checkpoint.write_bytes(checkpoint.read_bytes()[:-200])
     code, _, err = cli(*command, "-q")
@@ -415,7 +414,7 @@ def test_a_directory_called_like_the_dataset_is_no_dataset(here: Path, cli) -> N
 def test_a_run_of_a_version_that_knew_fewer_settings_is_taken_for_what_it_is(here: Path, cli) -> None:
     record = json.loads((here / "shards" / "run.json").read_text())
     del record["identity"]["total_variation"]  # its default is what that version did
-    (here / "shards" / "run.json").write_text(json.dumps(record))
+    edit(here / "shards" / "run.json", identity=record["identity"])
     again = ["synthesize", "--method", "zskd", *SMALL]
     code, _, err = cli(*again)
     assert code == 0, err
@@ -549,13 +548,12 @@ def test_an_artifact_that_is_its_own_parent(here: Path, cli) -> None:
     assert cli("distill", "--steps", "1")[0] == 0
     run = json.loads(Path("student/run.json").read_text())
     sha256 = json.loads(cli("info", "shards", "--json")[1])["info"]["lineage"][0]["sha256"]
-    shards = json.loads(Path("shards/run.json").read_text())
     own = next(parent for parent in run["parents"] if parent["path"] == "shards")
-    Path("shards/run.json").write_text(json.dumps({**shards, "parents": [own]}))
+    edit(Path("shards/run.json"), parents=[own])
     (parent,) = json.loads(cli("info", "shards", "--json")[1])["info"]["lineage"]
     assert (parent["found"], parent["lineage"], len(sha256)) == ("same", [], 64)
     for parents in ({}, ["x"], [{"path": "shards"}], [{"role": "teacher", "path": 3}]):
-        Path("student/run.json").write_text(json.dumps({**run, "parents": parents}))
+        edit(Path("student/run.json"), parents=parents)
         one_line(cli("info", "student"), 3, "run.json is damaged: parents")
         one_line(cli("compare", "student", "--out", "c"), 3, "run.json is damaged: parents")
 

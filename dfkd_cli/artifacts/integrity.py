@@ -2,10 +2,12 @@
 
 from __future__ import annotations
 
+import json
+from collections.abc import Mapping
 from pathlib import Path
 from typing import Any, Literal, NotRequired, TypedDict
 
-from dfkd_cli.artifacts.files import sha256_file
+from dfkd_cli.artifacts.files import digest, sha256_file, write_json
 from dfkd_cli.artifacts.records import REMAKE, read_json
 from dfkd_cli.errors import ArtifactError
 from dfkd_cli.trust import CONFIG
@@ -49,6 +51,16 @@ class RunRecord(TypedDict):
     error: NotRequired[str | None]
     id: NotRequired[str]
     kept: NotRequired[dict[str, str]]
+    sha256: NotRequired[str]
+
+
+def write_run(directory: Path, record: Mapping[str, Any]) -> None:
+    """Write the ``run.json`` of a directory, with a hash of all that it says."""
+    write_json(directory / RUN, {**record, "sha256": _said(record)})
+
+
+def _said(record: Mapping[str, Any]) -> str:
+    return digest(json.loads(json.dumps({key: value for key, value in record.items() if key != "sha256"})))
 
 
 def read_run(directory: Path) -> dict[str, Any]:
@@ -59,7 +71,10 @@ def read_run(directory: Path) -> dict[str, Any]:
     """
     if not (directory / RUN).exists():
         return {}
-    return {"parents": [], "identity": {}, "artifacts": [], "kept": {}, **read_json(directory / RUN, RunRecord)}
+    record: dict[str, Any] = {**read_json(directory / RUN, RunRecord)}
+    if record.pop("sha256", said := _said(record)) != said:
+        raise ArtifactError(f"{directory / RUN} is damaged: its sha256 is not the recorded one", REMAKE)
+    return {"parents": [], "identity": {}, "artifacts": [], "kept": {}, **record}
 
 
 def intact(path: Path, sha256: str | None = None, hint: str = REMAKE) -> Path:

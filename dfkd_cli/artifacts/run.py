@@ -12,8 +12,8 @@ from pathlib import Path
 from typing import Any, BinaryIO
 
 from dfkd_cli import __version__
-from dfkd_cli.artifacts.files import check_inside, open_lock, remove, sha256_file, write_json, write_text
-from dfkd_cli.artifacts.integrity import RUN, intact, read_run
+from dfkd_cli.artifacts.files import check_inside, open_lock, remove, sha256_file, write_text
+from dfkd_cli.artifacts.integrity import RUN, intact, read_run, write_run
 from dfkd_cli.artifacts.records import read_json
 from dfkd_cli.config import dump_yaml, options
 from dfkd_cli.errors import ArtifactError, ConfigError, DfkdError, Interrupted
@@ -156,7 +156,7 @@ class RunDirectory:
         now = time.monotonic()
         self.record["seconds"] = round(self.record["seconds"] + now - self._mark, 3)
         self._mark = now
-        write_json(self.path / RUN, self.record)
+        write_run(self.path, self.record)
 
     def metric(self, name: str) -> Any:
         """A number that the finished run has measured.

@@ -42,6 +42,9 @@ DATASETS = {
     "svhn": "99,289 house-number digits, RGB, 32x32",
 }
 
+# What is to be said of a model whose record does not name a dataset's classes.
+BY_POSITION = "no class names, or not the dataset's -- classes are matched by position"
+
 Split = Literal["train", "test"]
 
 _DIGITS = tuple("0123456789")

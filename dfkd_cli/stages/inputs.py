@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import logging
 from collections.abc import Collection, Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -20,6 +21,8 @@ from dfkd_cli.models.generators import RECORD as GENERATORS
 from dfkd_cli.models.names import LoadedModel, Location
 from dfkd_cli.options import MOST_IMAGES
 from dfkd_cli.seeds import derive
+
+LOG = logging.getLogger(__name__)
 
 
 def real_data(model: Location, data_dir: str | None = None) -> list[str]:
@@ -55,7 +58,10 @@ def real_images(teacher: LoadedModel, name: str, data_dir: str | None, count: in
     """
     info = teacher.classifier.info
     images = datasets.load(name, "train", data_dir=data_dir, image_shape=info.input_size)
-    return _some(images.labelled_for(info, "the teacher"), count, seed)
+    images = images.labelled_for(info, "the teacher")
+    if images.classes != info.classes:
+        LOG.warning("teacher: %s", datasets.BY_POSITION)
+    return _some(images, count, seed)
 
 
 def _some(images: datasets.Dataset, count: int | None, seed: int) -> RealSource:

@@ -162,7 +162,7 @@ class Examiner:
     def caveat(self) -> str:
         """What is to be said of models whose classes are matched by position; empty if there are none."""
         models = ", ".join(self._by_position)
-        return models and f"{models}: no class names, or not the dataset's -- classes are matched by position"
+        return models and f"{models}: {datasets.BY_POSITION}"
 
     def examine(self, model: LoadedModel, dataset: str) -> Examination:
         """Show a dataset's test images to a model."""

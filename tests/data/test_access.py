@@ -17,6 +17,7 @@ import pytest
 import safetensors.torch
 import torch
 import ways_to_data
+from pipeline import edit
 from ways_to_data import MARK, WAYS
 
 from dfkd_cli.data import landlock
@@ -205,7 +206,7 @@ def test_what_was_begun_without_the_kernel_is_not_said_to_be_kept_by_it(here, cl
     command = [*NOISE, "--num-images", "4", *network("net.py", "pass")]
     assert cli(*command)[0] == 0
     assert "already complete" in dfkd(*command, cwd=here).stderr
-    Path("shards/run.json").write_text(json.dumps(record("shards") | {"status": "interrupted"}))
+    edit(Path("shards/run.json"), status="interrupted")
     assert dfkd(*command, cwd=here).returncode == 0
     assert record("shards")["sealed"] == "python"
 

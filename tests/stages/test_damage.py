@@ -91,6 +91,18 @@ def refuse(cli, command: list[str], *words: str) -> None:
         assert word in err
 
 
+def test_what_a_record_says_is_what_was_recorded(here: Path, cli) -> None:
+    """A value of the declared type, but another one."""
+    path = Path("student/run.json")
+    record = json.loads(path.read_text())
+    for name, value in (("seconds", 1e6), ("metrics", {"agreement_on_transfer_set": 1.0}), ("status", "failed")):
+        path.write_text(json.dumps(record | {name: value}))
+        refuse(cli, [*DISTILL, "-q"], "run.json is damaged: its sha256 is not the recorded one")
+        refuse(cli, ["info", "student"], "run.json is damaged: its sha256 is not the recorded one")
+    path.write_text(json.dumps({name: value for name, value in record.items() if name != "sha256"}))  # as once
+    assert cli("info", "student")[0] == 0
+
+
 @pytest.mark.parametrize("damage", DAMAGE)
 def test_a_comparison_reads_nothing_damaged(damage: str, here: Path, cli) -> None:
     DAMAGE[damage]()

@@ -303,6 +303,10 @@ def test_classes_without_names_are_matched_by_position_and_that_is_said(here, cl
     assert err.count("matched by position") == 1
     assert "unnamed, strange: no class names" in err
     assert "matched by position" not in cli("evaluate", "student")[2]
+    learn = ("distill", "--transfer-set", "real:20", "--steps", "1", "--batch-size", "4", "--out", "learned")
+    for teacher, said in (("unnamed", 1), ("teacher", 0)):
+        code, _, err = cli(*learn, "--teacher", teacher, "--overwrite")
+        assert (code, err.count("matched by position")) == (0, said), err
 
 
 # -- the teacher that is on record -------------------------------------------------------------------------------------

@@ -7,6 +7,7 @@ import os
 from pathlib import Path
 
 import pytest
+from pipeline import edit
 from tiny_comparisons import tree
 
 TINY = ("--steps", "2", "--batch-size", "4", "--holdout", "0")
@@ -41,8 +42,7 @@ def unfinished(request, tmp_path, monkeypatch, teacher, cli) -> list[str]:
     code, _, err = cli(*command)
     assert code == 0, err
     for file in Path("out").rglob("run.json"):
-        record = json.loads(file.read_text())
-        file.write_text(json.dumps(record | {"status": "interrupted", "artifacts": []}))
+        edit(file, status="interrupted", artifacts=[])
     return command
 
 
