@@ -34,8 +34,8 @@ format: .venv/.done ## Format the code
 	$(BIN)/ruff format .
 	$(BIN)/ruff check --fix .
 
-kill-test: .venv/.done ## Kill the pipeline at twenty random moments: twenty times the same hashes
-	OMP_NUM_THREADS=1 DFKD_KILLS=20 $(BIN)/python -m pytest tests/stages/test_resume.py -k killed_pipeline
+kill-test: .venv/.done ## Kill commands of every kind at COUNT=100 random moments: the same hashes each time
+	OMP_NUM_THREADS=1 $(BIN)/python tests/kills.py $(COUNT)
 
 mutation-test: .venv/.done ## Damage artifacts at random, COUNT=1500 times: what is not refused gives the same result
 	OMP_NUM_THREADS=1 $(BIN)/python tests/mutations.py $(COUNT)
