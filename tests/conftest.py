@@ -29,7 +29,7 @@ os.environ["OMP_NUM_THREADS"] = "1"  # in the processes of commands, too
 
 # What runs whole commands: fixtures, and functions of `pipeline.py`.
 COMMANDS = {"cli", "session_cli", "dfkd", "reference", "repository", "extended"}
-COMMANDS |= {"Fork", "start_fresh", "run_in_turn", "finish", "kill_after_saving"}
+COMMANDS |= {"Fork", "start_fresh", "run_in_turn", "finish", "kill_after_saving", "faults"}
 
 
 def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:

@@ -44,7 +44,8 @@ COMMANDS = {
     "generated": f"synthesize --method fast-dfkd {POOLED} --width 0.25",
     "metadata": "collect-metadata",
     "student": "distill --transfer-set shards --steps 600 --batch-size 8 --snapshots 3",
-    "followed": "distill --transfer-set shards --student resnet8 --objective response ofd crd --steps 200 --batch-size 8",
+    "followed": "distill --transfer-set shards --student resnet8 --objective response ofd crd --steps 200"
+    " --batch-size 8",
     "climbed": "distill --transfer-set real:30 --method pseudo-examples --pseudo-images 8 --steps 150 --batch-size 8",
     "evaluation": "evaluate student followed",
     "comparison": "compare student streamed/student",

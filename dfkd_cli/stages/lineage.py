@@ -40,9 +40,10 @@ def describe(path: Path) -> dict[str, Any]:
     for file, sha256 in _hashes(records).items():
         intact(path / file, sha256)
     short = {name: {key: v for key, v in record.items() if key not in LONG} for name, record in records.items()}
+    answer: dict[str, Any] = {"path": str(path), **short, "lineage": lineage(path)}
     if RUN not in records and made_beside(path) is None:
-        short["unverified"] = f"no {RUN}: nothing says whether these files are those that were written"
-    return {"path": str(path), **short, "lineage": lineage(path)}
+        answer["unverified"] = f"no {RUN}: nothing says whether these files are those that were written"
+    return answer
 
 
 def _hashes(records: dict[str, Any]) -> dict[str, str]:
