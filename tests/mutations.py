@@ -184,8 +184,8 @@ def lasting(part: dict[str, Any]) -> dict[str, Any]:
     return {key: value for key, value in part.items() if key not in PASSING}
 
 
-def faults(number: int, intact: Path, expected: dict[str, Any]) -> tuple[str, list[str]]:
-    """What went wrong with the damage of that number, and a name for how it ended.
+def faults(number: int, intact: Path, expected: dict[str, Any]) -> tuple[str, list[str], float]:
+    """A name for how the damage of that number ended, what went wrong, and the seconds that the command took.
 
     Args:
         number: Which damage; the same one every time.
@@ -208,18 +208,18 @@ def faults(number: int, intact: Path, expected: dict[str, Any]) -> tuple[str, li
             assert expected[command][0] == 0, expected[command]
     about = f"{number}: {what}; {command} ({took:.1f} s): exit {code}"
     if code == 0:
-        said = any(line.startswith("warning") or "damaged" in line or "again" in line for line in err.splitlines())
+        lines = {*err.splitlines()} - {*expected[command][2].splitlines()}
+        said = any(line.startswith(("warning", "note")) or "damaged" in line or "again" in line for line in lines)
         said |= "unverified" in str(result[0])
         same = result == expected[command][1]
         ended = "the same" if same else "said"
-        return ended, [] if same or said else [
-            f"{about}, another result, and no word: {_difference(result, expected[command][1])}"
-        ]
+        difference = _difference(result, expected[command][1])
+        return ended, [] if same or said else [f"{about}, another result, and no word: {difference}"], took
     ended = f"exit {code}"
     problems = [] if code in (2, 3) else [f"{about}: {err[-2000:]}"]
     if "Traceback" in err or len([line for line in err.splitlines() if line.startswith("error")]) > 1:
         problems.append(f"{about}, not in one line: {err[-2000:]}")
-    return ended, problems
+    return ended, problems, took
 
 
 def _difference(one: Any, other: Any) -> str:
@@ -235,16 +235,19 @@ def main() -> None:
     parser.add_argument("--first", type=int, default=0)
     a = parser.parse_args()
     ends: Counter[str] = Counter()
+    longest = 0.0
     with tempfile.TemporaryDirectory() as name:
         prepare(Path(name))
         expected: dict[str, Any] = {}
         for number in range(a.first, a.first + a.count):
-            ended, problems = faults(number, Path(name), expected)
+            ended, problems, took = faults(number, Path(name), expected)
+            longest = max(longest, took)
             ends["wrong" if problems else ended] += 1
             for problem in problems:
                 sys.stdout.write(problem + "\n")
                 sys.stdout.flush()
-    sys.stdout.write(", ".join(f"{ended}: {count}" for ended, count in ends.most_common()) + "\n")
+    sys.stdout.write(", ".join(f"{ended}: {count}" for ended, count in ends.most_common()))
+    sys.stdout.write(f"; the longest took {longest:.1f} s\n")
     sys.exit(bool(ends["wrong"]))
 
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import contextlib
+import logging
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -16,6 +17,8 @@ from dfkd_cli.errors import ArtifactError
 from dfkd_cli.models.directory import RECORD, identity, read_record
 from dfkd_cli.models.names import Location, ModelDirectory
 from dfkd_cli.trust import Code
+
+LOG = logging.getLogger(__name__)
 
 
 @dataclass(frozen=True)
@@ -162,6 +165,8 @@ def read_model(location: Location, code: Code) -> Model:
         return Model(*facts)
     path, run = Path(model.path), read_run(Path(model.path))
     beside = made_beside(path)
+    if not run and beside is None:
+        LOG.warning("%s: no %s, which says how it was made", path, RUN)
     places = [find(parent, path, MANIFEST) for parent in run.get("parents", [])] if beside is None else [beside]
     return Model(*facts, run, [read_shards(place) for place in places if place is not None])
 
