@@ -53,6 +53,27 @@ class Training(Augmentation):
 
 
 @dataclass(frozen=True, kw_only=True)
+class TaughtAtFirst:
+    """How long a teacher teaches."""
+
+    teacher_epochs: int | None = option(
+        None, "epochs in which the teacher teaches; then labels do, or its classes (default: all)", low=0
+    )
+    fade: bool = option(
+        False, "over these epochs the teacher's share falls from all to nothing, and labels have the rest"
+    )
+
+
+@dataclass(frozen=True, kw_only=True)
+class Several:
+    """Which networks learn together."""
+
+    students: tuple[str, ...] | None = option(
+        None, "model SPECs; the first is written as the student, instead of --student (default: that one twice)"
+    )
+
+
+@dataclass(frozen=True, kw_only=True)
 class Shards:
     """How images are cut into shards and stored."""
 

@@ -163,7 +163,7 @@ def choose(command: str, layers: list[Layer]) -> dict[str, list[tuple[catalog.En
         flag, package = choice.flag, choice.package
         if choice.beside is not None and choice.beside not in (method := chosen["method"][0][0]).needs:
             if any(layer.get(flag) for source, layer, _ in layers if source == TYPED):
-                raise ConfigError(f"--method {method.name} has no {choice.beside} to learn from", f"leave out --{flag}")
+                raise ConfigError(f"--method {method.name} takes no --{flag}", "leave it out")
             chosen[flag] = []
             continue
         named = next((layer[flag] for _, layer, _ in reversed(layers) if layer.get(flag)), choice.default)

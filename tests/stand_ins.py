@@ -64,16 +64,24 @@ def check_interruption(run: Callable[..., Learner], directory: Path) -> tuple[Le
     """
 
     class Stop(Callback):
-        def on_train_epoch_start(self, trainer: pl.Trainer, module: pl.LightningModule) -> None:
-            if trainer.current_epoch == 2:
+        def on_train_epoch_end(self, trainer: pl.Trainer, module: pl.LightningModule) -> None:
+            if trainer.current_epoch == 1:
+                for logger in trainer.loggers:
+                    logger.save()
                 trainer.save_checkpoint(directory / "stopped" / CHECKPOINT)
                 raise ZeroDivisionError
 
+    class Watch(Callback):
+        def on_train_epoch_start(self, trainer: pl.Trainer, module: pl.LightningModule) -> None:
+            rounds.append(trainer.current_epoch)
+
+    rounds: list[int] = []
     whole = run(directory / "whole")
     with pytest.raises(ZeroDivisionError):
         run(directory / "stopped", Stop())
     torch.manual_seed(99)
-    resumed = run(directory / "stopped")
+    resumed = run(directory / "stopped", Watch())
+    assert rounds == [*range(2, whole.rounds)], "continued where it was stopped"
     state = resumed.state_dict()
     assert all(torch.equal(value, state[key]) for key, value in whole.state_dict().items())
     for path in [*(directory / "whole").glob("shard-*"), directory / "whole" / "metrics.csv"]:

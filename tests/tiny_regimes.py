@@ -43,6 +43,7 @@ def regime(
     student: Classifier | None = None,
     objectives: Sequence[tuple[float, Objective]] | None = None,
     config: dict | None = None,
+    peers: Sequence[Classifier] = (),
     **training,
 ) -> Regime:
     """A regime with a linear student and a linear teacher."""
@@ -50,7 +51,7 @@ def regime(
     source = source or Given(pixels())
     settings = build(Distill, STILL | {"warmup": 0, "holdout": 0, "batch_size": len(source)} | training)
     named = {f"loss{i}": pair for i, pair in enumerate(objectives or [(1.0, response())])}
-    task = Task(student or network(1), network(2), source, named, settings, seed=0)
+    task = Task(student or network(1), network(2), source, named, settings, seed=0, peers=peers)
     return entry.load()(task, build(entry.config, config or {}))
 
 

@@ -305,6 +305,21 @@ class Batches:
             position = step % self.steps_per_epoch
             yield self._take(plan, position * self.batch_size, (position + 1) * self.batch_size).to(self.device)
 
+    def partners(self, images: Images) -> Images:
+        """For each labelled image (B,) of the latest batch one of the same class, uniformly from those that are held.
+
+        An image may be its own partner, and is where no other of its class is held. Torch's random state decides.
+        """
+        (held,) = self._windows.values()
+        labels = images.true_labels
+        classes = int(max(held.true_labels.max(), labels.max())) + 1
+        counts = torch.bincount(held.true_labels, minlength=classes)
+        rows, starts = held.true_labels.argsort(stable=True), counts.cumsum(0) - counts
+        drawn = torch.rand(len(labels), device="cpu").to(self.device)  # as on any device
+        at = (starts[labels] + (drawn * counts[labels]).long()).clamp_max(len(rows) - 1)
+        partners, alone = held[rows[at]].to(self.device), (counts[labels] == 0)[:, None, None, None]
+        return Images(torch.where(alone, images.pixels, partners.pixels), labels)
+
     def _plan(self, epoch: int) -> list[tuple[tuple[int, ...], np.ndarray]]:
         """The epoch's windows, each as its chunks and a shuffled order of its images."""
         generator = np.random.default_rng(derive("order", self.seed, epoch))

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from abc import abstractmethod
 from collections import Counter
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any, ClassVar
 
@@ -55,6 +55,7 @@ class Task:
         objectives: Losses between the two by name, with their weights.
         training: The options of optimiser, schedule and augmentation.
         seed: The run's seed.
+        peers: More networks to train, where a regime has several students.
     """
 
     student: Classifier
@@ -63,24 +64,28 @@ class Task:
     objectives: Mapping[str, tuple[float, Objective]]
     training: Training
     seed: int
+    peers: Sequence[Classifier] = ()
 
 
 class Regime(Learner):
     """Trains a student by steps of one batch each; rounds are stretches of steps.
 
-    A subclass says in ``needs`` what it asks for (``"teacher"``, ``"labels"``, stored ``"logits"`` and ``"targets"``),
-    has a ``Config`` in its file, and gives the loss of a batch in :meth:`loss`. Parameters that the loss does not
-    depend on stay as they are: neither momentum nor weight decay changes them.
+    A subclass says in ``needs`` what it asks for (``"teacher"``, ``"objective"`` where distances are the user's choice,
+    ``"labels"``, stored ``"logits"`` and ``"targets"``), has a ``Config`` in its file, and gives the loss of a batch in
+    :meth:`loss`. Parameters that the loss does not depend on stay as they are: neither momentum nor weight decay
+    changes them.
     """
 
     kind = "regime"
     needs: ClassVar[tuple[str, ...]] = ()
     unit = "steps"
+    epochs = 0.0  # passes over the images before the step that is being done
 
     def __init__(self, task: Task, config: Any) -> None:
         super().__init__()
         self.config, self.training_config, self.seed, self.source = config, task.training, task.seed, task.source
         self.student = task.student.lay_out()
+        self.peers = nn.ModuleList(peer.lay_out() for peer in task.peers)
         self.teacher = None if task.teacher is None else task.teacher.freeze().lay_out()
         self.first: dict[str, float] = {}  # what each term was in its first step
         self.weights = {name: weight for name, (weight, _) in task.objectives.items()}
@@ -96,6 +101,19 @@ class Regime(Learner):
 
     def done(self, rounds: int) -> int:
         return min(rounds * STEPS_PER_ROUND, self.steps)
+
+    @property
+    def students(self) -> list[Any]:
+        """The student and its peers."""
+        return [self.student, *self.peers]
+
+    def models(self) -> Mapping[str, Classifier]:
+        """What is trained: the student, and its peers, each to be written under its name."""
+        return {"student": self.student, **{f"peer-{i}": peer for i, peer in enumerate(self.students[1:], 1)}}
+
+    def view(self, images: Images) -> Images:
+        """What is learned from a batch: images changed at random. Torch's random state is already seeded for it."""
+        return images.changed(self.augment(images.pixels))
 
     @abstractmethod
     def loss(self, images: Images) -> tuple[Tensor, dict[str, Tensor]]:
@@ -143,7 +161,8 @@ class Regime(Learner):
     def configure_optimizers(self) -> Any:
         """The student's optimiser, and a learning rate that rises, and then falls along a cosine or in steps."""
         c = self.training_config
-        parameters = [p for p in [*self.student.parameters(), *self.objectives.parameters()] if p.requires_grad]
+        trained = [*self.students, self.objectives]
+        parameters = [parameter for net in trained for parameter in net.parameters() if parameter.requires_grad]
         if c.optimizer == "sgd":
             nesterov = c.nesterov and c.momentum > 0
             optimizer: torch.optim.Optimizer = torch.optim.SGD(
@@ -184,7 +203,8 @@ class Regime(Learner):
         start, stop = index * STEPS_PER_ROUND, min((index + 1) * STEPS_PER_ROUND, self.steps)
         sums: dict[str, Tensor] = {}
         counts: Counter[str] = Counter()
-        self.student.train()
+        for student in self.students:
+            student.train()
         for step, images in enumerate(self.batches.steps(start, stop), start):
             terms = self._step(step, images)
             self.first |= {name: float(term.detach()) for name, term in terms.items() if name not in self.first}
@@ -202,7 +222,8 @@ class Regime(Learner):
         schedule: Any = self.lr_schedulers()
         seed_torch(self.device, "step", self.seed, step, self.global_rank)
         images = images[self.global_rank :: self.trainer.world_size]  # processes share each batch
-        images = images.changed(self.augment(images.pixels))
+        images = self.view(images)
+        self.epochs = step / self.batches.steps_per_epoch
         for objective in self.losses.values():
             objective.epoch, objective.progress = step // self.batches.steps_per_epoch, step / self.steps
         loss, terms = self.loss(images)

@@ -8,97 +8,91 @@ Hinton, Vinyals, Dean. Distilling the Knowledge in a Neural Network. 2015. arXiv
 turned or shifted is asked about anew, not given the answer of the upright one. ``strength`` is 1 but for terms that
 grow or fade over the epochs. While one of them is to be learned alone, the others do not count. Parameters that nothing
 counted depends on are left as they are, by weight decay too.
+
+With ``teacher_epochs`` E the teacher only gives the start:
+
+    L' = s L + (1 - s) (-log softmax(z_student)_y)        s = 1 before the end of epoch E, then 0
+                                                          with ``fade``: s = max(0, 1 - epochs / E)
+
+Jha, Saini, Mittal. On the Demystification of Knowledge Distillation: A Residual Network Perspective. 2020.
+arXiv:2006.16589. They find that a student that was taught for some epochs can learn from labels alone thereafter;
+schedule and momentum go on. No code was released; the linear fade, and that y is the teacher's class where images have
+no labels, are ours.
 """
 
 from __future__ import annotations
 
-import functools
-from collections.abc import Mapping
 from contextlib import AbstractContextManager, nullcontext
 from dataclasses import dataclass
 from typing import Any
 
 import torch
+import torch.nn.functional as F
 from torch import Tensor
 
 from dfkd_cli.data.sources import Images
 from dfkd_cli.models.activations import batch_statistics
 from dfkd_cli.models.taps import find_taps
-from dfkd_cli.objectives.base import Outputs, ask, everywhere
-from dfkd_cli.regimes.base import Regime, Task
-from dfkd_cli.rounds.learner import weighted_sum
+from dfkd_cli.objectives.answers import hard_labels
+from dfkd_cli.objectives.base import ask
+from dfkd_cli.options import TaughtAtFirst
+from dfkd_cli.regimes.base import Task
+from dfkd_cli.regimes.distillation import Answers, Distillation
 
 
 @dataclass(frozen=True, kw_only=True)
-class Config:
-    """Offline distillation: everything is in the objectives."""
+class Config(TaughtAtFirst):
+    """Offline distillation: nearly everything is in the objectives."""
 
 
-class Offline(Regime):
+class Offline(Distillation):
     """One frozen teacher, one student."""
 
-    needs = ("teacher",)
+    needs = ("teacher", "objective")
     measure = "agreement"
 
     def __init__(self, task: Task, config: Any) -> None:
         super().__init__(task, config)
-        pairs = [pair for objective in self.losses.values() for pair in objective.pairs]
-        self.student_taps = find_taps(self.student, (name for name, _ in pairs))
-        self.teacher_taps = find_taps(self.teacher, (name for _, name in pairs))
+        self.teacher_taps = find_taps(self.teacher, (tap for o in self.losses.values() for _, tap in o.pairs))
+
+    @property
+    def share(self) -> float:
+        """The teacher's share of the loss at this time of the training; the labels have the rest."""
+        epochs = self.config.teacher_epochs if isinstance(self.config, TaughtAtFirst) else None
+        if epochs is None:
+            return 1.0
+        if self.config.fade:
+            return max(0.0, 1 - self.epochs / epochs) if epochs else 0.0
+        return float(self.epochs < epochs)
 
     def loss(self, images: Images) -> tuple[Tensor, dict[str, Tensor]]:
-        """The objectives between student and teacher on the same pixels."""
-        with torch.no_grad():
-            teacher = self.ask_teacher(images.pixels)
-        terms = self.terms(self.ask_student(images.pixels), teacher, images, shared=True)
-        return self.total(terms), self.named(terms)
+        """The objectives between student and teacher on the same pixels, as long as the teacher teaches."""
+        share, teacher = self.share, None
+        if share or images.labels is None:
+            with torch.no_grad():
+                teacher = self.ask_teacher(images)
+        student = self.ask_student(images.pixels)
+        parts, named = [], {}
+        if teacher is not None and share:
+            terms = self.terms(student, teacher, images, shared=True)
+            parts, named = [share * self.total(terms)], self.named(terms)
+        if share < 1:
+            classes = images.true_labels if teacher is None else hard_labels(next(iter(teacher.values())), images)
+            named["labels"] = F.cross_entropy(student.logits, classes)
+            parts.append((1 - share) * named["labels"])
+        return torch.stack(parts).sum(), named
 
-    def ask_teacher(self, pixels: Tensor) -> dict[str, Outputs]:
+    def ask_teacher(self, images: Images) -> Answers:
         """The teacher's outputs in each of the modes that objectives want, ``eval`` first."""
         modes: dict[str, AbstractContextManager[None]] = {
             "eval": nullcontext(),
             "train": batch_statistics(self.teacher),
         }
-        outputs: dict[str, Outputs] = {}
+        outputs: Answers = {}
         for mode in sorted({objective.teacher_mode for objective in self.losses.values()}):
             with modes[mode]:
-                outputs[mode] = ask(self.teacher, pixels, self.teacher_taps)
+                outputs[mode] = ask(self.teacher, images.pixels, self.teacher_taps)
         return outputs
-
-    def ask_student(self, pixels: Tensor) -> Outputs:
-        """The student's outputs."""
-        return ask(self.student, pixels, self.student_taps)
-
-    def terms(
-        self, student: Outputs, teacher: Mapping[str, Outputs], images: Images, shared: bool = False
-    ) -> dict[str, dict[str, Tensor]]:
-        """The unweighted terms of each objective, 0-d, between a student's and the teacher's outputs in each mode.
-
-        Where the images are this process's share of a batch, ``shared``, relations are those of the whole batch.
-        """
-        terms = {}
-        with torch.autocast(self.device.type, enabled=False):  # losses are computed in float32
-            for name, objective in self.losses.items():
-                own, guide, seen = student, teacher[objective.teacher_mode], images
-                if shared and objective.relational:
-                    own, guide, seen = own.everywhere(), guide.everywhere(), seen.each(everywhere)
-                terms[name] = objective(own, guide, seen)
-        return terms
-
-    def total(self, terms: Mapping[str, Mapping[str, Tensor]]) -> Tensor:
-        """The loss, 0-d: the weighted sum of the terms of the objectives learned alone now, or else of all."""
-        alone = any(objective.alone for objective in self.losses.values())
-        weighted = []
-        for name, objective in self.losses.items():
-            if objective.alone == alone and self.weights[name]:  # without a weight, weight decay alone would count
-                scaled = {term: objective.strength(term) * value for term, value in terms[name].items()}
-                weighted.append(self.weights[name] * weighted_sum(scaled, objective.config))
-        return functools.reduce(torch.add, weighted)
-
-    def named(self, terms: Mapping[str, Mapping[str, Tensor]]) -> dict[str, Tensor]:
-        """The terms of all objectives for the log, with the objective in the name where there are several."""
-        several = len(terms) > 1
-        return {f"{name}.{term}" if several else term: v for name, each in terms.items() for term, v in each.items()}
 
     def correct(self, images: Images) -> Tensor:
         """Whether the student gives the teacher's class."""

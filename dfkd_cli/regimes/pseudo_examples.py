@@ -29,13 +29,14 @@ from torch import Tensor
 
 from dfkd_cli.config import option
 from dfkd_cli.data.sources import Images, Source, Subset
+from dfkd_cli.options import TaughtAtFirst
 from dfkd_cli.regimes.base import Task
 from dfkd_cli.regimes.offline import Offline
 from dfkd_cli.seeds import derive
 
 
 @dataclass(frozen=True, kw_only=True)
-class Config:
+class Config(TaughtAtFirst):
     """Pseudo examples."""
 
     pseudo_images: int = option(200, "pseudo images, all of them used in every step", low=1, rehearsal=2)
@@ -78,18 +79,24 @@ class PseudoExamples(Offline):
     def loss(self, images: Images) -> tuple[Tensor, dict[str, Tensor]]:
         """The objectives on the batch, and on all pseudo images."""
         loss, terms = super().loss(images)
+        if not self.share:
+            return loss, terms
         more, pseudo_terms = self.pseudo_loss()
-        return loss + self.config.pseudo * more, terms | {f"pseudo.{name}": term for name, term in pseudo_terms.items()}
+        return loss + self.share * self.config.pseudo * more, terms | {
+            f"pseudo.{name}": term for name, term in pseudo_terms.items()
+        }
 
     def pseudo_loss(self) -> tuple[Tensor, dict[str, Tensor]]:
         """The objectives on the pseudo images, with gradients towards them through both networks if they ask for it."""
-        teacher = self.ask_teacher(self.pseudo)
+        teacher = self.ask_teacher(Images(self.pseudo))
         labels = next(iter(teacher.values())).logits.argmax(1)
         terms = self.terms(self.ask_student(self.pseudo), teacher, Images(self.pseudo, labels))
         return self.total(terms), self.named(terms)
 
     def after_step(self) -> None:
         """Move the pseudo images uphill. Every process moves all of them, so that all processes have the same."""
+        if not self.share:
+            return  # nobody learns from them any more
         self.eval()
         self.pseudo.requires_grad_()
         for _ in range(self.config.iterations):

@@ -130,7 +130,7 @@ def _sample(learner: Offline, task: Task) -> dict[tuple[str, str], list[tuple[fl
         for step, images in enumerate(batches.steps(0, BATCHES)):
             seed_torch(cpu, "step", task.seed, step, 0)
             with torch.no_grad():
-                teacher = learner.ask_teacher(images.pixels)
+                teacher = learner.ask_teacher(images)
             student = learner.ask_student(images.pixels)
             for name, terms in learner.terms(student, teacher, images).items():
                 for term in terms.keys() & _weights(task, name).keys():

@@ -8,11 +8,9 @@ from __future__ import annotations
 
 import contextlib
 import dataclasses
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator
 from dataclasses import dataclass
 from typing import Any
-
-import torch
 
 from dfkd_cli import catalog
 from dfkd_cli.artifacts.run import RunDirectory
@@ -26,12 +24,11 @@ from dfkd_cli.models.names import LoadedModel, architecture, locate
 from dfkd_cli.objectives.base import Objective
 from dfkd_cli.options import ForeignModel, Training
 from dfkd_cli.regimes.base import Task
-from dfkd_cli.seeds import derive
 from dfkd_cli.settings import Component, Settings
 from dfkd_cli.stages.calibrate import calibrate, check
 from dfkd_cli.stages.inputs import TransferSet, may_be_real, open_transfer_set, real_data
 from dfkd_cli.stages.measures import agreement
-from dfkd_cli.stages.training import fresh, rehearse, train
+from dfkd_cli.stages.training import connect, rehearse, specs, students, train
 from dfkd_cli.ui import Terminal
 
 
@@ -69,7 +66,7 @@ COMMAND = Command(
     out="student",
     choices=(
         Choice("method", "regimes", "offline"),
-        Choice("objective", "objectives", "response", several=True, beside="teacher"),
+        Choice("objective", "objectives", "response", several=True, beside="objective"),
     ),
     shared=True,
     examples=("dfkd distill --transfer-set shards/", "dfkd distill --transfer-set real:200 --student lenet5-half"),
@@ -86,13 +83,15 @@ class Job:
         sets: The transfer sets.
         data_free: None of them can be real images.
         student: The network to train.
-        objectives: The losses between the two by name, with their weights.
+        peers: More of them, where the method has several students.
+        objectives: The losses between teacher and students by name, with their weights.
     """
 
     teacher: LoadedModel
     sets: list[TransferSet]
     data_free: bool
     student: Classifier
+    peers: list[Classifier]
     objectives: dict[str, tuple[float, Objective]]
 
     def task(self, settings: Settings) -> Task:
@@ -103,7 +102,8 @@ class Job:
             if inputs.num_images > len(source):
                 raise ConfigError(f"--num-images {inputs.num_images}: the transfer sets have {len(source)} images")
             source = first(source, inputs.num_images)
-        return Task(self.student, self.teacher.classifier, source, self.objectives, inputs, settings.run.seed)
+        seed = settings.run.seed
+        return Task(self.student, self.teacher.classifier, source, self.objectives, inputs, seed, self.peers)
 
     @property
     def hard_labels_note(self) -> str | None:
@@ -134,7 +134,7 @@ def run(settings: Settings, terminal: Terminal, dry_run: bool = False) -> dict[s
             terminal.say(note)
         if not dry_run:
             return learn(settings, job, terminal)
-        measured = calibrate(task) if task.objectives else []
+        measured = calibrate(task) if "teacher" in settings.method.entry.needs else []
 
         def short(cut: Settings, quiet: Terminal) -> dict[str, Any]:
             losses = connect(cut.components["objective"], job.student, job.teacher.classifier, cut.run.seed)
@@ -152,7 +152,7 @@ def learn(settings: Settings, job: Job, terminal: Terminal) -> dict[str, Any]:
     parents = [
         teacher.parent("teacher"),
         *(s.parent for s in job.sets),
-        *architecture(settings.inputs.student, settings.code).parents,
+        *(p for spec in specs(settings, settings.inputs.student) for p in architecture(spec, settings.code).parents),
     ]
     facts = {"data_free": job.data_free, "uses": job.uses, "num_images": len(task.source)}
     directory = RunDirectory(settings.out, settings, parents, facts, kept_by() if job.data_free else None)
@@ -190,10 +190,10 @@ def opened(settings: Settings) -> Iterator[Job]:
         needs = [need for chosen in settings.components.values() for c in chosen for need in c.entry.needs]
         sets = [open_transfer_set(name, teacher, inputs.data_dir, seed, needs) for name in inputs.transfer_set]
         info = dataclasses.replace(teacher.classifier.info, spec=inputs.student)
-        student = fresh(info, "student", seed, settings.code)
+        student, peers = students(settings, info, "student")
         objectives = connect(settings.components["objective"], student, teacher.classifier, seed)
         check_kept()
-        yield Job(teacher, sets, without_data, student, objectives)
+        yield Job(teacher, sets, without_data, student, peers, objectives)
 
 
 def with_answers(settings: Settings, job: Job, terminal: Terminal) -> Settings:
@@ -214,18 +214,3 @@ def with_answers(settings: Settings, job: Job, terminal: Terminal) -> Settings:
     terminal.say(f"{alone}: it learns the labels beside them (--objective response=0: it does not)")
     objectives = (*settings.components["objective"], labels)
     return dataclasses.replace(settings, components=settings.components | {"objective": objectives})
-
-
-def connect(
-    chosen: Sequence[Component], student: Classifier, teacher: Classifier, seed: int
-) -> dict[str, tuple[float, Objective]]:
-    """The chosen objectives by name, with their weights, ready for these networks."""
-    objectives = {}
-    for component in chosen:
-        name = component.entry.name
-        objective = component.entry.load()(component.config)
-        with torch.random.fork_rng(devices=[]):
-            torch.manual_seed(derive(f"objective {name}", seed))
-            objective.connect(student, teacher)
-        objectives[name] = component.weight, objective
-    return objectives

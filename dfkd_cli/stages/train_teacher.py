@@ -18,8 +18,9 @@ from dfkd_cli.models.names import architecture
 from dfkd_cli.options import Training
 from dfkd_cli.regimes.base import Task
 from dfkd_cli.settings import Settings
+from dfkd_cli.stages.calibrate import check
 from dfkd_cli.stages.measures import top1
-from dfkd_cli.stages.training import fresh, rehearse, train
+from dfkd_cli.stages.training import connect, rehearse, specs, students, train
 from dfkd_cli.ui import Terminal
 
 
@@ -46,7 +47,10 @@ class Inputs(Training):
 COMMAND = Command(
     position=10,
     out="teacher",
-    choices=(Choice("method", "regimes", "supervised"),),
+    choices=(
+        Choice("method", "regimes", "supervised"),
+        Choice("objective", "objectives", "response", several=True, beside="objective"),
+    ),
     shared=True,
     examples=("dfkd train-teacher", "dfkd train-teacher --dataset mnist --model lenet5 --out teacher/"),
     next="dfkd synthesize --method zskd",
@@ -65,10 +69,14 @@ def run(settings: Settings, terminal: Terminal, dry_run: bool = False) -> dict[s
     test = datasets.load(inputs.dataset, "test", data_dir=inputs.data_dir, image_shape=dataset.image_shape)
     mean, std = dataset.mean_std()
     info = ModelInfo(inputs.model, len(dataset.classes), dataset.image_shape, mean, std, dataset.classes)
-    parents = [*architecture(inputs.model, settings.code).parents, *datasets.contents(inputs.dataset)]
+    models = [architecture(spec, settings.code) for spec in specs(settings, inputs.model)]
+    parents = [*(parent for model in models for parent in model.parents), *datasets.contents(inputs.dataset)]
     directory = RunDirectory(settings.out, settings, parents, {"data_free": False})
-    student = fresh(info, "teacher", settings.run.seed, settings.code)
-    task = Task(student, None, RealSource(dataset), {}, inputs, settings.run.seed)
+    network, peers = students(settings, info, "teacher")
+    objectives = connect(settings.components["objective"], network, network, settings.run.seed)
+    task = Task(network, None, RealSource(dataset), objectives, inputs, settings.run.seed, peers)
+    if objectives:
+        check(task)
 
     def score(model: Classifier) -> dict[str, float]:
         return {"top1": top1(model, RealSource(test))}

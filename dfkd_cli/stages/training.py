@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import dataclasses
 import tempfile
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -21,10 +21,12 @@ from dfkd_cli.models.classifier import Classifier, ModelInfo
 from dfkd_cli.models.directory import save_model
 from dfkd_cli.models.names import architecture
 from dfkd_cli.models.registry import build
+from dfkd_cli.objectives.base import Objective
+from dfkd_cli.options import Several
 from dfkd_cli.regimes.base import Task
 from dfkd_cli.rounds.trainer import fit
 from dfkd_cli.seeds import derive
-from dfkd_cli.settings import Settings
+from dfkd_cli.settings import Component, Settings
 from dfkd_cli.stages.inputs import pick_device
 from dfkd_cli.stages.snapshots import Snapshots
 from dfkd_cli.trust import Code
@@ -46,6 +48,41 @@ def fresh(info: ModelInfo, role: str, seed: int, code: Code = Code()) -> Classif
         net = build(named.spec, info.num_classes, info.input_size, code.may_run(named.spec))
         require_training(net, info.spec, info.num_classes, info.input_size, batch=2)
     return Classifier(net, dataclasses.replace(info, spec=named.spec))
+
+
+def specs(settings: Settings, named: str) -> tuple[str, ...]:
+    """The networks to train: the one that the command names, or where several learn together those of the method."""
+    config = settings.method.config
+    return (config.students or (named,) * 2) if isinstance(config, Several) else (named,)
+
+
+def students(settings: Settings, info: ModelInfo, role: str) -> tuple[Classifier, list[Classifier]]:
+    """The new network to train, and its peers.
+
+    Args:
+        settings: Of the command.
+        info: What they are; its ``spec`` is that of the one that the command names.
+        role: What they are for.
+    """
+    infos = [dataclasses.replace(info, spec=spec) for spec in specs(settings, info.spec)]
+    roles = [role, *(f"{role} {index}" for index in range(1, len(infos)))]
+    first, *peers = (fresh(*which, settings.run.seed, settings.code) for which in zip(infos, roles, strict=True))
+    return first, peers
+
+
+def connect(
+    chosen: Sequence[Component], student: Classifier, teacher: Classifier, seed: int
+) -> dict[str, tuple[float, Objective]]:
+    """The chosen objectives by name, with their weights, ready for these networks."""
+    objectives = {}
+    for component in chosen:
+        name = component.entry.name
+        objective = component.entry.load()(component.config)
+        with torch.random.fork_rng(devices=[]):
+            torch.manual_seed(derive(f"objective {name}", seed))
+            objective.connect(student, teacher)
+        objectives[name] = component.weight, objective
+    return objectives
 
 
 def train(
@@ -85,14 +122,21 @@ def train(
             learner = regime.load()(task, settings.method.config)
             snapshots = Snapshots(run, task.student, run.path, task.training.snapshots, learner.rounds)
             fit(learner, run, terminal, [snapshots])
-            metrics = dict(score(task.student.eval().to(run.record["device"])))
+            models = {role: model.eval().to(run.record["device"]) for role, model in learner.models().items()}
+            scores = {role: score(model) for role, model in models.items()}
+            metrics = dict(scores["student"])
             check_kept()
             concern = learner.concern(metrics)
             if concern is not None and run.record_concern(concern):
                 terminal.say(f"warning: {concern}")
-            save_model(run.path, task.student, metrics=metrics, provenance=dict(provenance))
-            files = [run.path / name for name in ("model.safetensors", "model.json", "metrics.csv")]
-            run.finish([*files, *snapshots.paths.values()], metrics)
+            files = [run.path / "metrics.csv", *snapshots.paths.values()]
+            for role, model in models.items():
+                place = run.path if role == "student" else run.path / role
+                save_model(place, model, metrics=dict(scores[role]), provenance=dict(provenance))
+                files += [place / name for name in ("model.safetensors", "model.json")]
+                if role != "student":
+                    metrics |= {f"{role}.{name}": value for name, value in scores[role].items()}
+            run.finish(files, metrics)
     return {
         "artifacts": {catalog.command(settings.command).out: str(run.path)},
         "metrics": metrics,

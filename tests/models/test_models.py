@@ -15,7 +15,7 @@ from dfkd_cli.models.registry import build
 BUILT_IN = [
     "lenet5", "lenet5-half", "lenet5-half-dafl", "alexnet", "alexnet-half",
     "resnet8", "resnet14", "resnet20", "resnet32", "resnet44", "resnet56", "resnet110", "resnet8x4", "resnet32x4",
-    "resnet18", "resnet34", "wrn-16-1", "wrn-40-2", "vgg8", "vgg11", "vgg13",
+    "plain8", "plain20", "resnet18", "resnet34", "wrn-16-1", "wrn-40-2", "vgg8", "vgg11", "vgg13",
 ]  # fmt: skip
 
 
@@ -35,6 +35,7 @@ def parameters(net: nn.Module) -> int:
         ("vgg8", 100, (3, 32, 32), 1792 + 73856 + 295168 + 1180160 + 2359808 + 2 * 1472 + 51300),
         # As published: RepDistiller's logs, and the common 3x3-stem ResNets for CIFAR-10.
         ("resnet20", 100, (3, 32, 32), 278_324),
+        ("plain20", 100, (3, 32, 32), 278_324 - (16 * 32 + 2 * 32) - (32 * 64 + 2 * 64)),  # less two shortcuts
         ("resnet8x4", 100, (3, 32, 32), 1_233_540),
         ("wrn-16-2", 100, (3, 32, 32), 703_284),
         ("wrn-40-2", 100, (3, 32, 32), 2_255_156),
@@ -149,6 +150,14 @@ def test_residual_stages(spec, channels, sides):
         shapes.append(x.shape)
     assert [(c, h, w) for _, c, h, w in shapes] == [(c, s, s) for c, s in zip(channels, sides, strict=True)]
     assert (x.min() < 0) == spec.startswith("wrn")  # pre-activation stages end before the ReLU
+
+
+@pytest.mark.parametrize("spec", ["plain8", "resnet8"])
+def test_plain_networks_have_no_way_around_a_block(spec):
+    net = build(spec, 10, (3, 32, 32)).eval()
+    nn.init.zeros_(net.stage1[0].bn2.weight)  # its bias is 0
+    logits = net(torch.rand(2, 3, 32, 32))
+    assert torch.equal(*logits) == (spec == "plain8")
 
 
 def test_vgg_pools_large_images_once_more():

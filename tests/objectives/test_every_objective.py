@@ -108,7 +108,7 @@ def test_losses_under_autocast_are_those_without(name, values):
     exact, _ = drawn(learner.loss, images)
     with torch.autocast("cpu", torch.bfloat16):
         loss, terms = drawn(learner.loss, images)
-        answers = learner.ask_student(images.pixels), learner.ask_teacher(images.pixels)
+        answers = learner.ask_student(images.pixels), learner.ask_teacher(images)
         inside = drawn(learner.terms, *answers, images)
     loss.backward()
     assert all(term.dtype == torch.float32 for term in terms.values())
@@ -153,7 +153,7 @@ def test_trained_parts_are_state(name):
     trained = [key for key, _ in first.named_parameters() if state[key].ndim > 1]
     assert not any(torch.equal(state[key], other.state_dict()[key]) for key in trained)
     learner, given = offline({name: None}, student, teacher)
-    outputs = learner.ask_student(given.pixels), learner.ask_teacher(given.pixels)[first.teacher_mode]
+    outputs = learner.ask_student(given.pixels), learner.ask_teacher(given)[first.teacher_mode]
 
     def terms(objective: Objective) -> dict[str, Tensor]:
         torch.manual_seed(0)

@@ -418,7 +418,7 @@ def test_how_far_the_teacher_is_below_its_margins_does_not_matter():
 def test_the_teachers_statistics_are_the_batchs_where_an_objective_wants_them():
     learner, images = offline({"ofd": None, "response": None}, network(1, 3, 4), network(2, 4, 6))
     with torch.no_grad():
-        outputs = learner.ask_teacher(images.pixels)
+        outputs = learner.ask_teacher(images)
         expected = copy.deepcopy(learner.teacher.net).train()(learner.teacher.normalise(images.pixels))
     torch.testing.assert_close(outputs["train"].logits, expected)
     torch.testing.assert_close(outputs["eval"].logits, learner.teacher(images.pixels))

@@ -111,7 +111,7 @@ def test_in_a_phase_the_flow_is_descended(tmp_path):
     copied = copy.deepcopy(learner.student)
     (batch,) = Batches(learner.train_source, 3, 0, torch.device("cpu")).steps(0, 1)
     copied.train()
-    objective, teacher = learner.losses["fsp"], learner.ask_teacher(batch.pixels)["eval"]
+    objective, teacher = learner.losses["fsp"], learner.ask_teacher(batch)["eval"]
     student = ask(copied, batch.pixels, find_taps(copied, [own for own, _ in objective.pairs]))
     objective(student, teacher, batch)["flow"].backward()
     work(learner, tmp_path / "run")
