@@ -65,6 +65,15 @@ class TaughtAtFirst:
 
 
 @dataclass(frozen=True, kw_only=True)
+class Assisted(TaughtAtFirst):
+    """Which networks learn from the teacher before the student does."""
+
+    def through(self, student: str) -> tuple[str, ...]:
+        """The SPECs of the networks between the teacher and a student of that SPEC."""
+        raise NotImplementedError
+
+
+@dataclass(frozen=True, kw_only=True)
 class Several:
     """Which networks learn together."""
 

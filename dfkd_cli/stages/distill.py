@@ -10,6 +10,7 @@ import contextlib
 import dataclasses
 from collections.abc import Iterator
 from dataclasses import dataclass
+from pathlib import Path
 from typing import Any
 
 from dfkd_cli import catalog
@@ -22,13 +23,14 @@ from dfkd_cli.errors import ConfigError
 from dfkd_cli.models.classifier import Classifier
 from dfkd_cli.models.names import LoadedModel, architecture, locate
 from dfkd_cli.objectives.base import Objective
-from dfkd_cli.options import ForeignModel, Training
+from dfkd_cli.options import Assisted, ForeignModel, Training
 from dfkd_cli.regimes.base import Task
 from dfkd_cli.settings import Component, Settings
 from dfkd_cli.stages.calibrate import calibrate, check
+from dfkd_cli.stages.chain import follow
 from dfkd_cli.stages.inputs import TransferSet, may_be_real, open_transfer_set, real_data
 from dfkd_cli.stages.measures import agreement
-from dfkd_cli.stages.training import connect, rehearse, specs, students, train
+from dfkd_cli.stages.training import Work, connect, fresh, rehearse, specs, students, train
 from dfkd_cli.ui import Terminal
 
 
@@ -79,7 +81,8 @@ class Job:
     """What a distillation works on.
 
     Attributes:
-        teacher: The teacher with where it comes from.
+        first: The teacher that the command names, which agreement is with.
+        teacher: Who teaches now: that one, or an assistant that it has taught.
         sets: The transfer sets.
         data_free: None of them can be real images.
         student: The network to train.
@@ -87,6 +90,7 @@ class Job:
         objectives: The losses between teacher and students by name, with their weights.
     """
 
+    first: LoadedModel
     teacher: LoadedModel
     sets: list[TransferSet]
     data_free: bool
@@ -104,6 +108,11 @@ class Job:
             source = first(source, inputs.num_images)
         seed = settings.run.seed
         return Task(self.student, self.teacher.classifier, source, self.objectives, inputs, seed, self.peers)
+
+    def between(self, teacher: LoadedModel, student: Classifier, settings: Settings) -> Job:
+        """The same for other networks, with objectives that are connected to these."""
+        losses = connect(settings.components["objective"], student, teacher.classifier, settings.run.seed)
+        return dataclasses.replace(self, teacher=teacher, student=student, peers=[], objectives=losses)
 
     @property
     def hard_labels_note(self) -> str | None:
@@ -157,21 +166,38 @@ def learn(settings: Settings, job: Job, terminal: Terminal) -> dict[str, Any]:
     facts = {"data_free": job.data_free, "uses": job.uses, "num_images": len(task.source)}
     directory = RunDirectory(settings.out, settings, parents, facts, kept_by() if job.data_free else None)
 
-    def score(model: Classifier) -> dict[str, float]:
-        return {"agreement_on_transfer_set": agreement(model, teacher.classifier, task.source)}
+    def work(teacher: LoadedModel, finished: Path | None = None) -> Work:
+        task = (job if teacher is job.teacher else job.between(teacher, job.student, settings)).task(settings)
 
-    provenance = {
-        "command": "distill",
-        "dataset": teacher.dataset,
-        "data_free": job.data_free,
-        "uses": job.uses,
-        "seed": settings.run.seed,
-        "teacher": teacher.sha256,
-        "line": list(teacher.ancestry),
-        "transfer_set": [{k: v for k, v in s.parent.items() if k in ("spec", "sha256")} for s in job.sets],
-        "num_images": len(task.source),
-    }
-    answer = train(task, directory, terminal, provenance, score)
+        def score(model: Classifier) -> dict[str, float]:
+            scores = {"agreement_on_transfer_set": agreement(model, job.first.classifier, task.source)}
+            if teacher is not job.first:
+                scores["agreement_with_last_teacher"] = agreement(model, teacher.classifier, task.source)
+            return scores
+
+        provenance = {
+            "command": "distill",
+            "dataset": teacher.dataset,
+            "data_free": job.data_free,
+            "uses": job.uses,
+            "seed": settings.run.seed,
+            "teacher": teacher.sha256,
+            "line": list(teacher.ancestry),
+            "transfer_set": [{k: v for k, v in s.parent.items() if k in ("spec", "sha256")} for s in job.sets],
+            "num_images": len(task.source),
+        }
+        return Work(task, provenance, score, finished)
+
+    def teach(hop: Settings, taught_by: LoadedModel, role: str, aside: Terminal) -> None:
+        info = dataclasses.replace(teacher.classifier.info, spec=hop.inputs.student)
+        student = fresh(info, role, settings.run.seed, settings.code)
+        learn(hop, job.between(taught_by, student, hop), aside)
+
+    def begin() -> Work:
+        return work(*follow(settings, teacher, teach, terminal))
+
+    chained = isinstance(settings.method.config, Assisted)
+    answer = train(work(teacher), directory, terminal, begin if chained else None)
     shown = f"{directory.metric('agreement_on_transfer_set'):.2%} agreement with the teacher on the transfer set"
     terminal.answer(f"{answer['artifacts']['student']}: {shown}")
     return answer
@@ -193,7 +219,7 @@ def opened(settings: Settings) -> Iterator[Job]:
         student, peers = students(settings, info, "student")
         objectives = connect(settings.components["objective"], student, teacher.classifier, seed)
         check_kept()
-        yield Job(teacher, sets, without_data, student, peers, objectives)
+        yield Job(teacher, teacher, sets, without_data, student, peers, objectives)
 
 
 def with_answers(settings: Settings, job: Job, terminal: Terminal) -> Settings:

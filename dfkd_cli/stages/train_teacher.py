@@ -20,7 +20,7 @@ from dfkd_cli.regimes.base import Task
 from dfkd_cli.settings import Settings
 from dfkd_cli.stages.calibrate import check
 from dfkd_cli.stages.measures import top1
-from dfkd_cli.stages.training import connect, rehearse, specs, students, train
+from dfkd_cli.stages.training import Work, connect, rehearse, specs, students, train
 from dfkd_cli.ui import Terminal
 
 
@@ -82,7 +82,7 @@ def run(settings: Settings, terminal: Terminal, dry_run: bool = False) -> dict[s
         return {"top1": top1(model, RealSource(test))}
 
     provenance = {"command": "train-teacher", "dataset": inputs.dataset, "seed": settings.run.seed}
-    answer = train(task, directory, terminal, provenance, score)
+    answer = train(Work(task, provenance, score), directory, terminal)
     terminal.answer(
         f"{answer['artifacts']['teacher']}: top-1 {directory.metric('top1'):.2%} on {inputs.dataset} test images"
     )

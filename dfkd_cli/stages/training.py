@@ -11,6 +11,8 @@ from typing import Any
 import torch
 
 from dfkd_cli import catalog
+from dfkd_cli.artifacts.files import write_atomic
+from dfkd_cli.artifacts.integrity import intact, read_run
 from dfkd_cli.artifacts.run import RunDirectory, check_free
 from dfkd_cli.config import dump_yaml, shortened
 from dfkd_cli.data.seal import check_kept, kept
@@ -31,6 +33,8 @@ from dfkd_cli.stages.inputs import pick_device
 from dfkd_cli.stages.snapshots import Snapshots
 from dfkd_cli.trust import Code
 from dfkd_cli.ui import Terminal
+
+WRITTEN = ("model.safetensors", "model.json", "metrics.csv")
 
 
 def fresh(info: ModelInfo, role: str, seed: int, code: Code = Code()) -> Classifier:  # noqa: B008  # immutable
@@ -85,26 +89,36 @@ def connect(
     return objectives
 
 
-def train(
-    task: Task,
-    run: RunDirectory,
-    terminal: Terminal,
-    provenance: Mapping[str, Any],
-    score: Callable[[Classifier], Mapping[str, float]],
-) -> dict[str, Any]:
-    """Train ``task.student`` in the run's directory, or take the finished one that is there.
+@dataclasses.dataclass(frozen=True)
+class Work:
+    """What is trained.
+
+    Attributes:
+        task: On what.
+        provenance: Where the model comes from, for ``model.json``.
+        score: Measures a finished model.
+        finished: A directory where it has been trained already, by a search for the best teacher.
+    """
+
+    task: Task
+    provenance: Mapping[str, Any]
+    score: Callable[[Classifier], Mapping[str, float]]
+    finished: Path | None = None
+
+
+def train(work: Work, run: RunDirectory, terminal: Terminal, begin: Callable[[], Work] | None = None) -> dict[str, Any]:
+    """Train a network, and its peers, in the run's directory, or take the finished ones that are there.
 
     Args:
-        task: What to train, on what.
+        work: What is trained.
         run: The output directory.
         terminal: Where progress goes.
-        provenance: Where the model comes from, for ``model.json``.
-        score: Measures the finished model.
+        begin: Does in that directory what comes first, and says what is trained then.
 
     Returns:
         The command's answer.
     """
-    settings = run.settings
+    settings, task = run.settings, work.task
     regime = settings.method.entry
     lacking = {*ANSWERS, "labels"} - {*task.source.answers, *(["labels"] if task.source.labelled else [])}
     for flag, chosen in settings.components.items():
@@ -119,29 +133,42 @@ def train(
         metrics = run.record["metrics"]
     else:
         with run.guard(), kept():
-            learner = regime.load()(task, settings.method.config)
-            snapshots = Snapshots(run, task.student, run.path, task.training.snapshots, learner.rounds)
-            fit(learner, run, terminal, [snapshots])
-            models = {role: model.eval().to(run.record["device"]) for role, model in learner.models().items()}
-            scores = {role: score(model) for role, model in models.items()}
-            metrics = dict(scores["student"])
-            check_kept()
-            concern = learner.concern(metrics)
-            if concern is not None and run.record_concern(concern):
-                terminal.say(f"warning: {concern}")
-            files = [run.path / "metrics.csv", *snapshots.paths.values()]
-            for role, model in models.items():
-                place = run.path if role == "student" else run.path / role
-                save_model(place, model, metrics=dict(scores[role]), provenance=dict(provenance))
-                files += [place / name for name in ("model.safetensors", "model.json")]
-                if role != "student":
-                    metrics |= {f"{role}.{name}": value for name, value in scores[role].items()}
-            run.finish(files, metrics)
+            metrics = _make(begin() if begin else work, run, terminal)
     return {
         "artifacts": {catalog.command(settings.command).out: str(run.path)},
         "metrics": metrics,
         "concerns": run.record["concerns"],
     }
+
+
+def _make(work: Work, run: RunDirectory, terminal: Terminal) -> dict[str, Any]:
+    """Train and write what is made. Returns what is measured."""
+    if work.finished is not None:
+        for name in WRITTEN:
+            write_atomic(run.path / name, intact(work.finished / name).read_bytes())
+        metrics = read_run(work.finished)["metrics"]
+        run.finish([run.path / name for name in WRITTEN], metrics)
+        return metrics
+    task = work.task
+    learner = run.settings.method.entry.load()(task, run.settings.method.config)
+    snapshots = Snapshots(run, task.student, run.path, task.training.snapshots, learner.rounds)
+    fit(learner, run, terminal, [snapshots])
+    models = {role: model.eval().to(run.record["device"]) for role, model in learner.models().items()}
+    scores = {role: dict(work.score(model)) for role, model in models.items()}
+    metrics = dict(scores["student"])
+    check_kept()
+    concern = learner.concern(metrics)
+    if concern is not None and run.record_concern(concern):
+        terminal.say(f"warning: {concern}")
+    files = [run.path / "metrics.csv", *snapshots.paths.values()]
+    for role, model in models.items():
+        place = run.path if role == "student" else run.path / role
+        save_model(place, model, metrics=scores[role], provenance=dict(work.provenance))
+        files += [place / name for name in WRITTEN if name != "metrics.csv"]
+        if role != "student":
+            metrics |= {f"{role}.{name}": value for name, value in scores[role].items()}
+    run.finish(files, metrics)
+    return metrics
 
 
 def rehearse(settings: Settings, stage: Callable[..., Any], terminal: Terminal) -> dict[str, Any]:

@@ -1,0 +1,137 @@
+"""Assistants and generations: hops are distillations like any other, made once, found again after kills."""
+
+from __future__ import annotations
+
+import json
+import signal
+from pathlib import Path
+
+import pytest
+from forks import Fork
+from pipeline import HANGS, finish
+
+from dfkd_cli.artifacts.files import sha256_file
+from dfkd_cli.stages.chain import Chain, Hop
+
+SETS = ("--transfer-set", "real:64")
+SHORT = (*SETS, "--steps", "30", "--batch-size", "16", "--temperature", "4", "--device", "cpu")
+TAKD = ("distill", "--method", "takd", "--student", "lenet5-half-dafl", "--assistants", "lenet5", "lenet5-half")
+
+
+def weights(directory: Path) -> str:
+    return sha256_file(directory / "model.safetensors")
+
+
+def metrics(directory: Path) -> dict[str, float]:
+    return json.loads((directory / "run.json").read_text())["metrics"]
+
+
+@pytest.fixture
+def here(tmp_path, monkeypatch, teacher) -> Path:
+    monkeypatch.chdir(tmp_path)
+    (tmp_path / "teacher").symlink_to(teacher)
+    return tmp_path
+
+
+def test_a_chain_is_its_hops_one_after_the_other(here, cli):
+    code, out, err = cli(*TAKD, *SHORT, "--out", "chain")
+    assert code == 0, err
+    assert out.count("\n") == 1, "the hops are no answers"
+    first, second = here / "chain" / "assistants" / "lenet5", here / "chain" / "assistants" / "lenet5--lenet5-half"
+    line = json.loads((here / "chain" / "model.json").read_text())["provenance"]["line"]
+    assert len(line) == 3  # the last assistant, the first, and the teacher
+    # The last hop by itself: the same student of the same teacher.
+    student = ("distill", "--teacher", second, "--student", "lenet5-half-dafl", *SHORT, "--out", "alone")
+    assert cli(*student)[0] == 0
+    assert weights(here / "alone") == weights(here / "chain")
+    assert metrics(here / "alone")["agreement_on_transfer_set"] == pytest.approx(
+        metrics(here / "chain")["agreement_with_last_teacher"]
+    )
+    code, _, err = cli("info", "chain")
+    assert code == 0, err
+    assert weights(first) != weights(second)
+    before = {path: path.stat().st_mtime_ns for path in (here / "chain").rglob("*.safetensors")}
+    code, _, err = cli(*TAKD, *SHORT, "--out", "chain")
+    assert (code, "already complete" in err) == (0, True), err
+    assert {path: path.stat().st_mtime_ns for path in (here / "chain").rglob("*.safetensors")} == before
+    code, out, err = cli("compare", "chain", *(str(path) for path in (first, second)), "--out", "compared", "--json")
+    assert code == 0, err
+
+
+def test_a_killed_chain_goes_on_at_its_hops(here):
+    command = [*TAKD, *SHORT, "--out"]
+    finish([*command, "whole"], here)
+    second = here / "killed" / "assistants" / "lenet5--lenet5-half"
+    process = Fork([*command, "killed"], here, (second / "run.json", signal.SIGKILL))
+    _, err = process.communicate(timeout=HANGS)
+    assert process.returncode == -signal.SIGKILL, err
+    first = here / "killed" / "assistants" / "lenet5" / "model.safetensors"
+    stamp = first.stat().st_mtime_ns
+    assert not (second / "model.json").exists()
+    finish([*command, "killed"], here)
+    assert first.stat().st_mtime_ns == stamp
+    files = sorted(path.relative_to(here / "whole") for path in (here / "whole").rglob("model.safetensors"))
+    assert len(files) == 3
+    for file in files:
+        assert sha256_file(here / "whole" / file) == sha256_file(here / "killed" / file), file
+
+
+def test_generations_are_other_networks_of_one_architecture(here, cli):
+    born = ("distill", "--method", "born-again", "--student", "lenet5-half", "--generations", "3", *SHORT)
+    assert cli(*born, "--out", "generations")[0] == 0
+    places = sorted(path.parent for path in (here / "generations").rglob("model.safetensors"))
+    assert len(places) == 3
+    assert len({*map(weights, places)}) == 3
+    assert {json.loads((place / "model.json").read_text())["spec"] for place in places} == {"lenet5-half"}
+
+
+@pytest.mark.parametrize("path", ["auto", "best"])
+def test_a_path_is_chosen_by_agreement(path, here, cli):
+    code, _, err = cli(*TAKD, *SHORT, "--out", path, "--path", path)
+    assert code == 0, err
+    hops = {place.name: metrics(place)["agreement_on_transfer_set"] for place in (here / path / "assistants").iterdir()}
+    student = "lenet5-half-dafl"
+    if path == "auto":
+        assert hops.keys() == {"lenet5", "lenet5-half", student}
+        middle = (1 + hops[student]) / 2
+        chosen = min(("lenet5", "lenet5-half"), key=lambda name: abs(hops[name] - middle))
+        assert err.count(" teaches ") == 3
+    else:
+        assert len(hops) == 6  # each once: 1 + 2 + 3
+        half = max(("lenet5-half", "lenet5--lenet5-half"), key=hops.__getitem__)
+        ends = {student: "", f"lenet5--{student}": "lenet5", f"{half}--{student}": half}
+        best = max(ends, key=hops.__getitem__)
+        assert weights(here / path / "assistants" / best) == weights(here / path)
+        assert metrics(here / path) == metrics(here / path / "assistants" / best)
+        return
+    alone = (
+        "distill",
+        "--teacher",
+        here / path / "assistants" / chosen,
+        "--student",
+        student,
+        *SHORT,
+        "--out",
+        "alone",
+    )
+    assert cli(*alone)[0] == 0
+    assert weights(here / "alone") == weights(here / path)
+
+
+def test_the_best_way_to_each_network_goes_on():
+    """Against all ways, where what a hop gives depends on the pair alone."""
+    gains = {("", "a"): 0.1, ("", "b"): 0.3, ("a", "b"): 0.15, ("", "s"): 0.0, ("a", "s"): 0.5, ("b", "s"): 0.35}
+
+    class Tried(Chain):
+        def __init__(self) -> None:
+            self.start, self.made = Hop((), None, 0.0), []
+
+        def hop(self, teacher: Hop, spec: str, role: str | None = None) -> Hop:
+            self.made.append((*teacher.path, spec))
+            return Hop(self.made[-1], None, teacher.agreement + gains[(teacher.path or ("",))[-1], spec])
+
+    chain = Tried()
+    assert chain.best(["a", "b"], "s").path == ("b", "s")  # 0.65; a, s: 0.6; a, b, s: 0.6
+    assert len(chain.made) == len({*chain.made}) == 6
+    assert chain.dense(["a", "b"]).path == ("a", "b")
+    assert chain.midway(["a", "b"], "s").path == ("b",)  # 0.3 is nearer to (1 + 0) / 2 than 0.1
