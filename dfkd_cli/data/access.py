@@ -51,14 +51,16 @@ class Access:
     Attributes:
         inputs: Files and directories that it names.
         code: Directories of which it may import.
-        output: The directory that it writes; None for one that is thrown away.
+        output: The directory that it writes.
+        rehearsed: It writes another one instead, which is thrown away, and only looks whether that could be written.
         processes: Whether several work together, which takes sockets and shared memory.
         sealed: Where datasets lie: nothing in there is read, whatever names it.
     """
 
     inputs: tuple[str, ...]
     code: tuple[str, ...]
-    output: str | None
+    output: str
+    rehearsed: bool
     processes: bool
     sealed: tuple[str, ...]
 
@@ -83,9 +85,12 @@ class Access:
 
     def _confine(self) -> list[Path]:
         """Returns a directory for temporary files, and those that were made for the output, the innermost first."""
-        if self.output is None:
+        looked_at: list[Rule] = []
+        if self.rehearsed:
             output = Path(tempfile.mkdtemp())
             made = [output]
+            looked_at = [(place, rule) for place, rule in ((self.output, LIST), (os.path.join(self.output, RUN), READ))
+                         if os.path.exists(place) and not os.path.islink(place)]  # fmt: skip
         else:
             output = Path(self.output).absolute()
             made = [place for place in (output, *output.parents) if not place.exists()]
@@ -97,7 +102,7 @@ class Access:
         with contextlib.suppress(OSError):
             os.makedirs(os.path.expanduser(_FONTS), exist_ok=True)
         tempfile.tempdir = os.environ["TMPDIR"] = str(scratch)
-        rules = [*self._readable(), (str(output), WRITE)]
+        rules = [*self._readable(), *looked_at, (str(output), WRITE)]
         rules += [(str(place.parent), REMOVE_DIR) for place in made[-1:]]
         _drop_open_files()
         landlock.restrict(rules, sockets=self.processes)
@@ -142,7 +147,8 @@ def access(settings: Settings, dry_run: bool = False) -> Access | None:
     return Access(
         inputs=tuple(place for name in names for place in (name, *_records_around(name)) if os.path.exists(place)),
         code=tuple(sorted(code)),
-        output=None if dry_run else str(settings.out),
+        output=str(settings.out),
+        rehearsed=dry_run,
         processes=several,
         sealed=seal.sealed_places(getattr(settings.inputs, "data_dir", None)),
     )

@@ -124,6 +124,8 @@ def test_what_a_command_names_can_be_read(here, dfkd, extra):
     assert done.returncode == 0, done.stderr
     assert Path("a").exists() == ("--dry-run" not in extra)
     if Path("a").exists():
+        again = dfkd(*NOISE, "--num-images", "4", *teacher, "--out", "a/b", "--dry-run", *extra, cwd=here)
+        assert again.returncode == 0, again.stderr
         assert record("a/b")["sealed"] == "landlock"
         assert not Path("a/b/.scratch").exists()
     code = network("curious.py", "open('private.txt')")
