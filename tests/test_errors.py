@@ -544,6 +544,17 @@ def test_strange_records_and_files_are_one_line(here: Path, cli) -> None:
     one_line(cli("distill"), 3, "model.json is damaged: provenance is [], not a mapping")
 
 
+def test_merge_keys_are_named(here: Path, cli) -> None:
+    Path("own.yaml").write_text("base: &base {steps: 1}\n<<: *base\n")
+    one_line(cli("distill", "--recipe", "own.yaml"), 2, "no merge keys (<<): write them out")
+
+
+@pytest.mark.parametrize("number", ["1000000000000", "0", "-3", "9" * 30, "1e9"])
+def test_a_number_of_images_beyond_reason(number, here: Path, cli) -> None:
+    for name in ("noise", "real"):
+        one_line(cli("distill", "--transfer-set", f"{name}:{number}"), 2, "is not a number of images")
+
+
 def test_an_artifact_that_is_its_own_parent(here: Path, cli) -> None:
     assert cli("distill", "--steps", "1")[0] == 0
     run = json.loads(Path("student/run.json").read_text())

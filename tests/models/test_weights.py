@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import argparse
 import os
+import zipfile
 from datetime import date
 from pathlib import Path
 
@@ -272,6 +273,20 @@ def test_a_file_that_contains_itself_ends(tmp_path):
     loop |= {f"key{i}": loop for i in range(50)}
     torch.save(loop, tmp_path / "w")
     with pytest.raises(ArtifactError, match="holds no state_dict"):
+        load_weights(target(), tmp_path / "w")
+
+
+@pytest.mark.parametrize("kind", ["tuples", "lists", "shared"])
+def test_a_pickle_nested_beyond_reason_is_refused(tmp_path, kind):
+    """Written by hand, opcode by opcode: 100,000 levels, or 60 levels of two references each."""
+    body = {"tuples": b")" + b"\x85" * 100_000, "lists": b"]" * 100_000 + b"a" * 99_999,
+            "shared": b"]" + b"".join(b"q" + bytes([i]) + b"](h" + bytes([i]) + b"h" + bytes([i]) + b"e"
+                                      for i in range(60))}[kind]  # fmt: skip
+    with zipfile.ZipFile(tmp_path / "w", "w", zipfile.ZIP_STORED) as file:
+        file.writestr("archive/data.pkl", b"\x80\x02" + body + b".")
+        file.writestr("archive/version", b"3\n")
+        file.writestr("archive/byteorder", b"little")
+    with pytest.raises(ArtifactError):
         load_weights(target(), tmp_path / "w")
 
 
