@@ -4,15 +4,17 @@ from __future__ import annotations
 
 import dataclasses
 import logging
+from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any, ClassVar
+from typing import Any, ClassVar, Literal
 
 import torch
 
 from dfkd_cli.artifacts.files import digest, sha256_file
 from dfkd_cli.errors import ArtifactError, ConfigError
 from dfkd_cli.models.classifier import Classifier, ModelInfo
+from dfkd_cli.models.committee import committee
 from dfkd_cli.models.directory import identity, load_model, read_record
 from dfkd_cli.models.registry import build, code_file, family
 from dfkd_cli.models.weights import load_weights
@@ -57,6 +59,22 @@ class LoadedModel:
     def parent(self, role: str) -> dict[str, Any]:
         """The entry in a run's list of parents."""
         return {"role": role, "path": self.path, "sha256": self.sha256}
+
+
+def together(models: Sequence[LoadedModel], combine: Literal["probabilities", "logits"]) -> LoadedModel:
+    """Models that answer as one. Images that were made from any of them fit it.
+
+    Raises:
+        ArtifactError: They take other images, or know other classes.
+    """
+    if len(models) == 1:
+        return models[0]
+    line = [sha256 for model in models for sha256 in model.ancestry]
+    datasets = {model.dataset for model in models}
+    provenance = {"dataset": datasets.pop() if len(datasets) == 1 else None, "line": line}
+    one = committee([model.classifier for model in models], combine)
+    sha256 = digest([combine, *(model.sha256 for model in models)])
+    return LoadedModel(one, sha256, {"provenance": provenance}, " ".join(model.path for model in models))
 
 
 @dataclass(frozen=True)

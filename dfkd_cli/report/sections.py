@@ -94,11 +94,16 @@ def _section(sections: dict[str, Section], model: Model, teacher: Model, dataset
 
 
 def _teacher_of(student: Model, by_hash: dict[str, Model], code: Code) -> Model | None:
-    """Among the known models, by hash, or where the student says, or in ``teacher/``: then it is known as well."""
+    """Among the known models, by hash, or where the student says, or in ``teacher/``: then it is known as well.
+
+    Of a teacher that is nowhere, as several that answered together are, its nearest ancestor that is known.
+    """
     wanted = str(student.teacher)
     if wanted not in by_hash and (place := find_teacher(student.path, wanted)) is not None:
         by_hash[wanted] = read_model(ModelDirectory(str(place)), code)
-    return by_hash.get(wanted)
+    return next(
+        (by_hash[sha256] for sha256 in (wanted, *student.provenance.get("line", ())) if sha256 in by_hash), None
+    )
 
 
 def _fits(baseline: Model, section: Section, dataset: str | None) -> bool:

@@ -11,7 +11,7 @@ import dataclasses
 from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import Any, Literal
 
 from dfkd_cli import catalog
 from dfkd_cli.artifacts.run import RunDirectory
@@ -21,7 +21,7 @@ from dfkd_cli.data.seal import check_kept, kept, kept_by, sealed
 from dfkd_cli.data.sources import Concat, Source, first
 from dfkd_cli.errors import ConfigError
 from dfkd_cli.models.classifier import Classifier
-from dfkd_cli.models.names import LoadedModel, architecture, locate
+from dfkd_cli.models.names import LoadedModel, architecture, locate, together
 from dfkd_cli.objectives.base import Objective
 from dfkd_cli.options import Assisted, ForeignModel, Training
 from dfkd_cli.regimes.base import Task
@@ -38,7 +38,8 @@ from dfkd_cli.ui import Terminal
 class Inputs(Training, ForeignModel):
     """What is read, and how."""
 
-    teacher: str = option("teacher", "teacher: model directory or SPEC")
+    teacher: tuple[str, ...] = option(("teacher",), "teacher: model directory or SPEC; of several, their mean")
+    combine: Literal["probabilities", "logits"] = option("probabilities", "what of several teachers is averaged")
     transfer_set: tuple[str, ...] = option(
         ("shards",), "shard or generator directory, real, real:N, noise:N, folder of images"
     )
@@ -81,6 +82,7 @@ class Job:
     """What a distillation works on.
 
     Attributes:
+        members: The models that the command names as its teacher.
         first: The teacher that the command names, which agreement is with.
         teacher: Who teaches now: that one, or an assistant that it has taught.
         sets: The transfer sets.
@@ -90,6 +92,7 @@ class Job:
         objectives: The losses between teacher and students by name, with their weights.
     """
 
+    members: list[LoadedModel]
     first: LoadedModel
     teacher: LoadedModel
     sets: list[TransferSet]
@@ -159,7 +162,7 @@ def learn(settings: Settings, job: Job, terminal: Terminal) -> dict[str, Any]:
     """Train the student of a job into its model directory."""
     task, teacher = job.task(settings), job.teacher
     parents = [
-        teacher.parent("teacher"),
+        *(model.parent("teacher") for model in ([teacher] if teacher is not job.first else job.members)),
         *(s.parent for s in job.sets),
         *(p for spec in specs(settings, settings.inputs.student) for p in architecture(spec, settings.code).parents),
     ]
@@ -207,19 +210,21 @@ def learn(settings: Settings, job: Job, terminal: Terminal) -> dict[str, Any]:
 def opened(settings: Settings) -> Iterator[Job]:
     """Open the inputs. Unless a transfer set is real, no dataset can be opened inside the ``with`` block."""
     inputs, seed = settings.inputs, settings.run.seed
-    without_data, location = data_free(inputs), locate(inputs.teacher, inputs)
+    without_data, locations = data_free(inputs), [locate(name, inputs) for name in inputs.teacher]
     with contextlib.ExitStack() as seals:
         if without_data:
-            seals.enter_context(sealed("the transfer set is data-free", real_data(location, inputs.data_dir)))
+            places = [place for location in locations for place in real_data(location, inputs.data_dir)]
+            seals.enter_context(sealed("the transfer set is data-free", places))
             seals.enter_context(kept())
-        teacher = location.open(settings.code)
+        members = [location.open(settings.code) for location in locations]
+        teacher = together(members, inputs.combine)
         needs = [need for chosen in settings.components.values() for c in chosen for need in c.entry.needs]
         sets = [open_transfer_set(name, teacher, inputs.data_dir, seed, needs) for name in inputs.transfer_set]
         info = dataclasses.replace(teacher.classifier.info, spec=inputs.student)
         student, peers = students(settings, info, "student")
         objectives = connect(settings.components["objective"], student, teacher.classifier, seed)
         check_kept()
-        yield Job(teacher, teacher, sets, without_data, student, peers, objectives)
+        yield Job(members, teacher, teacher, sets, without_data, student, peers, objectives)
 
 
 def with_answers(settings: Settings, job: Job, terminal: Terminal) -> Settings:

@@ -7,7 +7,7 @@ from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any, NamedTuple
 
-from dfkd_cli import config
+from dfkd_cli import catalog, config
 from dfkd_cli.artifacts.files import digest
 from dfkd_cli.errors import ConfigError
 from dfkd_cli.settings import TYPED, Layer, Settings, resolve
@@ -150,9 +150,14 @@ class _Planner:
         values |= {name: source.value for name, source in reads.items()}
         foreign = values.get("teacher", "") == self.teacher.paths.get("teacher")
         flags = passed_flags(self.settings, command, foreign)
+        kinds = config.hints(catalog.command(command).inputs)  # a path in a list of them may have commas
+        values |= {
+            key: [value] for key, value in values.items() if isinstance(value, str) and config.is_list(kinds.get(key))
+        }
         own = Layer("", {**values, "overwrite": False}, self.settings.code.typed)
         settings = resolve(command, [*layers, own, (TYPED, flags)])
-        for spec in (getattr(settings.inputs, name, None) for name in ("teacher", "student", "model")):
-            if spec is not None and not Path(spec).is_dir():
+        named = [getattr(settings.inputs, name, None) or () for name in ("teacher", "student", "model")]
+        for spec in (spec for value in named for spec in ([value] if isinstance(value, str) else value)):
+            if not Path(spec).is_dir():
                 settings.code.check(spec)  # here, and not when other rows have taken their hours
         return settings, frozenset(source.made_by for source in reads.values() if source.made_by is not None)
