@@ -23,7 +23,7 @@ from dfkd_cli.data.image_files import image_files
 from dfkd_cli.models.generators import Generators
 from dfkd_cli.seeds import derive
 
-MEMORY = 64 << 20  # bytes of images held at once on a CPU, whose memory others use too
+MEMORY = 512 << 20  # bytes of images held at once on a CPU: the same everywhere, as the order of images follows from it
 ANSWERS = ("logits", "targets")  # what may be stored about the pixels of images
 
 

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from abc import abstractmethod
 from collections import Counter
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any, ClassVar
 
@@ -111,6 +111,18 @@ class Regime(Learner):
         """What is trained: the student, and its peers, each to be written under its name."""
         return {"student": self.student, **{f"peer-{i}": peer for i, peer in enumerate(self.students[1:], 1)}}
 
+    def made(self) -> Mapping[str, Images]:
+        """Sets of images that the training leaves, each to be written under its name. None by default."""
+        return {}
+
+    def draw(self, start: int, stop: int) -> Iterator[Images]:
+        """The batches of steps ``start`` to ``stop``."""
+        return self.batches.steps(start, stop)
+
+    def passed(self, step: int) -> float:
+        """The epochs before a step."""
+        return step / self.batches.steps_per_epoch
+
     def view(self, images: Images) -> Images:
         """What is learned from a batch: images changed at random. Torch's random state is already seeded for it."""
         return images.changed(self.augment(images.pixels))
@@ -205,7 +217,7 @@ class Regime(Learner):
         counts: Counter[str] = Counter()
         for student in self.students:
             student.train()
-        for step, images in enumerate(self.batches.steps(start, stop), start):
+        for step, images in enumerate(self.draw(start, stop), start):
             terms = self._step(step, images)
             self.first |= {name: float(term.detach()) for name, term in terms.items() if name not in self.first}
             for name, term in terms.items():
@@ -223,9 +235,9 @@ class Regime(Learner):
         seed_torch(self.device, "step", self.seed, step, self.global_rank)
         images = images[self.global_rank :: self.trainer.world_size]  # processes share each batch
         images = self.view(images)
-        self.epochs = step / self.batches.steps_per_epoch
+        self.epochs = self.passed(step)
         for objective in self.losses.values():
-            objective.epoch, objective.progress = step // self.batches.steps_per_epoch, step / self.steps
+            objective.epoch, objective.progress = int(self.epochs), step / self.steps
         loss, terms = self.loss(images)
         optimizer.zero_grad()  # to None: zeros would leave what has no gradient to weight decay and old momentum
         self.manual_backward(loss)

@@ -14,9 +14,10 @@ from dfkd_cli import catalog
 from dfkd_cli.artifacts.files import write_atomic
 from dfkd_cli.artifacts.integrity import intact, read_run
 from dfkd_cli.artifacts.run import RunDirectory, check_free
-from dfkd_cli.config import dump_yaml, shortened
+from dfkd_cli.artifacts.shards import MANIFEST, ShardWriter
+from dfkd_cli.config import dump_yaml, plain, shortened
 from dfkd_cli.data.seal import check_kept, kept
-from dfkd_cli.data.sources import ANSWERS
+from dfkd_cli.data.sources import ANSWERS, Images
 from dfkd_cli.errors import ConfigError
 from dfkd_cli.models.adapter import require_training
 from dfkd_cli.models.classifier import Classifier, ModelInfo
@@ -34,6 +35,7 @@ from dfkd_cli.stages.snapshots import Snapshots
 from dfkd_cli.trust import Code
 from dfkd_cli.ui import Terminal
 
+OF_A_SHARD = 1000  # images
 WRITTEN = ("model.safetensors", "model.json", "metrics.csv")
 
 
@@ -167,8 +169,40 @@ def _make(work: Work, run: RunDirectory, terminal: Terminal) -> dict[str, Any]:
         files += [place / name for name in WRITTEN if name != "metrics.csv"]
         if role != "student":
             metrics |= {f"{role}.{name}": value for name, value in scores[role].items()}
+    for name, images in learner.made().items():
+        files += _write_set(run.path / name, images, work, run.settings)
     run.finish(files, metrics)
     return metrics
+
+
+def _write_set(directory: Path, images: Images, work: Work, settings: Settings) -> list[Path]:
+    """Write images as shards, with what the teacher says about them. Returns the files."""
+    teacher, says = work.task.teacher, work.provenance
+    assert teacher is not None
+    info, method = teacher.info, settings.method
+    head = {
+        "method": method.entry.name,
+        "config": plain(method.config),
+        "seed": settings.run.seed,
+        "precision": settings.run.precision,
+        "space": "pixel",
+        "shape": list(info.input_size),
+        "dtype": str(images.pixels.dtype).removeprefix("torch."),
+        "num_classes": info.num_classes,
+        "classes": info.classes and list(info.classes),
+        "teacher": {"sha256": says["teacher"], "spec": info.spec},
+        "data_free": says["data_free"],
+        "uses": says["uses"],
+    }
+    parts = images.split(OF_A_SHARD)
+    writer = ShardWriter(directory, head, len(parts))
+    device = teacher.mean.device
+    for index in writer.missing():
+        with torch.no_grad():
+            logits = teacher(parts[index].to(device).pixels).float()
+        writer.write(index, {"images": parts[index].pixels, "logits": logits}, {})
+    manifest = writer.write_manifest()
+    return [directory / MANIFEST, *(directory / row["file"] for row in manifest["shards"])]
 
 
 def rehearse(settings: Settings, stage: Callable[..., Any], terminal: Terminal) -> dict[str, Any]:

@@ -13,10 +13,9 @@ from PIL import Image
 from dfkd_cli import catalog
 from dfkd_cli.artifacts.shards import ShardReader, ShardWriter
 from dfkd_cli.config import build
-from dfkd_cli.data import datasets
+from dfkd_cli.data import datasets, sources
 from dfkd_cli.data.sources import (
     ANSWERS,
-    MEMORY,
     Batches,
     Concat,
     FolderSource,
@@ -252,11 +251,12 @@ def test_what_is_held_out_depends_on_the_seed_and_may_be_nothing():
         assert hold_out(source, share, seed=0) == (source, None)
 
 
-def test_what_is_held_out_keeps_its_answers_and_can_be_held_at_once():
+def test_what_is_held_out_keeps_its_answers_and_can_be_held_at_once(monkeypatch):
     kept, held_out = hold_out(Answered([20] * 5), 0.25, seed=0)
     assert answers_hold(kept.all())
     assert answers_hold(held_out.all())
-    classes = MEMORY // 4 // 10  # of which one answer of ten images fits
+    monkeypatch.setattr(sources, "MEMORY", 1 << 20)
+    classes = sources.MEMORY // 4 // 10  # of which one answer of ten images fits
     assert len(hold_out(Answered([1] * 100, ("logits",), classes), 0.5, seed=0)[1]) == 9
 
 

@@ -1,0 +1,201 @@
+"""Condensation: rankings and blends against their formulas, whole trainings, kills, and the set that is left."""
+
+from __future__ import annotations
+
+import json
+
+import numpy as np
+import oracles
+import pytest
+import torch
+from pipeline import finish, kill_after_saving
+from stand_ins import Given, check_interruption, work
+from tiny_regimes import CLASSES, SIZE, inputs, linear, network, regime, response
+from torch import nn
+
+from dfkd_cli.artifacts.files import sha256_file
+from dfkd_cli.artifacts.shards import ShardReader
+from dfkd_cli.errors import ConfigError
+from dfkd_cli.regimes import base, kcd
+from dfkd_cli.regimes.kcd import sizes
+from dfkd_cli.rounds.trainer import CHECKPOINT
+
+COUNT = 40
+PLAIN = {"schedule": "constant", "optimizer": "sgd", "lr": 0.5, "momentum": 0}
+
+
+def pictures(dtype: torch.dtype = torch.uint8) -> torch.Tensor:
+    numbers = torch.randint(256, (COUNT, *SIZE), generator=torch.Generator().manual_seed(3))
+    return numbers.to(torch.uint8) if dtype == torch.uint8 else (numbers / 255).to(dtype)
+
+
+def given(dtype: torch.dtype = torch.uint8) -> Given:
+    return Given(pictures(dtype), torch.arange(COUNT) % CLASSES)
+
+
+def test_sizes_are_those_of_the_released_schedule():
+    """Of 50,000 images, six times, to 70 per cent: as its authors print them."""
+    assert sizes(50_000, 0.7, 6) == [50_000, 47_500, 45_000, 42_500, 40_000, 37_500, 35_000]
+    assert sizes(10, 0.7, 6) == [10] * 7  # a sixth of three is none
+    assert sizes(10, 1.0, 2) == [10, 10, 10]
+
+
+class Paper:
+    """The set by the paper's formulas and the released code's choices, image by image, in float64."""
+
+    def __init__(self, pixels: torch.Tensor, blend: float, reclaim: bool) -> None:
+        self.pixels, self.blend, self.reclaim = pixels.numpy().astype(np.float64), blend, reclaim
+        self.whole = pixels.dtype == torch.uint8
+        self.entropies: dict[int, list[float]] = {i: [] for i in range(len(pixels))}
+        self.kept = list(range(len(pixels)))
+
+    def see(self, image: int, logits: oracles.Array) -> None:
+        p = oracles.softmax(logits[None])[0]
+        self.entropies[image].append(float(-(p * np.log(p)).sum()))
+
+    def rank(self, left: int) -> None:
+        def score(image: int) -> float:
+            seen = self.entropies[image]
+            return np.mean(seen) * len(seen) ** 0.03 if seen else np.inf
+
+        candidates = range(len(self.pixels)) if self.reclaim else self.kept
+        order = sorted(candidates, key=lambda image: -score(image))
+        lost, kept = order[left : len(self.kept)], order[:left]
+        tail = kept[-len(lost) :]
+        mixed = [(1 - self.blend * j / len(lost)) * self.pixels[a] + self.blend * j / len(lost) * self.pixels[b]
+                 for j, (a, b) in enumerate(zip(tail, lost, strict=True))]  # fmt: skip
+        for image, pixels in zip(tail, mixed, strict=True):
+            self.pixels[image] = np.floor(pixels + 1e-6) if self.whole else pixels
+        self.kept = sorted(kept)
+
+
+@pytest.mark.parametrize("reclaim", [True, False])
+@pytest.mark.parametrize("dtype", [torch.uint8, torch.float32])
+def test_a_training_is_the_papers(dtype, reclaim, tmp_path):
+    """Each batch by hand: the student's step, the entropies before it, and rankings between epochs."""
+    tau, batch, epochs, period = 3.0, 5, 7, 2
+    learner = regime(
+        "kcd", given(dtype), objectives=[(0.7, response(temperature=tau, hard=0.2))], batch_size=batch, epochs=epochs,
+        config={"period": period, "keep": 0.6, "blend": 0.5, "reclaim": reclaim}, **PLAIN,
+    )  # fmt: skip
+    assert learner.sizes == [40, 35, 30, 25]
+    assert learner.per_epoch == [8, 8, 7, 7, 6, 6, 5]
+    batches, original = [], type(learner).loss
+
+    def loss(self, images):
+        batches.append((self.store.kept[images.positions], images.pixels))
+        return original(self, images)
+
+    start, teacher = linear(learner.student), linear(learner.teacher)
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(type(learner), "loss", loss)
+        work(learner, tmp_path / "run")
+    paper, w, scale = Paper(pictures(dtype), 0.5, reclaim), start, 255 if dtype == torch.uint8 else 1
+    steps = iter(batches)
+    for epoch in range(epochs):
+        if epoch and epoch % period == 0:
+            paper.rank(learner.sizes[epoch // period])
+        seen: list[int] = []
+        for _ in range(len(paper.kept) // batch):
+            images, pixels = next(steps)
+            np.testing.assert_allclose(pixels.numpy(), paper.pixels[images.numpy()] / scale, atol=1e-6)
+            x = inputs(pixels)
+            logits, answers = x @ w.T, x @ teacher.T
+            for image, row in zip(images.tolist(), logits, strict=True):
+                paper.see(image, row)
+            soft = oracles.response_gradient(logits, answers, tau)
+            hard = (oracles.softmax(logits) - np.eye(CLASSES)[images.numpy() % CLASSES]) / batch
+            w = w - 0.5 * 0.7 * (soft + 0.2 * hard).T @ x
+            seen += images.tolist()
+        assert len(seen) == len({*seen})
+        assert {*seen} <= {*paper.kept}
+    assert next(steps, None) is None
+    np.testing.assert_allclose(linear(learner.student), w, atol=1e-5)
+    paper_left = learner.made()["condensed"]
+    assert learner.store.kept.tolist() == paper.kept  # seven epochs: the third ranking was before the last one
+    np.testing.assert_allclose(paper_left.pixels.numpy(), paper.pixels[paper.kept], atol=1e-6)
+    assert paper_left.true_labels.tolist() == [image % CLASSES for image in paper.kept]
+    left = [{*kept.tolist()} for kept, *_ in learner.store.rankings]
+    assert reclaim or left[2] < left[1] < left[0]
+
+
+def test_what_fell_out_can_return_if_it_may():
+    for reclaim in (True, False):
+        learner = regime("kcd", given(), batch_size=5, epochs=3, config={"period": 1, "keep": 0.7, "reclaim": reclaim})
+        learner.on_fit_start()
+        learner.seen[:], learner.entropy[:] = 1, torch.arange(COUNT).double()
+        learner.rank()
+        assert learner.store.kept.tolist() == list(range(4, COUNT))
+        learner.entropy[0], learner.entropy[10] = 99, 0  # as if a later look had made it so
+        learner.rank()
+        assert (0 in learner.store.kept.tolist()) == reclaim
+        assert 10 not in learner.store.kept.tolist()
+
+
+def test_sure_answers_have_an_entropy_and_no_nan():
+    learner = regime("kcd", given(), batch_size=5, epochs=2, config={"period": 1})
+    learner.on_fit_start()
+    (images,) = learner.draw(0, 1)
+    learner.record(images, torch.tensor([[1e4, 0.0, -1e4, 0.0]] * 5))
+    assert learner.entropy.isfinite().all()
+    assert learner.seen.sum() == 5
+
+
+@pytest.mark.parametrize(
+    ("config", "word"), [({"keep": 0.1}, "leaves 4 images"), ({"keep": 0.1, "period": 1}, "no batch of 5")]
+)
+def test_a_set_that_would_be_no_batch(config, word):
+    with pytest.raises(ConfigError, match=word):
+        regime("kcd", given(), batch_size=5, epochs=2, config=config)
+
+
+def test_an_interruption_between_rankings_changes_nothing(tmp_path, monkeypatch):
+    for module in (base, kcd):
+        monkeypatch.setattr(module, "STEPS_PER_ROUND", 9)
+
+    def run(path, *callbacks):
+        torch.manual_seed(3)
+        student = network(1, nn.Linear(9, 9), nn.BatchNorm1d(9), nn.ReLU(), nn.Dropout(0.3))
+        learner = regime("kcd", given(), student, batch_size=5, epochs=6, noise=0.1, config={"period": 1, "keep": 0.5})
+        return work(learner, path, *callbacks)
+
+    whole, resumed = check_interruption(run, tmp_path)
+    for (kept, *_), (same, *_) in zip(whole.store.rankings, resumed.store.rankings, strict=True):
+        assert torch.equal(kept, same)
+    assert torch.equal(whole.store.images.pixels, resumed.store.images.pixels)
+    assert torch.equal(whole.entropy, resumed.entropy)
+
+
+def test_a_killed_condensation_ends_alike_and_its_set_teaches_others(teacher, tmp_path, monkeypatch, cli):
+    monkeypatch.chdir(tmp_path)
+    common = ("--teacher", str(teacher), "--batch-size", "20", "--device", "cpu")
+    command = [
+        "distill",
+        "--method",
+        "kcd",
+        "--transfer-set",
+        "real:400",
+        "--epochs",
+        "30",
+        "--period",
+        "5",
+        "--holdout",
+        "0",
+        *common,
+    ]
+    finish([*command, "--out", "whole"], tmp_path)
+    kill_after_saving([*command, "--out", "killed"], tmp_path, tmp_path / "killed" / CHECKPOINT)
+    finish([*command, "--out", "killed"], tmp_path)
+    files = sorted(p.relative_to(tmp_path / "whole") for p in (tmp_path / "whole").rglob("*.safetensors"))
+    assert len(files) == 2
+    for file in [*files, "condensed/manifest.json"]:
+        assert sha256_file(tmp_path / "whole" / file) == sha256_file(tmp_path / "killed" / file), file
+    reader = ShardReader(tmp_path / "whole" / "condensed")
+    reader.verify()
+    assert (sum(reader.sizes), reader.manifest["data_free"], reader.dtype) == (280, False, torch.uint8)
+    learn = ("distill", "--transfer-set", "whole/condensed", *common, "--steps", "5", "--out", "taught")
+    code, _, err = cli(*learn)
+    assert code == 0, err
+    code, out, err = cli("evaluate", "whole/condensed", "--teacher", teacher, "--json")
+    assert code == 0, err
+    assert json.loads(out)["ok"]
