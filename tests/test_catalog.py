@@ -270,7 +270,7 @@ def test_new_methods_are_listed(extended):
     new = {item["name"]: (item["kind"], item["needs"], item["summary"]) for item in items}
     assert new["grey"] == ("noise", [], "Grey images: a baseline")
     assert new["gap"] == ("response", [], "The gap between the logits: a baseline")
-    assert new["louder"] == ("regime", ["teacher"], "Offline distillation, louder: a baseline")
+    assert new["louder"] == ("regime", ["teacher", "objective"], "Offline distillation, louder: a baseline")
 
 
 def test_a_new_command_is_in_the_help_at_its_place(extended):

@@ -21,6 +21,15 @@ REGIMES = catalog.entries("regimes")
 CLASSES, SIZE = 4, (1, 3, 3)
 
 
+def beside(command: catalog.Command, choice: catalog.Choice | None) -> list[str]:
+    """The flag of a method beside which there is that choice, where the command's own has it not."""
+    if choice is None or choice.beside is None:
+        return []
+    (method,) = (other for other in command.choices if other.flag == "method")
+    has = [name for name, entry in catalog.entries(method.package).items() if choice.beside in entry.needs]
+    return [] if method.default in has else ["--method", next(n for n in has if "teacher" not in REGIMES[n].needs)]
+
+
 def network(seed: int, *hidden: nn.Module) -> Classifier:
     with torch.random.fork_rng():
         torch.manual_seed(seed)

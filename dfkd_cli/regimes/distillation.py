@@ -29,17 +29,17 @@ class Distillation(Regime):
     """A student learns answers by the chosen objectives. A subclass says in :meth:`ask_teacher` whose they are.
 
     Raises:
-        ConfigError: An objective compares features, and there is no network to take them from.
+        ConfigError: An objective is not between answers alone, and there is no teacher network to look into.
     """
 
     needs: ClassVar[tuple[str, ...]] = ("objective",)
 
     def __init__(self, task: Task, config: Any) -> None:
         super().__init__(task, config)
-        featured = [name for name, objective in self.losses.items() if objective.pairs]
-        if featured and "teacher" not in self.needs:
+        looking = [name for name, objective in self.losses.items() if objective.kind != "response"]
+        if looking and "teacher" not in self.needs:
             raise ConfigError(
-                f"--objective {', '.join(featured)} compares features with those of a teacher, which there is not",
+                f"--objective {', '.join(looking)} looks into a teacher network, and there is none",
                 "choose one between answers, such as response",
             )
         self.student_taps = find_taps(self.student, (tap for o in self.losses.values() for tap, _ in o.pairs))

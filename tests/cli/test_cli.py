@@ -10,6 +10,7 @@ import sys
 from pathlib import Path
 
 import pytest
+from tiny_regimes import beside
 
 from dfkd_cli import catalog
 from dfkd_cli.artifacts.shards import ShardReader
@@ -62,9 +63,10 @@ def test_help_and_listings_never_import_torch(tmp_path):
 @pytest.mark.parametrize("command", catalog.commands().values(), ids=lambda command: command.name)
 def test_help_shows_every_flag_with_meaning_and_default(command, cli, monkeypatch):
     monkeypatch.setenv("COLUMNS", "400")
-    named = [(choice.flag, entry) for choice in command.choices for entry in catalog.entries(choice.package).values()]
-    for flag, entry in named or [(None, None)]:
-        code, out, _ = cli(command.name, *([f"--{flag}", entry.name] if flag else []), "--help")
+    named = [(choice, entry) for choice in command.choices for entry in catalog.entries(choice.package).values()]
+    for choice, entry in named or [(None, None)]:
+        flag = [f"--{choice.flag}", entry.name] if choice else []
+        code, out, _ = cli(command.name, *beside(command, choice), *flag, "--help")
         assert code == 0
         text = words(out)
         classes = [command.inputs, Run]
@@ -79,8 +81,8 @@ def test_help_shows_every_flag_with_meaning_and_default(command, cli, monkeypatc
                 if isinstance(value, (int, float)) and not isinstance(value, bool):
                     line = next(part for part in out.splitlines() if f"--{key.replace('_', '-')} " in part)
                     assert f"(default: {value})" in line
-        for choice in command.choices:
-            assert f"--{choice.flag}: {', '.join(catalog.entries(choice.package))}" in text
+        for other in command.choices:
+            assert f"--{other.flag}: {', '.join(catalog.entries(other.package))}" in text
 
 
 def test_help_in_a_pipe_has_no_escape_codes(dfkd, tmp_path):

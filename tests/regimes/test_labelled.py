@@ -282,12 +282,11 @@ def test_what_collaborative_students_need(config, more, word):
         regime("kdcl", given(), config=config, **more)
 
 
-def test_features_need_a_network():
-    entry = entries("objectives")["at"]
-    objective = entry.load()(entry.config())
-    objective.pairs = (("1", "1"),)
-    with pytest.raises(ConfigError, match="compares features"):
-        regime("cs-kd", given(), objectives=[(1.0, objective)])
+@pytest.mark.parametrize("name", ["at", "bss", "crd"])
+def test_objectives_that_look_into_a_teacher_need_one(name):
+    entry = entries("objectives")[name]
+    with pytest.raises(ConfigError, match="looks into a teacher network"):
+        regime("cs-kd", given(), objectives=[(1.0, entry.load()(entry.config()))])
 
 
 # -- all of them -------------------------------------------------------------------------------------------------------

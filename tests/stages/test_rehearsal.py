@@ -8,6 +8,7 @@ from contextlib import contextmanager
 from typing import Any
 
 import pytest
+from tiny_regimes import beside
 from torch import nn
 
 from dfkd_cli import catalog
@@ -19,7 +20,9 @@ CASES = [
     for command in catalog.commands().values()
     for choice in command.choices
     for entry in catalog.entries(choice.package).values()
-    if "teacher" in hints(command.inputs) or "teacher" not in entry.needs
+    # What looks into a teacher goes where there is one.
+    if "teacher" in hints(command.inputs)
+    or not ("teacher" in entry.needs or (choice.several and entry.kind != "response"))
 ]
 
 
@@ -57,11 +60,13 @@ def typed(command: catalog.Command, choice: catalog.Choice | None, entry: catalo
     """A command line on which everything is by so much longer than by default."""
     # What is measured of distill's terms before its rehearsal takes whole batches of the images.
     keep = ("num_images", "batch_size") if command.name == "distill" else ()
-    values: dict[str, Any] = longer(command.inputs, more, keep) | dict.fromkeys(keep, 8)
+    has_student = entry is None or command.name != "synthesize" or "student" in entry.needs
+    left_out = keep if has_student else (*keep, "snapshots")
+    values: dict[str, Any] = longer(command.inputs, more, left_out) | dict.fromkeys(keep, 8)
     chosen = []
     if choice is not None:
         values |= longer(entry.config, more, keep)
-        chosen = [f"--{choice.flag}", *(["response"] if choice.several else []), entry.name]
+        chosen = [*beside(command, choice), f"--{choice.flag}", *(["response"] if choice.several else []), entry.name]
     return [command.name, *chosen, *flags(values), "--dry-run"]
 
 
