@@ -16,7 +16,7 @@ from dfkd_cli.artifacts.shards import MANIFEST, ShardReader
 from dfkd_cli.errors import ArtifactError
 from dfkd_cli.models.directory import RECORD, identity, read_record
 from dfkd_cli.models.names import Location, ModelDirectory
-from dfkd_cli.trust import Code
+from dfkd_cli.trust import CONFIG, Code
 
 LOG = logging.getLogger(__name__)
 
@@ -165,7 +165,7 @@ def read_model(location: Location, code: Code) -> Model:
         return Model(*facts)
     path, run = Path(model.path), read_run(Path(model.path))
     beside = made_beside(path)
-    if not run and beside is None:
+    if not run and beside is None and (path / CONFIG).exists():  # a model that was copied alone has neither
         LOG.warning("%s: no %s, which says how it was made", path, RUN)
     places = [find(parent, path, MANIFEST) for parent in run.get("parents", [])] if beside is None else [beside]
     return Model(*facts, run, [read_shards(place) for place in places if place is not None])

@@ -137,6 +137,8 @@ class Job:
 
 def run(settings: Settings, terminal: Terminal, dry_run: bool = False) -> dict[str, Any]:
     """Train a student. Unless a transfer set is real, no dataset can be opened meanwhile."""
+    if isinstance(settings.method.config, Assisted) and settings.run.devices * settings.run.num_nodes > 1:
+        raise ConfigError("the hops of a chain are trained by one process", "give --devices 1 --num-nodes 1")
     with opened(settings) as job:
         settings = with_answers(settings, job, terminal)
         task = job.task(settings)

@@ -76,6 +76,11 @@ def test_a_killed_chain_goes_on_at_its_hops(here):
         assert sha256_file(here / "whole" / file) == sha256_file(here / "killed" / file), file
 
 
+def test_hops_are_not_shared(here, cli):
+    code, _, err = cli(*TAKD, *SHORT, "--devices", "2")
+    assert (code, "trained by one process" in err) == (2, True), err
+
+
 def test_generations_are_other_networks_of_one_architecture(here, cli):
     born = ("distill", "--method", "born-again", "--student", "lenet5-half", "--generations", "3", *SHORT)
     assert cli(*born, "--out", "generations")[0] == 0
