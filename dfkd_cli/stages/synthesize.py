@@ -21,7 +21,7 @@ from dfkd_cli.artifacts.metadata import read_metadata
 from dfkd_cli.artifacts.run import RunDirectory
 from dfkd_cli.artifacts.shards import MANIFEST, ShardReader, ShardWriter
 from dfkd_cli.catalog import Choice, Command
-from dfkd_cli.config import option, plain
+from dfkd_cli.config import option
 from dfkd_cli.data.seal import check_kept, kept, kept_by, sealed
 from dfkd_cli.errors import ArtifactError, ConfigError
 from dfkd_cli.models.classifier import Classifier, is_batch_norm
@@ -34,7 +34,7 @@ from dfkd_cli.rounds.trainer import fit
 from dfkd_cli.settings import Settings
 from dfkd_cli.stages.inputs import real_data
 from dfkd_cli.stages.snapshots import Snapshots
-from dfkd_cli.stages.training import fresh, rehearse
+from dfkd_cli.stages.training import fresh, manifest_head, rehearse
 from dfkd_cli.synthesizers.base import SynthesisTask
 from dfkd_cli.ui import Terminal
 
@@ -155,7 +155,8 @@ def _make(
 ) -> None:
     """Do the rounds and write what is made of them."""
     config, count = settings.method.config, settings.inputs.num_images
-    head = _head(settings, teacher)
+    info, used = teacher.classifier.info, uses(settings.method.entry)
+    head = manifest_head(settings, info, teacher.sha256, config.dtype, True, used)
     writer = ShardWriter(directory.path, head, -(-count // config.batch_size))
     processes = settings.run.devices * settings.run.num_nodes
     task = SynthesisTask(teacher.classifier, count, settings.run.seed, writer, processes, **extras)
@@ -181,25 +182,6 @@ def _make(
     metrics = {"count": count, "confidence": confidence, "class_histogram": histogram}
     kept = snapshots.paths.values() if snapshots else ()
     directory.finish([*(directory.path / name for name in files), *kept], metrics)
-
-
-def _head(settings: Settings, teacher: LoadedModel) -> dict[str, Any]:
-    """What the manifest says about all shards."""
-    config, info = settings.method.config, teacher.classifier.info
-    return {
-        "method": settings.method.entry.name,
-        "config": plain(config),
-        "seed": settings.run.seed,
-        "precision": settings.run.precision,
-        "space": "pixel",
-        "shape": list(info.input_size),
-        "dtype": config.dtype,
-        "num_classes": info.num_classes,
-        "classes": info.classes and list(info.classes),
-        "teacher": {"sha256": teacher.sha256, "spec": info.spec},
-        "data_free": True,
-        "uses": uses(settings.method.entry),
-    }
 
 
 def _save_models(models: Mapping[str, Classifier | Generators], path: Path, provenance: dict[str, Any]) -> list[str]:

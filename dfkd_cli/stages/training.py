@@ -175,25 +175,41 @@ def _make(work: Work, run: RunDirectory, terminal: Terminal) -> dict[str, Any]:
     return metrics
 
 
-def _write_set(directory: Path, images: Images, work: Work, settings: Settings) -> list[Path]:
-    """Write images as shards, with what the teacher says about them. Returns the files."""
-    teacher, says = work.task.teacher, work.provenance
-    assert teacher is not None
-    info, method = teacher.info, settings.method
-    head = {
-        "method": method.entry.name,
-        "config": plain(method.config),
+def manifest_head(
+    settings: Settings, info: ModelInfo, sha256: str, dtype: str, data_free: bool, uses: Sequence[str]
+) -> dict[str, Any]:
+    """What the manifest of a set says about all of its shards.
+
+    Args:
+        settings: Of the command that makes the set.
+        info: What the teacher is that it is made from.
+        sha256: That teacher's.
+        dtype: How pixels are stored.
+        data_free: Whether no real images were read for it.
+        uses: What was made from real images and used for it.
+    """
+    return {
+        "method": settings.method.entry.name,
+        "config": plain(settings.method.config),
         "seed": settings.run.seed,
         "precision": settings.run.precision,
         "space": "pixel",
         "shape": list(info.input_size),
-        "dtype": str(images.pixels.dtype).removeprefix("torch."),
+        "dtype": dtype,
         "num_classes": info.num_classes,
         "classes": info.classes and list(info.classes),
-        "teacher": {"sha256": says["teacher"], "spec": info.spec},
-        "data_free": says["data_free"],
-        "uses": says["uses"],
+        "teacher": {"sha256": sha256, "spec": info.spec},
+        "data_free": data_free,
+        "uses": uses,
     }
+
+
+def _write_set(directory: Path, images: Images, work: Work, settings: Settings) -> list[Path]:
+    """Write images as shards, with what the teacher says about them. Returns the files."""
+    teacher, says = work.task.teacher, work.provenance
+    assert teacher is not None
+    dtype = str(images.pixels.dtype).removeprefix("torch.")
+    head = manifest_head(settings, teacher.info, says["teacher"], dtype, says["data_free"], says["uses"])
     parts = images.split(OF_A_SHARD)
     writer = ShardWriter(directory, head, len(parts))
     device = teacher.mean.device
