@@ -15,7 +15,8 @@ As in the released code, images that fell out once are ranked again by what was 
 (``reclaim``; the paper's text lets them go), the last ranking comes after the last epoch, and pixels that are whole
 numbers stay so, cut off. Entropies are computed from log-probabilities, which are never NaN, and count also where they
 are 0; images that were never seen rank first; the number of rankings follows from the epochs, where the code divides
-by 6. All images are held in memory.
+by 6. The paper's blend is a sum, the code's and ours a mean; of the n that fall out some may have fallen out before.
+All images are held in memory.
 """
 
 from __future__ import annotations
