@@ -67,6 +67,7 @@ def _row(
         "uses": list(first.provenance.get("uses", ())),
         "series": first.series,
         "num_images": first.provenance.get("num_images"),
+        "queries": first.run.get("metrics", {}).get("queries"),
         "parameters": first.parameters,
         "seeds": [run["seed"] for run in runs],
         "top1": spread(run["measures"]["top1"] for run in runs),

@@ -14,7 +14,7 @@ from dfkd_cli.report.results import curves
 LEFT = ("ROW", "STUDENT", "SEEDS", "DATA")  # columns of words
 # Left out of a narrow terminal, in this order.
 _EXPENDABLE = (
-    "PARAMS", "BEST TEST %", "SELECTED %", "IMAGES", "SEEDS",
+    "PARAMS", "BEST TEST %", "SELECTED %", "IMAGES", "QUERIES", "SEEDS",
     "STUDENT", "AGREEMENT %", "DISTILLATION s", "SYNTHESIS s", "TOTAL s",
 )  # fmt: skip
 _SEEDS_SHOWN = 5
@@ -38,6 +38,7 @@ def cells(row: Mapping[str, Any]) -> dict[str, str]:
         "GAP": _points(row["gap"], sign="+"),
         "AGREEMENT %": _points(row["agreement"]),
         "IMAGES": _count(row["num_images"]),
+        "QUERIES": _count(row.get("queries")),  # of a black box; older results have none
         "SYNTHESIS s": seconds(row["seconds"]["synthesis"]),
         "DISTILLATION s": seconds(training),
         "TOTAL s": seconds(total),

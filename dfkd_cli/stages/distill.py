@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import contextlib
 import dataclasses
+import re
 from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
@@ -20,8 +21,9 @@ from dfkd_cli.config import build, option
 from dfkd_cli.data.seal import check_kept, kept, kept_by, sealed
 from dfkd_cli.data.sources import Concat, Source, first
 from dfkd_cli.errors import ConfigError
+from dfkd_cli.models.black_box import BlackBox
 from dfkd_cli.models.classifier import Classifier
-from dfkd_cli.models.names import LoadedModel, architecture, locate, together
+from dfkd_cli.models.names import LoadedModel, architecture, asked, locate, together
 from dfkd_cli.objectives.base import Objective
 from dfkd_cli.options import Assisted, ForeignModel, Training
 from dfkd_cli.regimes.base import Task
@@ -40,6 +42,10 @@ class Inputs(Training, ForeignModel):
 
     teacher: tuple[str, ...] = option(("teacher",), "teacher: model directory or SPEC; of several, their mean")
     combine: Literal["probabilities", "logits"] = option("probabilities", "what of several teachers is averaged")
+    answers: str = option(
+        "network", "what is seen of the teacher: the network, or of a black box probabilities, topN (top5) or label"
+    )
+    queries: int | None = option(None, "most images that a black box is asked about, each once", low=1, volatile=True)
     transfer_set: tuple[str, ...] = option(
         ("shards",), "shard or generator directory, real, real:N, noise:N, folder of images"
     )
@@ -57,6 +63,13 @@ class Inputs(Training, ForeignModel):
     scale: float = 0.1
     data_dir: str | None = option(None, "where the real images lie, for real and real:N", volatile=True)
     holdout: float = option(0.02, "share of the images that only measures agreement")
+
+    def __post_init__(self) -> None:
+        """Answers have names, and only they are counted."""
+        if not re.fullmatch(r"network|probabilities|label|top[1-9]\d{0,5}", self.answers):
+            raise ConfigError(f"--answers {self.answers}: unknown", "choose from: network, probabilities, topN, label")
+        if self.queries is not None and self.answers == "network":
+            raise ConfigError(f"--queries {self.queries}: only a black box counts them", "give --answers too")
 
 
 def data_free(inputs: Inputs) -> bool:
@@ -86,7 +99,7 @@ class Job:
         first: The teacher that the command names, which agreement is with.
         teacher: Who teaches now: that one, or an assistant that it has taught.
         sets: The transfer sets.
-        data_free: None of them can be real images.
+        sealed: No dataset can be opened: all of them are named by themselves.
         student: The network to train.
         peers: More of them, where the method has several students.
         objectives: The losses between teacher and students by name, with their weights.
@@ -96,7 +109,7 @@ class Job:
     first: LoadedModel
     teacher: LoadedModel
     sets: list[TransferSet]
-    data_free: bool
+    sealed: bool
     student: Classifier
     peers: list[Classifier]
     objectives: dict[str, tuple[float, Objective]]
@@ -130,6 +143,11 @@ class Job:
         return f"hard labels of {', '.join(hard)}: {whose}, the teacher's classes are taken"
 
     @property
+    def data_free(self) -> bool:
+        """Whether none of the images is real, nor made of real ones."""
+        return self.sealed and not any(s.real for s in self.sets)
+
+    @property
     def uses(self) -> list[str]:
         """What was made from real images and used for the transfer sets."""
         return sorted({use for s in self.sets for use in s.uses})
@@ -137,8 +155,12 @@ class Job:
 
 def run(settings: Settings, terminal: Terminal, dry_run: bool = False) -> dict[str, Any]:
     """Train a student. Unless a transfer set is real, no dataset can be opened meanwhile."""
-    if isinstance(settings.method.config, Assisted) and settings.run.devices * settings.run.num_nodes > 1:
-        raise ConfigError("the hops of a chain are trained by one process", "give --devices 1 --num-nodes 1")
+    alone = {
+        "the hops of a chain are trained": isinstance(settings.method.config, Assisted),
+        "a black box is asked": settings.inputs.answers != "network",
+    }
+    for what in (what for what, holds in alone.items() if holds and settings.run.devices * settings.run.num_nodes > 1):
+        raise ConfigError(f"{what} by one process", "give --devices 1 --num-nodes 1")
     with opened(settings) as job:
         settings = with_answers(settings, job, terminal)
         task = job.task(settings)
@@ -148,7 +170,8 @@ def run(settings: Settings, terminal: Terminal, dry_run: bool = False) -> dict[s
             terminal.say(note)
         if not dry_run:
             return learn(settings, job, terminal)
-        measured = calibrate(task) if "teacher" in settings.method.entry.needs else []
+        known = "teacher" in settings.method.entry.needs and not isinstance(task.teacher, BlackBox)  # which costs
+        measured = calibrate(task) if known else []
 
         def short(cut: Settings, quiet: Terminal) -> dict[str, Any]:
             losses = connect(cut.components["objective"], job.student, job.teacher.classifier, cut.run.seed)
@@ -169,7 +192,7 @@ def learn(settings: Settings, job: Job, terminal: Terminal) -> dict[str, Any]:
         *(p for spec in specs(settings, settings.inputs.student) for p in architecture(spec, settings.code).parents),
     ]
     facts = {"data_free": job.data_free, "uses": job.uses, "num_images": len(task.source)}
-    directory = RunDirectory(settings.out, settings, parents, facts, kept_by() if job.data_free else None)
+    directory = RunDirectory(settings.out, settings, parents, facts, kept_by() if job.sealed else None)
 
     def work(teacher: LoadedModel, finished: Path | None = None) -> Work:
         task = (job if teacher is job.teacher else job.between(teacher, job.student, settings)).task(settings)
@@ -212,7 +235,8 @@ def learn(settings: Settings, job: Job, terminal: Terminal) -> dict[str, Any]:
 def opened(settings: Settings) -> Iterator[Job]:
     """Open the inputs. Unless a transfer set is real, no dataset can be opened inside the ``with`` block."""
     inputs, seed = settings.inputs, settings.run.seed
-    without_data, locations = data_free(inputs), [locate(name, inputs) for name in inputs.teacher]
+    only_asked = inputs.answers != "network"
+    without_data, locations = data_free(inputs), [locate(name, inputs, only_asked) for name in inputs.teacher]
     with contextlib.ExitStack() as seals:
         if without_data:
             places = [place for location in locations for place in real_data(location, inputs.data_dir)]
@@ -220,6 +244,8 @@ def opened(settings: Settings) -> Iterator[Job]:
             seals.enter_context(kept())
         members = [location.open(settings.code) for location in locations]
         teacher = together(members, inputs.combine)
+        if only_asked:
+            teacher = asked(teacher, inputs.answers, inputs.queries)
         needs = [need for chosen in settings.components.values() for c in chosen for need in c.entry.needs]
         sets = [open_transfer_set(name, teacher, inputs.data_dir, seed, needs) for name in inputs.transfer_set]
         info = dataclasses.replace(teacher.classifier.info, spec=inputs.student)
