@@ -9,20 +9,22 @@ from __future__ import annotations
 import contextlib
 import dataclasses
 import re
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Literal
+
+from torch import Tensor
 
 from dfkd_cli import catalog
 from dfkd_cli.artifacts.run import RunDirectory
 from dfkd_cli.catalog import Choice, Command
 from dfkd_cli.config import build, option
 from dfkd_cli.data.seal import check_kept, kept, kept_by, sealed
-from dfkd_cli.data.sources import Concat, Source, first
+from dfkd_cli.data.sources import Classified, Concat, Source, first
 from dfkd_cli.errors import ConfigError
 from dfkd_cli.models.black_box import BlackBox
-from dfkd_cli.models.classifier import Classifier
+from dfkd_cli.models.classifier import Classifier, undisturbed
 from dfkd_cli.models.names import LoadedModel, architecture, asked, locate, together
 from dfkd_cli.objectives.base import Objective
 from dfkd_cli.options import Assisted, ForeignModel, Training
@@ -103,6 +105,7 @@ class Job:
         student: The network to train.
         peers: More of them, where the method has several students.
         objectives: The losses between teacher and students by name, with their weights.
+        needing: The method and the objectives that learn from labels, by name.
     """
 
     members: list[LoadedModel]
@@ -113,6 +116,7 @@ class Job:
     student: Classifier
     peers: list[Classifier]
     objectives: dict[str, tuple[float, Objective]]
+    needing: Sequence[str] = ()
 
     def task(self, settings: Settings) -> Task:
         """The networks, the losses, and as many of the images as the settings say."""
@@ -122,6 +126,8 @@ class Job:
             if inputs.num_images > len(source):
                 raise ConfigError(f"--num-images {inputs.num_images}: the transfer sets have {len(source)} images")
             source = first(source, inputs.num_images)
+        if self.needing and not source.labelled:
+            source = Classified(source, self.classes)
         seed = settings.run.seed
         return Task(self.student, self.teacher.classifier, source, self.objectives, inputs, seed, self.peers)
 
@@ -130,17 +136,24 @@ class Job:
         losses = connect(settings.components["objective"], student, teacher.classifier, settings.run.seed)
         return dataclasses.replace(self, teacher=teacher, student=student, peers=[], objectives=losses)
 
+    def classes(self, pixels: Tensor) -> Tensor:
+        """The classes (B,) that the first teacher gives to pixels (B, C, H, W), all on the CPU."""
+        teacher = self.first.classifier
+        with undisturbed(teacher):
+            return teacher(pixels.to(teacher.mean.device)).argmax(1).cpu()
+
     @property
-    def hard_labels_note(self) -> str | None:
-        """What is said where hard labels have a weight and are not the images' own."""
+    def labels_note(self) -> str | None:
+        """What is said where labels are learned from that are not the images' own."""
         hard = [name for name, (weight, loss) in self.objectives.items() if weight and getattr(loss.config, "hard", 0)]
         labelled = [s for s in self.sets if s.source.labelled]
-        if not hard or len(labelled) == len(self.sets):
+        who = [*self.needing, *(f"hard labels of {name}" for name in hard if name not in self.needing)]
+        if not who or len(labelled) == len(self.sets):
             return None
         whose = (
             "not all transfer sets have labels, so also for real images" if labelled else "the images have no labels"
         )
-        return f"hard labels of {', '.join(hard)}: {whose}, the teacher's classes are taken"
+        return f"{', '.join(who)}: {whose}, the teacher's classes are taken"
 
     @property
     def data_free(self) -> bool:
@@ -166,7 +179,7 @@ def run(settings: Settings, terminal: Terminal, dry_run: bool = False) -> dict[s
         task = job.task(settings)
         if task.objectives:
             check(task)
-        if note := job.hard_labels_note:
+        if note := job.labels_note:
             terminal.say(note)
         if not dry_run:
             return learn(settings, job, terminal)
@@ -246,13 +259,15 @@ def opened(settings: Settings) -> Iterator[Job]:
         teacher = together(members, inputs.combine)
         if only_asked:
             teacher = asked(teacher, inputs.answers, inputs.queries)
-        needs = [need for chosen in settings.components.values() for c in chosen for need in c.entry.needs]
+        entries = [component.entry for chosen in settings.components.values() for component in chosen]
+        needs = [need for entry in entries for need in entry.needs]
         sets = [open_transfer_set(name, teacher, inputs.data_dir, seed, needs) for name in inputs.transfer_set]
         info = dataclasses.replace(teacher.classifier.info, spec=inputs.student)
         student, peers = students(settings, info, "student")
         objectives = connect(settings.components["objective"], student, teacher.classifier, seed)
         check_kept()
-        yield Job(members, teacher, teacher, sets, without_data, student, peers, objectives)
+        needing = [entry.name for entry in entries if "labels" in entry.needs]
+        yield Job(members, teacher, teacher, sets, without_data, student, peers, objectives, needing)
 
 
 def with_answers(settings: Settings, job: Job, terminal: Terminal) -> Settings:

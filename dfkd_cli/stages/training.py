@@ -133,12 +133,12 @@ def train(work: Work, run: RunDirectory, terminal: Terminal, begin: Callable[[],
     """
     settings, task = run.settings, work.task
     regime = settings.method.entry
-    lacking = {*ANSWERS, "labels"} - {*task.source.answers, *(["labels"] if task.source.labelled else [])}
+    lacking = {*ANSWERS} - {*task.source.answers}
     for flag, chosen in settings.components.items():
         for entry in (component.entry for component in chosen):
             if missing := " and ".join(sorted(lacking & {*entry.needs})):
-                hint = "use real or real:N" if "labels" in missing else "use shards that store them"
-                raise ConfigError(f"--{flag} {entry.name} needs {missing}, which this transfer set has not", hint)
+                what = f"--{flag} {entry.name} needs {missing}, which this transfer set has not"
+                raise ConfigError(what, "use shards that store them")
     if "teacher" in regime.needs and task.teacher is None:
         raise ConfigError(f"--method {regime.name} needs a teacher", "use it with dfkd distill")
     if "network" in regime.needs and isinstance(task.teacher, BlackBox):
