@@ -32,6 +32,7 @@ from dfkd_cli.config import hints, plain, strip_none
 from dfkd_cli.data import landlock, seal
 from dfkd_cli.data.landlock import LIST, READ, REMOVE_DIR, WRITE
 from dfkd_cli.errors import ArtifactError
+from dfkd_cli.options import SeenTeacher
 from dfkd_cli.processes import writes_records
 from dfkd_cli.settings import Settings
 from dfkd_cli.unimported import PACKAGE
@@ -146,7 +147,7 @@ def access(settings: Settings, dry_run: bool = False) -> Access | None:
             spec = str(read_json(Path(name, "model.json"), dict[str, Any])["spec"])
             if settings.code.may_run(spec := settings.code.locate(spec, Path(name))):
                 code |= _code_of(spec)
-    asked = getattr(settings.inputs, "answers", "network") != "network"
+    asked = isinstance(settings.inputs, SeenTeacher) and settings.inputs.only_asked
     several = settings.run.devices * settings.run.num_nodes > 1
     return Access(
         inputs=tuple(place for name in names for place in (name, *_records_around(name)) if os.path.exists(place)),

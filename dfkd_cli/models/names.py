@@ -21,7 +21,7 @@ from dfkd_cli.models.committee import committee
 from dfkd_cli.models.directory import identity, load_model, read_record
 from dfkd_cli.models.registry import build, code_file, family, load_code
 from dfkd_cli.models.weights import load_weights
-from dfkd_cli.options import FOREIGN, ForeignModel
+from dfkd_cli.options import FOREIGN, ForeignModel, SeenTeacher
 from dfkd_cli.trust import Code
 
 LOG = logging.getLogger(__name__)
@@ -64,6 +64,17 @@ class LoadedModel:
     def knows(self, made_from: str | None) -> bool:
         """Whether images that were made from a teacher, by its hash, can have been made from this one or its line."""
         return self.unknown or made_from in self.ancestry
+
+    def seen(self, said: ForeignModel, budget: int | None = None) -> LoadedModel:
+        """It as the flags say that it is seen: itself, or a black box that is asked about at most so many images."""
+        if not isinstance(said, SeenTeacher) or not said.only_asked:
+            return self
+        if isinstance(self.classifier, BlackBox):
+            what = f"--answers {said.answers}: the answers in {self.path} are seen as they are stored"
+            raise ConfigError(what, "leave it out")
+        return dataclasses.replace(
+            self, classifier=BlackBox(self.classifier, self.classifier.info, said.answers, budget)
+        )
 
     def parent(self, role: str) -> dict[str, Any]:
         """The entry in a run's list of parents."""
@@ -182,29 +193,17 @@ class StoredAnswers:
         return LoadedModel(stored, reader.teacher, dataclasses.asdict(info) | {"provenance": {}}, self.name)
 
 
-def asked(model: LoadedModel, seen: str, budget: int | None) -> LoadedModel:
-    """A model of which nothing is seen but its answers: ``probabilities``, ``topN`` or ``label``."""
-    if isinstance(model.classifier, BlackBox):
-        raise ConfigError(f"--answers {seen}: the answers in {model.path} are seen as they are stored", "leave it out")
-    box = BlackBox(model.classifier, model.classifier.info, seen, budget)
-    return dataclasses.replace(model, classifier=box)
-
-
 # Their official weights take pixels in [-1,1]: torchvision's transform_input makes these of normalised ones.
 TRANSFORMING = ("torchvision:inception_v3", "torchvision:googlenet")
 IMAGENET = (0.485, 0.456, 0.406), (0.229, 0.224, 0.225)
-Location = (
-    ModelDirectory | ForeignWeights | UserFunction | StoredAnswers
-)  # another kind is one more class here, and one more case in `locate`
+# Another kind is one more class here, and one more case in `locate`.
+Location = ModelDirectory | ForeignWeights | UserFunction | StoredAnswers
 
 
-def locate(name: str, said: ForeignModel, asked: bool = False) -> Location:
+def locate(name: str, said: ForeignModel) -> Location:
     """What ``--teacher`` names: a model directory, a set with its answers, or a SPEC of which flags say the rest.
 
-    Args:
-        name: As it was typed.
-        said: What the flags say.
-        asked: Whether it is only to answer: code without weights is a function then, not a network.
+    Of a black box, code without weights is a function, not a network.
 
     Raises:
         ArtifactError: There is nothing, or a file.
@@ -218,7 +217,7 @@ def locate(name: str, said: ForeignModel, asked: bool = False) -> Location:
         return StoredAnswers(name) if (path / MANIFEST).is_file() else ModelDirectory(name)
     if said.weights is not None:
         return ForeignWeights(name, Path(said.weights), _info(name, said), said.weights_key)
-    if asked and ":" in name:
+    if ":" in name and isinstance(said, SeenTeacher) and said.only_asked:
         return UserFunction(name, _info(name, said))
     if path.is_file():
         raise ArtifactError(

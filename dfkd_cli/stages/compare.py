@@ -26,7 +26,7 @@ from dfkd_cli.data.sources import RealSource
 from dfkd_cli.errors import ArtifactError, ConfigError, RunFailed
 from dfkd_cli.models.directory import read_info
 from dfkd_cli.models.names import LoadedModel, Location, ModelDirectory, locate
-from dfkd_cli.options import ForeignModel
+from dfkd_cli.options import SeenTeacher
 from dfkd_cli.report import html, table
 from dfkd_cli.report.entries import Model, ShardSet, read_model, read_shards
 from dfkd_cli.report.results import rows
@@ -43,7 +43,7 @@ from dfkd_cli.ui import Progress, Terminal
 
 
 @dataclass(frozen=True, kw_only=True)
-class Inputs(ForeignModel):
+class Inputs(SeenTeacher):
     """What is read, and how."""
 
     paths: tuple[str, ...] | None = option(

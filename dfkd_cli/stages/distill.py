@@ -8,7 +8,6 @@ from __future__ import annotations
 
 import contextlib
 import dataclasses
-import re
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -25,9 +24,9 @@ from dfkd_cli.data.sources import Classified, Concat, Source, first
 from dfkd_cli.errors import ConfigError
 from dfkd_cli.models.black_box import BlackBox
 from dfkd_cli.models.classifier import Classifier, undisturbed
-from dfkd_cli.models.names import LoadedModel, architecture, asked, locate, together
+from dfkd_cli.models.names import LoadedModel, architecture, locate, together
 from dfkd_cli.objectives.base import Objective
-from dfkd_cli.options import Assisted, ForeignModel, Training
+from dfkd_cli.options import Assisted, SeenTeacher, Training
 from dfkd_cli.regimes.base import Task
 from dfkd_cli.settings import Component, Settings
 from dfkd_cli.stages.calibrate import calibrate, check
@@ -39,14 +38,11 @@ from dfkd_cli.ui import Terminal
 
 
 @dataclass(frozen=True, kw_only=True)
-class Inputs(Training, ForeignModel):
+class Inputs(Training, SeenTeacher):
     """What is read, and how."""
 
     teacher: tuple[str, ...] = option(("teacher",), "teacher: model directory or SPEC; of several, their mean")
     combine: Literal["probabilities", "logits"] = option("probabilities", "what of several teachers is averaged")
-    answers: str = option(
-        "network", "what is seen of the teacher: the network, or of a black box probabilities, topN (top5) or label"
-    )
     queries: int | None = option(None, "most images that a black box is asked about, each once", low=1, volatile=True)
     transfer_set: tuple[str, ...] = option(
         ("shards",), "shard or generator directory, real, real:N, noise:N, folder of images"
@@ -67,10 +63,9 @@ class Inputs(Training, ForeignModel):
     holdout: float = option(0.02, "share of the images that only measures agreement")
 
     def __post_init__(self) -> None:
-        """Answers have names, and only they are counted."""
-        if not re.fullmatch(r"network|probabilities|label|top[1-9]\d{0,5}", self.answers):
-            raise ConfigError(f"--answers {self.answers}: unknown", "choose from: network, probabilities, topN, label")
-        if self.queries is not None and self.answers == "network":
+        """Only answers are counted."""
+        super().__post_init__()
+        if self.queries is not None and not self.only_asked:
             raise ConfigError(f"--queries {self.queries}: only a black box counts them", "give --answers too")
 
 
@@ -170,7 +165,7 @@ def run(settings: Settings, terminal: Terminal, dry_run: bool = False) -> dict[s
     """Train a student. Unless a transfer set is real, no dataset can be opened meanwhile."""
     alone = {
         "the hops of a chain are trained": isinstance(settings.method.config, Assisted),
-        "a black box is asked": settings.inputs.answers != "network",
+        "a black box is asked": settings.inputs.only_asked,
     }
     for what in (what for what, holds in alone.items() if holds and settings.run.devices * settings.run.num_nodes > 1):
         raise ConfigError(f"{what} by one process", "give --devices 1 --num-nodes 1")
@@ -248,17 +243,14 @@ def learn(settings: Settings, job: Job, terminal: Terminal) -> dict[str, Any]:
 def opened(settings: Settings) -> Iterator[Job]:
     """Open the inputs. Unless a transfer set is real, no dataset can be opened inside the ``with`` block."""
     inputs, seed = settings.inputs, settings.run.seed
-    only_asked = inputs.answers != "network"
-    without_data, locations = data_free(inputs), [locate(name, inputs, only_asked) for name in inputs.teacher]
+    without_data, locations = data_free(inputs), [locate(name, inputs) for name in inputs.teacher]
     with contextlib.ExitStack() as seals:
         if without_data:
             places = [place for location in locations for place in real_data(location, inputs.data_dir)]
             seals.enter_context(sealed("the transfer set is data-free", places))
             seals.enter_context(kept())
         members = [location.open(settings.code) for location in locations]
-        teacher = together(members, inputs.combine)
-        if only_asked:
-            teacher = asked(teacher, inputs.answers, inputs.queries)
+        teacher = together(members, inputs.combine).seen(inputs, inputs.queries)
         entries = [component.entry for chosen in settings.components.values() for component in chosen]
         needs = [need for entry in entries for need in entry.needs]
         sets = [open_transfer_set(name, teacher, inputs.data_dir, seed, needs) for name in inputs.transfer_set]

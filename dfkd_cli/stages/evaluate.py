@@ -26,7 +26,7 @@ from dfkd_cli.data import datasets
 from dfkd_cli.errors import ArtifactError, ConfigError
 from dfkd_cli.models.directory import RECORD
 from dfkd_cli.models.names import LoadedModel, ModelDirectory, locate
-from dfkd_cli.options import ForeignModel
+from dfkd_cli.options import SeenTeacher
 from dfkd_cli.report.entries import find_teacher
 from dfkd_cli.settings import Settings
 from dfkd_cli.stages.inputs import is_images, open_images, pick_device
@@ -37,7 +37,7 @@ from dfkd_cli.ui import VERBOSE, Progress, Terminal
 
 
 @dataclass(frozen=True, kw_only=True)
-class Inputs(ForeignModel):
+class Inputs(SeenTeacher):
     """What is read, and how."""
 
     # Volatile: what decides the result is what the paths hold, by hash.

@@ -18,6 +18,7 @@ from torchmetrics.classification import MulticlassCalibrationError, MulticlassSt
 from dfkd_cli.data import datasets
 from dfkd_cli.data.sources import Images, RealSource, Source
 from dfkd_cli.errors import GateNotMet
+from dfkd_cli.models.black_box import Function
 from dfkd_cli.models.classifier import Classifier, ModelInfo
 from dfkd_cli.models.names import LoadedModel
 
@@ -116,8 +117,11 @@ def examine(
 def cost(model: Classifier, device: torch.device) -> dict[str, Any]:
     """``parameters``; ``macs``, the multiply-accumulates of one image in matrix products and convolutions.
 
-    Also ``latency_ms``: the median time of one image alone, on ``device``, with one thread.
+    Also ``latency_ms``: the median time of one image alone, on ``device``, with one thread. None of a user's function:
+    nobody knows what is inside, and each question may cost.
     """
+    if isinstance(model.net, Function):
+        return dict.fromkeys(("parameters", "macs", "latency_ms"))
     model = model.eval().to(device)
     image = torch.zeros(1, *model.info.input_size, device=device)
     with FlopCounterMode(display=False) as flops:

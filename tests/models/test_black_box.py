@@ -229,13 +229,13 @@ def test_a_function_that_fails_says_so_in_one_line():
 # -- commands ----------------------------------------------------------------------------------------------------------
 
 API = """
-import os
+import hashlib, os
 import numpy as np
 
 def ask(pixels):
     with open("asked.txt", "a") as file:
         for image in pixels:
-            print(image.tobytes().hex()[:64], file=file)
+            print(hashlib.sha256(image.tobytes()).hexdigest(), file=file)
     if os.path.exists("kill") and len(open("asked.txt").readlines()) > 300:
         os.remove("kill")
         os.kill(os.getpid(), 9)
@@ -293,19 +293,20 @@ def test_networks_as_black_boxes_and_their_stored_answers(here, cli):
     learn = ("distill", "--transfer-set", "shards", *SHORT, "--rotate", "0", "--scale", "0", "--translate", "0")
     for out, flags in {
         "network": (),
+        "twice": ("--teacher", "teacher", "./teacher"),
         "asked": ("--answers", "probabilities", "--queries", "64"),
         "stored": ("--teacher", "shards"),
         "label": ("--answers", "label"),
     }.items():
         code, _, err = cli(*learn, *flags, "--out", out)
         assert code == 0, err
-    queries = {out: record(out)["metrics"].get("queries") for out in ("network", "asked", "stored", "label")}
-    assert queries == {"network": None, "asked": 64, "stored": 0, "label": 64}
+    queries = {out: record(out)["metrics"].get("queries") for out in ("network", "twice", "asked", "stored", "label")}
+    assert queries == {"network": None, "twice": None, "asked": 64, "stored": 0, "label": 64}
     # Unchanged images, and answers from which softmax makes the same: the same training but for rounding.
     weights = {out: torch.cat([v.flatten() for v in load(out).values()]) for out in queries}
     far = (weights["label"] - weights["network"]).norm()
-    assert (weights["asked"] - weights["network"]).norm() < 0.01 * far
-    assert (weights["stored"] - weights["network"]).norm() < 0.01 * far
+    assert (weights["asked"] - weights["network"]).norm() < 1e-4 * far
+    assert (weights["stored"] - weights["twice"]).norm() < 1e-4 * far  # neither says how its pixels are normalised
     code, out, err = cli("compare", "asked", "stored", "label", "--out", "compared", "--json")
     assert code == 0, err
     rows = {row["runs"][0]["path"]: row["queries"] for row in json.loads(out)["sections"][0]["rows"]}
@@ -313,6 +314,21 @@ def test_networks_as_black_boxes_and_their_stored_answers(here, cli):
     assert "QUERIES" in Path("compared/table.md").read_text()
     code, _, err = cli("info", "stored")
     assert code == 0, err
+
+
+def test_students_of_a_function_are_measured_against_it(here, cli):
+    teacher = ("--teacher", "./api.py:ask", *OF_API)
+    assert cli("distill", *teacher, "--transfer-set", "noise:100", *SHORT, "--out", "student")[0] == 0
+    code, out, err = cli("evaluate", "student", *teacher, "--dataset", "digits", "--json")
+    assert code == 0, err
+    (result,) = json.loads(out)["results"]
+    assert 0 <= result["agreement"] <= 1
+    code, _, err = cli("compare", "student", *teacher, "--dataset", "digits", "--out", "compared")
+    assert code == 0, err
+    asked = Path("asked.txt").read_text().splitlines()
+    assert len(asked) == 100 + 2 * result["count"], "about the test images once in each command, and not for its speed"
+    code, _, err = cli("evaluate", "student", *teacher[:-2], "--dataset", "digits")
+    assert (code, "--answers" in err) == (2, True), err
 
 
 def load(directory: str) -> dict[str, torch.Tensor]:
