@@ -135,7 +135,10 @@ def train(work: Work, run: RunDirectory, terminal: Terminal, begin: Callable[[],
         metrics = run.record["metrics"]
     else:
         with run.guard(), kept():
-            metrics = _make(begin() if begin else work, run, terminal)
+            if begin is not None:
+                with run.counting_runs_within():
+                    work = begin()
+            metrics = _make(work, run, terminal)
     return {
         "artifacts": {catalog.command(settings.command).out: str(run.path)},
         "metrics": metrics,

@@ -5,10 +5,11 @@ from __future__ import annotations
 import json
 import signal
 from pathlib import Path
+from typing import Any
 
 import pytest
 from forks import Fork
-from pipeline import HANGS, finish
+from pipeline import HANGS, edit, finish
 
 from dfkd_cli.artifacts.files import sha256_file
 from dfkd_cli.stages.chain import Chain, Hop
@@ -22,8 +23,12 @@ def weights(directory: Path) -> str:
     return sha256_file(directory / "model.safetensors")
 
 
+def record(directory: Path) -> dict[str, Any]:
+    return json.loads((directory / "run.json").read_text())
+
+
 def metrics(directory: Path) -> dict[str, float]:
-    return json.loads((directory / "run.json").read_text())["metrics"]
+    return record(directory)["metrics"]
 
 
 @pytest.fixture
@@ -68,7 +73,13 @@ def test_a_killed_chain_goes_on_at_its_hops(here):
     first = here / "killed" / "assistants" / "lenet5" / "model.safetensors"
     stamp = first.stat().st_mtime_ns
     assert not (second / "model.json").exists()
+    edit(first.parent / "run.json", seconds=1000.0)
     finish([*command, "killed"], here)
+    took = record(here / "killed")["seconds"]
+    assert 0 < took - 1000 - record(second)["seconds"] < 1000
+    (here / "killed" / "model.safetensors").unlink()
+    finish([*command, "killed"], here)
+    assert took < record(here / "killed")["seconds"] < 2000, "what is done again counts, a hop that is not counts once"
     assert first.stat().st_mtime_ns == stamp
     files = sorted(path.relative_to(here / "whole") for path in (here / "whole").rglob("model.safetensors"))
     assert len(files) == 3
