@@ -22,7 +22,7 @@ All images are held in memory.
 from __future__ import annotations
 
 from collections.abc import Iterator, Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any
 
 import torch
@@ -100,7 +100,10 @@ class Condensation(Offline):
             if ranked not in self.sets:
                 self.sets = {ranked: Batches(self.store, self.training_config.batch_size, self.seed, self.device)}
             batches, place = self.sets[ranked], step - self.starts[epoch]
-            yield from batches.steps(first := epoch * batches.steps_per_epoch + place, first + 1)
+            for images in batches.steps(first := epoch * batches.steps_per_epoch + place, first + 1):
+                assert images.positions is not None
+                positions = self.store.kept.to(images.positions.device)[images.positions]
+                yield replace(images, positions=positions)  # in the whole set, as objectives remember images
 
     def terms(
         self, student: Outputs, teacher: Mapping[str, Outputs], images: Images, shared: bool = False
@@ -115,7 +118,7 @@ class Condensation(Offline):
         assert images.positions is not None
         logs = logits.double().log_softmax(1)
         entropies = everywhere(-(logs.exp() * logs).sum(1)).cpu()
-        places = self.store.kept[everywhere(images.positions).cpu()]
+        places = everywhere(images.positions).cpu()
         self.seen[places] += 1
         self.entropy[places] += (entropies - self.entropy[places]) / self.seen[places]
 

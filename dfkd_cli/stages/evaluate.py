@@ -7,7 +7,7 @@ is given.
 from __future__ import annotations
 
 import functools
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, TypedDict
@@ -27,7 +27,7 @@ from dfkd_cli.errors import ArtifactError, ConfigError
 from dfkd_cli.models.directory import RECORD
 from dfkd_cli.models.names import LoadedModel, ModelDirectory, locate
 from dfkd_cli.options import SeenTeacher
-from dfkd_cli.report.entries import find_teacher
+from dfkd_cli.report.places import find_teacher
 from dfkd_cli.settings import Settings
 from dfkd_cli.stages.inputs import is_images, open_images, pick_device
 from dfkd_cli.stages.measures import Examiner, check_gate, finite
@@ -209,7 +209,8 @@ class _Opener:
         raise ArtifactError(f"{path}: {what}", "give a directory that dfkd train-teacher, synthesize or distill made")
 
     def _model(self, path: str, model: LoadedModel) -> Evaluation:
-        teacher = self._teacher_of(path, model.provenance.get("teacher"), model.sha256)
+        _, *line = model.ancestry
+        teacher = self._teacher_of(path, line, model.sha256)
         teachers = [] if teacher is None else [teacher]
         names: list[str | None] = [self.inputs.dataset, *(m.dataset for m in (*teachers, model))]
         dataset = next((name for name in names if name is not None), None)
@@ -225,7 +226,7 @@ class _Opener:
 
     def _shards(self, path: str) -> Evaluation:
         reader = ShardReader(Path(path))
-        teacher = self._teacher_of(path, reader.teacher)
+        teacher = self._teacher_of(path, [reader.teacher])
         if teacher is not None and teacher.sha256 != reader.teacher:
             return self._images(path)  # what another teacher answered to them is not the question
         method, uses = reader.manifest.get("method"), reader.manifest.get("uses", [])
@@ -245,25 +246,26 @@ class _Opener:
         measure = functools.partial(measure_images, shown.source, classifier, *self.passes)
         return Evaluation({"path": path, "kind": "images", "uses": list(shown.uses)}, parents, measure)
 
-    def _teacher_of(self, path: str, recorded: str | None, own: str | None = None) -> LoadedModel | None:
+    def _teacher_of(self, path: str, line: Sequence[str], own: str | None = None) -> LoadedModel | None:
         """The teacher to compare with: the one that was asked for, else the one on record, wherever it is found.
 
+        The ``line`` of those on record is the teacher, that one's teacher and so on; the nearest that is found counts.
         A model that is ``teacher/`` itself, by its ``own`` hash, is compared with that.
         """
-        if self.teacher is not None and (self.inputs.teacher is not None or self.teacher.sha256 in (recorded, own)):
+        if self.teacher is not None and (self.inputs.teacher is not None or self.teacher.sha256 == own):
             return self.teacher
-        if recorded is None:
-            return None
-        for model in self.models.values():
-            if model.sha256 == recorded:
-                return model
-        try:
-            place = find_teacher(Path(path), recorded)
-            if place is not None:
-                return self.models.setdefault(str(place), ModelDirectory(str(place)).open(self.code))
+        known = {model.sha256: model for model in reversed(self.models.values())}
+        for sha256 in line:
+            if sha256 in known:
+                return known[sha256]
+            try:
+                if (place := find_teacher(Path(path), sha256)) is not None:
+                    return self.models.setdefault(str(place), ModelDirectory(str(place)).open(self.code))
+            except ArtifactError as error:  # nobody asked for this teacher
+                self.terminal.say(f"{path}: not compared with its teacher, which cannot be read: {error}")
+                return None
+        if line:
             self.orphans.append(path)
-        except ArtifactError as error:  # nobody asked for this teacher
-            self.terminal.say(f"{path}: not compared with its teacher, which cannot be read: {error}")
         return None
 
 

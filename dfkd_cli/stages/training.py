@@ -152,7 +152,10 @@ def train(work: Work, run: RunDirectory, terminal: Terminal, begin: Callable[[],
         with run.guard(), kept():
             ledger = task.teacher.ledger if isinstance(task.teacher, BlackBox) else None
             asks = ledger is not None and ledger.open(run.path / QUERIES)
-            files, metrics = _make(begin() if begin else work, run, terminal)
+            if begin is not None:
+                with run.counting_runs_within():
+                    work = begin()
+            files, metrics = _make(work, run, terminal)
             if ledger is not None and asks:
                 files, metrics = [*files, *ledger.files], metrics | {"queries": ledger.asked}
             run.finish(files, metrics)
