@@ -5,7 +5,7 @@ from __future__ import annotations
 import functools
 import logging
 import math
-from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -16,20 +16,13 @@ from torch.utils.flop_counter import FlopCounterMode
 from torchmetrics.classification import MulticlassCalibrationError, MulticlassStatScores
 
 from dfkd_cli.data import datasets
-from dfkd_cli.data.sources import Images, RealSource, Source
+from dfkd_cli.data.sources import Images, RealSource, Source, batches
 from dfkd_cli.errors import GateNotMet
 from dfkd_cli.models.classifier import Classifier, ModelInfo
 from dfkd_cli.models.names import LoadedModel
 
 BATCH = 500  # images of a forward pass
 CPU = torch.device("cpu")
-
-
-def batches(source: Source, size: int, device: torch.device) -> Iterator[Images]:
-    """Every image of a source once, in order, at most ``size`` of one chunk at a time, on a device as float32."""
-    for index in range(len(source.sizes)):
-        for part in source.chunk(index).split(size):
-            yield part.to(device)
 
 
 def share(hits: Tensor) -> float:
