@@ -12,9 +12,6 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, TypedDict
 
-from rich.table import Table
-from rich.text import Text
-
 from dfkd_cli.artifacts.files import write_json
 from dfkd_cli.artifacts.integrity import check_foreign
 from dfkd_cli.artifacts.records import read_json
@@ -27,6 +24,7 @@ from dfkd_cli.errors import ArtifactError, ConfigError
 from dfkd_cli.models.directory import RECORD
 from dfkd_cli.models.names import LoadedModel, ModelDirectory, locate
 from dfkd_cli.options import ForeignModel
+from dfkd_cli.report import evaluation
 from dfkd_cli.report.entries import find_teacher
 from dfkd_cli.settings import Settings
 from dfkd_cli.stages.inputs import is_images, open_images, pick_device
@@ -93,11 +91,11 @@ def run(settings: Settings, terminal: Terminal, dry_run: bool = False) -> dict[s
         artifacts = {"results": str(file)}
     # Images are ranked by their divergence from the teacher's training data, smallest first.
     ranked = sorted(results, key=lambda result: (result.get(DIVERGENCE) is None, result.get(DIVERGENCE)))
-    for kinds, columns in TABLES.items():
+    for kinds, columns in evaluation.TABLES.items():
         if rows := [result for result in ranked if result["kind"] in kinds]:
-            terminal.answer(_table(rows, columns))
+            terminal.answer(evaluation.rows(rows, columns))
     if terminal.verbosity >= VERBOSE and (rows := [r for r in ranked if r.get("bn_divergence_layers")]):
-        terminal.answer(_layers(rows))
+        terminal.answer(evaluation.layers(rows))
     answer = {"artifacts": artifacts, "metrics": _headline(evaluations, results), "results": results}
     check_gate([(r["path"], r["top1"]) for r in results if r["kind"] == "model"], settings.inputs.min_top1, answer)
     return answer
@@ -127,11 +125,11 @@ def measure(evaluations: list[Evaluation], terminal: Terminal) -> list[dict[str,
     """The results, one per evaluation, in values that JSON has."""
     progress, results = Progress(terminal, "evaluate", "paths", len(evaluations)), []
     try:
-        for evaluation in evaluations:
-            results.append(finite(evaluation.facts | evaluation.measure()))
+        for each in evaluations:
+            results.append(finite(each.facts | each.measure()))
             progress.update(len(results))
             if results[-1].get("logits_ok") is False:
-                path = evaluation.facts["path"]
+                path = each.facts["path"]
                 terminal.say(f"{path}: the stored logits are not what the teacher answers to the stored images")
     finally:
         progress.close()
@@ -265,58 +263,3 @@ class _Opener:
         except ArtifactError as error:  # nobody asked for this teacher
             self.terminal.say(f"{path}: not compared with its teacher, which cannot be read: {error}")
         return None
-
-
-# -- what is shown -----------------------------------------------------------------------------------------------------
-
-Column = tuple[str, str, Callable[[Any], str]]  # heading, key of a result, how its value is shown
-
-
-TABLES: dict[tuple[str, ...], list[Column]] = {  # by the kinds of results
-    ("model",): [
-        ("MODEL", "path", str),
-        ("TOP-1", "top1", "{:.2%}".format),
-        ("TOP-5", "top5", "{:.2%}".format),
-        ("NLL", "nll", "{:.4f}".format),
-        ("ECE", "ece", "{:.2%}".format),
-        ("AGREEMENT", "agreement", "{:.2%}".format),
-        ("PARAMS", "parameters", "{:,}".format),
-        ("MACS", "macs", "{:,}".format),
-        ("LATENCY", "latency_ms", "{:.2f} ms".format),
-        ("USES", "uses", " ".join),
-    ],
-    ("shards", "images"): [
-        ("SET", "path", str),
-        ("IMAGES", "count", "{:,}".format),
-        ("CONFIDENCE", "confidence", "{:.3f}".format),
-        ("BALANCE", "class_balance", "{:.3f}".format),
-        ("TARGET MATCH", "target_match", "{:.2%}".format),
-        ("DIVERSITY", "diversity", "{:.3f}".format),
-        ("BN DISTANCE", "bn_distance", "{:.3f}".format),
-        ("BN DIVERGENCE", DIVERGENCE, "{:.4g}".format),
-        ("USES", "uses", " ".join),
-    ],
-}
-
-
-def _table(results: list[dict[str, Any]], columns: list[Column]) -> Table:
-    """What was measured; a column in which no result has anything is left out."""
-    table = Table(box=None, header_style="bold")
-    columns = [column for column in columns if any(result[column[1]] not in (None, []) for result in results)]
-    for heading, key, _ in columns:
-        path = key == "path"
-        table.add_column(heading, justify="left" if path else "right", no_wrap=not path, overflow="fold")
-    for result in results:
-        table.add_row(*(Text("-" if result[key] in (None, []) else show(result[key])) for _, key, show in columns))
-    return table
-
-
-def _layers(results: list[dict[str, Any]]) -> Table:
-    """The divergence of every set in each BatchNorm layer."""
-    table = Table(box=None, header_style="bold")
-    table.add_column("BN DIVERGENCE")
-    for result in results:
-        table.add_column(Text(result["path"]), justify="right", overflow="fold")
-    for layer in results[0]["bn_divergence_layers"]:
-        table.add_row(layer, *(f"{result['bn_divergence_layers'][layer]:.4g}" for result in results))
-    return table
