@@ -1,4 +1,4 @@
-"""The tables of an evaluation: a row for each path, by kinds."""
+"""The tables of an evaluation: a row for each path, by kinds, and one for each line between models."""
 
 from __future__ import annotations
 
@@ -19,6 +19,7 @@ TABLES: dict[tuple[str, ...], list[Column]] = {  # by the kinds of results
         ("NLL", "nll", "{:.4f}".format),
         ("ECE", "ece", "{:.2%}".format),
         ("AGREEMENT", "agreement", "{:.2%}".format),
+        ("SHARPNESS", "sharpness", "{:.4g}".format),
         ("PARAMS", "parameters", "{:,}".format),
         ("MACS", "macs", "{:,}".format),
         ("LATENCY", "latency_ms", "{:.2f} ms".format),
@@ -38,15 +39,34 @@ TABLES: dict[tuple[str, ...], list[Column]] = {  # by the kinds of results
 }
 
 
+def _loss_at(at: float) -> Callable[[Any], str]:
+    """How the loss at a point of a line is shown."""
+
+    def show(points: list[dict[str, Any]]) -> str:
+        (loss,) = (point["loss"] for point in points if point["at"] == at)
+        return "-" if loss is None else f"{loss:.4f}"
+
+    return show
+
+
+BETWEEN: list[Column] = [
+    ("LINE", "path", str),
+    ("LOSS", "points", _loss_at(0)),
+    ("HALFWAY", "points", _loss_at(0.5)),
+    ("AT THE END", "points", _loss_at(1)),
+    ("BARRIER", "barrier", "{:.4f}".format),
+]
+
+
 def rows(results: Sequence[Mapping[str, Any]], columns: Sequence[Column]) -> Table:
     """What was measured; a column in which no result has anything is left out."""
     table = Table(box=None, header_style="bold")
-    columns = [column for column in columns if any(result[column[1]] not in (None, []) for result in results)]
+    columns = [column for column in columns if any(result.get(column[1]) not in (None, []) for result in results)]
     for heading, key, _ in columns:
         path = key == "path"
         table.add_column(heading, justify="left" if path else "right", no_wrap=not path, overflow="fold")
     for result in results:
-        table.add_row(*(Text("-" if result[key] in (None, []) else show(result[key])) for _, key, show in columns))
+        table.add_row(*(Text("-" if result.get(key) in (None, []) else show(result[key])) for _, key, show in columns))
     return table
 
 

@@ -136,17 +136,17 @@ class Examiner:
 
     def __init__(self, device: torch.device, data_dir: str | None, batch_size: int = BATCH) -> None:
         self.device, self.batch_size = device, batch_size
-        self._load = functools.cache(functools.partial(datasets.load, split="test", data_dir=data_dir))
+        self._load = functools.cache(functools.partial(datasets.load, data_dir=data_dir))
         self._examinations: dict[Any, Examination] = {}
         self._costs: dict[Any, dict[str, Any]] = {}  # of each architecture: repeats over seeds cost the same
         self._by_position: dict[str, None] = {}
 
-    def images(self, dataset: str, info: ModelInfo, model: str) -> datasets.Dataset:
-        """A dataset's test images as a model takes them, labelled as it counts its classes.
+    def images(self, dataset: str, info: ModelInfo, model: str, split: datasets.Split = "test") -> datasets.Dataset:
+        """A dataset's images as a model takes them, labelled as it counts its classes.
 
         Raises what :func:`datasets.load` and :meth:`datasets.Dataset.labelled_for` do.
         """
-        images = self._load(dataset, image_shape=info.input_size).labelled_for(info, model)
+        images = self._load(dataset, split, image_shape=info.input_size).labelled_for(info, model)
         if images.classes != info.classes:
             self._by_position[model] = None
         return images
