@@ -271,6 +271,13 @@ class Classified(Source):
         return replace(images, labels=torch.cat(parts))
 
 
+def batches(source: Source, size: int, device: torch.device) -> Iterator[Images]:
+    """Every image of a source once, in order, at most ``size`` of one chunk at a time, on a device as float32."""
+    for index in range(len(source.sizes)):
+        for part in source.chunk(index).split(size):
+            yield part.to(device)
+
+
 def first(source: Source, count: int) -> Source:
     """The first ``count`` images of a source."""
     return Subset(source, np.arange(len(source)) < count)

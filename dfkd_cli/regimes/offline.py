@@ -31,7 +31,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from dfkd_cli.data.sources import Images
+from dfkd_cli.data.sources import Images, batches
 from dfkd_cli.errors import ConfigError
 from dfkd_cli.models.activations import batch_statistics
 from dfkd_cli.models.black_box import BlackBox
@@ -41,6 +41,7 @@ from dfkd_cli.objectives.base import ask
 from dfkd_cli.options import TaughtAtFirst
 from dfkd_cli.regimes.base import Task
 from dfkd_cli.regimes.distillation import Answers, Distillation, in_every_mode
+from dfkd_cli.seeds import seed_torch
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -63,6 +64,17 @@ class Offline(Distillation):
                 "raise it, or give fewer images (--num-images)",
             )
         self.teacher_taps = find_taps(self.teacher, (tap for o in self.losses.values() for _, tap in o.pairs))
+
+    def on_train_start(self) -> None:
+        """Let objectives observe the teacher, unless an earlier process has."""
+        super().on_train_start()
+        if self.current_round:
+            return
+        for name, objective in self.losses.items():
+            seed_torch(self.device, f"observe {name}", self.seed)
+            images = batches(self.train_source, self.training_config.batch_size, self.device)
+            with torch.no_grad():
+                objective.observe(self.ask_teacher(part)[objective.teacher_mode] for part in images)
 
     @property
     def queries(self) -> int:

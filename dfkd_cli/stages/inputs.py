@@ -63,10 +63,11 @@ def real_images(teacher: LoadedModel, name: str, data_dir: str | None, count: in
     images = images.labelled_for(info, "the teacher")
     if images.classes != info.classes:
         LOG.warning("teacher: %s", datasets.BY_POSITION)
-    return _some(images, count, seed)
+    return balanced(images, count, seed)
 
 
-def _some(images: datasets.Dataset, count: int | None, seed: int) -> RealSource:
+def balanced(images: datasets.Dataset, count: int | None, seed: int) -> RealSource:
+    """All images of a dataset, or ``count`` as evenly over the classes as they allow."""
     return RealSource(images, datasets.class_balanced(images.labels, count, derive("few", seed)) if count else None)
 
 
@@ -109,7 +110,7 @@ def open_images(name: str, teacher: LoadedModel, data_dir: str | None, seed: int
         impressions = _impressions(name, teacher.classifier.info, seed)
         return impressions or open_transfer_set(name, teacher, data_dir, seed)
     images = datasets.load(dataset, "train", data_dir=data_dir, image_shape=teacher.classifier.info.input_size)
-    return TransferSet(_some(images, count, seed), {"role": "images", "spec": name})
+    return TransferSet(balanced(images, count, seed), {"role": "images", "spec": name})
 
 
 def open_transfer_set(

@@ -106,6 +106,21 @@ def test_response_norm_is_that_of_the_library(channels, size, layout):
     np.testing.assert_allclose(results[0][0].detach(), x * (1.5 + 0.3 / size * np.stack(sums, 1)) ** -0.75, rtol=1e-12)
 
 
+@pytest.mark.parametrize(
+    "layer, library",
+    [(HalvingMaxPool(), nn.MaxPool2d(2)), (ResponseNorm(5, 0.3, k=1.5), nn.LocalResponseNorm(5, 0.3, 0.75, 1.5))],
+)
+def test_gradients_of_quick_layers_have_the_gradients_of_the_librarys(layer, library):
+    images = 3 * torch.randn(2, 4, 5, 7, dtype=torch.float64)
+    results = []
+    for function in (layer, library):
+        inputs = images.clone().requires_grad_()
+        (gradient,) = torch.autograd.grad(function(inputs).pow(3).sum(), inputs, create_graph=True)
+        results.append(torch.autograd.grad(gradient.pow(2).sum(), inputs)[0])
+    assert results[1].any()
+    torch.testing.assert_close(*results, rtol=1e-10, atol=1e-10)
+
+
 def test_alexnet_parameter_count_by_layer():
     def count(f, hidden):
         convolutions = [(5, 3, f[0]), (5, f[0], f[1]), (3, f[1], f[2]), (3, f[2], f[3]), (3, f[3], f[4])]
