@@ -61,13 +61,10 @@ class Config(Compared):
     projection: Literal["orthogonal", "principal"] = option(
         "orthogonal", "that matrix: random, or the principal directions of the teacher's channels on the transfer set"
     )
-    width: int | None = option(None, "channels that both are projected to (default: the fewer of the two)", low=1)
+    width: int | None = option(
+        None, "channels to which both are projected, where both are (default: the fewer of the two)", low=1
+    )
     hint: float = option(1.0, "weight of the hints, beside that of the objective", low=0)
-
-    def __post_init__(self) -> None:
-        """Elsewhere one side says how many channels there are."""
-        if self.width is not None and self.project != "both":
-            raise ConfigError(f"width {self.width}: only one side is projected", "give project: both, or leave it out")
 
 
 class FitNets(PairwiseObjective):
