@@ -12,6 +12,7 @@ from typing import Any, ClassVar, Literal
 import torch
 
 from dfkd_cli.artifacts.files import digest, sha256_file
+from dfkd_cli.catalog import few_bits
 from dfkd_cli.errors import ArtifactError, ConfigError
 from dfkd_cli.models.classifier import Classifier, ModelInfo
 from dfkd_cli.models.committee import committee
@@ -181,14 +182,19 @@ class Architecture:
     Attributes:
         spec: What builds it.
         directory: The model directory whose record says so; None where the SPEC itself does.
+        copied: Whether the new model begins with that one's weights.
     """
 
     spec: str
     directory: str | None = None
+    copied: bool = False
 
     @property
     def parents(self) -> list[dict[str, Any]]:
         """What it is read from, as a run's parents: a directory counts by what its record says, a file by its code."""
+        if self.directory is not None and self.copied:
+            sha256 = identity(read_record(Path(self.directory)))
+            return [{"role": "weights", "path": self.directory, "sha256": sha256}]
         if self.directory is not None:
             return [{"role": "architecture", "path": self.directory, "sha256": digest(self.spec)}]
         file = code_file(self.spec)
@@ -198,9 +204,13 @@ class Architecture:
 def architecture(name: str, code: Code = Code()) -> Architecture:  # noqa: B008  # immutable
     """The architecture that a SPEC names: that of a model directory, or any that can be built.
 
+    A copy with few bits begins with the directory's weights; of a copy of that kind, the bits are other ones.
+
     Raises:
         ArtifactError: A directory without a model.
     """
-    if family(name) is None and Path(name).is_dir():
-        return Architecture(code.locate(read_record(Path(name))["spec"], Path(name)), name)
+    bits, rest = few_bits(name)
+    if family(rest) is None and Path(rest).is_dir():
+        spec = code.locate(read_record(Path(rest))["spec"], Path(rest))
+        return Architecture(bits + few_bits(spec)[1] if bits else spec, rest, bool(bits))
     return Architecture(name)
