@@ -17,6 +17,8 @@ from dfkd_cli.errors import ArtifactError, ConfigError
 from dfkd_cli.models.classifier import Classifier, ModelInfo
 from dfkd_cli.models.committee import committee
 from dfkd_cli.models.directory import identity, load_model, read_record
+from dfkd_cli.models.exported import RECORD as EXPORT
+from dfkd_cli.models.exported import load_export, read_export
 from dfkd_cli.models.registry import build, code_file, family
 from dfkd_cli.models.weights import load_weights
 from dfkd_cli.options import FOREIGN, ForeignModel
@@ -96,6 +98,23 @@ class ModelDirectory:
 
 
 @dataclass(frozen=True)
+class ExportDirectory:
+    """A directory with ``export.json``: an ONNX model that onnxruntime runs."""
+
+    name: str
+
+    @property
+    def dataset(self) -> str | None:
+        """The dataset that the model in it was trained on, as far as its record says."""
+        return read_export(Path(self.name)).get("provenance", {}).get("dataset")
+
+    def open(self, code: Code) -> LoadedModel:
+        """Read and check it, as :func:`~dfkd_cli.models.exported.load_export` does. No code is run."""
+        classifier, record = load_export(Path(self.name))
+        return LoadedModel(classifier, identity(record), record, self.name)
+
+
+@dataclass(frozen=True)
 class ForeignWeights:
     """A SPEC, a file of weights for it, and what the file does not say; ``key`` is where in the file they are."""
 
@@ -125,7 +144,14 @@ class ForeignWeights:
 # Their official weights take pixels in [-1,1]: torchvision's transform_input makes these of normalised ones.
 TRANSFORMING = ("torchvision:inception_v3", "torchvision:googlenet")
 IMAGENET = (0.485, 0.456, 0.406), (0.229, 0.224, 0.225)
-Location = ModelDirectory | ForeignWeights  # another kind is one more class here, and one more case in `locate`
+Location = (
+    ModelDirectory | ExportDirectory | ForeignWeights
+)  # another kind is one more class here, and one more case in `locate`
+
+
+def made_by_dfkd(path: str) -> ModelDirectory | ExportDirectory:
+    """A directory that is a model or, as its files say, an export."""
+    return ExportDirectory(path) if Path(path, EXPORT).is_file() else ModelDirectory(path)
 
 
 def locate(name: str, said: ForeignModel) -> Location:
@@ -140,7 +166,7 @@ def locate(name: str, said: ForeignModel) -> Location:
     if path.is_dir():
         if flags:
             raise ConfigError(f"{path} is a directory, which says what it is", f"leave out {', '.join(flags)}")
-        return ModelDirectory(name)
+        return made_by_dfkd(name)
     if said.weights is not None:
         return _foreign(name, Path(said.weights), said)
     if path.is_file():

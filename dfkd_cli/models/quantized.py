@@ -26,6 +26,7 @@ from collections import Counter
 from collections.abc import Iterable
 from typing import Any, NamedTuple
 
+import numpy as np
 import torch
 from torch import Tensor, nn
 from torch.utils._python_dispatch import TorchDispatchMode
@@ -50,6 +51,16 @@ def round_weight(weight: Tensor, bits: int) -> Tensor:
     scale, top = weight_scale(weight, bits), 2 ** (bits - 1) - 1
     zero = torch.zeros_like(scale, dtype=torch.int32)
     return torch.fake_quantize_per_channel_affine(weight, scale, zero, 0, -top, top)
+
+
+def integers(layer: RoundingLayer) -> tuple[np.ndarray, np.ndarray]:
+    """The integers (O, ...) int8 of a layer's weight, and the scales (O,) float32 that make the weight of them."""
+    with torch.no_grad():
+        parameter = layer._parameters["weight"]
+        assert parameter is not None
+        scale = weight_scale(parameter, layer.weight_bits)
+        numbers = round_weight(parameter, layer.weight_bits) / scale.view(-1, *[1] * (parameter.ndim - 1))
+    return numbers.round().to(torch.int8).cpu().numpy(), scale.cpu().numpy()
 
 
 def affine(limits: Tensor, bits: int) -> tuple[Tensor, Tensor]:

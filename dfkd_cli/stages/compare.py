@@ -25,7 +25,7 @@ from dfkd_cli.data import datasets
 from dfkd_cli.data.sources import RealSource
 from dfkd_cli.errors import ArtifactError, ConfigError, RunFailed
 from dfkd_cli.models.directory import read_info
-from dfkd_cli.models.names import LoadedModel, Location, ModelDirectory, locate
+from dfkd_cli.models.names import LoadedModel, Location, ModelDirectory, locate, made_by_dfkd
 from dfkd_cli.options import ForeignModel
 from dfkd_cli.report import html, table
 from dfkd_cli.report.entries import Model, ShardSet, read_model, read_shards
@@ -148,7 +148,7 @@ def _open(settings: Settings, grid: Grid | None, terminal: Terminal) -> tuple[li
         elif (path / MANIFEST).is_file():
             shards.append(read_shards(path))
         else:
-            models.append(read_model(ModelDirectory(str(path)), code))
+            models.append(read_model(made_by_dfkd(str(path)), code))
     if grid is not None:
         for group, name in grid.existing.items():
             models.append(replace(_teacher(name, settings), group=group))
