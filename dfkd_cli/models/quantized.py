@@ -36,6 +36,7 @@ from dfkd_cli.errors import ConfigError
 from dfkd_cli.models.classifier import Classifier, probe, undisturbed
 
 TINY = 1e-12  # the least scale: of a channel of zeros
+MOMENTUM = 0.01  # of a batch in ranges that follow
 JOINT = 8  # bits of what is added up, and of the first and the last layer
 
 # -- arithmetic --------------------------------------------------------------------------------------------------------
@@ -86,6 +87,7 @@ class Rounding(nn.Module):
         output_bits: How many; None for a float.
         output_range: (2,), infinite till it is known.
         calibrated: Whether the ranges are known.
+        following: The share of each batch of a training in the ranges; 0 where these stay as they are.
     """
 
     input_bits: int | None = None
@@ -93,15 +95,24 @@ class Rounding(nn.Module):
     input_range: Tensor
     output_range: Tensor
     calibrated = False
+    following = 0.0
 
     def forward(self, *inputs: Any, **named: Any) -> Any:
         """What the module gives."""
-        if self.calibrated and self.input_bits is not None:
-            inputs = (round_values(inputs[0], self.input_range, self.input_bits), *inputs[1:])
+        if self.input_bits is not None:
+            inputs = (self._rounded(inputs[0], self.input_range, self.input_bits), *inputs[1:])
         output = super().forward(*inputs, **named)
-        if self.calibrated and self.output_bits is not None:
-            output = round_values(output, self.output_range, self.output_bits)
+        if self.output_bits is not None:
+            output = self._rounded(output, self.output_range, self.output_bits)
+        self.calibrated |= self.training and self.following > 0
         return output
+
+    def _rounded(self, values: Tensor, limits: Tensor, bits: int) -> Tensor:
+        if self.training and self.following:
+            low, high = values.detach().float().aminmax()
+            ends = torch.stack([low.clamp_max(0), high.clamp_min(0)])
+            limits.lerp_(ends, self.following) if self.calibrated else limits.copy_(ends)
+        return round_values(values, limits, bits) if self.calibrated else values
 
     def _load_from_state_dict(self, *arguments: Any) -> None:
         super()._load_from_state_dict(*arguments)
@@ -294,6 +305,13 @@ def quantisers(net: nn.Module) -> list[Rounding]:
     return [module for module in net.modules() if isinstance(module, Rounding)]
 
 
+def follow_ranges(net: nn.Module) -> None:
+    """Let the ranges follow, as moving averages, what a network sees in training: where there are no images before."""
+    for module in quantisers(net):
+        module.following = MOMENTUM
+
+
+@torch.no_grad()
 def find_ranges(classifier: Classifier, batches: Iterable[Tensor]) -> None:
     """Find the ranges of all activations that are rounded: the extremes of what comes by, nothing being rounded.
 

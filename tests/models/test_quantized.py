@@ -16,6 +16,7 @@ from dfkd_cli.models.quantized import (
     RoundingLayer,
     affine,
     find_ranges,
+    follow_ranges,
     quantisers,
     quantize,
     round_values,
@@ -112,6 +113,21 @@ def test_ranges_are_the_extremes_in_float_over_all_batches():
         seen = torch.cat(seen)
         expected = [min(seen.min().item(), 0), max(seen.max().item(), 0)]
         assert made.net.get_submodule(name).input_range.tolist() == expected, name
+
+
+def test_ranges_follow_the_batches_of_a_training():
+    net = nn.Sequential(nn.Flatten(), nn.Linear(768, 10))
+    quantize(net, 8, 8, SIZE, "test")
+    follow_ranges(net)
+    low = high = None
+    for factor in (1.0, 3.0, 0.5):
+        batch = torch.randn(4, *SIZE) * factor
+        net.train()(batch)
+        ends = min(batch.min().item(), 0), max(batch.max().item(), 0)
+        low, high = ends if low is None else (0.99 * low + 0.01 * ends[0], 0.99 * high + 0.01 * ends[1])
+    net.eval()(torch.randn(4, *SIZE) * 9)  # of which nothing is learned
+    assert net[1].input_range.tolist() == pytest.approx([low, high], rel=1e-5)
+    assert net[1].calibrated
 
 
 def test_names_and_weights_and_answers_stay_until_ranges_are_known():

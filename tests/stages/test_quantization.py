@@ -110,6 +110,16 @@ def test_a_confined_process_reads_what_it_copies(residual, tmp_path):
     assert done.returncode == 0, done.stderr
 
 
+def test_a_copy_in_the_loop_has_ranges_that_follow(cli, residual, tmp_path):
+    args = ["--teacher", residual, "--student", f"w4a4:{residual}", "--steps", 3, "--batch-size", 8, "--num-images", 8]
+    code, _, err = cli("synthesize", "--method", "dfq", *args, "--width", 0.1, "--device", "cpu", "--out", tmp_path)
+    assert code == 0, err
+    student, record = load_model(tmp_path / "student")
+    assert record["spec"] == "w4a4:resnet8" and all(module.calibrated for module in quantisers(student.net))
+    weight = student.net.stage2[0].conv1.weight.detach()
+    assert max(len(channel.unique()) for channel in weight) <= 2**4 - 1
+
+
 def test_what_cannot_be_a_copy_is_refused(cli, teacher, residual, tmp_path):
     refused = {
         (teacher, "lenet5-half", "--steps", 0): "--steps 0: nothing is learned",
