@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import re
 from dataclasses import dataclass, fields
 from typing import Literal
 
@@ -284,6 +285,25 @@ class ForeignModel:
 
 
 FOREIGN = tuple(field.name for field in fields(ForeignModel))
+
+
+@dataclass(frozen=True, kw_only=True)
+class SeenTeacher(ForeignModel):
+    """A teacher, and what is seen of it."""
+
+    answers: str = option(
+        "network", "what is seen of the teacher: the network, or of a black box probabilities, topN (top5) or label"
+    )
+
+    def __post_init__(self) -> None:
+        """Answers have names."""
+        if not re.fullmatch(r"network|probabilities|label|top[1-9]\d{0,5}", self.answers):
+            raise ConfigError(f"--answers {self.answers}: unknown", "choose from: network, probabilities, topN, label")
+
+    @property
+    def only_asked(self) -> bool:
+        """Whether it is a black box."""
+        return self.answers != "network"
 
 
 @dataclass(frozen=True, kw_only=True)

@@ -53,14 +53,15 @@ def regime(
     objectives: Sequence[tuple[float, Objective]] | None = None,
     config: dict | None = None,
     peers: Sequence[Classifier] = (),
+    teacher: Classifier | None = None,
     **training,
 ) -> Regime:
-    """A regime with a linear student and a linear teacher."""
+    """A regime with a linear student and a linear teacher, or others."""
     entry = REGIMES[name]
     source = source or Given(pixels())
     settings = build(Distill, STILL | {"warmup": 0, "holdout": 0, "batch_size": len(source)} | training)
     named = {f"loss{i}": pair for i, pair in enumerate(objectives or [(1.0, response())])}
-    task = Task(student or network(1), network(2), source, named, settings, seed=0, peers=peers)
+    task = Task(student or network(1), teacher or network(2), source, named, settings, seed=0, peers=peers)
     return entry.load()(task, build(entry.config, config or {}))
 
 

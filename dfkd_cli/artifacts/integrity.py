@@ -44,6 +44,7 @@ class RunRecord(TypedDict):
     versions: NotRequired[dict[str, Any]]
     started: NotRequired[str]
     seconds: NotRequired[float]
+    within: NotRequired[float]
     device: NotRequired[str]
     artifacts: NotRequired[list[Artifact]]
     metrics: NotRequired[dict[str, Any]]
@@ -111,12 +112,33 @@ def on_record(directory: Path) -> dict[Path, str]:
     Raises:
         ArtifactError: The record is damaged.
     """
-    for made in (directory, *directory.parents)[:LEVELS]:
-        if (made / RUN).exists() and (made / CONFIG).exists():
-            run = read_run(made)
-            hashes = run["kept"] | {file["path"]: file["sha256"] for file in run["artifacts"]}
-            return {made / name: sha256 for name, sha256 in hashes.items() if (made / name).parent == directory}
-    return {}
+    made = _run_around(directory)
+    if made is None:
+        return {}
+    run = read_run(made)
+    hashes = run["kept"] | {file["path"]: file["sha256"] for file in run["artifacts"]}
+    return {made / name: sha256 for name, sha256 in hashes.items() if (made / name).parent == directory}
+
+
+def made_by(directory: Path) -> Path | None:
+    """The directory of the run that made what lies in a directory: that itself, or one around it with a record of it.
+
+    Raises:
+        ArtifactError: The record is damaged.
+    """
+    if (directory / RUN).exists():
+        return directory
+    return _run_around(directory) if on_record(directory) else None
+
+
+def runs_within(directory: Path) -> list[Path]:
+    """The directories of the runs that a run has made in its own directory, such as the hops of a chain."""
+    return [run.parent for run in sorted(directory.glob(f"*/*/{RUN}"))]
+
+
+def _run_around(directory: Path) -> Path | None:
+    places = (directory, *directory.parents)[:LEVELS]
+    return next((place for place in places if (place / RUN).exists() and (place / CONFIG).exists()), None)
 
 
 def _recorded(path: Path) -> str | None:

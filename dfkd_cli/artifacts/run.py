@@ -13,7 +13,7 @@ from typing import Any, BinaryIO
 
 from dfkd_cli import __version__
 from dfkd_cli.artifacts.files import check_inside, open_lock, remove, sha256_file, write_text
-from dfkd_cli.artifacts.integrity import RUN, intact, read_run, write_run
+from dfkd_cli.artifacts.integrity import RUN, intact, read_run, runs_within, write_run
 from dfkd_cli.artifacts.records import read_json
 from dfkd_cli.config import dump_yaml, options
 from dfkd_cli.errors import ArtifactError, ConfigError, DfkdError, Interrupted
@@ -31,9 +31,9 @@ class RunDirectory:
     """The directory that a command writes, and its ``run.json``.
 
     ``run.json`` has: the command, its identity (everything that decides the result: settings and the hashes of what
-    was read), status, parents, seconds of work over all processes, versions, artifacts with hashes, metrics, concerns
-    (what the reader is warned of), error; an ``id``, which checkpoints carry too, and the hashes of files that were
-    ``kept``, from early rounds or for a continued run.
+    was read), status, parents, seconds of work over all processes, those of runs ``within`` it included, versions,
+    artifacts with hashes, metrics, concerns (what the reader is warned of), error; an ``id``, which checkpoints carry
+    too, and the hashes of files that were ``kept``, from early rounds or for a continued run.
 
     Args:
         path: The directory.
@@ -67,6 +67,7 @@ class RunDirectory:
             "versions": _versions(),
             "started": _now(),
             "seconds": 0.0,
+            "within": 0.0,  # of them those of runs within this one
             "artifacts": [],
             "metrics": {},
             "concerns": [],
@@ -95,7 +96,7 @@ class RunDirectory:
             if not afresh:
                 if "sealed" in self.record and previous.get("sealed") != self.record["sealed"]:
                     self.record["sealed"] = "python"  # the weaker one holds for the whole
-                lasting = ("started", "seconds", "concerns", "id", "kept")
+                lasting = ("started", "seconds", "within", "concerns", "id", "kept")
                 self.record |= {key: previous[key] for key in lasting if key in previous}
         if not writes_records():
             return False
@@ -157,6 +158,17 @@ class RunDirectory:
         self.record["seconds"] = round(self.record["seconds"] + now - self._mark, 3)
         self._mark = now
         write_run(self.path, self.record)
+
+    @contextlib.contextmanager
+    def counting_runs_within(self) -> Iterator[None]:
+        """What is done inside, runs in this directory do. Their seconds are as they record them, of all processes."""
+        self.save()
+        try:
+            yield
+        finally:
+            within = sum(read_run(place).get("seconds", 0.0) for place in runs_within(self.path))
+            self.record |= {"seconds": self.record["seconds"] + within - self.record["within"], "within": within}
+            self._mark = time.monotonic()
 
     def metric(self, name: str) -> Any:
         """A number that the finished run has measured.

@@ -4,7 +4,8 @@ The kernel restricts one thread and what it starts from then on. So a process is
 before it imports NumPy and torch, which start more.
 
 What it does not keep: names of files beneath directories of code can be listed; UDP and sockets that are files stay
-open, and TCP too before version 4 of Landlock, or where several processes work together.
+open, and TCP too before version 4 of Landlock, or where several processes work together or a function of the user's
+answers, who may ask elsewhere.
 """
 
 from __future__ import annotations
@@ -32,6 +33,7 @@ from dfkd_cli.config import hints, plain, strip_none
 from dfkd_cli.data import landlock, seal
 from dfkd_cli.data.landlock import LIST, READ, REMOVE_DIR, WRITE
 from dfkd_cli.errors import ArtifactError
+from dfkd_cli.options import SeenTeacher
 from dfkd_cli.processes import writes_records
 from dfkd_cli.settings import Settings
 from dfkd_cli.unimported import PACKAGE
@@ -55,6 +57,7 @@ class Access:
         output: The directory that it writes.
         rehearsed: It writes another one instead, which is thrown away, and only looks whether that could be written.
         processes: Whether several work together, which takes sockets and shared memory.
+        asks: Whether a function of the user's is asked, which may take sockets.
         sealed: Where datasets lie: nothing in there is read, whatever names it.
     """
 
@@ -63,6 +66,7 @@ class Access:
     output: str
     rehearsed: bool
     processes: bool
+    asks: bool
     sealed: tuple[str, ...]
 
     @contextlib.contextmanager
@@ -106,7 +110,7 @@ class Access:
         rules = [*self._readable(), *looked_at, (str(output), WRITE)]
         rules += [(str(place.parent), REMOVE_DIR) for place in made[-1:]]
         _drop_open_files()
-        landlock.restrict(rules, sockets=self.processes)
+        landlock.restrict(rules, sockets=self.processes or self.asks)
         seal.keep_by_kernel()
         return [scratch, *made]
 
@@ -144,6 +148,7 @@ def access(settings: Settings, dry_run: bool = False) -> Access | None:
             spec = str(read_json(Path(name, "model.json"), dict[str, Any])["spec"])
             if settings.code.may_run(spec := settings.code.locate(spec, Path(name))):
                 code |= _code_of(spec)
+    asked = isinstance(settings.inputs, SeenTeacher) and settings.inputs.only_asked
     several = settings.run.devices * settings.run.num_nodes > 1
     return Access(
         inputs=tuple(place for name in names for place in (name, *_records_around(name)) if os.path.exists(place)),
@@ -151,6 +156,7 @@ def access(settings: Settings, dry_run: bool = False) -> Access | None:
         output=str(settings.out),
         rehearsed=dry_run,
         processes=several,
+        asks=asked and any(":" in name for name in settings.inputs.teacher),
         sealed=seal.sealed_places(getattr(settings.inputs, "data_dir", None)),
     )
 

@@ -248,6 +248,36 @@ class Subset(Source):
         return self.source.chunk(chunk)[rows]
 
 
+class Classified(Source):
+    """Images of a source, labelled with the classes that somebody gives them.
+
+    Args:
+        source: The images.
+        classify: The classes (B,) of pixels (B, C, H, W), float32 in pixel space, on the CPU.
+    """
+
+    labelled = True
+
+    def __init__(self, source: Source, classify: Callable[[Tensor], Tensor]) -> None:
+        self.source, self.classify = source, classify
+        self.sizes, self.shape, self.dtype, self.answers = source.sizes, source.shape, source.dtype, source.answers
+
+    def use(self, device: torch.device) -> None:
+        self.source.use(device)
+
+    def chunk(self, index: int) -> Images:
+        images = self.source.chunk(index)
+        parts = [self.classify(part.to(torch.device("cpu")).pixels) for part in images.split(500)]
+        return replace(images, labels=torch.cat(parts))
+
+
+def batches(source: Source, size: int, device: torch.device) -> Iterator[Images]:
+    """Every image of a source once, in order, at most ``size`` of one chunk at a time, on a device as float32."""
+    for index in range(len(source.sizes)):
+        for part in source.chunk(index).split(size):
+            yield part.to(device)
+
+
 def first(source: Source, count: int) -> Source:
     """The first ``count`` images of a source."""
     return Subset(source, np.arange(len(source)) < count)

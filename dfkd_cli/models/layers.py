@@ -58,17 +58,31 @@ class _Halving(torch.autograd.Function):
         return torch.maximum(upper, lower)
 
     @staticmethod
-    @once_differentiable
     def backward(ctx: Any, gradient: Tensor) -> Tensor:
-        is_right, is_lower = ctx.saved_tensors
-        columns = gradient.new_empty(is_right.shape)
-        torch.mul(gradient, is_lower, out=columns[..., 1::2, :])
-        torch.sub(gradient, columns[..., 1::2, :], out=columns[..., 0::2, :])
-        height, width = (2 * side for side in gradient.shape[2:])
-        whole = gradient.new_zeros(ctx.size)  # an odd last row or column stays zero
+        return _Spread.apply(gradient, *ctx.saved_tensors, ctx.size)
+
+
+class _Spread(torch.autograd.Function):
+    """Values of 2x2 pixels to where each maximum was, all else zero; the gradient takes them from there."""
+
+    @staticmethod
+    def forward(ctx: Any, values: Tensor, is_right: Tensor, is_lower: Tensor, size: torch.Size) -> Tensor:
+        ctx.save_for_backward(is_right, is_lower)
+        columns = values.new_empty(is_right.shape)
+        torch.mul(values, is_lower, out=columns[..., 1::2, :])
+        torch.sub(values, columns[..., 1::2, :], out=columns[..., 0::2, :])
+        height, width = (2 * side for side in values.shape[2:])
+        whole = values.new_zeros(size)  # an odd last row or column stays zero
         torch.mul(columns, is_right, out=whole[..., :height, 1:width:2])
         torch.sub(columns, whole[..., :height, 1:width:2], out=whole[..., :height, 0:width:2])
         return whole
+
+    @staticmethod
+    def backward(ctx: Any, gradient: Tensor) -> tuple[Tensor | None, ...]:
+        is_right, is_lower = ctx.saved_tensors
+        height, width = is_right.shape[2], 2 * is_right.shape[3]
+        columns = torch.where(is_right, gradient[..., :height, 1:width:2], gradient[..., :height, 0:width:2])
+        return torch.where(is_lower, columns[..., 1::2, :], columns[..., 0::2, :]), None, None, None
 
 
 class ResponseNorm(nn.LocalResponseNorm):
@@ -103,15 +117,18 @@ class _ResponseNorm(torch.autograd.Function):
         root = divisor.rsqrt()
         factor = root.sqrt().mul_(root)
         ctx.save_for_backward(images, band, divisor, factor)
+        ctx.k = k
         return images * factor
 
     @staticmethod
-    @once_differentiable
     def backward(ctx: Any, gradient: Tensor) -> tuple[Tensor | None, ...]:
         images, band, divisor, factor = ctx.saved_tensors
+        if torch.is_grad_enabled():  # this gradient is to have one: what it depends on comes from the images again
+            divisor = conv2d(images.square(), band) + ctx.k
+            factor = divisor**-0.75
         direct = gradient * factor
-        shares = conv2d((direct * images).div_(divisor), band.transpose(0, 1))
-        return direct.addcmul_(images, shares, value=-1.5), None, None
+        shares = conv2d(direct * images / divisor, band.transpose(0, 1))
+        return torch.addcmul(direct, images, shares, value=-1.5), None, None
 
 
 class FirstConv2d(nn.Conv2d):

@@ -12,16 +12,19 @@ from typing import Any, ClassVar, Literal
 import torch
 
 from dfkd_cli.artifacts.files import digest, sha256_file
+from dfkd_cli.artifacts.shards import MANIFEST, ShardReader
 from dfkd_cli.catalog import few_bits
+from dfkd_cli.data.sources import ShardSource
 from dfkd_cli.errors import ArtifactError, ConfigError
+from dfkd_cli.models.black_box import BlackBox, Function
 from dfkd_cli.models.classifier import Classifier, ModelInfo
 from dfkd_cli.models.committee import committee
 from dfkd_cli.models.directory import identity, load_model, read_record
 from dfkd_cli.models.exported import RECORD as EXPORT
 from dfkd_cli.models.exported import load_export, read_export
-from dfkd_cli.models.registry import build, code_file, family
+from dfkd_cli.models.registry import build, code_file, family, load_code
 from dfkd_cli.models.weights import load_weights
-from dfkd_cli.options import FOREIGN, ForeignModel
+from dfkd_cli.options import FOREIGN, ForeignModel, SeenTeacher
 from dfkd_cli.trust import Code
 
 LOG = logging.getLogger(__name__)
@@ -36,12 +39,14 @@ class LoadedModel:
         sha256: Stands for the weights and how they are used.
         record: ``model.json``, or what would stand there of a foreign model.
         path: Where it was read from, as it was named.
+        unknown: Whether nobody knows what is inside, and so which images were made from it.
     """
 
     classifier: Classifier
     sha256: str
     record: dict[str, Any]
     path: str
+    unknown: bool = False
 
     @property
     def provenance(self) -> dict[str, Any]:
@@ -58,6 +63,21 @@ class LoadedModel:
         """Its own hash, that of its teacher where it was a student, of that one's teacher...: images of all fit it."""
         taught_by = [self.provenance["teacher"]] if "teacher" in self.provenance else []
         return (self.sha256, *self.provenance.get("line", taught_by))
+
+    def knows(self, made_from: str | None) -> bool:
+        """Whether images that were made from a teacher, by its hash, can have been made from this one or its line."""
+        return self.unknown or made_from in self.ancestry
+
+    def seen(self, said: ForeignModel, budget: int | None = None) -> LoadedModel:
+        """It as the flags say that it is seen: itself, or a black box that is asked about at most so many images."""
+        if not isinstance(said, SeenTeacher) or not said.only_asked:
+            return self
+        if isinstance(self.classifier, BlackBox):
+            what = f"--answers {said.answers}: the answers in {self.path} are seen as they are stored"
+            raise ConfigError(what, "leave it out")
+        return dataclasses.replace(
+            self, classifier=BlackBox(self.classifier, self.classifier.info, said.answers, budget)
+        )
 
     def parent(self, role: str) -> dict[str, Any]:
         """The entry in a run's list of parents."""
@@ -77,7 +97,8 @@ def together(models: Sequence[LoadedModel], combine: Literal["probabilities", "l
     provenance = {"dataset": datasets.pop() if len(datasets) == 1 else None, "line": line}
     one = committee([model.classifier for model in models], combine)
     sha256 = digest([combine, *(model.sha256 for model in models)])
-    return LoadedModel(one, sha256, {"provenance": provenance}, " ".join(model.path for model in models))
+    path, unknown = " ".join(model.path for model in models), any(model.unknown for model in models)
+    return LoadedModel(one, sha256, {"provenance": provenance}, path, unknown)
 
 
 @dataclass(frozen=True)
@@ -141,12 +162,62 @@ class ForeignWeights:
         return LoadedModel(Classifier(net, self.info), sha256, facts | {"provenance": {}}, self.name)
 
 
+@dataclass(frozen=True)
+class UserFunction:
+    """A user's function of pixels, and what it does not say of them."""
+
+    name: str
+    info: ModelInfo
+    dataset: ClassVar[None] = None  # nobody says
+
+    def open(self, code: Code) -> LoadedModel:
+        """Import it.
+
+        Raises:
+            ConfigError: There is no such function.
+            ArtifactError: The SPEC is code that may not run.
+        """
+        code.check(self.name)
+        function, channels = load_code(self.name), self.info.input_size[0]
+        pixels = dataclasses.replace(self.info, mean=(0.0,) * channels, std=(1.0,) * channels)
+        asked = Classifier(Function(function, self.name, self.info.num_classes), pixels)
+        file, facts = code_file(self.name), dataclasses.asdict(self.info)
+        sha256 = digest([facts, None if file is None else sha256_file(file)])
+        return LoadedModel(asked, sha256, facts | {"provenance": {}}, self.name, unknown=True)
+
+
+@dataclass(frozen=True)
+class StoredAnswers:
+    """A shard directory, which stores what a teacher answered to its images."""
+
+    name: str
+    dataset: ClassVar[None] = None  # it may be real, and is not to be opened
+
+    def open(self, code: Code) -> LoadedModel:
+        """Read the answers. Its hash is the teacher's: images that were made from that one fit it.
+
+        Raises:
+            ArtifactError: The directory is damaged.
+        """
+        reader = ShardReader(Path(self.name))
+        source, channels = ShardSource(reader, ("logits",)), reader.shape[0]
+        info = ModelInfo(
+            f"answers in {self.name}", reader.num_classes, reader.shape, (0.0,) * channels, (1.0,) * channels,
+            tuple(reader.manifest.get("classes") or ()) or None,
+        )  # fmt: skip
+        stored = BlackBox(None, info, "probabilities")
+        for index in range(len(source.sizes)):
+            images = source.chunk(index).to(torch.device("cpu"))
+            assert images.logits is not None  # every shard has them
+            stored.ledger.know(images.pixels, images.logits)
+        return LoadedModel(stored, reader.teacher, dataclasses.asdict(info) | {"provenance": {}}, self.name)
+
+
 # Their official weights take pixels in [-1,1]: torchvision's transform_input makes these of normalised ones.
 TRANSFORMING = ("torchvision:inception_v3", "torchvision:googlenet")
 IMAGENET = (0.485, 0.456, 0.406), (0.229, 0.224, 0.225)
-Location = (
-    ModelDirectory | ExportDirectory | ForeignWeights
-)  # another kind is one more class here, and one more case in `locate`
+# Another kind is one more class here, and one more case in `locate`.
+Location = ModelDirectory | ExportDirectory | ForeignWeights | UserFunction | StoredAnswers
 
 
 def made_by_dfkd(path: str) -> ModelDirectory | ExportDirectory:
@@ -155,7 +226,9 @@ def made_by_dfkd(path: str) -> ModelDirectory | ExportDirectory:
 
 
 def locate(name: str, said: ForeignModel) -> Location:
-    """What ``--teacher`` names: a model directory, or a SPEC of which ``--weights`` and other flags say the rest.
+    """What ``--teacher`` names: a model directory, a set with its answers, or a SPEC of which flags say the rest.
+
+    Of a black box, code without weights is a function, not a network.
 
     Raises:
         ArtifactError: There is nothing, or a file.
@@ -166,21 +239,26 @@ def locate(name: str, said: ForeignModel) -> Location:
     if path.is_dir():
         if flags:
             raise ConfigError(f"{path} is a directory, which says what it is", f"leave out {', '.join(flags)}")
-        return made_by_dfkd(name)
+        return StoredAnswers(name) if (path / MANIFEST).is_file() else made_by_dfkd(name)
     if said.weights is not None:
-        return _foreign(name, Path(said.weights), said)
+        return ForeignWeights(name, Path(said.weights), _info(name, said), said.weights_key)
+    if ":" in name and isinstance(said, SeenTeacher) and said.only_asked:
+        return UserFunction(name, _info(name, said))
     if path.is_file():
         raise ArtifactError(
             f"{path} is a file, not a model directory",
             "give its architecture and file: --teacher SPEC --weights FILE --input-size C H W --num-classes K",
         )
     if ":" in name:
-        raise ConfigError(f"teacher {name} has no weights", "give --weights FILE")
+        raise ConfigError(
+            f"teacher {name} has no weights", "give --weights FILE; of a function that is only asked, --answers"
+        )
     hint = "train one: dfkd train-teacher" if name == "teacher" else "a SPEC needs --weights FILE too"
     raise ArtifactError(f"no teacher at {path}", hint)
 
 
-def _foreign(name: str, weights: Path, said: ForeignModel) -> ForeignWeights:
+def _info(name: str, said: ForeignModel) -> ModelInfo:
+    """What flags say of a network or a function."""
     if said.input_size is None or said.num_classes is None:
         missing = [f"--{key.replace('_', '-')}" for key in ("input_size", "num_classes") if getattr(said, key) is None]
         raise ConfigError(f"teacher {name}: its file does not say its input", f"give {' and '.join(missing)}")
@@ -196,9 +274,7 @@ def _foreign(name: str, weights: Path, said: ForeignModel) -> ForeignWeights:
             "%s: its official weights take ImageNet's mean and std only to undo them; taken are 0.5 and 0.5", spec
         )
         mean = std = (0.5,) * channels
-    return ForeignWeights(
-        name, weights, ModelInfo(spec, said.num_classes, said.input_size, mean, std), said.weights_key
-    )
+    return ModelInfo(spec, said.num_classes, said.input_size, mean, std)
 
 
 @dataclass(frozen=True)

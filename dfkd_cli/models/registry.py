@@ -11,6 +11,7 @@ import inspect
 import pkgutil
 import sys
 from collections.abc import Callable, Iterator
+from contextlib import AbstractContextManager
 from pathlib import Path
 from types import ModuleType
 from typing import Any
@@ -63,7 +64,7 @@ def build(spec: str, num_classes: int, input_size: Size, allow_code: bool = Fals
     elif source == "timm":
         net = _timm(name, num_classes, input_size)
     elif allow_code:
-        net = _user_code(source, name, num_classes, input_size)
+        net = _user_code(spec, num_classes, input_size)
     else:
         raise ArtifactError(f"{spec}: this model is code, which is not run", "pass --allow-code if you trust it")
     shown = "x".join(map(str, input_size))
@@ -137,24 +138,39 @@ def _closest(source: str, name: str, names: list[str]) -> str:
     return f"closest names: {', '.join(f'{source}:{other}' for other in close)}"
 
 
-def _user_code(source: str, factory: str, num_classes: int, input_size: Size) -> nn.Module:
-    """Call ``factory`` from a file or an importable module, with those of the two arguments that it declares."""
-    spec = f"{source}:{factory}"
+def load_code(spec: str) -> Callable[..., Any]:
+    """The function or class that a SPEC names in a file or an importable module.
+
+    Raises:
+        ConfigError: There is none, or importing it fails.
+    """
+    source, _, name = spec.partition(":")
     is_file = source.endswith(".py")
     if is_file and not Path(source).is_file():
         raise ConfigError(
             f"{spec}: no such file {source}", "check the SPEC; where an artifact's files lie, say with --code-dir"
         )
-    # As for a script or `python -m`, modules beside the file or in the working directory can be imported.
-    with _as_config_error(f"{spec}: failed"), _importable(Path(source).parent if is_file else Path()):
+    with _as_config_error(f"{spec}: failed"), _beside(source):
         module = _import_file(Path(source)) if is_file else importlib.import_module(source)
-        make = getattr(module, factory)
+        found: Callable[..., Any] = getattr(module, name)
+        return found
+
+
+def _user_code(spec: str, num_classes: int, input_size: Size) -> nn.Module:
+    """Call the factory of a SPEC with those of the two arguments that it declares."""
+    make = load_code(spec)
+    with _as_config_error(f"{spec}: failed"), _beside(spec.partition(":")[0]):
         declared = inspect.signature(make).parameters
         offered = {"num_classes": num_classes, "input_size": input_size}
         net = make(**{key: value for key, value in offered.items() if key in declared})
     if not isinstance(net, nn.Module):
         raise ConfigError(f"{spec}: returned {type(net).__name__}", "the factory must return a torch.nn.Module")
     return net
+
+
+def _beside(source: str) -> AbstractContextManager[None]:
+    """As for a script or `python -m`, modules beside the file or in the working directory can be imported."""
+    return _importable(Path(source).parent if source.endswith(".py") else Path())
 
 
 _USER = "_dfkd_user_"  # what modules from users' files are called

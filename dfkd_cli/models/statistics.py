@@ -95,6 +95,27 @@ class RunningMoments:
         self.count = total
 
 
+class Covariance(RunningMoments):
+    """Mean and population covariance of rows (B, D), float64, that come in batches, as if they came at once."""
+
+    def __init__(self, units: int) -> None:
+        super().__init__()
+        self._scatter = torch.zeros(units, units, dtype=torch.float64)
+
+    @property
+    def covariance(self) -> Tensor:
+        """(D, D) float64; zeros before the first row."""
+        return self._scatter / max(self.count, 1)
+
+    def add(self, batch: Tensor) -> None:
+        """Take in a batch: the update of :class:`RunningMoments` for every two units."""
+        mean, new = batch.mean(0), len(batch)
+        centred, shift = batch - mean, mean - self.mean
+        self._scatter.addmm_(centred.T, centred)
+        self._scatter.addr_(shift, shift, alpha=self.count * new / (self.count + new))
+        super().add(batch)
+
+
 @contextlib.contextmanager
 def batch_moments(classifier: Classifier, correction: int = 0) -> Iterator[dict[str, Moments]]:
     """The moments of what last went into every BatchNorm layer, whenever ``net`` runs inside the ``with`` block."""

@@ -14,12 +14,13 @@ from torch import nn
 
 from dfkd_cli.models.layers import HalvingMaxPool, chain, global_pool, init_convolutions, require_size
 
-NAMES = ("vgg8", "vgg11", "vgg13")
+NAMES = ("vgg8", "vgg11", "vgg13", "vgg16")
 
 _CONVOLUTIONS = {  # per stage, of 64, 128, 256, 512, 512 channels
     "vgg8": (1, 1, 1, 1, 1),
     "vgg11": (1, 1, 2, 2, 2),
     "vgg13": (2, 2, 2, 2, 2),
+    "vgg16": (2, 2, 3, 3, 3),
 }
 
 

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from abc import abstractmethod
-from collections.abc import Mapping
+from collections.abc import Iterable, Mapping
 from dataclasses import dataclass, field
 from typing import Any, ClassVar, Literal
 
@@ -106,6 +106,16 @@ class Objective(nn.Module):
 
         Args:
             count: Number of images that training draws from; ``Images.positions`` of a batch are below it.
+        """
+
+    def observe(self, teacher: Iterable[Outputs]) -> None:
+        """Make what depends on what the teacher says about the images. Called once, before the first step.
+
+        What is made is to be a buffer: a continued run takes it from its checkpoint. Nothing by default.
+
+        Args:
+            teacher: Its outputs in :attr:`teacher_mode`, batch after batch, for all images that training draws from, as
+                they are. They are computed as they are asked for, without gradients.
         """
 
     def after_step(self) -> None:

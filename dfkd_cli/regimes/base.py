@@ -72,10 +72,10 @@ class Task:
 class Regime(Learner):
     """Trains a student by steps of one batch each; rounds are stretches of steps.
 
-    A subclass says in ``needs`` what it asks for (``"teacher"``, ``"objective"`` where distances are the user's choice,
-    ``"labels"``, stored ``"logits"`` and ``"targets"``), has a ``Config`` in its file, and gives the loss of a batch in
-    :meth:`loss`. Parameters that the loss does not depend on stay as they are: neither momentum nor weight decay
-    changes them.
+    A subclass says in ``needs`` what it asks for (``"teacher"``, which has to be a ``"network"`` or nothing but its
+    ``"answers"``; ``"objective"`` where distances are the user's choice, ``"labels"``, stored ``"logits"`` and
+    ``"targets"``), has a ``Config`` in its file, and gives the loss of a batch in :meth:`loss`. Parameters that the
+    loss does not depend on stay as they are: neither momentum nor weight decay changes them.
     """
 
     kind = "regime"
@@ -122,8 +122,12 @@ class Regime(Learner):
         """The batches of steps ``start`` to ``stop``."""
         return self.batches.steps(start, stop)
 
+    def span(self, step: int) -> tuple[int, int]:
+        """The first step of the training that a step is of, and the one after its last: there may be several."""
+        return 0, self.steps
+
     def passed(self, step: int) -> float:
-        """The epochs before a step."""
+        """The epochs of its training before a step."""
         return step / self.batches.steps_per_epoch
 
     def view(self, images: Images) -> Images:
@@ -186,18 +190,19 @@ class Regime(Learner):
         else:
             cls = {"adam": torch.optim.Adam, "adamw": torch.optim.AdamW}[c.optimizer]
             optimizer = cls(parameters, c.lr, weight_decay=c.weight_decay, fused=True)
-        return [optimizer], [self._schedule(optimizer)]
+        return [optimizer], [self.schedule(optimizer, *self.span(0))]
 
-    def _schedule(self, optimizer: torch.optim.Optimizer) -> LRScheduler:
-        c = self.training_config
-        warmup = min(int(c.warmup * self.steps), self.steps - 1)
+    def schedule(self, optimizer: torch.optim.Optimizer, start: int, stop: int) -> LRScheduler:
+        """The learning rates of a training from its first step to the one after its last."""
+        c, steps = self.training_config, stop - start
+        warmup = min(int(c.warmup * steps), steps - 1)
         rise = LinearLR(optimizer, start_factor=1 / (warmup + 1), total_iters=warmup)
         if c.schedule == "constant":
             return rise
         if c.schedule == "step":
-            milestones = [round(share * self.steps) for share in c.milestones]
+            milestones = [round(share * steps) for share in c.milestones]
             return ChainedScheduler([rise, MultiStepLR(optimizer, milestones, c.gamma)])
-        fall = CosineAnnealingLR(optimizer, T_max=self.steps - warmup)
+        fall = CosineAnnealingLR(optimizer, T_max=steps - warmup)
         return SequentialLR(optimizer, [rise, fall], milestones=[warmup])
 
     def on_fit_start(self) -> None:
@@ -239,10 +244,11 @@ class Regime(Learner):
         schedule: Any = self.lr_schedulers()
         seed_torch(self.device, "step", self.seed, step, self.global_rank)
         images = images[self.global_rank :: self.trainer.world_size]  # processes share each batch
-        images = self.view(images)
         self.epochs = self.passed(step)
+        images = self.view(images)
+        start, stop = self.span(step)
         for objective in self.losses.values():
-            objective.epoch, objective.progress = int(self.epochs), step / self.steps
+            objective.epoch, objective.progress = int(self.epochs), (step - start) / (stop - start)
         loss, terms = self.loss(images)
         optimizer.zero_grad()  # to None: zeros would leave what has no gradient to weight decay and old momentum
         self.manual_backward(loss)

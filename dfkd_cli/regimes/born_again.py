@@ -6,8 +6,9 @@ Furlanello, Lipton, Tschannen, Itti, Anandkumar. ICML 2018. arXiv:1805.04770.
 
 Every generation is ``offline`` with the same settings and other first weights; those before the last are in
 ``assistants/`` of the student's directory. With a teacher of the student's architecture and one generation this is
-Tf-KD_self of Yuan et al. (CVPR 2020, arXiv:1909.11723): L = (1 - alpha) CE + alpha tau^2 KL, where the released code
-takes a mean over the classes too, times a multiplier.
+Tf-KD_self of Yuan et al. (CVPR 2020, arXiv:1909.11723): L = (1 - alpha) CE + alpha KL, where the released code has
+tau^2 before KL, and takes a mean over the classes, times a multiplier. The formula above is ``--objective response
+--temperature 1 --hard 1``.
 """
 
 from __future__ import annotations

@@ -10,7 +10,7 @@ values ``--objective response --temperature 4 --hard 1`` (``--soft 3`` on fine-g
 
 As in the released code the network is in training mode both times, so that BatchNorm normalises both halves apart and
 its averages learn from both, x before x'. Where not all images fit into memory x' is drawn from those of its class that
-are held; without any, it is x.
+are held; without any, it is x, changed at random once more.
 """
 
 from __future__ import annotations

@@ -15,13 +15,14 @@ As in the released code, images that fell out once are ranked again by what was 
 (``reclaim``; the paper's text lets them go), the last ranking comes after the last epoch, and pixels that are whole
 numbers stay so, cut off. Entropies are computed from log-probabilities, which are never NaN, and count also where they
 are 0; images that were never seen rank first; the number of rankings follows from the epochs, where the code divides
-by 6. All images are held in memory.
+by 6. The paper's blend is a sum, the code's and ours a mean; of the n that fall out some may have fallen out before.
+All images are held in memory.
 """
 
 from __future__ import annotations
 
 from collections.abc import Iterator, Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any
 
 import torch
@@ -99,7 +100,10 @@ class Condensation(Offline):
             if ranked not in self.sets:
                 self.sets = {ranked: Batches(self.store, self.training_config.batch_size, self.seed, self.device)}
             batches, place = self.sets[ranked], step - self.starts[epoch]
-            yield from batches.steps(first := epoch * batches.steps_per_epoch + place, first + 1)
+            for images in batches.steps(first := epoch * batches.steps_per_epoch + place, first + 1):
+                assert images.positions is not None
+                positions = self.store.kept.to(images.positions.device)[images.positions]
+                yield replace(images, positions=positions)  # in the whole set, as objectives remember images
 
     def terms(
         self, student: Outputs, teacher: Mapping[str, Outputs], images: Images, shared: bool = False
@@ -114,7 +118,7 @@ class Condensation(Offline):
         assert images.positions is not None
         logs = logits.double().log_softmax(1)
         entropies = everywhere(-(logs.exp() * logs).sum(1)).cpu()
-        places = self.store.kept[everywhere(images.positions).cpu()]
+        places = everywhere(images.positions).cpu()
         self.seen[places] += 1
         self.entropy[places] += (entropies - self.entropy[places]) / self.seen[places]
 

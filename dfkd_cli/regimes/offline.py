@@ -5,9 +5,10 @@ Hinton, Vinyals, Dean. Distilling the Knowledge in a Neural Network. 2015. arXiv
     L = sum_objectives weight * sum_terms strength(e) * term_weight * term(student(a(x)), teacher(a(x)))
 
 ``a`` is the random augmentation. The teacher answers the augmented image, as in the ZSKD paper: an impression that is
-turned or shifted is asked about anew, not given the answer of the upright one. ``strength`` is 1 but for terms that
-grow or fade over the epochs. While one of them is to be learned alone, the others do not count. Parameters that nothing
-counted depends on are left as they are, by weight decay too.
+turned or shifted is asked about anew, not given the answer of the upright one. A black box is asked about each image
+once, as it is in the set, and its answer goes for all that the augmentation makes of it. ``strength`` is 1 but for
+terms that grow or fade over the epochs. While one of them is to be learned alone, the others do not count. Parameters
+that nothing counted depends on are left as they are, by weight decay too.
 
 With ``teacher_epochs`` E the teacher only gives the start:
 
@@ -23,21 +24,24 @@ no labels, are ours.
 from __future__ import annotations
 
 from contextlib import AbstractContextManager, nullcontext
-from dataclasses import dataclass
-from typing import Any
+from dataclasses import dataclass, replace
+from typing import Any, ClassVar
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from dfkd_cli.data.sources import Images
+from dfkd_cli.data.sources import Images, batches
+from dfkd_cli.errors import ConfigError
 from dfkd_cli.models.activations import batch_statistics
+from dfkd_cli.models.black_box import BlackBox
 from dfkd_cli.models.taps import find_taps
 from dfkd_cli.objectives.answers import hard_labels
 from dfkd_cli.objectives.base import ask
 from dfkd_cli.options import TaughtAtFirst
 from dfkd_cli.regimes.base import Task
-from dfkd_cli.regimes.distillation import Answers, Distillation
+from dfkd_cli.regimes.distillation import Answers, Distillation, in_every_mode
+from dfkd_cli.seeds import seed_torch
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -48,12 +52,34 @@ class Config(TaughtAtFirst):
 class Offline(Distillation):
     """One frozen teacher, one student."""
 
-    needs = ("teacher", "objective")
+    needs: ClassVar[tuple[str, ...]] = ("teacher", "objective")
     measure = "agreement"
 
     def __init__(self, task: Task, config: Any) -> None:
         super().__init__(task, config)
+        box = self.teacher
+        if isinstance(box, BlackBox) and box.ledger.budget is not None and self.queries > box.ledger.budget:
+            raise ConfigError(
+                f"--queries {box.ledger.budget}: {self.queries:,} images are to be asked about",
+                "raise it, or give fewer images (--num-images)",
+            )
         self.teacher_taps = find_taps(self.teacher, (tap for o in self.losses.values() for _, tap in o.pairs))
+
+    def on_train_start(self) -> None:
+        """Let objectives observe the teacher, unless an earlier process has."""
+        super().on_train_start()
+        if self.current_round:
+            return
+        for name, objective in self.losses.items():
+            seed_torch(self.device, f"observe {name}", self.seed)
+            images = batches(self.train_source, self.training_config.batch_size, self.device)
+            with torch.no_grad():
+                objective.observe(self.ask_teacher(part)[objective.teacher_mode] for part in images)
+
+    @property
+    def queries(self) -> int:
+        """How many images a black box is asked about."""
+        return len(self.source)
 
     @property
     def share(self) -> float:
@@ -82,8 +108,17 @@ class Offline(Distillation):
             parts.append((1 - share) * named["labels"])
         return torch.stack(parts).sum(), named
 
+    def view(self, images: Images) -> Images:
+        """The changed images; of a black box they keep the answers to what they were."""
+        if not isinstance(self.teacher, BlackBox) or not (self.share or images.labels is None):
+            return super().view(images)
+        logits = self.teacher(images.pixels)
+        return replace(super().view(images), logits=logits)
+
     def ask_teacher(self, images: Images) -> Answers:
         """The teacher's outputs in each of the modes that objectives want, ``eval`` first."""
+        if isinstance(self.teacher, BlackBox):
+            return in_every_mode(self.teacher(images.pixels) if images.logits is None else images.logits)
         modes: dict[str, AbstractContextManager[None]] = {
             "eval": nullcontext(),
             "train": batch_statistics(self.teacher),

@@ -49,6 +49,7 @@ class Config(TaughtAtFirst):
 class PseudoExamples(Offline):
     """One frozen teacher, one student, and images that move to where the two differ most."""
 
+    needs = ("teacher", "network", "objective")
     scaled = False
     config: Config
     pseudo: Tensor  # (N, C, H, W) in [0,1]

@@ -14,7 +14,8 @@ are found again. Which way is taken, with the networks in the order in which the
   those before it, so that with n assistants (n + 1)(n + 2) / 2 hops are made.
 
 Agreement is with the first teacher's classes on the transfer set, images that nobody need have labelled; the released
-code chooses by its test images. Its loss also is a mean over the classes, so that its lambda weighs K times more here.
+code has no search, and takes each network's best epoch by its test images. A hop's formula is ``--objective response
+--soft lambda --hard 1-lambda``; theirs is a mean over the classes too, so that its lambda weighs K times more here.
 """
 
 from __future__ import annotations

@@ -10,10 +10,10 @@ There is no network, so that the student is always right to learn from it; how f
 objective's: with the paper's L = (1 - alpha) CE + alpha KL(p_tau || q_tau), ``--objective response --temperature 20
 --hard 0.9 --soft 0.00025`` for alpha 0.1, as ``soft`` has tau^2 before it.
 
-The released code softens probabilities (its authors: "weird but better"), has the student at temperature 1 and takes a
-mean over classes too, times a multiplier: ``--variant released --temperature 1 --hard 0.9 --soft 0.1`` is its setting
-for a ResNet-18 on CIFAR-100 (alpha 0.1, flatten 20, multiplier 100 = K). Of 100 classes its target is 1.05 % for the
-label and 0.9995 % for each other: nearly uniform label smoothing.
+The released code softens probabilities, has the student at temperature 1 on CIFAR-100 (its author: "This is weird but
+works better in practice") and takes a mean over classes too, times a multiplier: ``--variant released --temperature 1
+--hard 0.9 --soft 0.1`` is its setting for a ResNet-18 there (alpha 0.1, flatten 20, multiplier 100 = K). Of 100 classes
+its target is 1.05 % for the label and 0.9995 % for each other: nearly uniform label smoothing.
 """
 
 from __future__ import annotations

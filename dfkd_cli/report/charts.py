@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import io
+import math
 from collections.abc import Mapping, Sequence
 from typing import Any
 
@@ -75,13 +76,39 @@ def curves(runs: Sequence[Mapping[str, Sequence[float]]]) -> bytes | None:
                 label = _short(name) if repeat == 0 else None
                 axes.plot(run["round"], run[name], "o-", color=f"C{number}", label=label, **_LINE)
         values = [value for name in panel for run in runs for value in run.get(name, ())]
-        if min(values) > 0 and max(values) > 30 * min(values):
-            axes.set_yscale("log")
-            axes.yaxis.set_minor_formatter(NullFormatter())
+        _widen(axes, values)
         axes.set_xlabel("round")
         axes.xaxis.set_major_locator(MaxNLocator(5, integer=True))
         axes.legend(frameon=False, fontsize=8)
     return _png(figure, list(grid))
+
+
+def lines(between: Sequence[Mapping[str, Any]]) -> bytes:
+    """Loss on the left, top-1 on the right, on straight lines from one model to another, which are dashed.
+
+    Args:
+        between: The ``lines`` of ``results.json`` of an evaluation.
+    """
+    figure = Figure(figsize=(7.5, 3), layout="constrained")
+    grid = figure.subplots(1, 2)
+    for axes, key, factor, title in zip(grid, ("loss", "top1"), (1, 100), ("loss, nats", "top-1, %"), strict=True):
+        for place in (0, 1):
+            axes.axvline(place, color=_COLOURS["teacher"], linestyle="--", linewidth=1)
+        for line in between:
+            values = [math.nan if point[key] is None else factor * point[key] for point in line["points"]]
+            axes.plot([point["at"] for point in line["points"]], values, "o-", label=_short(line["path"]), **_LINE)
+        axes.set_xlabel("place on the line: 0 the first model, 1 the second")
+        axes.set_ylabel(f"{title}, on training images", fontsize=8)
+    _widen(grid[0], [p["loss"] for line in between for p in line["points"] if p["loss"] is not None])
+    grid[0].legend(frameon=False, fontsize=8)
+    return _png(figure, list(grid))
+
+
+def _widen(axes: Any, values: Sequence[float]) -> None:
+    """A logarithmic axis for values of very different sizes."""
+    if min(values, default=0) > 0 and max(values) > 30 * min(values):
+        axes.set_yscale("log")
+        axes.yaxis.set_minor_formatter(NullFormatter())
 
 
 def _short(label: str, width: int = 40) -> str:

@@ -1,21 +1,25 @@
-"""What finished directories say about themselves: what made them, from what, and how long that took. Nothing is run."""
+"""What finished directories say about themselves: what made them, from what, and how long that took. Nothing is run.
+
+A run may leave several models: students that learned together, one that was trained along with images, the hops of a
+chain. Each is read as what it is, with what its run says.
+"""
 
 from __future__ import annotations
 
-import contextlib
 import logging
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any
 
-from dfkd_cli.artifacts.files import digest, sha256_file
-from dfkd_cli.artifacts.integrity import RUN, present, read_run
+from dfkd_cli.artifacts.files import digest
+from dfkd_cli.artifacts.integrity import RUN, made_by, present, read_run, runs_within
 from dfkd_cli.artifacts.records import column, read_table
 from dfkd_cli.artifacts.shards import MANIFEST, ShardReader
 from dfkd_cli.errors import ArtifactError
-from dfkd_cli.models.directory import RECORD, identity, read_record
-from dfkd_cli.models.names import Location, ModelDirectory
+from dfkd_cli.models.directory import RECORD
+from dfkd_cli.models.names import Location, ModelDirectory, made_by_dfkd
+from dfkd_cli.report.places import find, recorded_as
 from dfkd_cli.trust import CONFIG, Code
 
 LOG = logging.getLogger(__name__)
@@ -29,12 +33,14 @@ class ShardSet:
         path: Where it is.
         sha256: Of its manifest.
         manifest: ``manifest.json``.
-        run: ``run.json``, or an empty mapping where it is missing.
+        origin: The directory of the run that made it: its own or, of a set that a training left, that one's.
+        run: That one's ``run.json``, or an empty mapping where it is missing.
     """
 
     path: Path
     sha256: str
     manifest: Mapping[str, Any]
+    origin: Path
     run: Mapping[str, Any]
 
     @property
@@ -67,8 +73,12 @@ class Model:
         sha256: Of its weights and their use.
         parameters: Number of them.
         record: ``model.json``.
-        run: ``run.json``, or an empty mapping where it is missing.
+        origin: The directory of the run that made it: its own or the one that it lies in; None where nobody knows.
+        run: That one's ``run.json``, or an empty mapping.
+        part: Where it lies in the directory that is called by another model, of the run or the chain; empty elsewhere.
         shards: The shard sets it learned from, or was trained along with, as far as they were found.
+        chain: The directory of the chain that it is the last model of, or a hop.
+        hops: The seconds of the runs of that chain that came before it, by their directories.
         row: The name of its row in a grid.
         series: The name of the curve over set sizes that it is a point of.
         group: The name of its teacher in a grid, empty for the only one; None outside of grids.
@@ -80,8 +90,12 @@ class Model:
     sha256: str
     parameters: int
     record: Mapping[str, Any]
+    origin: Path | None = None
     run: Mapping[str, Any] = field(default_factory=dict)
+    part: str = ""
     shards: Sequence[ShardSet] = ()
+    chain: Path | None = None
+    hops: Mapping[Path, float | None] = field(default_factory=dict)
     row: str | None = None
     series: str | None = None
     group: str | None = None
@@ -96,6 +110,11 @@ class Model:
     def teacher(self) -> str | None:
         """The hash of the teacher it learned from."""
         return self.provenance.get("teacher")
+
+    @property
+    def line(self) -> Sequence[str]:
+        """The hashes of those that it comes from: its teacher, that one's teacher ..."""
+        return self.provenance.get("line") or [sha256 for sha256 in [self.teacher] if sha256 is not None]
 
     @property
     def is_grid_teacher(self) -> bool:
@@ -114,7 +133,7 @@ class Model:
     @property
     def key(self) -> str:
         """Equal for repeats over seeds."""
-        return self.row or digest(self.settings if self.run else self.sha256)
+        return self.row or digest([self.settings, self.part] if self.run else self.sha256)
 
     @property
     def label(self) -> str:
@@ -123,18 +142,32 @@ class Model:
             return self.row or str(self.path)
         origins = " + ".join(_name(p, self.shards) for p in self._origins())
         method, objectives = self.run["identity"].get("method", ""), self.run["identity"].get("objective", {})
-        how = {"offline": "", "supervised": "supervised"}.get(method, f"{method}: ")
-        how += " + ".join(objectives)
-        return f"{origins} -> {how}" if origins else how
+        how = ": ".join(filter(None, ("" if method == "offline" else method, " + ".join(objectives))))
+        whole = f"{origins} -> {how}" if origins else how
+        return f"{whole} ({self.part})" if self.part else whole
 
     @property
-    def seconds(self) -> dict[str, float | None]:
-        """What the work took: on the shards it learned from, on itself, in all. None where there is none, or unknown.
+    def work(self) -> dict[Path, float | None]:
+        """What was done for it: the seconds of each run, by its directory. None where they are unknown.
 
         A teacher and its metadata are there for every student and count for none.
         """
-        synthesis = [shards.run.get("seconds") for shards in self.shards]
-        training = [self.run.get("seconds")] if self.run else []  # along with its shards it has no run of its own
+        took = {shards.origin: shards.run.get("seconds") for shards in self.shards} | dict(self.hops)
+        if self.origin is not None and self.origin not in took:
+            seconds = self.run.get("seconds")
+            within = sum(hop or 0.0 for place, hop in self.hops.items() if place.is_relative_to(self.origin))
+            took[self.origin] = None if seconds is None else max(seconds - within, 0.0)  # which its record includes
+        return took
+
+    @property
+    def seconds(self) -> dict[str, float | None]:
+        """What the work took: on the shards it learned from, on itself and the hops before it, in all.
+
+        None where there is none, or unknown.
+        """
+        work, made = self.work, {shards.origin for shards in self.shards}
+        synthesis = [seconds for path, seconds in work.items() if path in made]
+        training = [seconds for path, seconds in work.items() if path not in made]
         others = [p for p in self._origins() if "spec" not in p and _owner(p, self.shards) is None]
         parts = [*synthesis, *training, *(None for _ in others)]
         return {"synthesis": _sum(synthesis), "training": _sum(training), "total": _sum(parts)}
@@ -143,32 +176,66 @@ class Model:
         return [p for p in self.run.get("parents", []) if p["role"] == "transfer-set"]
 
     def curves(self) -> dict[str, list[float]]:
-        """The columns of ``metrics.csv``."""
-        return read_curves(self.path / "metrics.csv")
-
-    def agreements(self) -> list[float]:
-        """After each round the agreement with the teacher, on images that were held out or, in the loop, just made."""
-        made = made_beside(self.path) is not None
-        return (read_curves(self.path.parent / "metrics.csv") if made else self.curves()).get("agreement", [])
+        """The columns of the ``metrics.csv`` of its run."""
+        return read_curves((self.origin or self.path) / "metrics.csv")
 
 
 def read_model(location: Location, code: Code) -> Model:
-    """Read a model, and find the shard sets that its directory names.
+    """Read a model, and find the shard sets that it was made from.
 
     Raises:
         ArtifactError: Missing, damaged, or not a model.
         ConfigError: A foreign model cannot be built.
     """
     model = location.open(code)
-    facts = location, Path(model.path), model.sha256, model.classifier.num_parameters, model.record
+    path = Path(model.path)
+    one = Model(location, path, model.sha256, model.classifier.num_parameters, model.record)
     if not isinstance(location, ModelDirectory):
-        return Model(*facts)
-    path, run = Path(model.path), read_run(Path(model.path))
-    beside = made_beside(path)
-    if not run and beside is None and (path / CONFIG).exists():  # a model that was copied alone has neither
-        LOG.warning("%s: no %s, which says how it was made", path, RUN)
-    places = [find(parent, path, MANIFEST) for parent in run.get("parents", [])] if beside is None else [beside]
-    return Model(*facts, run, [read_shards(place) for place in places if place is not None])
+        return one
+    origin = made_by(path)
+    if origin is None:
+        if (path / CONFIG).exists():  # a model that was copied alone has neither
+            LOG.warning("%s: no %s, which says how it was made", path, RUN)
+        return one
+    run, place = read_run(origin), path.relative_to(origin)
+    made = (origin / MANIFEST).is_file()  # along with the model
+    places = [origin] if made else [find(parent, origin, MANIFEST) for parent in run["parents"]]
+    shards = [read_shards(place) for place in places if place is not None]
+    part = "" if path == origin or place in _left_by(run)[:1] else place.as_posix()
+    return replace(one, origin=origin, run=run, part=part, shards=shards)
+
+
+def read_models(directory: Path, code: Code) -> list[Model]:
+    """The models that a run has left in its directory: that of the directory, those beside it, the hops on its way.
+
+    A directory within that of a run holds only its own.
+
+    Raises:
+        ArtifactError: Missing, damaged, or not a model.
+    """
+    model = read_model(made_by_dfkd(str(directory)), code)
+    if model.origin != directory:
+        return [model]
+    beside = [directory / place for place in _left_by(model.run) if directory / place != directory]
+    took = {place: read_run(place).get("seconds") for place in runs_within(directory)}
+    # A search for the best way has tried others too.
+    way = {place: sha256 for place in took if (sha256 := recorded_as(place / RECORD)) in model.line}
+    hops = [
+        replace(
+            hop,
+            part=hop.path.relative_to(directory).as_posix(),
+            chain=directory,
+            hops={place: took[place] for place, sha256 in way.items() if sha256 in hop.line},
+        )
+        for hop in (read_model(ModelDirectory(str(place)), code) for place in way)
+    ]
+    last = replace(model, chain=directory, hops=took) if took else model
+    return [last, *(read_model(ModelDirectory(str(place)), code) for place in beside), *hops]
+
+
+def _left_by(run: Mapping[str, Any]) -> list[Path]:
+    """Where a finished run has left models, relative to its directory; the first is the one that is called by that."""
+    return [Path(file["path"]).parent for file in run.get("artifacts", ()) if Path(file["path"]).name == RECORD]
 
 
 def read_shards(path: Path) -> ShardSet:
@@ -177,44 +244,8 @@ def read_shards(path: Path) -> ShardSet:
     Raises:
         ArtifactError: Missing, unfinished or damaged.
     """
-    reader = ShardReader(path)
-    return ShardSet(path, reader.sha256, reader.manifest, read_run(path))
-
-
-def made_beside(path: Path) -> Path | None:
-    """The shard directory whose run made what lies there too: a student in the loop, or generators. Else None."""
-    return path.parent if not (path / RUN).is_file() and (path.parent / MANIFEST).is_file() else None
-
-
-def where(parent: Mapping[str, Any], child: Path) -> list[Path]:
-    """Where a parent of ``child``, as a ``run.json`` names it, may lie; nowhere if it has no path.
-
-    The path is relative to where the command ran: here, or, as a rule, beside the child.
-    """
-    return [base / parent["path"] for base in (Path(), child.resolve().parent)] if "path" in parent else []
-
-
-def find(parent: Mapping[str, Any], child: Path, file: str) -> Path | None:
-    """The directory that a ``run.json`` names as a parent, if it is still there and still the same.
-
-    Args:
-        parent: ``{"path": ..., "sha256": ...}``, other parents are never found.
-        child: The directory whose parent it is.
-        file: ``manifest.json`` or ``model.json``, whichever makes a directory of that kind.
-    """
-    for path in where(parent, child):
-        with contextlib.suppress(ArtifactError, KeyError):  # what lies there now is something else, or damaged
-            if (path / file).is_file() and _sha256(path / file) == parent["sha256"]:
-                return path
-    return None
-
-
-def find_teacher(child: Path, sha256: str) -> Path | None:
-    """The teacher, by its hash, of a model or shard directory: where its run says, or in ``teacher/``; else None."""
-    run = made_beside(child) or child
-    recorded = [parent for parent in read_run(run).get("parents", []) if parent["role"] == "teacher"]
-    candidates = [parent | {"sha256": sha256} for parent in [*recorded, {"path": "teacher"}]]
-    return next(filter(None, (find(parent, run, RECORD) for parent in candidates)), None)
+    reader, origin = ShardReader(path), made_by(path) or path
+    return ShardSet(path, reader.sha256, reader.manifest, origin, read_run(origin))
 
 
 def read_curves(path: Path) -> dict[str, list[float]]:
@@ -240,11 +271,6 @@ def settings_of(run: Mapping[str, Any]) -> dict[str, Any]:
 def _sum(seconds: Sequence[float | None]) -> float | None:
     measured = [value for value in seconds if value is not None]
     return sum(measured) if measured and len(measured) == len(seconds) else None
-
-
-def _sha256(path: Path) -> str:
-    """What stands for a directory in its children's records."""
-    return identity(read_record(path.parent)) if path.name == RECORD else sha256_file(path)
 
 
 def _owner(parent: Mapping[str, Any], shards: Sequence[ShardSet]) -> ShardSet | None:

@@ -151,8 +151,16 @@ def _curves(row: Mapping[str, Any]) -> list[Element]:
     drawn = charts.curves([run for run in columns if run])
     if drawn is None:
         return []
-    seconds = table.seconds(row["seconds"]["training"])
-    return [_figure(drawn, f"curves of {row['label']}", _element("b", row["label"]), f", {seconds} s of training")]
+    caption: list[Element | str] = [_element("b", row["label"])]
+    caption.append(f", {table.seconds(row['seconds']['training'])} s of training")
+    for run in row["runs"]:
+        caption += _warnings(run["concerns"], f" seed {run['seed']}")
+    return [_figure(drawn, f"curves of {row['label']}", *caption)]
+
+
+def _warnings(concerns: Iterable[str], of: str = "") -> list[Element | str]:
+    """Lines of a caption."""
+    return [part for what in concerns for part in (_element("br"), _element("b", f"Warning:{of}"), f" {what}")]
 
 
 def _galleries(shards: Iterable[Mapping[str, Any]]) -> list[Element]:
@@ -164,10 +172,8 @@ def _galleries(shards: Iterable[Mapping[str, Any]]) -> list[Element]:
         seed = "" if facts["seed"] is None else f", seed {facts['seed']}"
         used = f", uses {', '.join(facts['uses'])}" if facts["uses"] else ""
         caption: list[Element | str] = [_element("b", facts["method"])]
-        caption += [f"{used}{seed}: {facts['count']:,} images{confidence}", _element("br")]
-        for concern in facts["concerns"]:
-            caption += [_element("b", "Warning:"), f" {concern}", _element("br")]
-        caption.append(_element("code", facts["path"]))
+        caption += [f"{used}{seed}: {facts['count']:,} images{confidence}", *_warnings(facts["concerns"])]
+        caption += [_element("br"), _element("code", facts["path"])]
         images = _figure(preview.read_bytes(), f"images of {facts['path']}", *caption, style="pixels")
         cards.append(_element("div", images, *_terms(facts)))
     if not cards:

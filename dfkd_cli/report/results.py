@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 import statistics
 from collections.abc import Iterable, Mapping, Sequence
 from pathlib import Path
@@ -67,6 +68,7 @@ def _row(
         "uses": list(first.provenance.get("uses", ())),
         "series": first.series,
         "num_images": first.provenance.get("num_images"),
+        "queries": first.run.get("metrics", {}).get("queries"),
         "parameters": first.parameters,
         "seeds": [run["seed"] for run in runs],
         "top1": spread(run["measures"]["top1"] for run in runs),
@@ -92,11 +94,13 @@ def _run(model: Model, section: Section, measured: Mapping[Path, Measures]) -> d
         "measures": dict(measured[model.path]),
         "gap": measured[model.path]["top1"] - measured[teacher.path]["top1"],  # below zero: worse than the teacher
         "seconds": model.seconds,
-        "selected": _selected(kept, model.agreements() if kept else []),
+        "work": {str(directory): seconds for directory, seconds in model.work.items()},
+        "selected": _selected(kept, curves.get("agreement", [])),
         "best_test": max(kept, key=lambda snapshot: snapshot["top1"], default=None),
         "rounds": len(curves.get("round", [])),
-        "last": {name: column[-1] for name, column in curves.items()},
+        "last": {name: column[-1] for name, column in curves.items() if math.isfinite(column[-1])},
         "shards": [s.facts() for s in model.shards],
+        "concerns": model.run.get("concerns", []),
         **{key: model.run.get(key) for key in ("device", "sealed", "argv", "versions", "started")},
     }
 

@@ -8,7 +8,8 @@ from pathlib import Path
 
 from dfkd_cli.errors import ArtifactError, ConfigError
 from dfkd_cli.models.names import ModelDirectory
-from dfkd_cli.report.entries import Model, find_teacher, read_model
+from dfkd_cli.report.entries import Model, read_model
+from dfkd_cli.report.places import find_teacher
 from dfkd_cli.trust import Code
 
 
@@ -62,8 +63,6 @@ def arrange(models: Sequence[Model], dataset: str | None, code: Code) -> list[Se
             teacher = _teacher_of(model, by_hash, code)
             if teacher is None and model.sha256 in teacher_hashes:
                 continue  # here as a teacher, whoever taught it
-            while teacher is not None and teacher.row is not None:  # a student's student: a grid has one ranking
-                teacher = _teacher_of(teacher, by_hash, code)
             if teacher is None:
                 raise ArtifactError(
                     f"{model.path}: its teacher (sha256 {model.teacher[:12]}...) is not to be found",
@@ -76,7 +75,10 @@ def arrange(models: Sequence[Model], dataset: str | None, code: Code) -> list[Se
     for model in models:
         placed = any(model.sha256 in section.teachers for section in sections.values())
         if (model.teacher is None or model.is_grid_teacher) and not placed:
-            fitting = [section for section in taught if model.group is None and _fits(model, section, dataset)]
+            if model.part:
+                fitting = [s for s in sections.values() if any(model.origin == other.origin for other in s.models)]
+            else:
+                fitting = [section for section in taught if model.group is None and _fits(model, section, dataset)]
             if len(fitting) == 1:
                 fitting[0].members.append(model)
             else:
@@ -94,16 +96,18 @@ def _section(sections: dict[str, Section], model: Model, teacher: Model, dataset
 
 
 def _teacher_of(student: Model, by_hash: dict[str, Model], code: Code) -> Model | None:
-    """Among the known models, by hash, or where the student says, or in ``teacher/``: then it is known as well.
+    """Whom a student is measured against: its teacher or, of a student's student, that one's and so on.
 
-    Of a teacher that is nowhere, as several that answered together are, its nearest ancestor that is known.
+    The nearest one counts that is among the known models, by hash, or where the student says, or in ``teacher/``: then
+    it is known as well. A grid has one ranking, and so has a chain: none of their own students heads another.
     """
-    wanted = str(student.teacher)
-    if wanted not in by_hash and (place := find_teacher(student.path, wanted)) is not None:
-        by_hash[wanted] = read_model(ModelDirectory(str(place)), code)
-    return next(
-        (by_hash[sha256] for sha256 in (wanted, *student.provenance.get("line", ())) if sha256 in by_hash), None
-    )
+    for sha256 in student.line:
+        if sha256 not in by_hash and (place := find_teacher(student.path, sha256)) is not None:
+            by_hash[sha256] = read_model(ModelDirectory(str(place)), code)
+        teacher = by_hash.get(sha256)
+        if teacher is not None and teacher.row is None and (teacher.chain is None or teacher.chain != student.chain):
+            return teacher
+    return None
 
 
 def _fits(baseline: Model, section: Section, dataset: str | None) -> bool:

@@ -14,7 +14,7 @@ from dfkd_cli.report.results import curves
 LEFT = ("ROW", "STUDENT", "SEEDS", "DATA")  # columns of words
 # Left out of a narrow terminal, in this order.
 _EXPENDABLE = (
-    "PARAMS", "BEST TEST %", "SELECTED %", "IMAGES", "SEEDS",
+    "PARAMS", "BEST TEST %", "SELECTED %", "IMAGES", "QUERIES", "SEEDS",
     "STUDENT", "AGREEMENT %", "DISTILLATION s", "SYNTHESIS s", "TOTAL s",
 )  # fmt: skip
 _SEEDS_SHOWN = 5
@@ -38,6 +38,7 @@ def cells(row: Mapping[str, Any]) -> dict[str, str]:
         "GAP": _points(row["gap"], sign="+"),
         "AGREEMENT %": _points(row["agreement"]),
         "IMAGES": _count(row["num_images"]),
+        "QUERIES": _count(row.get("queries")),  # of a black box; older results have none
         "SYNTHESIS s": seconds(row["seconds"]["synthesis"]),
         "DISTILLATION s": seconds(training),
         "TOTAL s": seconds(total),
@@ -82,9 +83,13 @@ def headline(section: Mapping[str, Any]) -> str:
 
 def worked(section: Mapping[str, Any]) -> timedelta:
     """The time that the runs of a section took in all, as far as it is known; each counts once."""
-    runs = [run for row in section["rows"] for run in row["runs"]]
-    took = {run["path"]: run["seconds"]["training"] for run in runs}
-    took |= {shards["path"]: shards["seconds"] for run in runs for shards in run["shards"]}
+    took: dict[str, float | None] = {}
+    for run in (run for row in section["rows"] for run in row["runs"]):
+        # Results that were kept before this was in them have one model of each run.
+        took |= run.get("work") or {
+            run["path"]: run["seconds"]["training"],
+            **{shards["path"]: shards["seconds"] for shards in run["shards"]},
+        }
     return timedelta(seconds=round(sum(seconds or 0.0 for seconds in took.values())))
 
 

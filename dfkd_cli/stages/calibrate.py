@@ -127,6 +127,11 @@ def _sample(learner: Offline, task: Task) -> dict[tuple[str, str], list[tuple[fl
     learner.student.train()
     samples: dict[tuple[str, str], list[tuple[float, float]]] = {}
     with torch.random.fork_rng(devices=[]):
+        for objective in learner.losses.values():
+            with torch.no_grad():  # enough of the images for an impression
+                objective.observe(
+                    learner.ask_teacher(images)[objective.teacher_mode] for images in batches.steps(0, BATCHES)
+                )
         for step, images in enumerate(batches.steps(0, BATCHES)):
             seed_torch(cpu, "step", task.seed, step, 0)
             with torch.no_grad():

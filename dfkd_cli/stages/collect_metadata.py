@@ -19,16 +19,15 @@ from dfkd_cli.artifacts.run import RunDirectory
 from dfkd_cli.catalog import Command
 from dfkd_cli.config import option
 from dfkd_cli.data import datasets
-from dfkd_cli.data.sources import Source
+from dfkd_cli.data.sources import Source, batches
 from dfkd_cli.errors import ConfigError, RunFailed
 from dfkd_cli.models.activations import outputs_of, pre_activations
 from dfkd_cli.models.classifier import Classifier, probe
 from dfkd_cli.models.names import locate
-from dfkd_cli.models.statistics import RunningMoments
+from dfkd_cli.models.statistics import Covariance, RunningMoments
 from dfkd_cli.options import ForeignModel
 from dfkd_cli.settings import Settings
 from dfkd_cli.stages.inputs import pick_device, real_images
-from dfkd_cli.stages.measures import batches
 from dfkd_cli.stages.training import rehearse
 from dfkd_cli.ui import Progress, Terminal
 
@@ -161,27 +160,6 @@ def last_layers(units: Mapping[str, int], limit: int) -> list[str]:
     totals = itertools.accumulate(reversed(list(units.values())))
     count = sum(total <= limit for total in totals)
     return list(units)[-max(count, 1) :]
-
-
-class Covariance(RunningMoments):
-    """Mean and population covariance of rows (B, D), float64, that come in batches, as if they came at once."""
-
-    def __init__(self, units: int) -> None:
-        super().__init__()
-        self._scatter = torch.zeros(units, units, dtype=torch.float64)
-
-    @property
-    def covariance(self) -> Tensor:
-        """(D, D) float64; zeros before the first row."""
-        return self._scatter / max(self.count, 1)
-
-    def add(self, batch: Tensor) -> None:
-        """Take in a batch: the update of :class:`RunningMoments` for every two units."""
-        mean, new = batch.mean(0), len(batch)
-        centred, shift = batch - mean, mean - self.mean
-        self._scatter.addmm_(centred.T, centred)
-        self._scatter.addr_(shift, shift, alpha=self.count * new / (self.count + new))
-        super().add(batch)
 
 
 def _by_class(seen: Sequence[RunningMoments], units: int) -> tuple[Tensor, Tensor]:

@@ -25,10 +25,10 @@ from dfkd_cli.data import datasets
 from dfkd_cli.data.sources import RealSource
 from dfkd_cli.errors import ArtifactError, ConfigError, RunFailed
 from dfkd_cli.models.directory import read_info
-from dfkd_cli.models.names import LoadedModel, Location, ModelDirectory, locate, made_by_dfkd
-from dfkd_cli.options import ForeignModel
+from dfkd_cli.models.names import LoadedModel, Location, locate
+from dfkd_cli.options import SeenTeacher
 from dfkd_cli.report import html, table
-from dfkd_cli.report.entries import Model, ShardSet, read_model, read_shards
+from dfkd_cli.report.entries import Model, ShardSet, read_model, read_models, read_shards
 from dfkd_cli.report.results import rows
 from dfkd_cli.report.sections import Section, arrange
 from dfkd_cli.settings import Layer, Settings, recipe_layer, resolve
@@ -43,7 +43,7 @@ from dfkd_cli.ui import Progress, Terminal
 
 
 @dataclass(frozen=True, kw_only=True)
-class Inputs(ForeignModel):
+class Inputs(SeenTeacher):
     """What is read, and how."""
 
     paths: tuple[str, ...] | None = option(
@@ -148,7 +148,10 @@ def _open(settings: Settings, grid: Grid | None, terminal: Terminal) -> tuple[li
         elif (path / MANIFEST).is_file():
             shards.append(read_shards(path))
         else:
-            models.append(read_model(made_by_dfkd(str(path)), code))
+            models += read_models(path, code)
+    # What is named by itself and left by a run that is named too is what that run says.
+    known = {(model.path.resolve(), model.group): model for model in sorted(models, key=lambda model: bool(model.part))}
+    models = [model for model in models if any(model is other for other in known.values())]
     if grid is not None:
         for group, name in grid.existing.items():
             models.append(replace(_teacher(name, settings), group=group))
@@ -183,13 +186,15 @@ def _teacher(name: str, settings: Settings) -> Model:
 
 
 def _models(runs: Sequence[PlannedRun], code: Code) -> list[Model]:
-    """The models that commands of a grid have made."""
+    """The models that commands of a grid have made: each its row's, and the others that it has left as ROW/PART."""
     models = []
     for run in runs:
-        if run.model is not None:
-            place: dict[str, Any] = {"row": run.row or None, "series": run.series, "group": run.teacher}
-            model = read_model(ModelDirectory(str(run.model)), code)
-            models.append(replace(model, **place, published=run.published))
+        for model in () if run.model is None else read_models(run.model, code):
+            part = f"/{model.part}" if model.part else ""
+            row = (run.row or ("teacher" if part else "")) + part
+            place: dict[str, Any] = {"row": row or None, "series": run.series and run.series + part}
+            published = None if part else run.published
+            models.append(replace(model, **place, group=run.teacher, published=published))
     return models
 
 

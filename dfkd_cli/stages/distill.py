@@ -8,22 +8,25 @@ from __future__ import annotations
 
 import contextlib
 import dataclasses
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Literal
+
+from torch import Tensor
 
 from dfkd_cli import catalog
 from dfkd_cli.artifacts.run import RunDirectory
 from dfkd_cli.catalog import Choice, Command
 from dfkd_cli.config import build, option
 from dfkd_cli.data.seal import check_kept, kept, kept_by, sealed
-from dfkd_cli.data.sources import Concat, Source, first
+from dfkd_cli.data.sources import Classified, Concat, Source, first
 from dfkd_cli.errors import ConfigError
-from dfkd_cli.models.classifier import Classifier
+from dfkd_cli.models.black_box import BlackBox
+from dfkd_cli.models.classifier import Classifier, undisturbed
 from dfkd_cli.models.names import LoadedModel, architecture, locate, together
 from dfkd_cli.objectives.base import Objective
-from dfkd_cli.options import Assisted, ForeignModel, Training
+from dfkd_cli.options import Assisted, SeenTeacher, Training
 from dfkd_cli.regimes.base import Task
 from dfkd_cli.settings import Component, Settings
 from dfkd_cli.stages.calibrate import calibrate, check
@@ -35,11 +38,12 @@ from dfkd_cli.ui import Terminal
 
 
 @dataclass(frozen=True, kw_only=True)
-class Inputs(Training, ForeignModel):
+class Inputs(Training, SeenTeacher):
     """What is read, and how."""
 
     teacher: tuple[str, ...] = option(("teacher",), "teacher: model directory or SPEC; of several, their mean")
     combine: Literal["probabilities", "logits"] = option("probabilities", "what of several teachers is averaged")
+    queries: int | None = option(None, "most images that a black box is asked about, each once", low=1, volatile=True)
     transfer_set: tuple[str, ...] = option(
         ("shards",), "shard or generator directory, real, real:N, noise:N, folder of images"
     )
@@ -57,6 +61,12 @@ class Inputs(Training, ForeignModel):
     scale: float = 0.1
     data_dir: str | None = option(None, "where the real images lie, for real and real:N", volatile=True)
     holdout: float = option(0.02, "share of the images that only measures agreement")
+
+    def __post_init__(self) -> None:
+        """Only answers are counted."""
+        super().__post_init__()
+        if self.queries is not None and not self.only_asked:
+            raise ConfigError(f"--queries {self.queries}: only a black box counts them", "give --answers too")
 
 
 def data_free(inputs: Inputs) -> bool:
@@ -86,20 +96,22 @@ class Job:
         first: The teacher that the command names, which agreement is with.
         teacher: Who teaches now: that one, or an assistant that it has taught.
         sets: The transfer sets.
-        data_free: None of them can be real images.
+        sealed: No dataset can be opened: all of them are named by themselves.
         student: The network to train.
         peers: More of them, where the method has several students.
         objectives: The losses between teacher and students by name, with their weights.
+        needing: The method and the objectives that learn from labels, by name.
     """
 
     members: list[LoadedModel]
     first: LoadedModel
     teacher: LoadedModel
     sets: list[TransferSet]
-    data_free: bool
+    sealed: bool
     student: Classifier
     peers: list[Classifier]
     objectives: dict[str, tuple[float, Objective]]
+    needing: Sequence[str] = ()
 
     def task(self, settings: Settings) -> Task:
         """The networks, the losses, and as many of the images as the settings say."""
@@ -109,6 +121,8 @@ class Job:
             if inputs.num_images > len(source):
                 raise ConfigError(f"--num-images {inputs.num_images}: the transfer sets have {len(source)} images")
             source = first(source, inputs.num_images)
+        if self.needing and not source.labelled:
+            source = Classified(source, self.classes)
         seed = settings.run.seed
         return Task(self.student, self.teacher.classifier, source, self.objectives, inputs, seed, self.peers)
 
@@ -117,17 +131,29 @@ class Job:
         losses = connect(settings.components["objective"], student, teacher.classifier, settings.run.seed)
         return dataclasses.replace(self, teacher=teacher, student=student, peers=[], objectives=losses)
 
+    def classes(self, pixels: Tensor) -> Tensor:
+        """The classes (B,) that the first teacher gives to pixels (B, C, H, W), all on the CPU."""
+        teacher = self.first.classifier
+        with undisturbed(teacher):
+            return teacher(pixels.to(teacher.mean.device)).argmax(1).cpu()
+
     @property
-    def hard_labels_note(self) -> str | None:
-        """What is said where hard labels have a weight and are not the images' own."""
+    def labels_note(self) -> str | None:
+        """What is said where labels are learned from that are not the images' own."""
         hard = [name for name, (weight, loss) in self.objectives.items() if weight and getattr(loss.config, "hard", 0)]
         labelled = [s for s in self.sets if s.source.labelled]
-        if not hard or len(labelled) == len(self.sets):
+        who = [*self.needing, *(f"hard labels of {name}" for name in hard if name not in self.needing)]
+        if not who or len(labelled) == len(self.sets):
             return None
         whose = (
             "not all transfer sets have labels, so also for real images" if labelled else "the images have no labels"
         )
-        return f"hard labels of {', '.join(hard)}: {whose}, the teacher's classes are taken"
+        return f"{', '.join(who)}: {whose}, the teacher's classes are taken"
+
+    @property
+    def data_free(self) -> bool:
+        """Whether none of the images is real, nor made of real ones."""
+        return self.sealed and not any(s.real for s in self.sets)
 
     @property
     def uses(self) -> list[str]:
@@ -137,18 +163,23 @@ class Job:
 
 def run(settings: Settings, terminal: Terminal, dry_run: bool = False) -> dict[str, Any]:
     """Train a student. Unless a transfer set is real, no dataset can be opened meanwhile."""
-    if isinstance(settings.method.config, Assisted) and settings.run.devices * settings.run.num_nodes > 1:
-        raise ConfigError("the hops of a chain are trained by one process", "give --devices 1 --num-nodes 1")
+    alone = {
+        "the hops of a chain are trained": isinstance(settings.method.config, Assisted),
+        "a black box is asked": settings.inputs.only_asked,
+    }
+    for what in (what for what, holds in alone.items() if holds and settings.run.devices * settings.run.num_nodes > 1):
+        raise ConfigError(f"{what} by one process", "give --devices 1 --num-nodes 1")
     with opened(settings) as job:
         settings = with_answers(settings, job, terminal)
         task = job.task(settings)
         if task.objectives:
             check(task)
-        if note := job.hard_labels_note:
+        if note := job.labels_note:
             terminal.say(note)
         if not dry_run:
             return learn(settings, job, terminal)
-        measured = calibrate(task) if "teacher" in settings.method.entry.needs else []
+        known = "teacher" in settings.method.entry.needs and not isinstance(task.teacher, BlackBox)  # which costs
+        measured = calibrate(task) if known else []
 
         def short(cut: Settings, quiet: Terminal) -> dict[str, Any]:
             losses = connect(cut.components["objective"], job.student, job.teacher.classifier, cut.run.seed)
@@ -169,7 +200,7 @@ def learn(settings: Settings, job: Job, terminal: Terminal) -> dict[str, Any]:
         *(p for spec in specs(settings, settings.inputs.student) for p in architecture(spec, settings.code).parents),
     ]
     facts = {"data_free": job.data_free, "uses": job.uses, "num_images": len(task.source)}
-    directory = RunDirectory(settings.out, settings, parents, facts, kept_by() if job.data_free else None)
+    directory = RunDirectory(settings.out, settings, parents, facts, kept_by() if job.sealed else None)
 
     def work(teacher: LoadedModel, finished: Path | None = None) -> Work:
         task = (job if teacher is job.teacher else job.between(teacher, job.student, settings)).task(settings)
@@ -219,14 +250,16 @@ def opened(settings: Settings) -> Iterator[Job]:
             seals.enter_context(sealed("the transfer set is data-free", places))
             seals.enter_context(kept())
         members = [location.open(settings.code) for location in locations]
-        teacher = together(members, inputs.combine)
-        needs = [need for chosen in settings.components.values() for c in chosen for need in c.entry.needs]
+        teacher = together(members, inputs.combine).seen(inputs, inputs.queries)
+        entries = [component.entry for chosen in settings.components.values() for component in chosen]
+        needs = [need for entry in entries for need in entry.needs]
         sets = [open_transfer_set(name, teacher, inputs.data_dir, seed, needs) for name in inputs.transfer_set]
         info = dataclasses.replace(teacher.classifier.info, spec=inputs.student)
         student, peers = students(settings, info, "student")
         objectives = connect(settings.components["objective"], student, teacher.classifier, seed)
         check_kept()
-        yield Job(members, teacher, teacher, sets, without_data, student, peers, objectives)
+        needing = [entry.name for entry in entries if "labels" in entry.needs]
+        yield Job(members, teacher, teacher, sets, without_data, student, peers, objectives, needing)
 
 
 def with_answers(settings: Settings, job: Job, terminal: Terminal) -> Settings:

@@ -1,21 +1,18 @@
 """Measure models on test images, or images on a teacher.
 
-Reads model or shard directories, folders of images, datasets by name, real:N, noise:N; writes results.json when --out
-is given.
+Reads model or shard directories, folders of images, datasets by name, real:N, noise:N; writes results.json, and with
+--line line.png, when --out is given.
 """
 
 from __future__ import annotations
 
 import functools
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any, TypedDict
+from typing import Any, NotRequired, TypedDict
 
-from rich.table import Table
-from rich.text import Text
-
-from dfkd_cli.artifacts.files import write_json
+from dfkd_cli.artifacts.files import write_atomic, write_json
 from dfkd_cli.artifacts.integrity import check_foreign
 from dfkd_cli.artifacts.records import read_json
 from dfkd_cli.artifacts.run import RunDirectory
@@ -27,18 +24,21 @@ from dfkd_cli.errors import ArtifactError, ConfigError
 from dfkd_cli.models.directory import RECORD
 from dfkd_cli.models.exported import RECORD as EXPORT
 from dfkd_cli.models.names import LoadedModel, ModelDirectory, locate, made_by_dfkd
-from dfkd_cli.options import ForeignModel
-from dfkd_cli.report.entries import find_teacher
+from dfkd_cli.options import SeenTeacher
+from dfkd_cli.report import evaluation
+from dfkd_cli.report.places import find_teacher
 from dfkd_cli.settings import Settings
-from dfkd_cli.stages.inputs import is_images, open_images, pick_device
-from dfkd_cli.stages.measures import Examiner, check_gate, finite
+from dfkd_cli.stages.inputs import balanced, is_images, open_images, pick_device
+from dfkd_cli.stages.lines import End, line, pairs
+from dfkd_cli.stages.measures import CPU, Examiner, check_gate, finite
 from dfkd_cli.stages.shard_measures import measure_images, measure_shards
+from dfkd_cli.stages.sharpness import require_hessian, sharpness
 from dfkd_cli.stages.training import rehearse
 from dfkd_cli.ui import VERBOSE, Progress, Terminal
 
 
 @dataclass(frozen=True, kw_only=True)
-class Inputs(ForeignModel):
+class Inputs(SeenTeacher):
     """What is read, and how."""
 
     # Volatile: what decides the result is what the paths hold, by hash.
@@ -49,6 +49,14 @@ class Inputs(ForeignModel):
     dataset: str | None = option(None, "dataset to test on (default: the teacher's)")
     data_dir: str | None = option(None, "where datasets lie", volatile=True)
     batch_size: int = option(500, "images per forward pass", low=1, rehearsal=2, volatile=True)
+    sharpness: bool = option(False, "of models also the largest eigenvalue of the Hessian of the loss")
+    line: bool = option(
+        False, "also loss and top-1 on the straight line between the weights of each two models of one architecture"
+    )
+    train_images: int = option(
+        1000, "images whose loss is meant by --sharpness and --line: of the training set, balanced over the classes",
+        low=2, rehearsal=2,
+    )  # fmt: skip
     min_top1: float | None = option(
         None, "gate: exit 5 when top-1 accuracy is below (0 to 1)", low=0, high=1, volatile=True
     )
@@ -56,13 +64,18 @@ class Inputs(ForeignModel):
 
 COMMAND = Command(
     position=50,
-    examples=("dfkd evaluate", "dfkd evaluate student/ --min-top1 0.97", "dfkd evaluate shards/ noise:1000 real"),
+    examples=(
+        "dfkd evaluate",
+        "dfkd evaluate student/ --min-top1 0.97",
+        "dfkd evaluate shards/ noise:1000 real",
+        "dfkd evaluate one/ other/ --sharpness --line --out flat/",
+    ),
     next="dfkd compare student/",
 )
 
 
 TEACHER, STUDENT = "teacher", "student"  # what is evaluated when nothing is named
-RESULTS = "results.json"
+RESULTS, LINE = "results.json", "line.png"
 DIVERGENCE = "bn_divergence"
 
 
@@ -70,36 +83,45 @@ class Results(TypedDict):
     """``results.json``."""
 
     results: list[dict[str, Any]]
+    lines: NotRequired[list[dict[str, Any]]]
 
 
 def run(settings: Settings, terminal: Terminal, dry_run: bool = False) -> dict[str, Any]:
     """Measure what the paths hold, in float32; the teacher and the student when there are none."""
     if dry_run:
         return rehearse(settings, prepare, terminal)
-    evaluations = prepare(settings, terminal)
+    plan = prepare(settings, terminal)
     artifacts = {}
     if settings.run.out is None:
-        results = measure(evaluations, terminal)
+        found = measure(plan, terminal)
     else:
-        directory = RunDirectory(Path(settings.run.out), settings, _parents(evaluations), {})
-        file = directory.path / RESULTS
+        directory = RunDirectory(Path(settings.run.out), settings, _parents(plan.evaluations), {})
+        file, picture = directory.path / RESULTS, directory.path / LINE
+        artifacts = {"results": str(file), **({"line": str(picture)} if plan.lines else {})}
         if directory.claim():
             directory.say_complete(terminal)
-            results = read_json(file, Results)["results"]
+            found = read_json(file, Results)
         else:
             with directory.guard():
-                results = measure(evaluations, terminal)
-                write_json(file, {"schema": 1, "results": results})
-                directory.finish([file], _headline(evaluations, results))
-        artifacts = {"results": str(file)}
+                found = measure(plan, terminal)
+                write_json(file, {"schema": 1, **found})
+                if plan.lines:
+                    from dfkd_cli.report import charts  # loads matplotlib
+
+                    write_atomic(picture, charts.lines(found["lines"]))
+                directory.finish([*map(Path, artifacts.values())], _headline(plan.evaluations, found["results"]))
+    results, lines = found["results"], found.get("lines", [])
     # Images are ranked by their divergence from the teacher's training data, smallest first.
     ranked = sorted(results, key=lambda result: (result.get(DIVERGENCE) is None, result.get(DIVERGENCE)))
-    for kinds, columns in TABLES.items():
+    for kinds, columns in evaluation.TABLES.items():
         if rows := [result for result in ranked if result["kind"] in kinds]:
-            terminal.answer(_table(rows, columns))
+            terminal.answer(evaluation.rows(rows, columns))
+    if lines:
+        terminal.answer(evaluation.rows(lines, evaluation.BETWEEN))
     if terminal.verbosity >= VERBOSE and (rows := [r for r in ranked if r.get("bn_divergence_layers")]):
-        terminal.answer(_layers(rows))
-    answer = {"artifacts": artifacts, "metrics": _headline(evaluations, results), "results": results}
+        terminal.answer(evaluation.layers(rows))
+    answer = {"artifacts": artifacts, "metrics": _headline(plan.evaluations, results), "results": results}
+    answer |= {"lines": lines} if lines else {}
     check_gate([(r["path"], r["top1"]) for r in results if r["kind"] == "model"], settings.inputs.min_top1, answer)
     return answer
 
@@ -124,19 +146,36 @@ class Evaluation:
     is_teacher: bool = False
 
 
-def measure(evaluations: list[Evaluation], terminal: Terminal) -> list[dict[str, Any]]:
+@dataclass(frozen=True)
+class Plan:
+    """All that is to be measured.
+
+    Attributes:
+        evaluations: Of each path.
+        lines: Those between models; of each what its entry begins with, and the rest.
+    """
+
+    evaluations: list[Evaluation]
+    lines: list[Evaluation]
+
+
+def measure(plan: Plan, terminal: Terminal) -> Results:
     """The results, one per evaluation, in values that JSON has."""
-    progress, results = Progress(terminal, "evaluate", "paths", len(evaluations)), []
+    found: list[dict[str, Any]] = []
+    progress = Progress(terminal, "evaluate", "paths", len(plan.evaluations) + len(plan.lines))
     try:
-        for evaluation in evaluations:
-            results.append(finite(evaluation.facts | evaluation.measure()))
-            progress.update(len(results))
-            if results[-1].get("logits_ok") is False:
-                path = evaluation.facts["path"]
+        for each in (*plan.evaluations, *plan.lines):
+            found.append(finite(each.facts | each.measure()))
+            progress.update(len(found))
+            path, products = each.facts["path"], found[-1].get("sharpness_products")
+            if found[-1].get("logits_ok") is False:
                 terminal.say(f"{path}: the stored logits are not what the teacher answers to the stored images")
+            if products and found[-1]["sharpness"] is None:
+                terminal.say(f"{path}: its sharpness is not found, or not finite, after {products} Hessian products")
     finally:
         progress.close()
-    return results
+    results: Results = {"results": found[: len(plan.evaluations)]}
+    return results | {"lines": found[len(plan.evaluations) :]} if plan.lines else results
 
 
 def _parents(evaluations: list[Evaluation]) -> list[dict[str, Any]]:
@@ -154,24 +193,35 @@ def _headline(evaluations: list[Evaluation], results: list[dict[str, Any]]) -> d
 # -- what is read ------------------------------------------------------------------------------------------------------
 
 
-def prepare(settings: Settings, terminal: Terminal) -> list[Evaluation]:
+def prepare(settings: Settings, terminal: Terminal) -> Plan:
     """Open everything that will be measured, and check that it fits together.
 
     Raises:
-        ArtifactError: Missing, damaged, neither models nor images, or of another number of classes than the dataset.
-        ConfigError: The device is not there, no dataset or teacher is known, or there is nothing to apply the gate to.
+        ArtifactError: Missing, damaged, neither models nor images, of another number of classes than the dataset, or
+            without the derivatives that are wanted.
+        ConfigError: The device is not there, no dataset or teacher is known, or there is nothing to apply a flag to.
     """
+    inputs = settings.inputs
     opener = _Opener(settings, terminal)
     if not opener.paths:
         raise ArtifactError("nothing to evaluate: no student/ and no teacher/ here", "dfkd evaluate PATH ...")
     evaluations = [opener.open(path) for path in opener.paths]
-    if settings.inputs.min_top1 is not None and not any(e.facts["kind"] == "model" for e in evaluations):
-        raise ConfigError("--min-top1 needs a model, these are images", "dfkd evaluate student/ --min-top1 X")
+    for flag, wanted in (
+        ("min-top1", inputs.min_top1 is not None),
+        ("sharpness", inputs.sharpness),
+        ("line", inputs.line),
+    ):
+        if wanted and not any(e.facts["kind"] == "model" for e in evaluations):
+            raise ConfigError(f"--{flag} needs a model, these are images", f"dfkd evaluate student/ --{flag}")
     if opener.orphans:
         terminal.say(f"{', '.join(opener.orphans)}: not compared with the teacher, it is not here -- give --teacher")
     if opener.examiner.caveat:
         terminal.say(opener.examiner.caveat)
-    return evaluations
+    loss = " and ".join(flag for flag in ("sharpness", "line") if getattr(inputs, flag))
+    for dataset in dict.fromkeys(end.dataset for end in opener.ends):
+        terminal.say(f"{loss}: of the loss on {inputs.train_images:,} training images of {dataset}")
+    lines = [opener.line(*pair) for pair in pairs(opener.ends)] if inputs.line else []
+    return Plan(evaluations, lines)
 
 
 class _Opener:
@@ -180,6 +230,7 @@ class _Opener:
     Attributes:
         paths: What is evaluated: the paths that were named, else the teacher and the student, where they are.
         orphans: Paths that record a teacher which is not to be found.
+        ends: The models so far that are shown training images, too.
     """
 
     def __init__(self, settings: Settings, terminal: Terminal) -> None:
@@ -188,6 +239,7 @@ class _Opener:
         self.examiner = Examiner(pick_device(settings.run.device), inputs.data_dir, inputs.batch_size)
         self.passes = self.examiner.device, inputs.batch_size  # how images are shown to a model
         self.orphans: list[str] = []
+        self.ends: list[End] = []
         self.teacher: LoadedModel | None = None
         if inputs.teacher is not None or Path(TEACHER, RECORD).is_file():
             self.teacher = locate(inputs.teacher or TEACHER, inputs).open(self.code)
@@ -210,7 +262,8 @@ class _Opener:
         raise ArtifactError(f"{path}: {what}", "give a directory that dfkd train-teacher, synthesize or distill made")
 
     def _model(self, path: str, model: LoadedModel) -> Evaluation:
-        teacher = self._teacher_of(path, model.provenance.get("teacher"), model.sha256)
+        _, *line = model.ancestry
+        teacher = self._teacher_of(path, line, model.sha256)
         teachers = [] if teacher is None else [teacher]
         names: list[str | None] = [self.inputs.dataset, *(m.dataset for m in (*teachers, model))]
         dataset = next((name for name in names if name is not None), None)
@@ -222,11 +275,36 @@ class _Opener:
         facts |= {"count": len(images), "device": self.examiner.device.type}
         parents = [*(m.parent("teacher") for m in teachers), model.parent("model"), *datasets.contents(dataset)]
         measure = functools.partial(self.examiner.measure, model, teacher, dataset)
+        if self.inputs.sharpness or self.inputs.line:
+            facts["train_images"] = self.inputs.train_images
+            self.ends.append(self._end(path, model, dataset))
+        if self.inputs.sharpness:
+            require_hessian(model, self.ends[-1].images)
+            measure = functools.partial(self._with_sharpness, measure, self.ends[-1])
         return Evaluation(facts, parents, measure, teacher is not None and teacher.sha256 == model.sha256)
+
+    def _end(self, path: str, model: LoadedModel, dataset: str) -> End:
+        """A model with the training images that it is shown, on the CPU."""
+        images = self.examiner.images(dataset, model.classifier.info, path, "train")
+        return End(model, dataset, balanced(images, self.inputs.train_images, self.seed).all().to(CPU))
+
+    def _with_sharpness(self, measure: Callable[[], dict[str, Any]], end: End) -> dict[str, Any]:
+        device, batch_size = self.passes
+        measures, classifier = measure(), end.model.classifier
+        found = sharpness(classifier.to(device), end.images.to(device), batch_size, self.seed)
+        classifier.cpu()
+        return measures | found
+
+    def line(self, first: End, second: End) -> Evaluation:
+        """The line between two models."""
+        paths = first.model.path, second.model.path
+        facts = {"path": " -> ".join(paths), "from": paths[0], "to": paths[1], "dataset": first.dataset}
+        facts |= {"train_images": self.inputs.train_images}
+        return Evaluation(facts, [], functools.partial(line, first, second, *self.passes))
 
     def _shards(self, path: str) -> Evaluation:
         reader = ShardReader(Path(path))
-        teacher = self._teacher_of(path, reader.teacher)
+        teacher = self._teacher_of(path, [reader.teacher])
         if teacher is not None and teacher.sha256 != reader.teacher:
             return self._images(path)  # what another teacher answered to them is not the question
         method, uses = reader.manifest.get("method"), reader.manifest.get("uses", [])
@@ -246,78 +324,24 @@ class _Opener:
         measure = functools.partial(measure_images, shown.source, classifier, *self.passes)
         return Evaluation({"path": path, "kind": "images", "uses": list(shown.uses)}, parents, measure)
 
-    def _teacher_of(self, path: str, recorded: str | None, own: str | None = None) -> LoadedModel | None:
+    def _teacher_of(self, path: str, line: Sequence[str], own: str | None = None) -> LoadedModel | None:
         """The teacher to compare with: the one that was asked for, else the one on record, wherever it is found.
 
+        The ``line`` of those on record is the teacher, that one's teacher and so on; the nearest that is found counts.
         A model that is ``teacher/`` itself, by its ``own`` hash, is compared with that.
         """
-        if self.teacher is not None and (self.inputs.teacher is not None or self.teacher.sha256 in (recorded, own)):
+        if self.teacher is not None and (self.inputs.teacher is not None or self.teacher.sha256 == own):
             return self.teacher
-        if recorded is None:
-            return None
-        for model in self.models.values():
-            if model.sha256 == recorded:
-                return model
-        try:
-            place = find_teacher(Path(path), recorded)
-            if place is not None:
-                return self.models.setdefault(str(place), ModelDirectory(str(place)).open(self.code))
+        known = {model.sha256: model for model in reversed(self.models.values())}
+        for sha256 in line:
+            if sha256 in known:
+                return known[sha256]
+            try:
+                if (place := find_teacher(Path(path), sha256)) is not None:
+                    return self.models.setdefault(str(place), ModelDirectory(str(place)).open(self.code))
+            except ArtifactError as error:  # nobody asked for this teacher
+                self.terminal.say(f"{path}: not compared with its teacher, which cannot be read: {error}")
+                return None
+        if line:
             self.orphans.append(path)
-        except ArtifactError as error:  # nobody asked for this teacher
-            self.terminal.say(f"{path}: not compared with its teacher, which cannot be read: {error}")
         return None
-
-
-# -- what is shown -----------------------------------------------------------------------------------------------------
-
-Column = tuple[str, str, Callable[[Any], str]]  # heading, key of a result, how its value is shown
-
-
-TABLES: dict[tuple[str, ...], list[Column]] = {  # by the kinds of results
-    ("model",): [
-        ("MODEL", "path", str),
-        ("TOP-1", "top1", "{:.2%}".format),
-        ("TOP-5", "top5", "{:.2%}".format),
-        ("NLL", "nll", "{:.4f}".format),
-        ("ECE", "ece", "{:.2%}".format),
-        ("AGREEMENT", "agreement", "{:.2%}".format),
-        ("PARAMS", "parameters", "{:,}".format),
-        ("MACS", "macs", "{:,}".format),
-        ("LATENCY", "latency_ms", "{:.2f} ms".format),
-        ("USES", "uses", " ".join),
-    ],
-    ("shards", "images"): [
-        ("SET", "path", str),
-        ("IMAGES", "count", "{:,}".format),
-        ("CONFIDENCE", "confidence", "{:.3f}".format),
-        ("BALANCE", "class_balance", "{:.3f}".format),
-        ("TARGET MATCH", "target_match", "{:.2%}".format),
-        ("DIVERSITY", "diversity", "{:.3f}".format),
-        ("BN DISTANCE", "bn_distance", "{:.3f}".format),
-        ("BN DIVERGENCE", DIVERGENCE, "{:.4g}".format),
-        ("USES", "uses", " ".join),
-    ],
-}
-
-
-def _table(results: list[dict[str, Any]], columns: list[Column]) -> Table:
-    """What was measured; a column in which no result has anything is left out."""
-    table = Table(box=None, header_style="bold")
-    columns = [column for column in columns if any(result[column[1]] not in (None, []) for result in results)]
-    for heading, key, _ in columns:
-        path = key == "path"
-        table.add_column(heading, justify="left" if path else "right", no_wrap=not path, overflow="fold")
-    for result in results:
-        table.add_row(*(Text("-" if result[key] in (None, []) else show(result[key])) for _, key, show in columns))
-    return table
-
-
-def _layers(results: list[dict[str, Any]]) -> Table:
-    """The divergence of every set in each BatchNorm layer."""
-    table = Table(box=None, header_style="bold")
-    table.add_column("BN DIVERGENCE")
-    for result in results:
-        table.add_column(Text(result["path"]), justify="right", overflow="fold")
-    for layer in results[0]["bn_divergence_layers"]:
-        table.add_row(layer, *(f"{result['bn_divergence_layers'][layer]:.4g}" for result in results))
-    return table

@@ -41,12 +41,14 @@ class TransferSet:
         parent: Its entry in the run's list of parents.
         uses: What they were made with that was itself made from real images, such as ``metadata``.
         made_from: The hash of the teacher that they were made from, where they were.
+        real: Whether they say that they are real images, or made of such.
     """
 
     source: Source
     parent: dict[str, Any]
     uses: Sequence[str] = ()
     made_from: str | None = None
+    real: bool = False
 
 
 def real_images(teacher: LoadedModel, name: str, data_dir: str | None, count: int | None, seed: int) -> RealSource:
@@ -61,10 +63,11 @@ def real_images(teacher: LoadedModel, name: str, data_dir: str | None, count: in
     images = images.labelled_for(info, "the teacher")
     if images.classes != info.classes:
         LOG.warning("teacher: %s", datasets.BY_POSITION)
-    return _some(images, count, seed)
+    return balanced(images, count, seed)
 
 
-def _some(images: datasets.Dataset, count: int | None, seed: int) -> RealSource:
+def balanced(images: datasets.Dataset, count: int | None, seed: int) -> RealSource:
+    """All images of a dataset, or ``count`` as evenly over the classes as they allow."""
     return RealSource(images, datasets.class_balanced(images.labels, count, derive("few", seed)) if count else None)
 
 
@@ -107,7 +110,7 @@ def open_images(name: str, teacher: LoadedModel, data_dir: str | None, seed: int
         impressions = _impressions(name, teacher.classifier.info, seed)
         return impressions or open_transfer_set(name, teacher, data_dir, seed)
     images = datasets.load(dataset, "train", data_dir=data_dir, image_shape=teacher.classifier.info.input_size)
-    return TransferSet(_some(images, count, seed), {"role": "images", "spec": name})
+    return TransferSet(balanced(images, count, seed), {"role": "images", "spec": name})
 
 
 def open_transfer_set(
@@ -138,7 +141,7 @@ def open_transfer_set(
         hint = "make it: dfkd synthesize --method zskd" if name.rstrip("/") == "shards" else "check --transfer-set"
         raise ArtifactError(f"no transfer set at {name}", hint)
     if (impressions := _impressions(name, info, seed, wanted)) is not None:
-        if impressions.made_from not in teacher.ancestry:
+        if not teacher.knows(impressions.made_from):
             raise ArtifactError(f"{name} was made from another teacher", "give the --teacher it was made from")
         return impressions
     check_foreign(path)
@@ -148,10 +151,11 @@ def open_transfer_set(
 
 def _impressions(name: str, info: ModelInfo, seed: int, wanted: Collection[str] = ()) -> TransferSet | None:
     """Shards, or a generator; None where the name is neither's."""
-    path = Path(name)
+    path, real = Path(name), False
     if (path / MANIFEST).exists():
         reader = ShardReader(path)
         sha256, made_from, uses = reader.sha256, reader.teacher, reader.manifest.get("uses", ())
+        real = not reader.manifest.get("data_free", True)
         source: Source = ShardSource(reader, wanted)
     elif (path / GENERATORS).exists():
         made_by, record = generators.load_generators(path)
@@ -162,7 +166,7 @@ def _impressions(name: str, info: ModelInfo, seed: int, wanted: Collection[str] 
         return None
     if source.shape != info.input_size:
         raise ArtifactError(f"{name} has images of {source.shape}, the teacher takes {info.input_size}")
-    return TransferSet(source, {"role": "transfer-set", "path": name, "sha256": sha256}, uses, made_from)
+    return TransferSet(source, {"role": "transfer-set", "path": name, "sha256": sha256}, uses, made_from, real)
 
 
 def pick_device(name: str, count: int = 1) -> torch.device:

@@ -8,13 +8,13 @@ from typing import Any
 
 from dfkd_cli.artifacts import metadata
 from dfkd_cli.artifacts.files import sha256_file
-from dfkd_cli.artifacts.integrity import RUN, RunRecord, intact, read_run
+from dfkd_cli.artifacts.integrity import RUN, RunRecord, intact, made_by, read_run
 from dfkd_cli.artifacts.records import read_json
 from dfkd_cli.artifacts.shards import MANIFEST, Manifest, ShardReader
 from dfkd_cli.errors import ArtifactError, DfkdError
 from dfkd_cli.models import directory, exported, generators
 from dfkd_cli.models.names import architecture
-from dfkd_cli.report.entries import made_beside, where
+from dfkd_cli.report.places import where
 
 RECORDS: dict[str, Any] = {
     directory.RECORD: directory.ModelRecord,
@@ -42,7 +42,7 @@ def describe(path: Path) -> dict[str, Any]:
         intact(path / file, sha256)
     short = {name: {key: v for key, v in record.items() if key not in LONG} for name, record in records.items()}
     answer: dict[str, Any] = {"path": str(path), **short, "lineage": lineage(path)}
-    if RUN not in records and made_beside(path) is None:
+    if made_by(path) is None:
         answer["unverified"] = f"no {RUN}: nothing says whether these files are those that were written"
     return answer
 
@@ -72,8 +72,9 @@ def lineage(path: Path, below: tuple[Path, ...] = ()) -> list[dict[str, Any]]:
     if path.resolve() in below:
         return []
     chain = (*below, path.resolve())
-    if (beside := made_beside(path)) is not None:
-        return lineage(beside, chain)
+    origin = made_by(path)
+    if origin is not None and origin != path:
+        return lineage(origin, chain)
     return [parent | _found(parent, path, chain) for parent in read_run(path).get("parents", [])]
 
 

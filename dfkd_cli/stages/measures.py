@@ -5,7 +5,7 @@ from __future__ import annotations
 import functools
 import logging
 import math
-from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -16,20 +16,14 @@ from torch.utils.flop_counter import FlopCounterMode
 from torchmetrics.classification import MulticlassCalibrationError, MulticlassStatScores
 
 from dfkd_cli.data import datasets
-from dfkd_cli.data.sources import Images, RealSource, Source
+from dfkd_cli.data.sources import Images, RealSource, Source, batches
 from dfkd_cli.errors import GateNotMet
+from dfkd_cli.models.black_box import Function
 from dfkd_cli.models.classifier import Classifier, ModelInfo
 from dfkd_cli.models.names import LoadedModel
 
 BATCH = 500  # images of a forward pass
 CPU = torch.device("cpu")
-
-
-def batches(source: Source, size: int, device: torch.device) -> Iterator[Images]:
-    """Every image of a source once, in order, at most ``size`` of one chunk at a time, on a device as float32."""
-    for index in range(len(source.sizes)):
-        for part in source.chunk(index).split(size):
-            yield part.to(device)
 
 
 def share(hits: Tensor) -> float:
@@ -116,8 +110,11 @@ def examine(
 def cost(model: Classifier, device: torch.device) -> dict[str, Any]:
     """``parameters``; ``macs``, the multiply-accumulates of one image in matrix products and convolutions.
 
-    Also ``latency_ms``: the median time of one image alone, on ``device``, with one thread.
+    Also ``latency_ms``: the median time of one image alone, on ``device``, with one thread. None of a user's function:
+    nobody knows what is inside, and each question may cost.
     """
+    if isinstance(model.net, Function):
+        return dict.fromkeys(("parameters", "macs", "latency_ms"))
     model = model.eval().to(device)
     image = torch.zeros(1, *model.info.input_size, device=device)
     with FlopCounterMode(display=False) as flops:
@@ -143,17 +140,17 @@ class Examiner:
 
     def __init__(self, device: torch.device, data_dir: str | None, batch_size: int = BATCH) -> None:
         self.device, self.batch_size = device, batch_size
-        self._load = functools.cache(functools.partial(datasets.load, split="test", data_dir=data_dir))
+        self._load = functools.cache(functools.partial(datasets.load, data_dir=data_dir))
         self._examinations: dict[Any, Examination] = {}
         self._costs: dict[Any, dict[str, Any]] = {}  # of each architecture: repeats over seeds cost the same
         self._by_position: dict[str, None] = {}
 
-    def images(self, dataset: str, info: ModelInfo, model: str) -> datasets.Dataset:
-        """A dataset's test images as a model takes them, labelled as it counts its classes.
+    def images(self, dataset: str, info: ModelInfo, model: str, split: datasets.Split = "test") -> datasets.Dataset:
+        """A dataset's images as a model takes them, labelled as it counts its classes.
 
         Raises what :func:`datasets.load` and :meth:`datasets.Dataset.labelled_for` do.
         """
-        images = self._load(dataset, image_shape=info.input_size).labelled_for(info, model)
+        images = self._load(dataset, split, image_shape=info.input_size).labelled_for(info, model)
         if images.classes != info.classes:
             self._by_position[model] = None
         return images

@@ -20,6 +20,7 @@ from dfkd_cli.data.seal import check_kept, kept
 from dfkd_cli.data.sources import ANSWERS, Images
 from dfkd_cli.errors import ConfigError
 from dfkd_cli.models.adapter import require_training
+from dfkd_cli.models.black_box import BlackBox
 from dfkd_cli.models.classifier import Classifier, ModelInfo
 from dfkd_cli.models.directory import save_model
 from dfkd_cli.models.names import architecture
@@ -37,6 +38,7 @@ from dfkd_cli.trust import Code
 from dfkd_cli.ui import Terminal
 
 OF_A_SHARD = 1000  # images
+QUERIES = "queries"  # where answers of a black box are kept
 WRITTEN = ("model.safetensors", "model.json", "metrics.csv")
 
 
@@ -85,11 +87,20 @@ def students(settings: Settings, info: ModelInfo, role: str) -> tuple[Classifier
 def connect(
     chosen: Sequence[Component], student: Classifier, teacher: Classifier, seed: int
 ) -> dict[str, tuple[float, Objective]]:
-    """The chosen objectives by name, with their weights, ready for these networks."""
+    """The chosen objectives by name, with their weights, ready for these networks.
+
+    Raises:
+        ConfigError: One looks into a black box.
+    """
     objectives = {}
     for component in chosen:
         name = component.entry.name
         objective = component.entry.load()(component.config)
+        if isinstance(teacher, BlackBox) and objective.kind != "response":
+            raise ConfigError(
+                f"--objective {name} looks into the teacher, and this one is a black box",
+                "choose one between answers, such as response",
+            )
         with torch.random.fork_rng(devices=[]):
             torch.manual_seed(derive(f"objective {name}", seed))
             objective.connect(student, teacher)
@@ -129,20 +140,32 @@ def train(work: Work, run: RunDirectory, terminal: Terminal, begin: Callable[[],
     settings, task = run.settings, work.task
     check_steps(task)
     regime = settings.method.entry
-    lacking = {*ANSWERS, "labels"} - {*task.source.answers, *(["labels"] if task.source.labelled else [])}
+    lacking = {*ANSWERS} - {*task.source.answers}
     for flag, chosen in settings.components.items():
         for entry in (component.entry for component in chosen):
             if missing := " and ".join(sorted(lacking & {*entry.needs})):
-                hint = "use real or real:N" if "labels" in missing else "use shards that store them"
-                raise ConfigError(f"--{flag} {entry.name} needs {missing}, which this transfer set has not", hint)
+                what = f"--{flag} {entry.name} needs {missing}, which this transfer set has not"
+                raise ConfigError(what, "use shards that store them")
     if "teacher" in regime.needs and task.teacher is None:
         raise ConfigError(f"--method {regime.name} needs a teacher", "use it with dfkd distill")
+    if "network" in regime.needs and isinstance(task.teacher, BlackBox):
+        raise ConfigError(f"--method {regime.name} needs gradients, and a black box has none", "give --answers network")
+    if "answers" in regime.needs and not isinstance(task.teacher, BlackBox):
+        raise ConfigError(f"--method {regime.name} asks a black box", "give --answers probabilities, topN or label")
     if run.claim():
         run.say_complete(terminal)
         metrics = run.record["metrics"]
     else:
         with run.guard(), kept():
-            metrics = _make(begin() if begin else work, run, terminal)
+            ledger = task.teacher.ledger if isinstance(task.teacher, BlackBox) else None
+            asks = ledger is not None and ledger.open(run.path / QUERIES)
+            if begin is not None:
+                with run.counting_runs_within():
+                    work = begin()
+            files, metrics = _make(work, run, terminal)
+            if ledger is not None and asks:
+                files, metrics = [*files, *ledger.files], metrics | {"queries": ledger.asked}
+            run.finish(files, metrics)
     return {
         "artifacts": {catalog.command(settings.command).out: str(run.path)},
         "metrics": metrics,
@@ -150,14 +173,12 @@ def train(work: Work, run: RunDirectory, terminal: Terminal, begin: Callable[[],
     }
 
 
-def _make(work: Work, run: RunDirectory, terminal: Terminal) -> dict[str, Any]:
-    """Train and write what is made. Returns what is measured."""
+def _make(work: Work, run: RunDirectory, terminal: Terminal) -> tuple[list[Path], dict[str, Any]]:
+    """Train and write what is made. Returns the files, and what is measured."""
     if work.finished is not None:
         for name in WRITTEN:
             write_atomic(run.path / name, intact(work.finished / name).read_bytes())
-        metrics = read_run(work.finished)["metrics"]
-        run.finish([run.path / name for name in WRITTEN], metrics)
-        return metrics
+        return [run.path / name for name in WRITTEN], read_run(work.finished)["metrics"]
     task = calibrated(work.task, terminal)
     learner = run.settings.method.entry.load()(task, run.settings.method.config)
     snapshots = Snapshots(run, task.student, run.path, task.training.snapshots, learner.rounds)
@@ -179,8 +200,7 @@ def _make(work: Work, run: RunDirectory, terminal: Terminal) -> dict[str, Any]:
             metrics |= {f"{role}.{name}": value for name, value in scores[role].items()}
     for name, images in learner.made().items():
         files += _write_set(run.path / name, images, work, run.settings)
-    run.finish(files, metrics)
-    return metrics
+    return files, metrics
 
 
 def manifest_head(

@@ -3,15 +3,13 @@
 from __future__ import annotations
 
 import contextlib
-import hashlib
 from pathlib import Path
 
-import safetensors.torch
 import torch
-from safetensors import SafetensorError
 from torch import Tensor
 
-from dfkd_cli.artifacts.files import write_atomic
+from dfkd_cli.artifacts.tensors import read_tensors, write_tensors
+from dfkd_cli.errors import ArtifactError
 
 
 class Memory:
@@ -43,9 +41,8 @@ class Memory:
         return self.rows[torch.randperm(min(self.pushed, len(self.rows)))[:count]]
 
     def write(self, index: int, rows: Tensor) -> None:
-        """Keep the rows (B, size) of a round, with a hash of them."""
-        tensor = rows.cpu().contiguous()
-        write_atomic(self._file(index), safetensors.torch.save({"rows": tensor}, {"sha256": _hash(tensor)}))
+        """Keep the rows (B, size) of a round."""
+        write_tensors(self._file(index), {"rows": rows})
 
     def read(self, count: int, batch: int) -> bool:
         """Take the rows of the first ``count`` rounds, ``batch`` each, as far as they are not forgotten.
@@ -55,11 +52,8 @@ class Memory:
         """
         first, found = self.first(count, batch), []
         for index in range(first, count):
-            with contextlib.suppress(OSError, SafetensorError, KeyError):
-                with safetensors.safe_open(self._file(index), framework="pt") as file:
-                    rows, facts = file.get_tensor("rows"), file.metadata()
-                if facts["sha256"] == _hash(rows):
-                    found.append(rows)
+            with contextlib.suppress(ArtifactError):
+                found.append(read_tensors(self._file(index))["rows"])
         if len(found) < count - first:
             return False
         self.pushed = first * batch
@@ -78,7 +72,3 @@ class Memory:
 
     def _file(self, index: int) -> Path:
         return self.directory / f"round-{index:05d}.safetensors"
-
-
-def _hash(rows: Tensor) -> str:
-    return hashlib.sha256(rows.numpy().tobytes()).hexdigest()

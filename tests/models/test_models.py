@@ -15,7 +15,7 @@ from dfkd_cli.models.registry import build
 BUILT_IN = [
     "lenet5", "lenet5-half", "lenet5-half-dafl", "alexnet", "alexnet-half",
     "resnet8", "resnet14", "resnet20", "resnet32", "resnet44", "resnet56", "resnet110", "resnet8x4", "resnet32x4",
-    "plain8", "plain20", "resnet18", "resnet34", "wrn-16-1", "wrn-40-2", "vgg8", "vgg11", "vgg13",
+    "plain8", "plain20", "resnet18", "resnet34", "wrn-16-1", "wrn-40-2", "vgg8", "vgg11", "vgg13", "vgg16",
 ]  # fmt: skip
 
 
@@ -104,6 +104,21 @@ def test_response_norm_is_that_of_the_library(channels, size, layout):
     x = images.detach().numpy()
     sums = [np.square(x)[:, max(c - size // 2, 0) : c + (size - 1) // 2 + 1].sum(1) for c in range(channels)]
     np.testing.assert_allclose(results[0][0].detach(), x * (1.5 + 0.3 / size * np.stack(sums, 1)) ** -0.75, rtol=1e-12)
+
+
+@pytest.mark.parametrize(
+    "layer, library",
+    [(HalvingMaxPool(), nn.MaxPool2d(2)), (ResponseNorm(5, 0.3, k=1.5), nn.LocalResponseNorm(5, 0.3, 0.75, 1.5))],
+)
+def test_gradients_of_quick_layers_have_the_gradients_of_the_librarys(layer, library):
+    images = 3 * torch.randn(2, 4, 5, 7, dtype=torch.float64)
+    results = []
+    for function in (layer, library):
+        inputs = images.clone().requires_grad_()
+        (gradient,) = torch.autograd.grad(function(inputs).pow(3).sum(), inputs, create_graph=True)
+        results.append(torch.autograd.grad(gradient.pow(2).sum(), inputs)[0])
+    assert results[1].any()
+    torch.testing.assert_close(*results, rtol=1e-10, atol=1e-10)
 
 
 def test_alexnet_parameter_count_by_layer():

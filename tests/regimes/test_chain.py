@@ -5,14 +5,17 @@ from __future__ import annotations
 import json
 import signal
 from pathlib import Path
+from typing import Any
 
 import pytest
 from forks import Fork
-from pipeline import HANGS, finish
+from pipeline import HANGS, edit, finish
+from tiny_comparisons import results_in
 
 from dfkd_cli.artifacts.files import sha256_file
 from dfkd_cli.stages.chain import Chain, Hop
 
+pytestmark = pytest.mark.usefixtures("quick_latency")
 SETS = ("--transfer-set", "real:64")
 SHORT = (*SETS, "--steps", "30", "--batch-size", "16", "--temperature", "4", "--device", "cpu")
 TAKD = ("distill", "--method", "takd", "--student", "lenet5-half-dafl", "--assistants", "lenet5", "lenet5-half")
@@ -22,8 +25,24 @@ def weights(directory: Path) -> str:
     return sha256_file(directory / "model.safetensors")
 
 
+def record(directory: Path) -> dict[str, Any]:
+    return json.loads((directory / "run.json").read_text())
+
+
 def metrics(directory: Path) -> dict[str, float]:
-    return json.loads((directory / "run.json").read_text())["metrics"]
+    return record(directory)["metrics"]
+
+
+def compared(directory: Path, cli) -> dict[str, Any]:
+    """The only run of each row of a comparison of a chain, by its path relative to that of the chain's directory."""
+    out = directory.with_name(f"{directory.name}-compared")
+    code, _, err = cli("compare", directory, "--out", out)
+    assert code == 0, err
+    (section,) = results_in(out)["sections"]
+    assert section["rows"][0]["runs"][0]["sha256"] == section["rows"][1]["runs"][0]["teacher"]
+    return {
+        Path(run["path"]).relative_to(directory).as_posix(): run for row in section["rows"][1:] for run in row["runs"]
+    }
 
 
 @pytest.fixture
@@ -54,8 +73,40 @@ def test_a_chain_is_its_hops_one_after_the_other(here, cli):
     code, _, err = cli(*TAKD, *SHORT, "--out", "chain")
     assert (code, "already complete" in err) == (0, True), err
     assert {path: path.stat().st_mtime_ns for path in (here / "chain").rglob("*.safetensors")} == before
-    code, out, err = cli("compare", "chain", *(str(path) for path in (first, second)), "--out", "compared", "--json")
+
+
+def test_a_comparison_shows_the_hops_of_a_chain_beside_its_student(here, tmp_path_factory, monkeypatch, cli):
+    assert cli(*TAKD, *SHORT, "--out", "chain")[0] == 0
+    first, second = here / "chain" / "assistants" / "lenet5", here / "chain" / "assistants" / "lenet5--lenet5-half"
+    rows = compared(here / "chain", cli)
+    assert rows.keys() == {".", "assistants/lenet5", "assistants/lenet5--lenet5-half"}
+    assert len({run["teacher"] for run in rows.values()}) == 1, "all are measured against the first teacher"
+    for place, run in rows.items():
+        code, out, err = cli("evaluate", here / "chain" / place, "--teacher", "teacher", "--json")
+        assert code == 0, err
+        assert {name: run["measures"][name] for name in ("top1", "agreement")} == {
+            name: json.loads(out)["metrics"][name] for name in ("top1", "agreement")
+        }
+    code, out, _ = cli("evaluate", "chain", "--json")
+    assert json.loads(out)["metrics"]["agreement"] == rows["."]["measures"]["agreement"]
+    took = [record(place)["seconds"] for place in (first, second, here / "chain")]
+    shown = {place: run["seconds"]["training"] for place, run in rows.items()}
+    hops = {"assistants/lenet5": took[0], "assistants/lenet5--lenet5-half": took[0] + took[1]}
+    assert shown == {".": pytest.approx(took[2]), **hops}
+    assert took[0] + took[1] < took[2]
+    monkeypatch.chdir(tmp_path_factory.mktemp("elsewhere"))
+    for place in (first, second):
+        code, out, err = cli("evaluate", place, "--json")
+        assert json.loads(out)["results"][0]["agreement"] is not None, err
+    assert compared(here / "chain", cli).keys() == rows.keys()
+    monkeypatch.chdir(here)
+    # Each counts once, and a hop that is named by itself is the same row.
+    code, out, err = cli("compare", first, "chain", "--out", "both", "--json")
     assert code == 0, err
+    (section,) = json.loads(out)["sections"]
+    assert len(section["rows"]) == 4
+    work = [run["work"] for row in section["rows"] for run in row["runs"]]
+    assert sum({path: s for each in work for path, s in each.items()}.values()) == pytest.approx(took[2])
 
 
 def test_a_killed_chain_goes_on_at_its_hops(here):
@@ -68,7 +119,13 @@ def test_a_killed_chain_goes_on_at_its_hops(here):
     first = here / "killed" / "assistants" / "lenet5" / "model.safetensors"
     stamp = first.stat().st_mtime_ns
     assert not (second / "model.json").exists()
+    edit(first.parent / "run.json", seconds=1000.0)
     finish([*command, "killed"], here)
+    took = record(here / "killed")["seconds"]
+    assert 0 < took - 1000 - record(second)["seconds"] < 1000
+    (here / "killed" / "model.safetensors").unlink()
+    finish([*command, "killed"], here)
+    assert took < record(here / "killed")["seconds"] < 2000, "what is done again counts, a hop that is not counts once"
     assert first.stat().st_mtime_ns == stamp
     files = sorted(path.relative_to(here / "whole") for path in (here / "whole").rglob("model.safetensors"))
     assert len(files) == 3
@@ -108,6 +165,15 @@ def test_a_path_is_chosen_by_agreement(path, here, cli):
         best = max(ends, key=hops.__getitem__)
         assert weights(here / path / "assistants" / best) == weights(here / path)
         assert metrics(here / path) == metrics(here / path / "assistants" / best)
+        rows = compared(here / path, cli)
+        way = best.split("--")[:-1]
+        assert rows.keys() == {".", *("assistants/" + "--".join(way[: n + 1]) for n in range(len(way)))}, "no copy"
+        # Each hop that was tried counts, once.
+        took = {str(place): record(place)["seconds"] for place in (here / path / "assistants").iterdir()}
+        work = rows["."]["work"]
+        assert took.items() <= work.items()
+        assert work.keys() == {*took, str(here / path)}
+        assert sum(work.values()) == pytest.approx(record(here / path)["seconds"])
         return
     alone = (
         "distill",

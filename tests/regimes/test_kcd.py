@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+from pathlib import Path
 
 import numpy as np
 import oracles
@@ -83,7 +84,7 @@ def test_a_training_is_the_papers(dtype, reclaim, tmp_path):
     batches, original = [], type(learner).loss
 
     def loss(self, images):
-        batches.append((self.store.kept[images.positions], images.pixels))
+        batches.append((images.positions, images.pixels))
         return original(self, images)
 
     start, teacher = linear(learner.student), linear(learner.teacher)
@@ -166,7 +167,9 @@ def test_an_interruption_between_rankings_changes_nothing(tmp_path, monkeypatch)
     assert torch.equal(whole.entropy, resumed.entropy)
 
 
-def test_a_killed_condensation_ends_alike_and_its_set_teaches_others(teacher, tmp_path, monkeypatch, cli):
+def test_a_killed_condensation_ends_alike_and_its_set_teaches_others(
+    teacher, tmp_path, monkeypatch, quick_latency, cli
+):
     monkeypatch.chdir(tmp_path)
     common = ("--teacher", str(teacher), "--batch-size", "20", "--device", "cpu")
     command = [
@@ -199,3 +202,11 @@ def test_a_killed_condensation_ends_alike_and_its_set_teaches_others(teacher, tm
     code, out, err = cli("evaluate", "whole/condensed", "--teacher", teacher, "--json")
     assert code == 0, err
     assert json.loads(out)["ok"]
+    info = json.loads(cli("info", "whole/condensed", "--json")[1])["info"]
+    assert "unverified" not in info
+    assert [parent["role"] for parent in info["lineage"]] == ["teacher", "transfer-set"]
+    code, out, err = cli("compare", "taught", "--json")
+    assert code == 0, err
+    seconds = json.loads(out)["sections"][0]["rows"][1]["seconds"]
+    took = [json.loads(Path(name, "run.json").read_text())["seconds"] for name in ("whole", "taught")]
+    assert (seconds["synthesis"]["mean"], seconds["training"]["mean"]) == (took[0], took[1])

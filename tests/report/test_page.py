@@ -72,7 +72,6 @@ def results(tmp_path) -> dict[str, Any]:
     del results["sections"][0]["rows"][3:], results["shards"][2:]
     for facts in (*results["shards"], *(run for s in results["sections"] for row in s["rows"] for run in row["runs"])):
         facts["path"] = str(place)
-    for facts in results["shards"]:
         facts["concerns"] = facts["uses"] = [HOSTILE]
     results["sections"][0]["failed"] = [
         dict.fromkeys(("row", "command", "message", "hint", "seed", "teacher"), HOSTILE)

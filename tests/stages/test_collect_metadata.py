@@ -20,7 +20,8 @@ from dfkd_cli.errors import RunFailed
 from dfkd_cli.models.activations import outputs_of, pre_activations
 from dfkd_cli.models.classifier import Classifier, ModelInfo
 from dfkd_cli.models.directory import identity, load_model
-from dfkd_cli.stages.collect_metadata import Covariance, collect, last_layers
+from dfkd_cli.models.statistics import Covariance
+from dfkd_cli.stages.collect_metadata import collect, last_layers
 from dfkd_cli.synthesizers.lopes import fixed_dropout
 
 CPU = torch.device("cpu")

@@ -236,18 +236,27 @@ def test_a_model_may_count_its_classes_in_another_order(here, cli):
         }
 
 
-def test_a_student_in_the_loop_finds_its_teacher_where_its_shards_say(tmp_path, monkeypatch, cli):
+def test_students_in_the_loop_are_what_their_shards_say(tmp_path, monkeypatch, cli):
     monkeypatch.chdir(tmp_path)
     tiny = ("--steps", "2", "--batch-size", "4")
     assert cli("train-teacher", *tiny, "--out", "mentor")[0] == 0
-    made = ("--method", "zskt", "--student", "lenet5-half", "--num-images", "4", *tiny)
-    assert cli("synthesize", "--teacher", "mentor", *made)[0] == 0
-    code, _, err = cli("compare", "shards/student", "--out", "found")
+    made = ("synthesize", "--method", "zskt", "--student", "lenet5-half", "--num-images", "4", *tiny)
+    for seed in ("0", "1"):
+        assert cli(*made, "--teacher", "mentor", "--seed", seed, "--out", f"shards{seed}")[0] == 0
+    code, _, err = cli("compare", "shards0/student", "shards1/student", "--out", "found")
     assert code == 0, err
-    assert [row["runs"][0]["path"] for row in results_in(tmp_path / "found")["sections"][0]["rows"]] == [
-        "mentor",
-        "shards/student",
-    ]
+    teacher, row = results_in(tmp_path / "found")["sections"][0]["rows"]
+    assert [run["path"] for run in teacher["runs"] + row["runs"]] == ["mentor", "shards0/student", "shards1/student"]
+    assert (row["label"], row["seeds"], row["cotrained"]) == ("zskt", [0, 1], True)
+    runs = [json.loads((tmp_path / name / "run.json").read_text()) for name in ("shards0", "shards1")]
+    took = [run["seconds"] for run in runs]
+    assert {name: known and known["values"] for name, known in row["seconds"].items()} == {
+        "synthesis": took,
+        "training": None,
+        "total": took,
+    }
+    assert [run["argv"] for run in row["runs"]] == [run["argv"] for run in runs]
+    assert [facts["path"] for run in row["runs"] for facts in run["shards"]] == ["shards0", "shards1"]
 
 
 @pytest.mark.parametrize(
@@ -361,20 +370,3 @@ def test_published_numbers_and_wall_time_reach_every_table(here, cli):
     assert cli(*command)[0] == 0
     assert "87.60" in (here / "published" / "table.md").read_text()
     assert {path: path.stat().st_mtime_ns for path in written} == written, "what a paper reports decides no run"
-
-
-def test_a_student_that_its_shards_brought_along_took_their_time(here, tmp_path, cli):
-    shards = shutil.copytree("shards0", tmp_path / "shards")
-    student = shards / "student"
-    student.mkdir()
-    for name in ("model.json", "model.safetensors"):
-        shutil.copy(here / "student0" / name, student / name)
-    assert cli("compare", student, "--out", tmp_path / "out")[0] == 0
-    (row,) = [r for r in results_in(tmp_path / "out")["sections"][0]["rows"] if r["role"] == "student"]
-    took = json.loads((shards / "run.json").read_text())["seconds"]
-    assert {name: known and known["values"] for name, known in row["seconds"].items()} == {
-        "synthesis": [took],
-        "training": None,
-        "total": [took],
-    }
-    assert [facts["path"] for facts in row["runs"][0]["shards"]] == [str(shards)]

@@ -20,7 +20,8 @@
                                                                               measured against the grid's teacher all
                                                                               the same; its seconds are its own alone
 
-A student in the loop has the architecture that the row would distill, unless ``synthesize`` names another.
+A student in the loop has the architecture that the row would distill, unless ``synthesize`` names another. A command
+that leaves several models makes several rows of the table: ``kdcl``, ``kdcl/peer-1``; ``takd/assistants/resnet14``.
 
 A mapping of settings may name a ``recipe`` of its command. What the grid itself says wins over every recipe, and a row
 over what all have in common.
