@@ -211,6 +211,13 @@ def stands_for(pattern: str, name: str) -> bool:
     return re.fullmatch(re.sub(r"<\w+>", r"[0-9]+", pattern), name) is not None
 
 
+def few_bits(spec: str) -> tuple[str, str]:
+    """What asks for few bits in a model SPEC, such as ``w4a8:`` in ``w4a8:teacher/``, or nothing; and the rest."""
+    match = re.match(r"w\d+a\d+:|", spec)
+    assert match is not None
+    return match.group(), spec[match.end() :]
+
+
 def is_built_in(name: str) -> bool:
     """Whether an architecture or a dataset is called so, whatever a file or directory of that name is."""
     return any(stands_for(item["name"], name) for item in [*models(), *datasets()])

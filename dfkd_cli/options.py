@@ -38,7 +38,9 @@ class Training(Augmentation):
     """How a network is trained: any teacher, any student."""
 
     epochs: int = option(100, "passes over the images", low=1, rehearsal=1)
-    steps: int | None = option(None, "optimiser steps, instead of --epochs", low=1, rehearsal=1)
+    steps: int | None = option(
+        None, "optimiser steps, instead of --epochs; 0 only calibrates a copy with few bits", low=0, rehearsal=1
+    )
     batch_size: int = option(128, "images per step", low=1, rehearsal=2)
     optimizer: Literal["adam", "adamw", "sgd"] = option("adam", "optimiser")
     lr: float = option(4e-3, "peak learning rate", above=0)
@@ -50,6 +52,9 @@ class Training(Augmentation):
     milestones: tuple[float, ...] = option((0.5, 0.75), "shares of all steps after which a step falls", low=0, high=1)
     gamma: float = option(0.1, "what the learning rate is multiplied by at each milestone", above=0, high=1)
     holdout: float = option(0.0, "share of the images that only measures", low=0, high=0.5)
+    batch_norm: Literal["auto", "free", "frozen"] = option(
+        "auto", "what BatchNorm knows of its inputs; auto: frozen where a copy's images are far from that, else free"
+    )
     snapshots: int = option(0, "keep the weights of so many evenly spaced rounds, for a look back", low=0)
 
 

@@ -36,17 +36,17 @@ class Code:
 
     def may_run(self, spec: str) -> bool:
         """Whether the code that a SPEC names, seen from here, may run: did the user type this SPEC?"""
-        return self.artifacts or spec in self.typed
+        return self.artifacts or spec in self.typed or catalog.few_bits(spec)[1] in self.typed
 
     def check(self, spec: str) -> None:
         """Raise :class:`ArtifactError` where a SPEC names code that may not run."""
-        source, colon, _ = spec.partition(":")
+        source, colon, _ = catalog.few_bits(spec)[1].partition(":")
         if colon and source not in ("torchvision", "timm") and not self.may_run(spec):
             raise ArtifactError(f"{spec}: this model is code, which is not run", "pass --allow-code if you trust it")
 
     def locate(self, spec: str, directory: Path) -> str:
         """Where the Python file lies that a model directory names: where the user says, in it, beside it, or here."""
-        if not spec.partition(":")[0].endswith(".py"):
+        if not catalog.few_bits(spec)[1].partition(":")[0].endswith(".py"):
             return spec
         return placed(spec, [*([Path(self.folder)] if self.folder else []), directory, directory.parent])
 
@@ -90,14 +90,15 @@ def placed(name: str, folders: Iterable[Path]) -> str:
 
     As it is where none has, where it means the same from here, and where it is the name of something built in.
     """
-    file, colon, factory = name.partition(":")
-    path = Path(file if file.endswith(".py") else name)
-    if not name or path.is_absolute():
+    bits, spec = catalog.few_bits(name)
+    file, colon, factory = spec.partition(":")
+    path = Path(file if file.endswith(".py") else spec)
+    if not spec or path.is_absolute():
         return name
     place = next((folder / path for folder in folders if os.path.exists(folder / path)), path)
-    if place == path or (os.path.exists(path) and os.path.samefile(path, place)) or catalog.is_built_in(name):
+    if place == path or (os.path.exists(path) and os.path.samefile(path, place)) or catalog.is_built_in(spec):
         return name
-    return f"{place}{colon}{factory}" if file.endswith(".py") else str(place)
+    return f"{bits}{place}{colon}{factory}" if file.endswith(".py") else f"{bits}{place}"
 
 
 def _placed(value: Any, folders: list[Path], key: str = "", above: str = "") -> Any:

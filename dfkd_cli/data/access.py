@@ -28,6 +28,7 @@ from typing import Any
 from dfkd_cli import catalog
 from dfkd_cli.artifacts.integrity import LEVELS, RUN
 from dfkd_cli.artifacts.records import read_json
+from dfkd_cli.catalog import few_bits
 from dfkd_cli.config import hints, plain, strip_none
 from dfkd_cli.data import landlock, seal
 from dfkd_cli.data.landlock import LIST, READ, REMOVE_DIR, WRITE
@@ -139,7 +140,7 @@ def access(settings: Settings, dry_run: bool = False) -> Access | None:
     inputs: type = type(settings.inputs)
     kinds = hints(inputs)
     values = [value for name, value in plain(settings.inputs).items() if _is_text(kinds[name])]
-    names = [name for value in values for name in (value if isinstance(value, list) else [value]) if name]
+    names = [few_bits(name)[1] for value in values for name in (value if isinstance(value, list) else [value]) if name]
     code = set[str]()
     for name in names:
         code |= _code_of(name)
@@ -173,7 +174,7 @@ def _records_around(name: str) -> list[str]:
 
 def _code_of(spec: str) -> set[str]:
     """The directories that the code of a model SPEC is imported from."""
-    source, colon, _ = spec.partition(":")
+    source, colon, _ = few_bits(spec)[1].partition(":")
     if not colon:
         return set()
     if source.endswith(".py"):

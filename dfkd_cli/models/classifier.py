@@ -72,6 +72,7 @@ class Classifier(nn.Module):
         self.net = net
         self.info = info
         self.frozen = False
+        self.recorded: dict[str, int] = {}  # what of its cost is on record
         self._before: list[tuple[Any, str, bool]] = []  # what freezing changed: of what, its attribute, its value
         self.register_buffer("mean", torch.tensor(info.mean).view(1, -1, 1, 1), persistent=False)
         self.register_buffer("std", torch.tensor(info.std).view(1, -1, 1, 1), persistent=False)

@@ -13,12 +13,15 @@ import torch
 
 from dfkd_cli.artifacts.files import digest, sha256_file
 from dfkd_cli.artifacts.shards import MANIFEST, ShardReader
+from dfkd_cli.catalog import few_bits
 from dfkd_cli.data.sources import ShardSource
 from dfkd_cli.errors import ArtifactError, ConfigError
 from dfkd_cli.models.black_box import BlackBox, Function
 from dfkd_cli.models.classifier import Classifier, ModelInfo
 from dfkd_cli.models.committee import committee
 from dfkd_cli.models.directory import identity, load_model, read_record
+from dfkd_cli.models.exported import RECORD as EXPORT
+from dfkd_cli.models.exported import load_export, read_export
 from dfkd_cli.models.registry import build, code_file, family, load_code
 from dfkd_cli.models.weights import load_weights
 from dfkd_cli.options import FOREIGN, ForeignModel, SeenTeacher
@@ -116,6 +119,23 @@ class ModelDirectory:
 
 
 @dataclass(frozen=True)
+class ExportDirectory:
+    """A directory with ``export.json``: an ONNX model that onnxruntime runs."""
+
+    name: str
+
+    @property
+    def dataset(self) -> str | None:
+        """The dataset that the model in it was trained on, as far as its record says."""
+        return read_export(Path(self.name)).get("provenance", {}).get("dataset")
+
+    def open(self, code: Code) -> LoadedModel:
+        """Read and check it, as :func:`~dfkd_cli.models.exported.load_export` does. No code is run."""
+        classifier, record = load_export(Path(self.name))
+        return LoadedModel(classifier, identity(record), record, self.name)
+
+
+@dataclass(frozen=True)
 class ForeignWeights:
     """A SPEC, a file of weights for it, and what the file does not say; ``key`` is where in the file they are."""
 
@@ -197,7 +217,12 @@ class StoredAnswers:
 TRANSFORMING = ("torchvision:inception_v3", "torchvision:googlenet")
 IMAGENET = (0.485, 0.456, 0.406), (0.229, 0.224, 0.225)
 # Another kind is one more class here, and one more case in `locate`.
-Location = ModelDirectory | ForeignWeights | UserFunction | StoredAnswers
+Location = ModelDirectory | ExportDirectory | ForeignWeights | UserFunction | StoredAnswers
+
+
+def made_by_dfkd(path: str) -> ModelDirectory | ExportDirectory:
+    """A directory that is a model or, as its files say, an export."""
+    return ExportDirectory(path) if Path(path, EXPORT).is_file() else ModelDirectory(path)
 
 
 def locate(name: str, said: ForeignModel) -> Location:
@@ -214,7 +239,7 @@ def locate(name: str, said: ForeignModel) -> Location:
     if path.is_dir():
         if flags:
             raise ConfigError(f"{path} is a directory, which says what it is", f"leave out {', '.join(flags)}")
-        return StoredAnswers(name) if (path / MANIFEST).is_file() else ModelDirectory(name)
+        return StoredAnswers(name) if (path / MANIFEST).is_file() else made_by_dfkd(name)
     if said.weights is not None:
         return ForeignWeights(name, Path(said.weights), _info(name, said), said.weights_key)
     if ":" in name and isinstance(said, SeenTeacher) and said.only_asked:
@@ -259,14 +284,19 @@ class Architecture:
     Attributes:
         spec: What builds it.
         directory: The model directory whose record says so; None where the SPEC itself does.
+        copied: Whether the new model begins with that one's weights.
     """
 
     spec: str
     directory: str | None = None
+    copied: bool = False
 
     @property
     def parents(self) -> list[dict[str, Any]]:
         """What it is read from, as a run's parents: a directory counts by what its record says, a file by its code."""
+        if self.directory is not None and self.copied:
+            sha256 = identity(read_record(Path(self.directory)))
+            return [{"role": "weights", "path": self.directory, "sha256": sha256}]
         if self.directory is not None:
             return [{"role": "architecture", "path": self.directory, "sha256": digest(self.spec)}]
         file = code_file(self.spec)
@@ -276,9 +306,13 @@ class Architecture:
 def architecture(name: str, code: Code = Code()) -> Architecture:  # noqa: B008  # immutable
     """The architecture that a SPEC names: that of a model directory, or any that can be built.
 
+    A copy with few bits begins with the directory's weights; of a copy of that kind, the bits are other ones.
+
     Raises:
         ArtifactError: A directory without a model.
     """
-    if family(name) is None and Path(name).is_dir():
-        return Architecture(code.locate(read_record(Path(name))["spec"], Path(name)), name)
+    bits, rest = few_bits(name)
+    if family(rest) is None and Path(rest).is_dir():
+        spec = code.locate(read_record(Path(rest))["spec"], Path(rest))
+        return Architecture(bits + few_bits(spec)[1] if bits else spec, rest, bool(bits))
     return Architecture(name)

@@ -20,9 +20,10 @@ from torch import nn
 
 from dfkd_cli import models
 from dfkd_cli.artifacts.files import digest
-from dfkd_cli.catalog import stands_for
+from dfkd_cli.catalog import few_bits, stands_for
 from dfkd_cli.errors import ArtifactError, ConfigError, did_you_mean
 from dfkd_cli.models.adapter import adapt, watch
+from dfkd_cli.models.quantized import quantize
 
 Size = tuple[int, int, int]
 
@@ -33,6 +34,7 @@ def build(spec: str, num_classes: int, input_size: Size, allow_code: bool = Fals
     Args:
         spec: A built-in name, ``torchvision:NAME``, ``timm:NAME``, ``package.module:factory`` or ``./file.py:factory``.
             A factory is called with those of the arguments ``num_classes`` and ``input_size`` that it has.
+            Each with ``w4a8:`` before it: with 4 bits for weights and 8 for activations, 2 to 8 of either.
         num_classes: Number of logits K.
         input_size: Images (C, H, W).
         allow_code: Whether ``spec`` may name code to import. The user's own words may, a stranger's artifact may not.
@@ -41,6 +43,14 @@ def build(spec: str, num_classes: int, input_size: Size, allow_code: bool = Fals
         ConfigError: The name is unknown, or the network cannot be built or run for these images.
         ArtifactError: Code was named but is not allowed, or the network's output is not (B, K).
     """
+    bits, rest = few_bits(spec)
+    if bits:
+        net = build(rest, num_classes, input_size, allow_code)
+        weights, activations = map(int, bits[1:-1].split("a"))
+        if not (2 <= weights <= 8 and 2 <= activations <= 8):
+            raise ConfigError(f"{spec}: {bits[:-1]} is not a pair of widths from 2 to 8", "e.g. w8a8, w4a8 or w4a4")
+        quantize(net, weights, activations, input_size, rest)
+        return net
     source, colon, name = spec.partition(":")
     if not colon:
         build_one = family(spec)
@@ -91,7 +101,7 @@ def family(name: str) -> Callable[[str, int, Size], nn.Module] | None:
 
 def code_file(spec: str) -> Path | None:
     """The file whose code a SPEC names, or None."""
-    source, colon, _ = spec.partition(":")
+    source, colon, _ = few_bits(spec)[1].partition(":")
     return Path(source) if colon and source.endswith(".py") else None
 
 

@@ -41,7 +41,7 @@ STEPS_PER_ROUND = 200  # enough for Lightning's own cost not to show, few enough
 def length(training: Training, images: int) -> tuple[int, int]:
     """The steps of one epoch over so many images, and of the whole training."""
     per_epoch = max(images // training.batch_size, 1)
-    return per_epoch, training.steps or training.epochs * per_epoch
+    return per_epoch, training.epochs * per_epoch if training.steps is None else training.steps
 
 
 @dataclass
@@ -56,6 +56,7 @@ class Task:
         training: The options of optimiser, schedule and augmentation.
         seed: The run's seed.
         peers: More networks to train, where a regime has several students.
+        frozen: Whether the BatchNorm layers of what is trained keep their statistics, and normalise with them.
     """
 
     student: Classifier
@@ -65,6 +66,7 @@ class Task:
     training: Training
     seed: int
     peers: Sequence[Classifier] = ()
+    frozen: bool = False
 
 
 class Regime(Learner):
@@ -84,6 +86,7 @@ class Regime(Learner):
     def __init__(self, task: Task, config: Any) -> None:
         super().__init__()
         self.config, self.training_config, self.seed, self.source = config, task.training, task.seed, task.source
+        self.frozen = task.frozen
         self.student = task.student.lay_out()
         self.peers = nn.ModuleList(peer.lay_out() for peer in task.peers)
         self.teacher = None if task.teacher is None else task.teacher.freeze().lay_out()
@@ -222,6 +225,8 @@ class Regime(Learner):
         counts: Counter[str] = Counter()
         for student in self.students:
             student.train()
+            for layer in student.batch_norms() if self.frozen else ():
+                layer.eval()
         for step, images in enumerate(self.draw(start, stop), start):
             terms = self._step(step, images)
             self.first |= {name: float(term.detach()) for name, term in terms.items() if name not in self.first}

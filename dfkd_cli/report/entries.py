@@ -18,7 +18,7 @@ from dfkd_cli.artifacts.records import column, read_table
 from dfkd_cli.artifacts.shards import MANIFEST, ShardReader
 from dfkd_cli.errors import ArtifactError
 from dfkd_cli.models.directory import RECORD
-from dfkd_cli.models.names import Location, ModelDirectory
+from dfkd_cli.models.names import Location, ModelDirectory, made_by_dfkd
 from dfkd_cli.report.places import find, recorded_as
 from dfkd_cli.trust import CONFIG, Code
 
@@ -213,7 +213,7 @@ def read_models(directory: Path, code: Code) -> list[Model]:
     Raises:
         ArtifactError: Missing, damaged, or not a model.
     """
-    model = read_model(ModelDirectory(str(directory)), code)
+    model = read_model(made_by_dfkd(str(directory)), code)
     if model.origin != directory:
         return [model]
     beside = [directory / place for place in _left_by(model.run) if directory / place != directory]

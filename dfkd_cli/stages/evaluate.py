@@ -22,7 +22,8 @@ from dfkd_cli.config import option
 from dfkd_cli.data import datasets
 from dfkd_cli.errors import ArtifactError, ConfigError
 from dfkd_cli.models.directory import RECORD
-from dfkd_cli.models.names import LoadedModel, ModelDirectory, locate
+from dfkd_cli.models.exported import RECORD as EXPORT
+from dfkd_cli.models.names import LoadedModel, ModelDirectory, locate, made_by_dfkd
 from dfkd_cli.options import SeenTeacher
 from dfkd_cli.report import evaluation
 from dfkd_cli.report.places import find_teacher
@@ -245,8 +246,8 @@ class _Opener:
         self.models = {} if self.teacher is None else {self.teacher.path: self.teacher}
         self.paths = inputs.paths or [*self.models, *([STUDENT] if Path(STUDENT).exists() else [])]
         for path in self.paths:
-            if path not in self.models and Path(path, RECORD).is_file():
-                self.models[path] = ModelDirectory(path).open(self.code)
+            if path not in self.models and any(Path(path, record).is_file() for record in (RECORD, EXPORT)):
+                self.models[path] = made_by_dfkd(path).open(self.code)
 
     def open(self, path: str) -> Evaluation:
         """Open one path."""

@@ -12,12 +12,13 @@ from dfkd_cli.artifacts.integrity import RUN, RunRecord, intact, made_by, read_r
 from dfkd_cli.artifacts.records import read_json
 from dfkd_cli.artifacts.shards import MANIFEST, Manifest, ShardReader
 from dfkd_cli.errors import ArtifactError, DfkdError
-from dfkd_cli.models import directory, generators
+from dfkd_cli.models import directory, exported, generators
 from dfkd_cli.models.names import architecture
 from dfkd_cli.report.places import where
 
 RECORDS: dict[str, Any] = {
     directory.RECORD: directory.ModelRecord,
+    exported.RECORD: exported.ExportRecord,
     MANIFEST: Manifest,
     metadata.RECORD: metadata.MetadataRecord,
     generators.RECORD: generators.GeneratorRecord,

@@ -128,7 +128,7 @@ def cost(model: Classifier, device: torch.device) -> dict[str, Any]:
         "parameters": model.num_parameters,
         "macs": flops.get_total_flops() // 2,
         "latency_ms": 1000 * timer.blocked_autorange().median,
-    }
+    } | model.recorded
 
 
 class Examiner:

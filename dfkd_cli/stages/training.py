@@ -32,6 +32,7 @@ from dfkd_cli.rounds.trainer import fit
 from dfkd_cli.seeds import derive
 from dfkd_cli.settings import Component, Settings
 from dfkd_cli.stages.inputs import pick_device
+from dfkd_cli.stages.quantization import calibrated, check_steps, copy_weights
 from dfkd_cli.stages.snapshots import Snapshots
 from dfkd_cli.trust import Code
 from dfkd_cli.ui import Terminal
@@ -42,19 +43,24 @@ WRITTEN = ("model.safetensors", "model.json", "metrics.csv")
 
 
 def fresh(info: ModelInfo, role: str, seed: int, code: Code = Code()) -> Classifier:  # noqa: B008  # immutable
-    """A newly initialised classifier; its weights depend on its role and the seed only.
+    """A new classifier; its weights depend on its role and the seed only, or are those of the model that it is to copy.
 
     Args:
         info: What it is; its ``spec`` is any that :func:`~dfkd_cli.models.names.architecture` knows.
         role: What it is for.
         seed: The run's seed.
         code: Which code may run.
+
+    Raises:
+        ArtifactError: The model to copy takes other images, or knows other classes.
     """
     named = architecture(info.spec, code)
     with torch.random.fork_rng(devices=[]):
         torch.manual_seed(derive(role, seed))
         net = build(named.spec, info.num_classes, info.input_size, code.may_run(named.spec))
         require_training(net, info.spec, info.num_classes, info.input_size, batch=2)
+    if named.copied and named.directory is not None:
+        return copy_weights(net, named.directory, dataclasses.replace(info, spec=named.spec), code)
     return Classifier(net, dataclasses.replace(info, spec=named.spec))
 
 
@@ -132,6 +138,7 @@ def train(work: Work, run: RunDirectory, terminal: Terminal, begin: Callable[[],
         The command's answer.
     """
     settings, task = run.settings, work.task
+    check_steps(task)
     regime = settings.method.entry
     lacking = {*ANSWERS} - {*task.source.answers}
     for flag, chosen in settings.components.items():
@@ -172,18 +179,19 @@ def _make(work: Work, run: RunDirectory, terminal: Terminal) -> tuple[list[Path]
         for name in WRITTEN:
             write_atomic(run.path / name, intact(work.finished / name).read_bytes())
         return [run.path / name for name in WRITTEN], read_run(work.finished)["metrics"]
-    task = work.task
+    task = calibrated(work.task, terminal)
     learner = run.settings.method.entry.load()(task, run.settings.method.config)
     snapshots = Snapshots(run, task.student, run.path, task.training.snapshots, learner.rounds)
     fit(learner, run, terminal, [snapshots])
-    models = {role: model.eval().to(run.record["device"]) for role, model in learner.models().items()}
+    device = run.record.setdefault("device", str(pick_device(run.settings.run.device)))
+    models = {role: model.eval().to(device) for role, model in learner.models().items()}
     scores = {role: dict(work.score(model)) for role, model in models.items()}
     metrics = dict(scores["student"])
     check_kept()
     concern = learner.concern(metrics)
     if concern is not None and run.record_concern(concern):
         terminal.say(f"warning: {concern}")
-    files = [run.path / "metrics.csv", *snapshots.paths.values()]
+    files = [*([run.path / "metrics.csv"] if learner.rounds else []), *snapshots.paths.values()]
     for role, model in models.items():
         place = run.path if role == "student" else run.path / role
         save_model(place, model, metrics=scores[role], provenance=dict(work.provenance))

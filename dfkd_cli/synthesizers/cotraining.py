@@ -18,6 +18,7 @@ from dfkd_cli.data.sources import Batches, Images, Source, room
 from dfkd_cli.models.activations import Tap
 from dfkd_cli.models.classifier import Classifier
 from dfkd_cli.models.generators import Generators
+from dfkd_cli.models.quantized import follow_ranges
 from dfkd_cli.objectives.base import Outputs, ask
 from dfkd_cli.objectives.response import soft_loss
 from dfkd_cli.options import CoTraining, PoolTraining
@@ -91,7 +92,9 @@ class CoTrainer(Synthesizer):
         return [optimizer for optimizer, _ in self.pairs], [schedule for _, schedule in self.pairs if schedule]
 
     def on_fit_start(self) -> None:
-        """The augmentation of the student's images."""
+        """The augmentation of the student's images; the ranges of a student with few bits will follow these."""
+        for student in self.students:
+            follow_ranges(student.net)
         self.augment = pipeline(self.config, self.student.background(self.config.fill))
 
     @torch.no_grad()

@@ -44,6 +44,7 @@ def pipeline(cli, teacher, tmp_path, monkeypatch) -> None:
         "synthesize --method noise --num-images 4",
         "distill --steps 1 --batch-size 2",
         "compare --recipe grid.yaml --out grid",
+        "export --images 2",
     ):
         code, _, err = cli(*line.split())
         assert code == 0, err

@@ -1,0 +1,264 @@
+"""Export a model to ONNX, in float or with integers, and check it on images.
+
+Reads a model and a transfer set, writes an export directory (export/): model.onnx and export.json, which says how to
+call it. Of a student with few bits (distill --student w8a8:teacher/) the integers are those that it was trained with;
+--bits 8 calibrates any other model on the images. What the checks do not pass is not written.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import copy
+import dataclasses
+import json
+import time
+from collections.abc import Iterator
+from dataclasses import dataclass
+from statistics import median
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from dfkd_cli.artifacts.files import write_atomic, write_json
+from dfkd_cli.artifacts.run import RunDirectory
+from dfkd_cli.catalog import Command, few_bits
+from dfkd_cli.config import option
+from dfkd_cli.data.seal import check_kept, kept, kept_by, sealed
+from dfkd_cli.data.sources import Source
+from dfkd_cli.errors import ConfigError, GateNotMet, RunFailed
+from dfkd_cli.models.classifier import Classifier
+from dfkd_cli.models.exported import EXACT, FILE, RECORD, OnnxNetwork
+from dfkd_cli.models.names import LoadedModel, locate
+from dfkd_cli.models.quantized import computed_in_float, find_ranges, quantisers, quantize
+from dfkd_cli.options import ForeignModel
+from dfkd_cli.settings import Settings
+from dfkd_cli.stages.inputs import TransferSet, may_be_real, open_transfer_set, real_data
+from dfkd_cli.stages.measures import cost
+from dfkd_cli.stages.onnx_graph import OPSET, to_onnx
+from dfkd_cli.stages.quantization import calibration, shown
+from dfkd_cli.stages.training import rehearse
+from dfkd_cli.ui import Terminal
+
+
+@dataclass(frozen=True, kw_only=True)
+class Inputs(ForeignModel):
+    """What is read, and how."""
+
+    model: str = option("student", "model directory, or a SPEC with --weights", argument="MODEL")
+    bits: int | None = option(
+        None, "32, or 8: integers, calibrated on the images (default: as the model has)", low=8, high=32
+    )
+    calibrate: str = option("shards", "transfer set for ranges and checks, as of distill --transfer-set")
+    images: int = option(500, "images of it that are looked at, evenly spaced", low=2, rehearsal=2)
+    min_agreement: float | None = option(
+        None, "gate: exit 5 when agreement with the float model is below (0 to 1)", low=0, high=1
+    )
+    data_dir: str | None = option(None, "where the real images lie, for real and real:N", volatile=True)
+
+
+def data_free(inputs: Inputs) -> bool:
+    """Unless the images may be real, no dataset may be opened."""
+    return not may_be_real(inputs.calibrate)
+
+
+COMMAND = Command(
+    position=60,
+    out="export",
+    examples=("dfkd export", "dfkd export student/ --bits 8 --calibrate shards/ --min-agreement 0.98"),
+    next="dfkd evaluate student/ export/",
+)
+NEAR = 1e-4  # the largest difference of a logit from the network's own, relative to the largest logit
+SIMULATED = 0.95  # the least share of images to which integers give the class that their simulation gives
+WARM, TIMED = 5, 50  # runs of one image, before the clock runs and with it
+
+
+def run(settings: Settings, terminal: Terminal, dry_run: bool = False) -> dict[str, Any]:
+    """Export a model. Unless the images are real, no dataset can be opened meanwhile."""
+    if dry_run:
+        return rehearse(settings, run, terminal)
+    inputs = settings.inputs
+    if inputs.bits not in (None, 8, 32):
+        raise ConfigError(
+            f"--bits {inputs.bits}: either 32 or 8", "other widths are trained: distill --student w4a4:DIR"
+        )
+    with opened(settings) as (model, images):
+        free = data_free(inputs)
+        parents = [model.parent("model"), images.parent]
+        facts = {"data_free": free, "uses": sorted({*model.provenance.get("uses", ()), *images.uses})}
+        directory = RunDirectory(settings.out, settings, parents, facts, kept_by() if free else None)
+        if directory.claim():
+            directory.say_complete(terminal)
+        else:
+            with directory.guard(), kept():
+                _make(directory, model, calibration(images.source, inputs.images), parents, terminal)
+    metrics = directory.record["metrics"]
+    for line in _shown(metrics):
+        terminal.answer(f"{directory.path}: {line}")
+    return {"artifacts": {"export": str(directory.path)}, "metrics": metrics}
+
+
+@contextlib.contextmanager
+def opened(settings: Settings) -> Iterator[tuple[LoadedModel, TransferSet]]:
+    """Open the inputs; unless the images may be real, no dataset can be opened inside the ``with`` block."""
+    inputs = settings.inputs
+    location = locate(inputs.model, inputs)
+    with contextlib.ExitStack() as seals:
+        if data_free(inputs):
+            seals.enter_context(sealed("the transfer set is data-free", real_data(location, inputs.data_dir)))
+            seals.enter_context(kept())
+        model = location.open(settings.code)
+        yield model, open_transfer_set(inputs.calibrate, model, inputs.data_dir, settings.run.seed)
+
+
+def _make(
+    directory: RunDirectory, model: LoadedModel, images: Source, parents: list[dict[str, Any]], terminal: Terminal
+) -> None:
+    """Export, check, write."""
+    inputs, simulated = directory.settings.inputs, _simulation(model.classifier, images, directory.settings.inputs.bits)
+    info, plain = simulated.info, _in_float(simulated)
+    pixels = torch.cat(list(shown(images)))
+    facts = {"classes": info.classes and list(info.classes), "spec": info.spec, "model_sha256": model.sha256}
+    made = {"float": to_onnx(plain, facts)}
+    rounds = bool(quantisers(simulated.net))
+    if rounds:
+        made["integers"] = to_onnx(simulated, facts)
+    metrics = _checked(made, simulated, plain, pixels) | _latencies(made, pixels[:1])
+    name = next(reversed(made))
+    metrics["bytes"] = len(made[name])
+    answer = {"metrics": metrics}
+    if inputs.min_agreement is not None and metrics["agreement"] < inputs.min_agreement:
+        what = f"agreement with the float model is {metrics['agreement']:.4f}, below {inputs.min_agreement:g}"
+        raise GateNotMet(f"{directory.path}: {what}: nothing is written", "see --bits, --calibrate", answer=answer)
+    check_kept()
+    counted = cost(plain.cpu(), torch.device("cpu"))
+    record = {
+        "schema": 1,
+        "kind": "export",
+        **dataclasses.asdict(info) | {"spec": f"onnx:{info.spec}"},
+        "weights": {"file": FILE, "sha256": write_atomic(directory.path / FILE, made[name])},
+        "opset": OPSET,
+        "rounded": rounds,
+        "computed_in_float": computed_in_float(simulated.net, info.input_size) if rounds else [],
+        "parents": parents,
+        "metrics": metrics,
+        **{key: counted[key] for key in ("parameters", "macs")},
+        "use": _use(rounds),
+        "provenance": {"teacher": model.sha256, **model.provenance, "line": list(model.ancestry)},
+    }
+    write_json(directory.path / RECORD, record)
+    directory.record["device"] = "cpu"
+    directory.finish([directory.path / FILE, directory.path / RECORD], metrics)
+
+
+def _simulation(classifier: Classifier, images: Source, bits: int | None) -> Classifier:
+    """The classifier that is exported: the model itself, or a copy with quantisers of 8 bits.
+
+    Raises:
+        ConfigError: The model has quantisers of its own, and a float is wanted; or nothing in it can be quantised.
+    """
+    info, has_own = classifier.info, bool(quantisers(classifier.net))
+    if has_own and bits == 32:
+        raise ConfigError(
+            f"{info.spec} has few bits already", "leave out --bits 32, or export the model it was copied from"
+        )
+    simulated = copy.deepcopy(classifier).to(memory_format=torch.contiguous_format).eval()
+    if bits == 8 and not has_own:
+        quantize(simulated.net, 8, 8, info.input_size, info.spec)
+        find_ranges(simulated, shown(images))
+        simulated.info = dataclasses.replace(info, spec=f"w8a8:{info.spec}")
+    return simulated
+
+
+def _in_float(simulated: Classifier) -> Classifier:
+    """The same weights without rounding."""
+    plain = copy.deepcopy(simulated)
+    for module in quantisers(plain.net):
+        module.calibrated = False
+    plain.info = dataclasses.replace(plain.info, spec=few_bits(plain.info.spec)[1])
+    return plain
+
+
+@torch.no_grad()
+def _checked(made: dict[str, bytes], simulated: Classifier, plain: Classifier, pixels: Tensor) -> dict[str, Any]:
+    """How far what was made is from what it is made of, on images (B, C, H, W).
+
+    Raises:
+        RunFailed: Further than arithmetic explains.
+    """
+    floats, spec = plain(pixels).float(), plain.info.spec
+    difference = float((OnnxNetwork(made["float"], spec)(pixels) - floats).abs().max() / floats.abs().max())
+    if not difference <= NEAR:
+        raise RunFailed(
+            f"{spec}: onnxruntime's logits differ by {difference:.2g} of the largest, not {NEAR:g}: nothing is written"
+        )
+    metrics: dict[str, Any] = {"images": len(pixels), "float_difference": difference, "agreement": 1.0}
+    if "integers" not in made:
+        return metrics | {"agreement": _agreement(OnnxNetwork(made["float"], spec)(pixels), floats)}
+    rounded = simulated(pixels).float()
+    exact, usual = (OnnxNetwork(made["integers"], simulated.info.spec, way)(pixels) for way in (True, False))
+    metrics |= {
+        "agreement": _agreement(exact, floats),
+        "agreement_with_simulation": _agreement(exact, rounded),
+        "agreement_inexact": _agreement(usual, floats),
+        "logit_error": float((exact - rounded).abs().mean() / rounded.abs().max()),
+    }
+    if metrics["agreement_with_simulation"] < SIMULATED:
+        share = metrics["agreement_with_simulation"]
+        raise RunFailed(
+            f"{simulated.info.spec}: integers agree with their simulation on {share:.2%}: nothing is written"
+        )
+    return metrics
+
+
+def _agreement(logits: Tensor, others: Tensor) -> float:
+    return float((logits.argmax(1) == others.argmax(1)).double().mean())
+
+
+def _latencies(made: dict[str, bytes], image: Tensor) -> dict[str, float]:
+    """The median time of one image (1, C, H, W) in onnxruntime, in ms, with one thread and with all; all take turns."""
+    ways = {name: (model, True) for name, model in made.items()}
+    if "integers" in made:
+        ways["inexact"] = made["integers"], False
+    threads, times = torch.get_num_threads(), dict[str, float]()
+    try:
+        for label, count in (("one_thread", 1), ("all_threads", threads)):
+            torch.set_num_threads(count)
+            networks = {name: OnnxNetwork(model, name, exact) for name, (model, exact) in ways.items()}
+            seconds: dict[str, list[float]] = {name: [] for name in networks}
+            for _ in range(WARM + TIMED):
+                for name, network in networks.items():
+                    start = time.perf_counter()
+                    network(image)
+                    seconds[name].append(time.perf_counter() - start)
+            times |= {f"latency_ms_{name}_{label}": 1000 * median(taken[WARM:]) for name, taken in seconds.items()}
+    finally:
+        torch.set_num_threads(threads)
+    return times
+
+
+def _use(rounds: bool) -> list[str]:
+    """How the model is called in Python, without torch or dfkd."""
+    options = [f"options.add_session_config_entry({json.dumps(EXACT[0])}, {json.dumps(EXACT[1])})"] if rounds else []
+    return [
+        "import onnxruntime; options = onnxruntime.SessionOptions()",
+        *options,
+        f"session = onnxruntime.InferenceSession({FILE!r}, options)",
+        "logits = session.run(None, {'pixels': pixels})[0]  # float32 (B, C, H, W) in [0,1] to (B, K)",
+    ]
+
+
+def _shown(metrics: dict[str, Any]) -> list[str]:
+    """What was measured, in lines."""
+    lines = [f"float: {metrics['float_difference']:.2g} of the largest logit from torch, on {metrics['images']} images"]
+    names = {"float": "float"}
+    if "agreement_with_simulation" in metrics:
+        lines.append(
+            f"integers: agree with torch's simulation on {metrics['agreement_with_simulation']:.2%}, with the float "
+            f"model on {metrics['agreement']:.2%}; without {EXACT[0]} on {metrics['agreement_inexact']:.2%} on this CPU"
+        )
+        names |= {"integers": "integers", "inexact": f"without {EXACT[0]}"}
+    for key, name in names.items():
+        one, several = (metrics[f"latency_ms_{key}_{threads}"] for threads in ("one_thread", "all_threads"))
+        lines.append(f"{name}: {one:.3f} ms for an image with one thread, {several:.3f} with all")
+    return lines

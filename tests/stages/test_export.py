@@ -1,0 +1,269 @@
+"""``dfkd export``, and what is exported in ``evaluate`` and ``compare``."""
+
+from __future__ import annotations
+
+import ast
+import json
+import subprocess
+import sys
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+from torch import nn
+
+onnx = pytest.importorskip("onnx")
+onnxruntime = pytest.importorskip("onnxruntime")
+pytest.importorskip("onnxscript")
+
+import dfkd_cli  # noqa: E402
+from dfkd_cli.models.classifier import Classifier, ModelInfo  # noqa: E402
+from dfkd_cli.models.directory import identity, load_model, read_record, save_model  # noqa: E402
+from dfkd_cli.models.exported import OnnxNetwork  # noqa: E402
+from dfkd_cli.models.quantized import RoundingLayer, find_ranges, integers, quantisers, quantize  # noqa: E402
+from dfkd_cli.stages.onnx_graph import to_onnx  # noqa: E402
+
+SIZE = (3, 8, 8)
+NETWORKS = """
+import torch
+from torch import nn
+
+class Block(nn.Module):
+    def __init__(self):
+        super().__init__()
+        self.stem, self.bn0 = nn.Conv2d(1, 6, 3, padding=1, bias=False), nn.BatchNorm2d(6)
+        self.conv, self.bn = nn.Conv2d(6, 6, 3, padding=1, groups=2), nn.BatchNorm2d(6)
+        self.head = nn.Linear(6, 10)
+    def forward(self, x):
+        x = torch.relu(self.bn0(self.stem(x)))
+        return self.head(torch.relu(x + self.bn(self.conv(x))).mean((2, 3)))
+
+def small():
+    return Block()
+
+class Loop(Block):
+    def forward(self, x):
+        return super().forward(x) * (1 if x.sum() > 0 else 2)
+
+def deciding():
+    return Loop()
+"""
+
+
+def network(bits: tuple[int, int]) -> Classifier:
+    """Convolutions, and linear layers; BatchNorm has seen images, and has negative factors, and one of zero."""
+    torch.manual_seed(0)
+    net = nn.Sequential(
+        nn.Conv2d(3, 8, 3, padding=1, bias=False), nn.BatchNorm2d(8), nn.ReLU(),
+        nn.Conv2d(8, 8, 3, padding=1), nn.BatchNorm2d(8), nn.ReLU(),
+        nn.Flatten(), nn.Linear(512, 16), nn.ReLU(), nn.Linear(16, 5),
+    )  # fmt: skip
+    classifier = Classifier(net, ModelInfo("test", 5, SIZE, (0.5,) * 3, (0.2,) * 3, tuple("abcde")))
+    with torch.no_grad():
+        for layer in classifier.batch_norms():
+            layer.weight.copy_(torch.tensor([1.0, -1.0, 0.0, 2.0, -0.1, 1e-9, 1.0, 1.0]))
+            layer.bias.normal_()
+        for _ in range(20):
+            classifier(torch.rand(32, *SIZE))
+        classifier.eval()
+        quantize(net, *bits, SIZE, "test")
+        find_ranges(classifier, [torch.rand(64, *SIZE)])
+    return classifier
+
+
+def initialisers(model) -> dict[str, np.ndarray]:
+    return {value.name: onnx.numpy_helper.to_array(value) for value in model.graph.initializer}
+
+
+@pytest.fixture(scope="module")
+def exported() -> tuple[Classifier, bytes]:
+    classifier = network((4, 5))
+    return classifier, to_onnx(classifier, {"classes": list("abcde")})
+
+
+def test_exported_integers_are_those_that_are_trained(exported):
+    classifier, made = exported
+    model = onnx.load_from_string(made)
+    onnx.checker.check_model(model, full_check=True)
+    constants, net = initialisers(model), classifier.net
+    layers = {path: layer for path, layer in net.named_modules() if isinstance(layer, RoundingLayer)}
+    assert len(layers) == 4
+    for path, layer in layers.items():
+        numbers, scale = integers(layer)
+        simulated = layer.weight.detach().double().numpy()
+        np.testing.assert_allclose(
+            numbers * scale.reshape(-1, *[1] * (numbers.ndim - 1)).astype(float), simulated, rtol=1e-6, atol=1e-12
+        )
+        found, of_bit = (constants[f"net.{path}.weight.{what}"] for what in ("integers", "scale"))
+        alive = np.ones(len(found), bool)
+        if isinstance(layer, nn.Conv2d):
+            norm = net[int(path) + 1]
+            factor = (norm.weight / (norm.running_var + norm.eps).sqrt()).detach().double().numpy()
+            alive = np.abs(factor) > 1e-6
+            numbers = numbers * np.sign(factor).reshape(-1, 1, 1, 1).astype(np.int8)
+            scale = scale * np.abs(factor)
+        times = {8: 1, 4: 18}[layer.weight_bits]  # so that a bias is finer, and the products fit into 16 bits
+        assert times == 1 or 2 * np.abs(found).astype(int).max() * (2**layer.input_bits - 1) < 2**15
+        assert found.dtype == np.int8
+        assert np.array_equal(found[alive], numbers[alive] * times), path
+        np.testing.assert_allclose(of_bit[alive] * times, scale[alive], rtol=1e-6)
+    assert not [node for node in model.graph.node if node.op_type == "BatchNormalization"]
+
+
+def test_a_bias_is_that_of_batch_norm(exported):
+    classifier, made = exported
+    constants = initialisers(onnx.load_from_string(made))
+    conv, norm = classifier.net[3], classifier.net[4]
+    factor = (norm.weight / (norm.running_var + norm.eps).sqrt()).detach().double()
+    wanted = (factor * (conv.bias.double() - norm.running_mean.double()) + norm.bias.double()).detach().numpy()
+    numbers, scale = constants["net.3.bias.integers"].astype(float), constants["net.3.bias.scale"].astype(float)
+    assert (np.abs(numbers * scale - wanted) <= 0.501 * scale + 1e-6).all()  # to the nearest
+    low, high = classifier.net[3].input_range.tolist()
+    np.testing.assert_allclose(scale[[0, 1]], (high - low) / 31 * constants["net.3.weight.scale"][[0, 1]], rtol=1e-6)
+
+
+def test_onnxruntime_computes_what_is_simulated(exported):
+    classifier, made = exported
+    network, pixels = OnnxNetwork(made, "test"), torch.rand(300, *SIZE)
+    with torch.no_grad():
+        simulated = classifier(pixels)
+        for module in quantisers(classifier.net):
+            module.calibrated = False
+        floats = classifier(pixels)
+        for module in quantisers(classifier.net):
+            module.calibrated = True
+    error = (network(pixels) - simulated).abs().mean()  # a bias is a multiple of one weight's bit times one input's
+    assert error < 0.2 * (simulated - floats).abs().mean()
+    assert torch.equal(network(pixels[:1]), network(pixels)[:1])  # any number of images
+
+
+def test_the_model_says_what_it_takes_and_nothing_of_this_machine(exported):
+    model = onnx.load_from_string(exported[1])
+    (given,), (taken,) = model.graph.output, model.graph.input
+    assert (taken.name, given.name) == ("pixels", "logits")
+    shape = [dim.dim_param or dim.dim_value for dim in taken.type.tensor_type.shape.dim]
+    assert shape == ["batch", *SIZE]
+    assert {entry.key: json.loads(entry.value) for entry in model.metadata_props} == {"classes": list("abcde")}
+    assert b"/" + b"site-packages" not in exported[1] and b".py" not in exported[1]
+
+
+def test_no_file_needs_what_only_exports_need():
+    package = Path(dfkd_cli.__file__).parent
+    for path in package.rglob("*.py"):
+        for statement in ast.parse(path.read_text(encoding="utf-8")).body:
+            if isinstance(statement, ast.Import | ast.ImportFrom):
+                names = [alias.name for alias in statement.names] + [getattr(statement, "module", None) or ""]
+                assert not [name for name in names if name.split(".")[0].startswith("onnx")], path
+
+
+@pytest.fixture(scope="module")
+def place(tmp_path_factory):
+    """A teacher of the user's own code, whose BatchNorm has seen images, and a copy of it with few bits."""
+    path = tmp_path_factory.mktemp("exports")
+    (path / "nets.py").write_text(NETWORKS)
+    sys.path.insert(0, str(path))
+    import nets
+
+    sys.path.remove(str(path))
+    for name in ("small", "deciding"):
+        torch.manual_seed(0)
+        info = ModelInfo(f"nets.py:{name}", 10, (1, 16, 16), (0.3,), (0.4,), tuple("0123456789"))
+        classifier = Classifier(getattr(nets, name)(), info)
+        with torch.no_grad():
+            for _ in range(20):
+                classifier(torch.rand(32, 1, 16, 16))
+        save_model(path / name, classifier.eval(), metrics={}, provenance={"dataset": "digits"})
+    return path
+
+
+def export(cli, model, out, *args):
+    return cli("export", model, "--calibrate", "noise:64", "--allow-code", "--device", "cpu", "--out", out, *args)
+
+
+def test_eight_bits_are_exported_checked_and_evaluated(cli, place, tmp_path, quick_latency):
+    out = tmp_path / "export"
+    code, said, err = export(cli, place / "small", out, "--bits", 8, "--min-agreement", 0.5, "--json")
+    assert code == 0, err
+    metrics = json.loads(said)["metrics"]
+    assert metrics["float_difference"] <= 1e-4 and metrics["agreement_with_simulation"] >= 0.95
+    names = {
+        f"latency_ms_{name}_{threads}" for name in ("float", "integers") for threads in ("one_thread", "all_threads")
+    }
+    assert names < metrics.keys() and metrics["bytes"] == (out / "model.onnx").stat().st_size
+    record, run = (json.loads((out / name).read_text()) for name in ("export.json", "run.json"))
+    assert (record["spec"], record["opset"], record["rounded"]) == ("onnx:w8a8:nets.py:small", 20, True)
+    assert record["parents"][0]["sha256"] == identity(read_record(place / "small"))
+    assert (run["data_free"], run["status"]) == (True, "done")
+    assert export(cli, place / "small", out, "--bits", 8, "--min-agreement", 0.5)[2].startswith(f"{out} is already")
+    paths = [place / "small", out]
+    code, said, err = cli("evaluate", *paths, "--teacher", place / "small", "--allow-code", "--device", "cpu", "--json")
+    assert code == 0, err
+    own, other = json.loads(said)["results"]
+    assert (other["parameters"], other["macs"]) == (own["parameters"], own["macs"]) and other["agreement"] > 0.5
+    code, said, err = cli(
+        "compare", *paths, "--teacher", place / "small", "--allow-code", "--out", tmp_path / "c", "--device", "cpu"
+    )
+    assert code == 0, err
+    assert str(out) in said
+    code, said, _ = cli("info", out)
+    assert (code, "onnx:w8a8" in said) == (0, True)
+    (out / "model.onnx").write_bytes((out / "model.onnx").read_bytes()[:-1])
+    code, _, err = cli("evaluate", out, "--device", "cpu")
+    assert (code, "model.onnx is damaged" in err) == (3, True)
+
+
+def test_a_trained_copy_is_exported_with_its_own_bits(cli, place, tmp_path):
+    student, out = tmp_path / "student", tmp_path / "export"
+    train = ["--teacher", place / "small", "--transfer-set", "noise:64", "--student", f"w4a4:{place / 'small'}"]
+    code, _, err = cli("distill", *train, "--steps", 2, "--out", student, "--allow-code", "--device", "cpu")
+    assert code == 0, err
+    code, _, err = export(cli, student, out, "--bits", 32)
+    assert (code, "has few bits already" in err) == (2, True)
+    code, _, err = export(cli, student, out)
+    assert code == 0, err
+    copy, _ = load_model(student, allow_code=True)
+    constants = initialisers(onnx.load(out / "model.onnx"))
+    numbers, _ = integers(copy.net.conv)
+    factor = copy.net.bn.weight.detach().sign().view(-1, 1, 1, 1).numpy().astype(np.int8)
+    assert np.array_equal(constants["net.conv.weight.integers"], 18 * numbers * factor) and np.abs(numbers).max() == 7
+
+
+def test_three_lines_run_where_there_is_no_torch(cli, place, tmp_path):
+    out = tmp_path / "export"
+    code, _, err = export(cli, place / "small", out)
+    assert code == 0, err
+    lines = json.loads((out / "export.json").read_text())["use"]
+    script = [
+        "import sys; sys.modules['torch'] = None",
+        "import numpy",
+        "pixels = numpy.full((3, 1, 16, 16), 0.5, 'f')",
+    ]
+    script += [*lines, "print(logits.shape, float(logits[0, 0]))"]
+    done = subprocess.run(
+        [sys.executable, "-c", "\n".join(script)], cwd=out, capture_output=True, text=True, check=True
+    )
+    classifier, _ = load_model(place / "small", allow_code=True)
+    with torch.no_grad():
+        expected = classifier.eval()(torch.full((3, 1, 16, 16), 0.5))
+    assert done.stdout.startswith("(3, 10)")
+    assert float(done.stdout.split()[-1]) == pytest.approx(float(expected[0, 0]), rel=1e-4)
+
+
+def test_what_fails_leaves_no_model(cli, place, tmp_path, monkeypatch):
+    out = tmp_path / "gate"
+    code, _, err = export(cli, place / "small", out, "--bits", 8, "--min-agreement", 1)
+    if code == 0:  # every image answered alike: then there is nothing to refuse
+        assert json.loads((out / "run.json").read_text())["metrics"]["agreement"] == 1
+    else:
+        assert (code, "agreement with the float model" in err, (out / "model.onnx").exists()) == (5, True, False)
+    out = tmp_path / "deciding"
+    code, _, err = export(cli, place / "deciding", out)
+    assert (code, "cannot be exported" in err, err.count("\n"), (out / "model.onnx").exists()) == (3, True, 1, False), (
+        err
+    )
+    out = tmp_path / "wrong"
+    monkeypatch.setattr(OnnxNetwork, "forward", lambda self, pixels: torch.zeros(len(pixels), 10))
+    code, _, err = export(cli, place / "small", out)
+    assert (code, "nothing is written" in err, (out / "model.onnx").exists()) == (4, True, False), err
+    assert export(cli, place / "small", tmp_path / "sixteen", "--bits", 16)[0] == 2
