@@ -68,7 +68,7 @@ COMMAND = Command(
         "dfkd evaluate",
         "dfkd evaluate student/ --min-top1 0.97",
         "dfkd evaluate shards/ noise:1000 real",
-        "dfkd evaluate one/ other/ --sharpness --line --out flat/",
+        "dfkd evaluate teacher/ student/ --sharpness",
     ),
     next="dfkd compare student/",
 )

@@ -57,8 +57,8 @@ class End:
     images: Images
 
     def meets(self, other: End) -> bool:
-        """Whether there is a line to another one: it has the same weights, for the same answers to the same images."""
-        return self._facts == other._facts
+        """Whether there is a line to another one: it has weights of the same kind, for the same answers and images."""
+        return self._facts == other._facts and bool(self.model.classifier.state_dict())
 
     @property
     def _facts(self) -> tuple[Any, ...]:

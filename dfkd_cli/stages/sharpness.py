@@ -95,12 +95,14 @@ def product(model: Classifier, images: Images, batch_size: int, vector: Tensor) 
 
 
 def require_hessian(model: LoadedModel, images: Images) -> None:
-    """Refuse a network whose loss has no second derivative; tried on the first two images, on the CPU.
+    """Refuse what has no weights, or a loss without a second derivative; tried on the first two images, on the CPU.
 
     Raises:
         ArtifactError: It has none.
     """
     weights = _weights(model.classifier.eval())
+    if not weights:
+        raise ArtifactError(f"{model.path}: it has no weights, whose loss could be sharp", "leave out --sharpness")
     try:
         product(model.classifier, images[:2], 2, torch.ones(sum(weight.numel() for weight in weights)))
     except RuntimeError as error:

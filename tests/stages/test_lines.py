@@ -213,6 +213,8 @@ def test_networks_that_only_the_order_of_classes_tells_apart_do_not_meet():
     assert not first.meets(second)
     assert not first.meets(end(Classifier(network(1, 3, 5).net, info), given))
     assert not first.meets(dataclasses.replace(first, dataset="mnist"))
+    weightless = end(Classifier(nn.Identity(), info), given)
+    assert not weightless.meets(weightless)
 
 
 def test_a_picture_of_losses_of_all_sizes():

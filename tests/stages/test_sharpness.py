@@ -18,12 +18,14 @@ from torch.func import functional_call
 
 from dfkd_cli.data import datasets
 from dfkd_cli.data.sources import Images
+from dfkd_cli.errors import ArtifactError
 from dfkd_cli.models.classifier import Classifier, ModelInfo
 from dfkd_cli.models.directory import load_model
+from dfkd_cli.models.names import LoadedModel
 from dfkd_cli.models.registry import build
 from dfkd_cli.seeds import derive
 from dfkd_cli.stages import sharpness as module
-from dfkd_cli.stages.sharpness import product, sharpness
+from dfkd_cli.stages.sharpness import product, require_hessian, sharpness
 from dfkd_cli.trust import Code
 
 
@@ -180,6 +182,12 @@ def test_a_network_that_cannot_be_differentiated_twice(cli, model, monkeypatch, 
     (line,) = [line for line in err.splitlines() if line.startswith("error")]
     assert f"{model}: its loss cannot be differentiated twice" in line and why in line
     assert line.endswith("leave out --sharpness")
+
+
+def test_what_has_no_weights_is_refused():
+    model = Classifier(nn.Identity(), network(0, 2, 3).info)
+    with pytest.raises(ArtifactError, match="oracle: it has no weights"):
+        require_hessian(LoadedModel(model, "", {}, "oracle"), Images(images(2).pixels, torch.arange(2)))
 
 
 @pytest.mark.parametrize(
