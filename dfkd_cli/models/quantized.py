@@ -22,7 +22,7 @@ from __future__ import annotations
 
 import contextlib
 import functools
-from collections.abc import Iterable
+from collections.abc import Iterable, Iterator, Mapping
 from typing import Any
 
 import numpy as np
@@ -37,6 +37,8 @@ TINY = 1e-12  # the least scale: of a channel of zeros
 MOMENTUM = 0.01  # of a batch in ranges that follow
 JOINT = 8  # bits of what is added up, and of the first and the last layer
 
+Affine = tuple[Tensor, Tensor]  # scale and zero point
+
 # -- arithmetic --------------------------------------------------------------------------------------------------------
 
 
@@ -45,11 +47,17 @@ def weight_scale(weight: Tensor, bits: int) -> Tensor:
     return weight.detach().flatten(1).abs().amax(1).clamp_min(TINY) / (2 ** (bits - 1) - 1)
 
 
-def round_weight(weight: Tensor, bits: int) -> Tensor:
-    """A weight (O, ...) with so many bits."""
-    scale, top = weight_scale(weight, bits), 2 ** (bits - 1) - 1
-    zero = torch.zeros_like(scale, dtype=torch.int32)
+def round_weight(weight: Tensor, bits: int, known: Affine | None = None) -> Tensor:
+    """A weight (O, ...) with so many bits; scales (O,) and zeros may be known."""
+    top = 2 ** (bits - 1) - 1
+    scale, zero = known or affine_weight(weight, bits)
     return torch.fake_quantize_per_channel_affine(weight, scale, zero, 0, -top, top)
+
+
+def affine_weight(weight: Tensor, bits: int) -> Affine:
+    """The scales (O,) of a weight, and its zero points, which are zeros."""
+    scale = weight_scale(weight, bits)
+    return scale, torch.zeros_like(scale, dtype=torch.int32)
 
 
 def integers(layer: RoundingLayer) -> tuple[np.ndarray, np.ndarray]:
@@ -62,16 +70,16 @@ def integers(layer: RoundingLayer) -> tuple[np.ndarray, np.ndarray]:
     return numbers.round().to(torch.int8).cpu().numpy(), scale.cpu().numpy()
 
 
-def affine(limits: Tensor, bits: int) -> tuple[Tensor, Tensor]:
+def affine(limits: Tensor, bits: int) -> Affine:
     """Scale and zero point, 0-d each, of a range (2,) that holds 0."""
     low, high = limits.unbind()
     scale = ((high - low) / (2**bits - 1)).clamp_min(TINY)
     return scale, (-low / scale).round().clamp(0, 2**bits - 1).to(torch.int32)
 
 
-def round_values(values: Tensor, limits: Tensor, bits: int) -> Tensor:
-    """Activations of any shape with so many bits."""
-    scale, zero = affine(limits, bits)
+def round_values(values: Tensor, limits: Tensor, bits: int, known: Affine | None = None) -> Tensor:
+    """Activations of any shape with so many bits; scale and zero point of the range (2,) may be known."""
+    scale, zero = known or affine(limits, bits)
     return torch.fake_quantize_per_tensor_affine(values.float(), scale, zero, 0, 2**bits - 1)
 
 
@@ -85,6 +93,7 @@ class Rounding(nn.Module):
         output_bits: How many; None for a float.
         output_range: (2,), infinite till it is known.
         calibrated: Whether the ranges are known.
+        known: Scale and zero point of each range, and of the weight, while they do not change.
         following: The share of each batch of a training in the ranges; 0 where these stay as they are.
     """
 
@@ -93,24 +102,26 @@ class Rounding(nn.Module):
     input_range: Tensor
     output_range: Tensor
     calibrated = False
+    known: Mapping[str, Affine] = {}
     following = 0.0
 
     def forward(self, *inputs: Any, **named: Any) -> Any:
         """What the module gives."""
         if self.input_bits is not None:
-            inputs = (self._rounded(inputs[0], self.input_range, self.input_bits), *inputs[1:])
+            inputs = (self._rounded(inputs[0], "input_range", self.input_bits), *inputs[1:])
         output = super().forward(*inputs, **named)
         if self.output_bits is not None:
-            output = self._rounded(output, self.output_range, self.output_bits)
+            output = self._rounded(output, "output_range", self.output_bits)
         self.calibrated |= self.training and self.following > 0
         return output
 
-    def _rounded(self, values: Tensor, limits: Tensor, bits: int) -> Tensor:
+    def _rounded(self, values: Tensor, name: str, bits: int) -> Tensor:
+        limits: Tensor = getattr(self, name)
         if self.training and self.following:
             low, high = values.detach().float().aminmax()
             ends = torch.stack([low.clamp_max(0), high.clamp_min(0)])
             limits.lerp_(ends, self.following) if self.calibrated else limits.copy_(ends)
-        return round_values(values, limits, bits) if self.calibrated else values
+        return round_values(values, limits, bits, self.known.get(name)) if self.calibrated else values
 
     def _load_from_state_dict(self, *arguments: Any) -> None:
         super()._load_from_state_dict(*arguments)
@@ -138,7 +149,7 @@ class RoundingLayer(Rounding):
         """The weight as it is computed with; the parameter itself is in the state dict."""
         parameter = self._parameters["weight"]
         assert parameter is not None
-        return round_weight(parameter, self.weight_bits) if self.calibrated else parameter
+        return round_weight(parameter, self.weight_bits, self.known.get("weight")) if self.calibrated else parameter
 
 
 def _become(module: nn.Module, kind: Any, **bits: int) -> None:
@@ -198,6 +209,23 @@ def computed_in_float(net: nn.Module, input_size: tuple[int, int, int]) -> list[
 def quantisers(net: nn.Module) -> list[Rounding]:
     """The modules that round, in module order."""
     return [module for module in net.modules() if isinstance(module, Rounding)]
+
+
+@contextlib.contextmanager
+def unchanging(net: nn.Module) -> Iterator[None]:
+    """Compute no scale anew inside the ``with`` block, where weights and ranges stay: what is exported is shorter."""
+    for module in quantisers(net):
+        known = {name: affine(getattr(module, name), bits) for name, bits in module.ranges.items()}
+        if isinstance(module, RoundingLayer):
+            weight = module._parameters["weight"]
+            assert weight is not None
+            known["weight"] = affine_weight(weight, module.weight_bits)
+        module.known = known
+    try:
+        yield
+    finally:
+        for module in quantisers(net):
+            module.known = {}
 
 
 def follow_ranges(net: nn.Module) -> None:

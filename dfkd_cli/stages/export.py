@@ -63,7 +63,7 @@ def data_free(inputs: Inputs) -> bool:
 
 
 COMMAND = Command(
-    position=60,
+    position=55,
     out="export",
     examples=("dfkd export", "dfkd export student/ --bits 8 --calibrate shards/ --min-agreement 0.98"),
     next="dfkd evaluate student/ export/",

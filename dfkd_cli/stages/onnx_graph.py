@@ -25,7 +25,7 @@ from torch import Tensor
 
 from dfkd_cli.errors import ArtifactError, ConfigError
 from dfkd_cli.models.classifier import Classifier
-from dfkd_cli.models.quantized import RoundingLayer, integers
+from dfkd_cli.models.quantized import RoundingLayer, integers, unchanging
 
 OPSET = 20
 INPUT, OUTPUT = "pixels", "logits"
@@ -47,7 +47,8 @@ def to_onnx(classifier: Classifier, facts: dict[str, Any]) -> bytes:
     except ImportError as error:
         raise ConfigError(f"{error.name} is not installed", "pip install 'dfkd[export]'") from None
 
-    model = _exported(classifier.eval())
+    with unchanging(classifier.net):
+        model = _exported(classifier.eval())
     weights = {
         f"net.{path}.weight": _multiples(layer)
         for path, layer in classifier.net.named_modules()

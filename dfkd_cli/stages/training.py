@@ -15,6 +15,7 @@ from dfkd_cli.artifacts.files import write_atomic
 from dfkd_cli.artifacts.integrity import intact, read_run
 from dfkd_cli.artifacts.run import RunDirectory, check_free
 from dfkd_cli.artifacts.shards import MANIFEST, ShardWriter
+from dfkd_cli.catalog import few_bits
 from dfkd_cli.config import dump_yaml, plain, shortened
 from dfkd_cli.data.seal import check_kept, kept
 from dfkd_cli.data.sources import ANSWERS, Images
@@ -67,7 +68,24 @@ def fresh(info: ModelInfo, role: str, seed: int, code: Code = Code()) -> Classif
 def specs(settings: Settings, named: str) -> tuple[str, ...]:
     """The networks to train: the one that the command names, or where several learn together those of the method."""
     config = settings.method.config
-    return (config.students or (named,) * 2) if isinstance(config, Several) else (named,)
+    several = (config.students or (named,) * 2) if isinstance(config, Several) else (named,)
+    return tuple(of_teacher(spec, settings) for spec in several)
+
+
+def of_teacher(spec: str, settings: Settings) -> str:
+    """A SPEC in which ``w4a8:`` alone is a copy of the command's teacher.
+
+    Raises:
+        ConfigError: The teacher is not one model directory.
+    """
+    bits, rest = few_bits(spec)
+    if not bits or rest:
+        return spec
+    teacher: str | tuple[str, ...] = getattr(settings.inputs, "teacher", ())
+    named = [teacher] if isinstance(teacher, str) else list(teacher)
+    if len(named) != 1 or not Path(named[0]).is_dir():
+        raise ConfigError(f"{spec} is a copy of the teacher, which has to be one model directory", f"{spec}DIR")
+    return bits + named[0]
 
 
 def students(settings: Settings, info: ModelInfo, role: str) -> tuple[Classifier, list[Classifier]]:

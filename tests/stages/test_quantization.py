@@ -110,8 +110,18 @@ def test_a_confined_process_reads_what_it_copies(residual, tmp_path):
     assert done.returncode == 0, done.stderr
 
 
+def test_bits_alone_are_a_copy_of_the_teacher(cli, teacher, tmp_path):
+    assert cli(*distill(teacher, "w4a8:", tmp_path / "s", "--steps", 0))[0] == 0
+    state, own = (load_file(place / "model.safetensors") for place in (tmp_path / "s", teacher))
+    assert all(torch.equal(state[name], value) for name, value in own.items())
+    several = distill(teacher, "w4a8:", tmp_path / "t", "--steps", 0)
+    several.insert(several.index("--teacher") + 2, str(teacher))
+    code, _, err = cli(*several)
+    assert (code, "a copy of the teacher, which has to be one model directory" in err) == (2, True), err
+
+
 def test_a_copy_in_the_loop_has_ranges_that_follow(cli, residual, tmp_path):
-    args = ["--teacher", residual, "--student", f"w4a4:{residual}", "--steps", 3, "--batch-size", 8, "--num-images", 8]
+    args = ["--teacher", residual, "--student", "w4a4:", "--steps", 3, "--batch-size", 8, "--num-images", 8]
     code, _, err = cli("synthesize", "--method", "dfq", *args, "--width", 0.1, "--device", "cpu", "--out", tmp_path)
     assert code == 0, err
     student, record = load_model(tmp_path / "student")
