@@ -67,6 +67,11 @@ class Manifest(TypedDict):
     shards: list[Row]
 
 
+def as_pixels(stored: Tensor) -> Tensor:
+    """Images as they are stored, of any device, as float32 in pixel space: uint8 stands for [0,255]."""
+    return stored.float().div_(255) if stored.dtype == torch.uint8 else stored.float()
+
+
 def shard_name(index: int) -> str:
     """``shard-00012.safetensors``."""
     return f"shard-{index:05d}.safetensors"

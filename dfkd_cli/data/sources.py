@@ -17,7 +17,7 @@ import torch
 from torch import Tensor
 
 from dfkd_cli.artifacts.files import digest, sha256_file
-from dfkd_cli.artifacts.shards import ShardReader
+from dfkd_cli.artifacts.shards import ShardReader, as_pixels
 from dfkd_cli.data.datasets import Dataset
 from dfkd_cli.data.image_files import image_files
 from dfkd_cli.models.generators import Generators
@@ -62,8 +62,7 @@ class Images:
     def to(self, device: torch.device) -> Images:
         """The images on a device, as float32 in pixel space."""
         moved = self.each(lambda values: values.to(device, non_blocking=True))
-        pixels = moved.pixels.float()
-        return replace(moved, pixels=pixels.div_(255) if moved.pixels.dtype == torch.uint8 else pixels)
+        return replace(moved, pixels=as_pixels(moved.pixels))
 
     def changed(self, pixels: Tensor) -> Images:
         """The images with other pixels (B, C, H, W): labels and positions stay, answers stored for the old ones go."""

@@ -34,6 +34,8 @@ class BlackBox(Classifier):
         budget: How many images may be asked about.
     """
 
+    opaque = True
+
     def __init__(self, oracle: Classifier | None, info: ModelInfo, seen: str, budget: int | None = None) -> None:
         super().__init__(oracle or nn.Identity(), info)
         self.seen, self.ledger = seen, Ledger(budget)

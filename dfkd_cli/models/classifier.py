@@ -6,7 +6,7 @@ import contextlib
 import math
 from collections.abc import Iterator
 from dataclasses import dataclass
-from typing import Any, Literal, TypeGuard
+from typing import Any, ClassVar, Literal, TypeGuard
 
 import torch
 from torch import Tensor, nn
@@ -62,8 +62,12 @@ class Classifier(nn.Module):
     """Pixels in [0, 1], float (B, C, H, W), to logits (B, K): normalises with its own mean and std, then runs ``net``.
 
     ``net`` alone takes images that are already normalised. Only ``net`` is in the state dict.
+
+    Attributes:
+        opaque: Whether nothing is seen of it but answers: it has neither gradients nor layers.
     """
 
+    opaque: ClassVar[bool] = False
     mean: Tensor  # (1, C, 1, 1)
     std: Tensor  # (1, C, 1, 1)
 

@@ -81,6 +81,8 @@ class OnnxNetwork(nn.Module):
 class Exported(Classifier):
     """What onnxruntime runs, as a classifier; what it costs is on record, as nobody can count it from outside."""
 
+    opaque = True
+
     def __init__(self, net: OnnxNetwork, info: ModelInfo, parameters: int, macs: int) -> None:
         super().__init__(net, info)
         self._normalised = True  # in the graph

@@ -12,9 +12,8 @@ from typing import Any, ClassVar, Literal
 import torch
 
 from dfkd_cli.artifacts.files import digest, sha256_file
-from dfkd_cli.artifacts.shards import MANIFEST, ShardReader
+from dfkd_cli.artifacts.shards import MANIFEST, ShardReader, as_pixels
 from dfkd_cli.catalog import few_bits
-from dfkd_cli.data.sources import ShardSource
 from dfkd_cli.errors import ArtifactError, ConfigError
 from dfkd_cli.models.black_box import BlackBox, Function
 from dfkd_cli.models.classifier import Classifier, ModelInfo
@@ -67,6 +66,16 @@ class LoadedModel:
     def knows(self, made_from: str | None) -> bool:
         """Whether images that were made from a teacher, by its hash, can have been made from this one or its line."""
         return self.unknown or made_from in self.ancestry
+
+    def network(self) -> LoadedModel:
+        """It, where it is a network that can be looked into.
+
+        Raises:
+            ConfigError: Only its answers are seen.
+        """
+        if self.classifier.opaque:
+            raise ConfigError(f"{self.path}: only answers are seen of it", "give the network, a model directory")
+        return self
 
     def seen(self, said: ForeignModel, budget: int | None = None) -> LoadedModel:
         """It as the flags say that it is seen: itself, or a black box that is asked about at most so many images."""
@@ -200,16 +209,15 @@ class StoredAnswers:
             ArtifactError: The directory is damaged.
         """
         reader = ShardReader(Path(self.name))
-        source, channels = ShardSource(reader, ("logits",)), reader.shape[0]
+        channels = reader.shape[0]
         info = ModelInfo(
             f"answers in {self.name}", reader.num_classes, reader.shape, (0.0,) * channels, (1.0,) * channels,
             tuple(reader.manifest.get("classes") or ()) or None,
         )  # fmt: skip
         stored = BlackBox(None, info, "probabilities")
-        for index in range(len(source.sizes)):
-            images = source.chunk(index).to(torch.device("cpu"))
-            assert images.logits is not None  # every shard has them
-            stored.ledger.know(images.pixels, images.logits)
+        for index in range(len(reader.sizes)):
+            tensors = reader.read(index)
+            stored.ledger.know(as_pixels(tensors["images"]), tensors["logits"])
         return LoadedModel(stored, reader.teacher, dataclasses.asdict(info) | {"provenance": {}}, self.name)
 
 

@@ -60,7 +60,7 @@ def run(settings: Settings, terminal: Terminal, dry_run: bool = False) -> dict[s
     if dry_run:
         return rehearse(settings, run, terminal)
     inputs = settings.inputs
-    teacher = locate(inputs.teacher, inputs).open(settings.code)
+    teacher = locate(inputs.teacher, inputs).open(settings.code).network()
     dataset = inputs.dataset or teacher.dataset
     if dataset is None:
         raise ConfigError(f"{inputs.teacher}: the teacher's record names no dataset", "give --dataset NAME or DIR")

@@ -86,7 +86,7 @@ def run(settings: Settings, terminal: Terminal, dry_run: bool = False) -> dict[s
         return rehearse(settings, run, terminal)
     location = locate(settings.inputs.teacher, settings.inputs)
     with sealed("synthesize is data-free", real_data(location)), kept():
-        teacher = location.open(settings.code)
+        teacher = location.open(settings.code).network()
         check_needs(settings.method.entry, teacher.classifier, settings.inputs)
         extras, parents = open_inputs(settings, teacher)
         check_kept()

@@ -108,15 +108,15 @@ def connect(
     """The chosen objectives by name, with their weights, ready for these networks.
 
     Raises:
-        ConfigError: One looks into a black box.
+        ConfigError: One looks into a teacher of which only answers are seen.
     """
     objectives = {}
     for component in chosen:
         name = component.entry.name
         objective = component.entry.load()(component.config)
-        if isinstance(teacher, BlackBox) and objective.kind != "response":
+        if teacher.opaque and objective.kind != "response":
             raise ConfigError(
-                f"--objective {name} looks into the teacher, and this one is a black box",
+                f"--objective {name} looks into the teacher, of which only answers are seen",
                 "choose one between answers, such as response",
             )
         with torch.random.fork_rng(devices=[]):
@@ -166,8 +166,8 @@ def train(work: Work, run: RunDirectory, terminal: Terminal, begin: Callable[[],
                 raise ConfigError(what, "use shards that store them")
     if "teacher" in regime.needs and task.teacher is None:
         raise ConfigError(f"--method {regime.name} needs a teacher", "use it with dfkd distill")
-    if "network" in regime.needs and isinstance(task.teacher, BlackBox):
-        raise ConfigError(f"--method {regime.name} needs gradients, and a black box has none", "give --answers network")
+    if "network" in regime.needs and task.teacher is not None and task.teacher.opaque:
+        raise ConfigError(f"--method {regime.name} needs gradients, and answers have none", "give a network as teacher")
     if "answers" in regime.needs and not isinstance(task.teacher, BlackBox):
         raise ConfigError(f"--method {regime.name} asks a black box", "give --answers probabilities, topN or label")
     if run.claim():

@@ -370,6 +370,9 @@ def test_stored_answers_are_of_their_images_alone(here, cli):
     assert (code, "no answer to this image is stored" in err) == (4, True), err
     code, _, err = cli("distill", *FAR, "--teacher", "shards", "--answers", "label")
     assert (code, "seen as they are stored" in err) == (2, True), err
+    for command in (made[:-1], ("collect-metadata", "--dataset", "digits", "--out")):
+        code, _, err = cli(*command, "other", "--teacher", "shards")
+        assert (code, "only answers are seen" in err) == (2, True), err
 
 
 def test_a_rehearsal_asks_about_few_images(here, cli):
