@@ -208,6 +208,8 @@ def test_eight_bits_are_exported_checked_and_evaluated(cli, place, tmp_path, qui
     assert str(out) in said
     code, said, _ = cli("info", out)
     assert (code, "onnx:w8a8" in said) == (0, True)
+    code, _, err = cli("synthesize", "--method", "zskd", "--num-images", 2, "--teacher", out, "--out", tmp_path / "s")
+    assert (code, "only answers are seen of it" in err) == (2, True)
     (out / "model.onnx").write_bytes((out / "model.onnx").read_bytes()[:-1])
     code, _, err = cli("evaluate", out, "--device", "cpu")
     assert (code, "model.onnx is damaged" in err) == (3, True)
