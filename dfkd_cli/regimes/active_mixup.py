@@ -53,7 +53,7 @@ class Config:
     )
     least: float = option(0.3, "least share of a pair's first image in their mixture", low=0, high=1)
     most: float = option(0.7, "its largest share", low=0, high=1)
-    shares: int = option(11, "shares that are tried, evenly spaced", low=1)
+    shares: int = option(11, "shares that are tried, evenly spaced", low=1, rehearsal=2)
 
 
 class ActiveMixup(Offline):

@@ -43,11 +43,11 @@ def rows_through_layers() -> Iterator[list[int]]:
 
 
 def longer(config: type, more: int, keep: tuple[str, ...]) -> dict[str, int]:
-    """All whole numbers of a configuration, by so much larger than they are by default."""
+    """All whole numbers of a configuration that are no limits, by so much larger than they are by default."""
     numbers = {
         field.name: 100 if field.default is None else field.default
         for field in dataclasses.fields(config)
-        if strip_none(hints(config)[field.name])[0] is int and field.name not in (*FOREIGN, *keep)
+        if strip_none(hints(config)[field.name])[0] is int and field.name not in (*FOREIGN, "queries", *keep)
     }
     return {name: value + more for name, value in numbers.items()}
 
@@ -80,6 +80,7 @@ def test_a_rehearsal_is_as_long_for_a_long_run_as_for_a_short_one(
         more += ["--teacher", make_teacher("resnet8")]
     if command.name == "distill":
         more += ["--transfer-set", "real:20" if "labels" in entry.needs else "noise:20", "--student", "resnet8"]
+        more += ["--answers", "label"] * ("answers" in entry.needs)
     if command.name == "synthesize":
         more += ["--student", "resnet8"] * ("student" in entry.needs)
         more += ["--metadata", make_metadata("resnet8")] * ("metadata" in entry.needs)
