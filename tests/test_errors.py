@@ -79,7 +79,6 @@ def one_line(result: tuple[int, str, str], code: int, *words: str) -> None:
         (["distill", "--student", "lenet5-haf"], ["lenet5-half"]),
         (["distill", "--transfer-set", "noise"], ["noise:1000"]),
         (["distill", "--transfer-set", "noise:many"], ["many"]),
-        (["distill", "--method", "supervised"], ["labels", "real"]),
         (["train-teacher", "--dataset", "mnits"], ["'mnist'"]),
         (["train-teacher", "--model", "lenet"], ["lenet5"]),
         (["train-teacher", "--device", "cuda", "--out", "x"], ["cuda"]),
