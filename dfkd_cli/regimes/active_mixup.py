@@ -89,8 +89,12 @@ class ActiveMixup(Offline):
         return len(self.source) + self.sizes[-1] - self.sizes[0]
 
     def span(self, step: int) -> tuple[int, int]:
-        which = bisect_right(self.starts, step) - 1
+        which = self.which(step)
         return self.starts[which], self.starts[which + 1]
+
+    def which(self, step: int) -> int:
+        """The number of the training that a step is of."""
+        return bisect_right(self.starts, step) - 1
 
     def passed(self, step: int) -> float:
         return (step - self.span(step)[0]) / self.batches.steps_per_epoch
@@ -106,7 +110,7 @@ class ActiveMixup(Offline):
     def draw(self, start: int, stop: int) -> Iterator[Images]:
         """The batches of steps, each from the set as it is when its time comes."""
         for step in range(start, stop):
-            which = bisect_right(self.starts, step) - 1
+            which = self.which(step)
             first = self.starts[which]
             if which != self.current:
                 while len(self.mixed.added) < which:

@@ -34,7 +34,7 @@ from dfkd_cli.models.quantized import computed_in_float, find_ranges, quantisers
 from dfkd_cli.options import ForeignModel
 from dfkd_cli.settings import Settings
 from dfkd_cli.stages.inputs import TransferSet, may_be_real, open_transfer_set, real_data
-from dfkd_cli.stages.measures import cost
+from dfkd_cli.stages.measures import cost, share
 from dfkd_cli.stages.onnx_graph import OPSET, to_onnx
 from dfkd_cli.stages.quantization import calibration, shown
 from dfkd_cli.stages.training import rehearse
@@ -204,15 +204,15 @@ def _checked(made: dict[str, bytes], simulated: Classifier, plain: Classifier, p
         "logit_error": float((exact - rounded).abs().mean() / rounded.abs().max()),
     }
     if metrics["agreement_with_simulation"] < SIMULATED:
-        share = metrics["agreement_with_simulation"]
+        agreed = metrics["agreement_with_simulation"]
         raise RunFailed(
-            f"{simulated.info.spec}: integers agree with their simulation on {share:.2%}: nothing is written"
+            f"{simulated.info.spec}: integers agree with their simulation on {agreed:.2%}: nothing is written"
         )
     return metrics
 
 
 def _agreement(logits: Tensor, others: Tensor) -> float:
-    return float((logits.argmax(1) == others.argmax(1)).double().mean())
+    return share(logits.argmax(1) == others.argmax(1))
 
 
 def _latencies(made: dict[str, bytes], image: Tensor) -> dict[str, float]:
