@@ -39,6 +39,7 @@ class LoadedModel:
         record: ``model.json``, or what would stand there of a foreign model.
         path: Where it was read from, as it was named.
         unknown: Whether nobody knows what is inside, and so which images were made from it.
+        size: Bytes of the file of its weights; None where there is none.
     """
 
     classifier: Classifier
@@ -46,6 +47,7 @@ class LoadedModel:
     record: dict[str, Any]
     path: str
     unknown: bool = False
+    size: int | None = None
 
     @property
     def provenance(self) -> dict[str, Any]:
@@ -124,7 +126,7 @@ class ModelDirectory:
     def open(self, code: Code) -> LoadedModel:
         """Read and check it, as :func:`~dfkd_cli.models.directory.load_model` does."""
         classifier, record = load_model(Path(self.name), code=code)
-        return LoadedModel(classifier, identity(record), record, self.name)
+        return LoadedModel(classifier, identity(record), record, self.name, size=_size(self.name, record))
 
 
 @dataclass(frozen=True)
@@ -141,7 +143,11 @@ class ExportDirectory:
     def open(self, code: Code) -> LoadedModel:
         """Read and check it, as :func:`~dfkd_cli.models.exported.load_export` does. No code is run."""
         classifier, record = load_export(Path(self.name))
-        return LoadedModel(classifier, identity(record), record, self.name)
+        return LoadedModel(classifier, identity(record), record, self.name, size=_size(self.name, record))
+
+
+def _size(directory: str, record: dict[str, Any]) -> int:
+    return Path(directory, record["weights"]["file"]).stat().st_size
 
 
 @dataclass(frozen=True)
@@ -168,7 +174,8 @@ class ForeignWeights:
         load_weights(net, self.weights, self.key)
         facts = dataclasses.asdict(self.info)
         sha256 = digest([sha256_file(self.weights), facts, *([self.key] if self.key else [])])
-        return LoadedModel(Classifier(net, self.info), sha256, facts | {"provenance": {}}, self.name)
+        size = self.weights.stat().st_size
+        return LoadedModel(Classifier(net, self.info), sha256, facts | {"provenance": {}}, self.name, size=size)
 
 
 @dataclass(frozen=True)

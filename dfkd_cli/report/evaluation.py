@@ -21,6 +21,7 @@ TABLES: dict[tuple[str, ...], list[Column]] = {  # by the kinds of results
         ("AGREEMENT", "agreement", "{:.2%}".format),
         ("SHARPNESS", "sharpness", "{:.4g}".format),
         ("PARAMS", "parameters", "{:,}".format),
+        ("BYTES", "bytes", "{:,}".format),
         ("MACS", "macs", "{:,}".format),
         ("LATENCY", "latency_ms", "{:.2f} ms".format),
         ("USES", "uses", " ".join),

@@ -24,7 +24,8 @@ from dfkd_cli.artifacts.files import write_text
 from dfkd_cli.artifacts.records import read_json
 from dfkd_cli.report.table import LEFT, cells, escape, markdown, markdown_table
 
-_LEFT_OUT = ("AGREEMENT %", "SYNTHESIS s", "DISTILLATION s", "PARAMS", "SEEDS")  # report.html has room for them
+# report.html has room for them
+_LEFT_OUT = ("AGREEMENT %", "SYNTHESIS s", "DISTILLATION s", "PARAMS", "BYTES", "LATENCY ms", "SEEDS")
 _BLOCK = re.compile(
     r"(<!-- (\S+\.json|rows|synthesizers|objectives|regimes)\b(.*?)-->\n).*?(<!-- end of \w+ -->)", re.DOTALL
 )

@@ -70,6 +70,8 @@ def _row(
         "num_images": first.provenance.get("num_images"),
         "queries": first.run.get("metrics", {}).get("queries"),
         "parameters": first.parameters,
+        "bytes": runs[0]["measures"].get("bytes"),
+        "latency_ms": spread(run["measures"].get("latency_ms") for run in runs),
         "seeds": [run["seed"] for run in runs],
         "top1": spread(run["measures"]["top1"] for run in runs),
         "published": first.published,

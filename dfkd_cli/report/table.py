@@ -14,7 +14,7 @@ from dfkd_cli.report.results import curves
 LEFT = ("ROW", "STUDENT", "SEEDS", "DATA")  # columns of words
 # Left out of a narrow terminal, in this order.
 _EXPENDABLE = (
-    "PARAMS", "BEST TEST %", "SELECTED %", "IMAGES", "QUERIES", "SEEDS",
+    "PARAMS", "BYTES", "LATENCY ms", "BEST TEST %", "SELECTED %", "IMAGES", "QUERIES", "SEEDS",
     "STUDENT", "AGREEMENT %", "DISTILLATION s", "SYNTHESIS s", "TOTAL s",
 )  # fmt: skip
 _SEEDS_SHOWN = 5
@@ -43,6 +43,8 @@ def cells(row: Mapping[str, Any]) -> dict[str, str]:
         "DISTILLATION s": seconds(training),
         "TOTAL s": seconds(total),
         "PARAMS": _count(row["parameters"]),
+        "BYTES": _count(row.get("bytes")),  # older results have neither
+        "LATENCY ms": _number(row.get("latency_ms"), 2),
         "SEEDS": " ".join(seeds) if len(seeds) <= _SEEDS_SHOWN else f"{len(seeds)} seeds",
         "DATA": data(row),
     }

@@ -105,9 +105,7 @@ def run(settings: Settings, terminal: Terminal, dry_run: bool = False) -> dict[s
         with directory.guard():
             failed = [] if grid is None else run_grid(grid, terminal, directory.save, settings.run.devices)
             if grid is not None:
-                lost = {(f["teacher"], f["row"], f["seed"]) for f in failed}
-                done = [run for run in grid.runs if (run.teacher, run.row, run.seed) not in lost]
-                models = [*_models(done, settings.code), *models]
+                models = [*_models(_finished(grid), settings.code), *models]
             sections = arrange(models, settings.inputs.dataset, settings.code)
             results = _results(models, shards, sections, failed, directory, terminal)
             write_text(out / TABLE, table.markdown(results))
@@ -174,10 +172,14 @@ def _so_far(path: Path, code: Code, terminal: Terminal) -> list[Model]:
     if settings.sections["grid"] is None:
         raise ArtifactError(f"{path}: a comparison without a grid", "give the directories that it compares")
     grid = plan(settings, path)
-    finished = [run for run in grid.runs if read_run(run.out).get("status") == "done"]
+    finished = _finished(grid)
     terminal.say(f"{path}: {len(finished)} of {len(grid.runs)} steps are finished")
     teachers = [replace(_teacher(name, settings), group=group) for group, name in grid.existing.items()]
     return [*teachers, *_models(finished, code)]
+
+
+def _finished(grid: Grid) -> list[PlannedRun]:
+    return [run for run in grid.runs if read_run(run.out).get("status") == "done"]
 
 
 def _teacher(name: str, settings: Settings) -> Model:
@@ -191,9 +193,10 @@ def _models(runs: Sequence[PlannedRun], code: Code) -> list[Model]:
     for run in runs:
         for model in () if run.model is None else read_models(run.model, code):
             part = f"/{model.part}" if model.part else ""
-            row = (run.row or ("teacher" if part else "")) + part
-            place: dict[str, Any] = {"row": row or None, "series": run.series and run.series + part}
-            published = None if part else run.published
+            row = run.label + part if run.row or part else None
+            series = run.series and "/".join(filter(None, (run.series, run.part))) + part
+            place: dict[str, Any] = {"row": row, "series": series}
+            published = None if part or run.part else run.published
             models.append(replace(model, **place, group=run.teacher, published=published))
     return models
 

@@ -12,7 +12,7 @@ import copy
 import dataclasses
 import json
 import time
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
 from statistics import median
 from typing import Any
@@ -91,7 +91,7 @@ def run(settings: Settings, terminal: Terminal, dry_run: bool = False) -> dict[s
             directory.say_complete(terminal)
         else:
             with directory.guard(), kept():
-                _make(directory, model, calibration(images.source, inputs.images), parents, terminal)
+                _make(directory, model, images, parents)
     metrics = directory.record["metrics"]
     for line in _shown(metrics):
         terminal.answer(f"{directory.path}: {line}")
@@ -111,11 +111,11 @@ def opened(settings: Settings) -> Iterator[tuple[LoadedModel, TransferSet]]:
         yield model, open_transfer_set(inputs.calibrate, model, inputs.data_dir, settings.run.seed)
 
 
-def _make(
-    directory: RunDirectory, model: LoadedModel, images: Source, parents: list[dict[str, Any]], terminal: Terminal
-) -> None:
+def _make(directory: RunDirectory, model: LoadedModel, given: TransferSet, parents: list[dict[str, Any]]) -> None:
     """Export, check, write."""
-    inputs, simulated = directory.settings.inputs, _simulation(model.classifier, images, directory.settings.inputs.bits)
+    inputs = directory.settings.inputs
+    images = calibration(given.source, inputs.images)
+    simulated = _simulation(model.classifier, images, inputs.bits)
     info, plain = simulated.info, _in_float(simulated)
     pixels = torch.cat(list(shown(images)))
     facts = {"classes": info.classes and list(info.classes), "spec": info.spec, "model_sha256": model.sha256}
@@ -144,11 +144,22 @@ def _make(
         "metrics": metrics,
         **{key: counted[key] for key in ("parameters", "macs")},
         "use": _use(rounds),
-        "provenance": {"teacher": model.sha256, **model.provenance, "line": list(model.ancestry)},
+        "provenance": _provenance(model, directory.record if info.spec != model.classifier.info.spec else {}),
     }
     write_json(directory.path / RECORD, record)
     directory.record["device"] = "cpu"
     directory.finish([directory.path / FILE, directory.path / RECORD], metrics)
+
+
+def _provenance(model: LoadedModel, calibrated: Mapping[str, Any]) -> dict[str, Any]:
+    """Where an export comes from: its model's origins, a teacher's being itself, and what ``calibrated`` says.
+
+    The latter are the facts of this run where ranges are found in it, on its images.
+    """
+    of = model.provenance
+    free = of.get("data_free", "teacher" not in of) and calibrated.get("data_free", True)
+    uses = sorted({*of.get("uses", ()), *calibrated.get("uses", ())})
+    return {"teacher": model.sha256, **of, "data_free": free, "uses": uses, "line": list(model.ancestry)}
 
 
 def _simulation(classifier: Classifier, images: Source, bits: int | None) -> Classifier:

@@ -171,14 +171,17 @@ class Examiner:
         return self._examinations[key]
 
     def measure(self, model: LoadedModel, teacher: LoadedModel | None, dataset: str) -> dict[str, Any]:
-        """The measures of a model, its ``agreement`` with the teacher, None without one, and what it costs."""
+        """The measures of a model, its ``agreement`` with the teacher, None without one, and what it costs.
+
+        Beside what :func:`cost` says ``bytes``, those of the file of its weights.
+        """
         examination, info = self.examine(model, dataset), model.classifier.info
         agreement = None if teacher is None else examination.agreement(self.examine(teacher, dataset))
         architecture = info.spec, info.num_classes, info.input_size
         if architecture not in self._costs:
             self._costs[architecture] = cost(model.classifier, self.device)
         model.classifier.cpu()  # many models are measured, one after the other
-        return {**examination.measures, "agreement": agreement, **self._costs[architecture]}
+        return {**examination.measures, "agreement": agreement, "bytes": model.size, **self._costs[architecture]}
 
 
 def check_gate(models: Iterable[tuple[str, float]], least: float | None, answer: Mapping[str, Any]) -> None:

@@ -150,7 +150,7 @@ def test_shards_and_models_mix(here, cli):
     assert student["agreement"] == (top1_of(here / "student")[1] == top1_of(here / "resnet")[1]).mean()
     code, out, _ = cli("evaluate", "shards", "student/", "--teacher", "resnet")
     assert code == 0
-    assert " ".join(out.splitlines()[0].split()) == "MODEL TOP-1 TOP-5 NLL ECE AGREEMENT PARAMS MACS LATENCY"
+    assert " ".join(out.splitlines()[0].split()) == "MODEL TOP-1 TOP-5 NLL ECE AGREEMENT PARAMS BYTES MACS LATENCY"
     heads = "SET IMAGES CONFIDENCE BALANCE TARGET MATCH DIVERSITY BN DISTANCE BN DIVERGENCE"
     assert " ".join(out.splitlines()[2].split()) == heads
     assert f"{student['top1']:.2%}" in out.splitlines()[1]

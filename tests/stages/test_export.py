@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import ast
 import json
+import shutil
 import subprocess
 import sys
 from pathlib import Path
@@ -229,6 +230,40 @@ def test_a_trained_copy_is_exported_with_its_own_bits(cli, place, tmp_path):
     numbers, _ = integers(copy.net.conv)
     factor = copy.net.bn.weight.detach().sign().view(-1, 1, 1, 1).numpy().astype(np.int8)
     assert np.array_equal(constants["net.conv.weight.integers"], 18 * numbers * factor) and np.abs(numbers).max() == 7
+
+
+GRID = """
+grid:
+  teacher: small
+  export: {images: 16, calibrate: 'noise:32'}
+  rows:
+    float: {export: {model: teacher}}
+    low: {distill: {student: 'w4a4:', transfer_set: ['real:20'], steps: 0}, export: {}}
+"""
+
+
+def test_what_a_grid_exports_is_a_row_of_its_own(cli, place, tmp_path, monkeypatch, quick_latency):
+    shutil.copytree(place, tmp_path, dirs_exist_ok=True)
+    monkeypatch.chdir(tmp_path)
+    Path("grid.yaml").write_text(GRID)
+    code, _, err = cli("compare", "--recipe", "grid.yaml", "--allow-code", "--out", "c", "--device", "cpu")
+    assert code == 0, err
+    (section,) = json.loads(Path("c/results.json").read_text())["sections"]
+    rows = {row["label"]: row for row in section["rows"]}
+    runs = Path("c/runs")
+    places = {"teacher": Path("small"), "float": runs / "float/seed0/export"}
+    places |= {"low": runs / "low/seed0/student", "low/export": runs / "low/seed0/export"}
+    assert {label: Path(row["runs"][0]["path"]) for label, row in rows.items()} == places
+    for label, path in places.items():
+        file = json.loads((path / ("export.json" if "export" in path.name else "model.json")).read_text())
+        assert rows[label]["bytes"] == (path / file["weights"]["file"]).stat().st_size
+        assert rows[label]["latency_ms"]["mean"] > 0
+    # What needed real images: the ranges of the copy, which its export has too; the teacher's own float has none.
+    assert {label: row["data_free"] for label, row in rows.items() if label != "teacher"} == {
+        "float": True, "low": False, "low/export": False,
+    }  # fmt: skip
+    assert (rows["low"]["model"], rows["low/export"]["model"]) == ("w4a4:nets.py:small", "onnx:w4a4:nets.py:small")
+    assert "BYTES" in Path("c/table.md").read_text()
 
 
 def test_three_lines_run_where_there_is_no_torch(cli, place, tmp_path):

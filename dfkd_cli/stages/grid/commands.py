@@ -30,6 +30,12 @@ class PlannedRun:
     series: str | None = None  # the curve that the row is a point of
     taught_by: str = ""  # the row whose student is the teacher, or empty
     published: float | None = None  # what a paper reports as top-1 of the model, a share
+    part: str = ""  # what it makes of the row's model, in a row of the table of its own: ROW/PART
+
+    @property
+    def label(self) -> str:
+        """The name of its model's row in the table, of a teacher and its metadata ``teacher``."""
+        return "/".join(filter(None, (self.row or "teacher", self.part)))
 
     @property
     def out(self) -> Path:
@@ -44,7 +50,7 @@ class PlannedRun:
 
     def describe(self) -> str:
         """One line for the user."""
-        name = qualified(self.teacher, self.row or "teacher")
+        name = qualified(self.teacher, self.label)
         return f"{name}, seed {self.seed}: {self.settings.command} -> {self.out}"
 
 

@@ -8,6 +8,7 @@
                                             where a row's method uses metadata, for every teacher
       synthesize: {num_images: 4000}        what every row's synthesize has in common
       student: {recipe: digits}             what every row's distill has in common
+      export: {images: 1000}                what every row's export has in common; its images are the row's
       rows:
         zskd: {synthesize: {method: zskd}}                                    shards, then a student from them
         zskd-at: {shards: zskd, distill: {objective: [response, at]}}         another student from the same shards
@@ -19,9 +20,13 @@
         second: {taught_by: zskd, shards: zskd}                               a student of the student of another row,
                                                                               measured against the grid's teacher all
                                                                               the same; its seconds are its own alone
+        small: {shards: zskd, distill: {student: 'w8a8:'}, export: {}}        the student, and in a row of its own the
+                                                                              ONNX model that is made of it
+        float: {export: {model: teacher, calibrate: 'noise:500'}}             the ONNX model of the teacher itself
 
 A student in the loop has the architecture that the row would distill, unless ``synthesize`` names another. A command
-that leaves several models makes several rows of the table: ``kdcl``, ``kdcl/peer-1``; ``takd/assistants/resnet14``.
+that leaves several models makes several rows of the table: ``kdcl``, ``kdcl/peer-1``; ``takd/assistants/resnet14``. So
+does an export: ``small``, ``small/export``.
 
 A mapping of settings may name a ``recipe`` of its command. What the grid itself says wins over every recipe, and a row
 over what all have in common.
@@ -57,15 +62,15 @@ from __future__ import annotations
 import dataclasses
 import re
 from collections.abc import Mapping
-from typing import Any
+from typing import Any, Literal
 
 from dfkd_cli import config
 from dfkd_cli.errors import ConfigError, did_you_mean
 from dfkd_cli.settings import Layer, Settings, recipe_layer
 
-_COMMON = ("metadata", "synthesize", "student")  # what rows have in common: all of them, or those of one teacher
+_COMMON = ("metadata", "synthesize", "student", "export")  # what rows have in common: all, or those of one teacher
 _KEYS = ("seeds", "teacher", "teachers", *_COMMON, "rows")
-_ROW_KEYS = ("teachers", "synthesize", "cotrained", "shards", "taught_by", "distill", "sizes", "seeds")
+_ROW_KEYS = ("teachers", "synthesize", "cotrained", "shards", "taught_by", "distill", "sizes", "export", "seeds")
 _OWN = ("teacher", "metadata", "out", "overwrite", "seed")  # what the grid itself decides for every command
 _NAME = re.compile(r"[A-Za-z0-9][A-Za-z0-9._-]*")
 _Section = tuple[str, Any]  # where settings stand in the recipe, for messages, and what stands there
@@ -84,6 +89,8 @@ class GridRow:
     distill: list[Layer]  # the settings of its student
     transfer_set: list[str]  # what the row itself lets its student learn from, beside shards
     sizes: list[int]  # the numbers of images of a curve's points, ascending; empty for no curve
+    exports: str  # the model that is exported: student; or teacher, and there is no student; empty for none
+    export: list[Layer]  # the settings of that
 
 
 @dataclasses.dataclass(frozen=True)
@@ -252,13 +259,23 @@ def _row(name: str, row: Mapping[str, Any], common: Mapping[str, list[_Section]]
         if cotrained and key in row:
             hint = f"another row with `shards: {name}` distills from its shards"
             raise ConfigError(f"{where}: has both cotrained and {key}", hint)
-    if shards is None and not any("transfer_set" in layer.values for layer in distill):
+    said = mapping(row.get("export"), f"{where}.export")
+    exports = config.convert(said.get("model", "student"), Literal["student", "teacher"], f"{where}.export.model")
+    exports = exports if "export" in row else ""
+    for key in ("distill", "sizes", "taught_by", "cotrained"):
+        if exports == "teacher" and key in row:
+            raise ConfigError(f"{where}: has both export.model teacher and {key}", "it makes no student")
+    export = _layers("export", *common["export"], (f"{where}.export", row.get("export")))
+    given = exports == "teacher" or shards is not None or any("transfer_set" in layer.values for layer in distill)
+    if not given:
         raise ConfigError(f"{where}: nothing to distill from", "give synthesize, shards, or distill.transfer_set")
     sets, taught_by = distill[-1].values.get("transfer_set", []), str(row.get("taught_by", ""))
     sets = sets if isinstance(sets, list) else [sets]
     sizes = sorted(set(config.convert(row["sizes"], tuple[int, ...], f"{where}.sizes"))) if "sizes" in row else []
     chosen = tuple(seed for seed in seeds if seed in chosen)
-    return GridRow(name, chosen, shards, synthesize, cotrained, taught_by, distill, sets, sizes)
+    return GridRow(
+        name, chosen, shards, synthesize, cotrained, taught_by, distill, sets, sizes, exports, export if exports else []
+    )
 
 
 def _check_sources(row: GridRow, rows: Mapping[str, GridRow], teacher: str) -> None:
@@ -274,6 +291,7 @@ def _check_sources(row: GridRow, rows: Mapping[str, GridRow], teacher: str) -> N
     if row.taught_by and row.taught_by not in rows:
         raise ConfigError(f"{where}.taught_by: no row {row.taught_by!r}", did_you_mean(row.taught_by, rows))
     for seed in row.seeds if row.taught_by else ():
-        if rows[row.taught_by].sizes or seed not in rows[row.taught_by].seeds:
+        other = rows[row.taught_by]
+        if other.sizes or other.exports == "teacher" or seed not in other.seeds:
             message = f"{where}.taught_by: row {row.taught_by!r} has no student of seed {seed}"
             raise ConfigError(message, "choose a row with one per seed")

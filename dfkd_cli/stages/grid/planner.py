@@ -33,11 +33,12 @@ def plan(settings: Settings, out: Path) -> Grid:
         return choose_rows(list(_published(mapping(settings.sections["about"], "about"), runs)), settings.inputs.rows)
 
     identity = []
+    exported = [("model", teacher.paths["teacher"]) for teacher in teachers if "teacher" in teacher.paths]
     for run in runs_under(Path()):
         more = {key: getattr(run, key) for key in ("row", "taught_by", "published") if getattr(run, key)}
         values = run.settings.plain(volatile=False) | more
-        values.pop("teacher", None)  # a path: the teacher's hash counts
-        identity.append(values)
+        # A teacher's path does not count, its hash does.
+        identity.append({k: v for k, v in values.items() if k != "teacher" and (k, v) not in exported})
     runs = runs_under(out / "runs")
     used = {run.teacher for run in runs}
     existing = {t.name: t.paths["teacher"] for t in teachers if t.name in used and "teacher" in t.paths}
@@ -93,15 +94,31 @@ class _Planner:
 
     def _row(self, row: GridRow, seed: int) -> Iterator[PlannedRun]:
         """The commands of a row."""
-        reads, images = {"teacher": self._shared("teacher", seed)}, None
+        reads = {"teacher": self._shared("teacher", seed)}
         if row.synthesize:
-            run = self._synthesis(row, seed, reads)
-            self.syntheses[row.name, seed] = run
-            if row.cotrained:
-                self.students[row.name, seed] = run
-            yield run
-        if row.cotrained:
+            self.syntheses[row.name, seed] = self._synthesis(row, seed, reads)
+            yield self.syntheses[row.name, seed]
+        if row.exports == "teacher":
+            sets = () if row.shards is None else (str(self.syntheses[row.shards, seed].out),)
+            out = self.root / row.name / f"seed{seed}" / "export"
+            command = self._export(row, seed, out, reads["teacher"], sets)
+            yield PlannedRun(row.name, seed, *command, self.teacher.name, out)
             return
+        for run in [self.syntheses[row.name, seed]] if row.cotrained else self._distillations(row, seed, reads):
+            self.students[run.row, seed] = run
+            if not row.cotrained:
+                yield run
+            if row.exports:
+                sets = (str(run.out),) if row.cotrained else run.settings.inputs.transfer_set
+                out = self.root / run.row / f"seed{seed}" / "export"
+                settings, waits = self._export(row, seed, out, _Source(str(run.model), run.out), sets)
+                yield dataclasses.replace(
+                    run, settings=settings, waits_for=waits, model=out, part="export", published=None
+                )
+
+    def _distillations(self, row: GridRow, seed: int, reads: dict[str, _Source]) -> Iterator[PlannedRun]:
+        """The commands that make a row's student, or those of its curve."""
+        images = None
         if row.taught_by:
             run = self.students[row.taught_by, seed]
             reads["teacher"] = _Source(str(run.model), run.out)
@@ -119,9 +136,18 @@ class _Planner:
                 where, hint = qualified(self.teacher.name, row.name), "synthesize more num_images"
                 raise ConfigError(f"row {where}: a student from {wanted} images, of {images}", hint)
             series = row.name if row.sizes else None
-            run = PlannedRun(point, seed, *command, self.teacher.name, out, series, row.taught_by)
-            self.students[point, seed] = run
-            yield run
+            yield PlannedRun(point, seed, *command, self.teacher.name, out, series, row.taught_by)
+
+    def _export(
+        self, row: GridRow, seed: int, out: Path, model: _Source, sets: Sequence[str]
+    ) -> tuple[Settings, frozenset[Path]]:
+        """A row's export of a model, by default on the images that the model learned from; what it waits for."""
+        if len(sets) != 1 and not any("calibrate" in layer.values for layer in row.export):
+            raise ConfigError(f"grid.rows.{row.name}.export: on which images?", "give export.calibrate")
+        images = [Layer("", {"calibrate": sets[0]})] if len(sets) == 1 else []
+        made = frozenset(run.out for run in self.syntheses.values() if str(run.out) in sets)
+        settings, waits = self._command("export", [*images, *row.export], {"model": model}, out=out, seed=seed)
+        return settings, waits | made
 
     def _synthesis(self, row: GridRow, seed: int, reads: Mapping[str, _Source]) -> PlannedRun:
         """A row's synthesize, with what its method needs."""
@@ -148,7 +174,7 @@ class _Planner:
     ) -> tuple[Settings, frozenset[Path]]:
         """What the recipe says of a command, with what it reads and more that the grid decides; what it waits for."""
         values |= {name: source.value for name, source in reads.items()}
-        foreign = values.get("teacher", "") == self.teacher.paths.get("teacher")
+        foreign = values.get("teacher", values.get("model", "")) == self.teacher.paths.get("teacher")
         flags = passed_flags(self.settings, command, foreign)
         kinds = config.hints(catalog.command(command).inputs)  # a path in a list of them may have commas
         values |= {

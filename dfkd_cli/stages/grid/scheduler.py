@@ -46,7 +46,7 @@ def run_grid(grid: Grid, terminal: Terminal, save: Callable[[], None], processes
                 if not run.row:
                     raise error
                 terminal.say(f"{run.describe()} failed: {error}")
-                facts = {"teacher": run.teacher, "row": run.row, "seed": run.seed, "command": run.settings.command}
+                facts = {"teacher": run.teacher, "row": run.label, "seed": run.seed, "command": run.settings.command}
                 reason = {"code": error.code, "message": error.message, "hint": error.hint}
                 failed[run.teacher, run.row, run.seed] = facts | reason
             save()

@@ -54,6 +54,26 @@ def test_wrong_teachers_are_refused_before_anything_runs(tmp_path, monkeypatch, 
     assert not (tmp_path / "comparison").exists()
 
 
+@pytest.mark.parametrize(
+    "row, words",
+    [
+        ("{export: {model: both}}", "grid.rows.bad.export.model"),
+        ("{export: {model: teacher}}", "grid.rows.bad.export: on which images? -- give export.calibrate"),
+        ("{export: {model: teacher}, sizes: [2]}", "has both export.model teacher and sizes"),
+        ("{export: {}}", "grid.rows.bad: nothing to distill from"),
+        ("{distill: {transfer_set: ['noise:4', 'noise:8']}, export: {}}", "on which images?"),
+        ("{distill: {transfer_set: ['noise:4']}, export: {out: here}}", "grid.rows.bad.export.out: the grid itself"),
+        ("{distill: {transfer_set: ['noise:4']}, taught_by: float}", "row 'float' has no student of seed 0"),
+    ],
+)
+def test_wrong_exports_are_refused_before_anything_runs(tmp_path, monkeypatch, cli, row, words):
+    monkeypatch.chdir(tmp_path)
+    rows = f"{{float: {{export: {{model: teacher, calibrate: 'noise:4'}}}}, bad: {row}}}"
+    (tmp_path / "grid.yaml").write_text(f"grid: {{rows: {rows}}}")
+    code, _, err = cli("compare", "--recipe", "grid.yaml")
+    assert (code, words in err) == (2, True), err
+
+
 def test_a_teacher_that_is_not_used_is_refused(here, cli):
     grid = {"teachers": {"a": "teacher", "b": "teacher"}}
     grid["rows"] = {"noise": {"teachers": ["a"], "distill": {"transfer_set": ["noise:4"]}}}

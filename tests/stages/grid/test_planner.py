@@ -68,8 +68,9 @@ def test_each_run_waits_for_those_whose_results_it_reads(tmp_path, there):
         "teacher": {"path": "lenet5"} if there else {"per_seed": True},
         "rows": {
             "again": {"taught_by": "loop", "shards": "lopes", "sizes": [4, 8], "distill": {"transfer_set": "noise:4"}},
-            "lopes": {"synthesize": {"method": "lopes"}},
-            "loop": {"synthesize": {"method": "dfad"}, "cotrained": True},
+            "lopes": {"synthesize": {"method": "lopes"}, "export": None},
+            "loop": {"synthesize": {"method": "dfad"}, "cotrained": True, "export": {"bits": 8}},
+            "own": {"export": {"model": "teacher"}, "synthesize": {"method": "noise"}},
             "real": {"taught_by": "lopes", "distill": {"transfer_set": ["real"]}},
         },
     }
@@ -82,10 +83,18 @@ def test_each_run_waits_for_those_whose_results_it_reads(tmp_path, there):
         reads |= {f"lopes/{seed}/shards": teacher | metadata, f"loop/{seed}/shards": teacher}
         reads[f"lopes/{seed}/student"] = teacher | {f"lopes/{seed}/shards"}
         reads[f"real/{seed}/student"] = {f"lopes/{seed}/student"}
+        shards = {f"own/{seed}/shards"}
+        reads |= {f"own/{seed}/shards": teacher, f"own/{seed}/export": teacher | shards}
+        reads[f"loop/{seed}/export"] = {f"loop/{seed}/shards"}
+        reads[f"lopes/{seed}/export"] = {f"lopes/{seed}/student", f"lopes/{seed}/shards"}
         reads |= {f"again@{n}/{seed}/student": {f"loop/{seed}/shards", f"lopes/{seed}/shards"} for n in (4, 8)}
     root = Path("out", "runs")
     assert {run.out: run.waits_for for run in runs} == {
         root / name: {root / place for place in places} for name, places in reads.items()
+    }
+    sets = {run.label: run.settings.inputs.calibrate for run in runs if run.settings.command == "export"}
+    assert sets == {
+        name: str(root / name.partition("/")[0] / "seed4/shards") for name in ("own", "loop/export", "lopes/export")
     }
 
 
