@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 from pathlib import Path
 from typing import Any, Literal, NotRequired
 
@@ -64,6 +65,7 @@ class OnnxNetwork(nn.Module):
         return self.sessions[threads]
 
     def _opened(self, threads: int) -> Any:
+        os.environ.setdefault("ORT_DISABLE_TELEMETRY", "1")  # it reports home what it runs, from version 1.32 on
         try:
             import onnxruntime
         except ImportError:

@@ -12,7 +12,7 @@ import copy
 import dataclasses
 import json
 import time
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterable, Iterator, Mapping
 from dataclasses import dataclass
 from statistics import median
 from typing import Any
@@ -49,8 +49,9 @@ class Inputs(ForeignModel):
     bits: int | None = option(
         None, "32, or 8: integers, calibrated on the images (default: as the model has)", low=8, high=32
     )
-    calibrate: str = option("shards", "transfer set for ranges and checks, as of distill --transfer-set")
-    images: int = option(500, "images of it that are looked at, evenly spaced", low=2, rehearsal=2)
+    calibrate: str = option("shards", "transfer set for the ranges, as of distill --transfer-set")
+    check: str | None = option(None, "transfer set that the checks are made on (default: that of --calibrate)")
+    images: int = option(500, "images of each that are looked at, evenly spaced", low=2, rehearsal=2)
     min_agreement: float | None = option(
         None, "gate: exit 5 when agreement with the float model is below (0 to 1)", low=0, high=1
     )
@@ -59,7 +60,12 @@ class Inputs(ForeignModel):
 
 def data_free(inputs: Inputs) -> bool:
     """Unless the images may be real, no dataset may be opened."""
-    return not may_be_real(inputs.calibrate)
+    return not any(map(may_be_real, _sets(inputs)))
+
+
+def _sets(inputs: Inputs) -> list[str]:
+    """What the images are taken from: for the ranges, for the checks."""
+    return [inputs.calibrate, inputs.check or inputs.calibrate]
 
 
 COMMAND = Command(
@@ -82,16 +88,16 @@ def run(settings: Settings, terminal: Terminal, dry_run: bool = False) -> dict[s
         raise ConfigError(
             f"--bits {inputs.bits}: either 32 or 8", "other widths are trained: distill --student w4a4:DIR"
         )
-    with opened(settings) as (model, images):
-        free = data_free(inputs)
-        parents = [model.parent("model"), images.parent]
-        facts = {"data_free": free, "uses": sorted({*model.provenance.get("uses", ()), *images.uses})}
-        directory = RunDirectory(settings.out, settings, parents, facts, kept_by() if free else None)
+    with opened(settings) as (model, images, checked):
+        parents = [model.parent("model"), images.parent, *([] if checked is images else [checked.parent])]
+        free = not (may_be_real(inputs.calibrate) or images.real)
+        facts = {"data_free": free, "uses": _united(model.provenance, images.uses)}
+        directory = RunDirectory(settings.out, settings, parents, facts, kept_by() if data_free(inputs) else None)
         if directory.claim():
             directory.say_complete(terminal)
         else:
             with directory.guard(), kept():
-                _make(directory, model, images, parents)
+                _make(directory, model, images, checked, parents)
     metrics = directory.record["metrics"]
     for line in _shown(metrics):
         terminal.answer(f"{directory.path}: {line}")
@@ -99,8 +105,11 @@ def run(settings: Settings, terminal: Terminal, dry_run: bool = False) -> dict[s
 
 
 @contextlib.contextmanager
-def opened(settings: Settings) -> Iterator[tuple[LoadedModel, TransferSet]]:
-    """Open the inputs; unless the images may be real, no dataset can be opened inside the ``with`` block."""
+def opened(settings: Settings) -> Iterator[tuple[LoadedModel, TransferSet, TransferSet]]:
+    """Open the model, and the images for the ranges and for the checks.
+
+    Unless images may be real, no dataset can be opened inside the ``with`` block.
+    """
     inputs = settings.inputs
     location = locate(inputs.model, inputs)
     with contextlib.ExitStack() as seals:
@@ -108,16 +117,23 @@ def opened(settings: Settings) -> Iterator[tuple[LoadedModel, TransferSet]]:
             seals.enter_context(sealed("the transfer set is data-free", real_data(location, inputs.data_dir)))
             seals.enter_context(kept())
         model = location.open(settings.code)
-        yield model, open_transfer_set(inputs.calibrate, model, inputs.data_dir, settings.run.seed)
+        sets = {name: open_transfer_set(name, model, inputs.data_dir, settings.run.seed) for name in _sets(inputs)}
+        first, second = map(sets.__getitem__, _sets(inputs))
+        yield model, first, second
 
 
-def _make(directory: RunDirectory, model: LoadedModel, given: TransferSet, parents: list[dict[str, Any]]) -> None:
+def _make(
+    directory: RunDirectory,
+    model: LoadedModel,
+    images: TransferSet,
+    checked: TransferSet,
+    parents: list[dict[str, Any]],
+) -> None:
     """Export, check, write."""
     inputs = directory.settings.inputs
-    images = calibration(given.source, inputs.images)
-    simulated = _simulation(model.classifier, images, inputs.bits)
+    simulated = _simulation(model.classifier, calibration(images.source, inputs.images), inputs.bits)
     info, plain = simulated.info, _in_float(simulated)
-    pixels = torch.cat(list(shown(images)))
+    pixels = torch.cat(list(shown(calibration(checked.source, inputs.images))))
     facts = {"classes": info.classes and list(info.classes), "spec": info.spec, "model_sha256": model.sha256}
     made = {"float": to_onnx(plain, facts)}
     rounds = bool(quantisers(simulated.net))
@@ -158,8 +174,12 @@ def _provenance(model: LoadedModel, calibrated: Mapping[str, Any]) -> dict[str, 
     """
     of = model.provenance
     free = of.get("data_free", "teacher" not in of) and calibrated.get("data_free", True)
-    uses = sorted({*of.get("uses", ()), *calibrated.get("uses", ())})
+    uses = _united(of, calibrated.get("uses", ()))
     return {"teacher": model.sha256, **of, "data_free": free, "uses": uses, "line": list(model.ancestry)}
+
+
+def _united(provenance: Mapping[str, Any], uses: Iterable[str]) -> list[str]:
+    return sorted({*provenance.get("uses", ()), *uses})
 
 
 def _simulation(classifier: Classifier, images: Source, bits: int | None) -> Classifier:

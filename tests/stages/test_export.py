@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import ast
 import json
+import os
 import shutil
 import subprocess
 import sys
@@ -223,8 +224,12 @@ def test_a_trained_copy_is_exported_with_its_own_bits(cli, place, tmp_path):
     assert code == 0, err
     code, _, err = export(cli, student, out, "--bits", 32)
     assert (code, "has few bits already" in err) == (2, True)
-    code, _, err = export(cli, student, out)
+    code, _, err = export(cli, student, out, "--check", "real:20")
     assert code == 0, err
+    record, run = (json.loads((out / name).read_text()) for name in ("export.json", "run.json"))
+    assert [parent.get("spec") for parent in run["parents"]] == [None, "noise:64", "real:20 digits"]
+    assert run["metrics"]["images"] == 20  # which are looked at, and change nothing
+    assert (run["data_free"], record["provenance"]["data_free"]) == (True, True)
     copy, _ = load_model(student, allow_code=True)
     constants = initialisers(onnx.load(out / "model.onnx"))
     numbers, _ = integers(copy.net.conv)
@@ -285,6 +290,18 @@ def test_three_lines_run_where_there_is_no_torch(cli, place, tmp_path):
         expected = classifier.eval()(torch.full((3, 1, 16, 16), 0.5))
     assert done.stdout.startswith("(3, 10)")
     assert float(done.stdout.split()[-1]) == pytest.approx(float(expected[0, 0]), rel=1e-4)
+
+
+def test_nothing_is_reported_home(exported, tmp_path):
+    """onnxruntime keeps what it will send in the user's cache."""
+    (tmp_path / "model.onnx").write_bytes(exported[1])
+    (tmp_path / "home").mkdir()
+    script = "from dfkd_cli.models.exported import OnnxNetwork; OnnxNetwork(open('model.onnx', 'rb').read(), 'model')"
+    clean = {key: value for key, value in os.environ.items() if key not in ("ORT_DISABLE_TELEMETRY", "XDG_CACHE_HOME")}
+    subprocess.run(
+        [sys.executable, "-c", script], cwd=tmp_path, env=clean | {"HOME": str(tmp_path / "home")}, check=True
+    )
+    assert not list(tmp_path.glob("home/**/*onnxruntime*"))
 
 
 def test_what_fails_leaves_no_model(cli, place, tmp_path, monkeypatch):
