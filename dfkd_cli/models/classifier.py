@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import contextlib
+import dataclasses
 import math
 from collections.abc import Iterator
 from dataclasses import dataclass
@@ -56,6 +57,11 @@ class ModelInfo:
             raise ConfigError(f"mean {self.mean}, std {self.std}: every std must be above 0 and every value finite")
         if self.classes is not None and len(self.classes) != self.num_classes:
             raise ConfigError(f"{len(self.classes)} class names for {self.num_classes} classes")
+
+    def of_pixels(self, spec: str | None = None) -> ModelInfo:
+        """The same of a network, perhaps another one, that takes pixels as they are."""
+        channels = self.input_size[0]
+        return dataclasses.replace(self, spec=spec or self.spec, mean=(0.0,) * channels, std=(1.0,) * channels)
 
 
 class Classifier(nn.Module):

@@ -45,10 +45,8 @@ class Committee(nn.Module):
 
 def committee(members: Sequence[Classifier], combine: Literal["probabilities", "logits"]) -> Classifier:
     """The members as one classifier, which is described like the first one."""
-    first, channels = members[0].info, members[0].info.input_size[0]
     spec = " + ".join(member.info.spec for member in members)
-    info = ModelInfo(spec, first.num_classes, first.input_size, (0.0,) * channels, (1.0,) * channels, first.classes)
-    return Classifier(Committee(members, combine), info)
+    return Classifier(Committee(members, combine), members[0].info.of_pixels(spec))
 
 
 def _order(first: ModelInfo, other: ModelInfo) -> Tensor:

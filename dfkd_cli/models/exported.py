@@ -86,8 +86,7 @@ class Exported(Classifier):
     opaque = True
 
     def __init__(self, net: OnnxNetwork, info: ModelInfo, parameters: int, macs: int) -> None:
-        super().__init__(net, info)
-        self._normalised = True  # in the graph
+        super().__init__(net, info.of_pixels())  # the graph normalises them
         self.recorded = {"parameters": parameters, "macs": macs}
 
     @property

@@ -194,9 +194,8 @@ class UserFunction:
             ArtifactError: The SPEC is code that may not run.
         """
         code.check(self.name)
-        function, channels = load_code(self.name), self.info.input_size[0]
-        pixels = dataclasses.replace(self.info, mean=(0.0,) * channels, std=(1.0,) * channels)
-        asked = Classifier(Function(function, self.name, self.info.num_classes), pixels)
+        function = Function(load_code(self.name), self.name, self.info.num_classes)
+        asked = Classifier(function, self.info.of_pixels())
         file, facts = code_file(self.name), dataclasses.asdict(self.info)
         sha256 = digest([facts, None if file is None else sha256_file(file)])
         return LoadedModel(asked, sha256, facts | {"provenance": {}}, self.name, unknown=True)
