@@ -123,6 +123,11 @@ class ModelDirectory:
         """The dataset it was trained on, as far as its record says."""
         return read_record(Path(self.name)).get("provenance", {}).get("dataset")
 
+    @property
+    def sha256(self) -> str:
+        """Stands for its weights and how they are used."""
+        return identity(read_record(Path(self.name)))
+
     def open(self, code: Code) -> LoadedModel:
         """Read and check it, as :func:`~dfkd_cli.models.directory.load_model` does."""
         classifier, record = load_model(Path(self.name), code=code)
@@ -160,6 +165,17 @@ class ForeignWeights:
     key: str | None = None
     dataset: ClassVar[None] = None  # nobody says
 
+    @property
+    def sha256(self) -> str:
+        """Stands for its weights and how they are used.
+
+        Raises:
+            ArtifactError: The file is missing.
+        """
+        if not self.weights.is_file():
+            raise ArtifactError(f"no weights file {self.weights}", "check --weights")
+        return digest([sha256_file(self.weights), dataclasses.asdict(self.info), *([self.key] if self.key else [])])
+
     def open(self, code: Code) -> LoadedModel:
         """Build it and load the weights.
 
@@ -169,13 +185,10 @@ class ForeignWeights:
         """
         with torch.random.fork_rng(devices=[]):
             net = build(self.info.spec, self.info.num_classes, self.info.input_size, code.may_run(self.name))
-        if not self.weights.is_file():
-            raise ArtifactError(f"no weights file {self.weights}", "check --weights")
+        sha256, size = self.sha256, self.weights.stat().st_size
         load_weights(net, self.weights, self.key)
-        facts = dataclasses.asdict(self.info)
-        sha256 = digest([sha256_file(self.weights), facts, *([self.key] if self.key else [])])
-        size = self.weights.stat().st_size
-        return LoadedModel(Classifier(net, self.info), sha256, facts | {"provenance": {}}, self.name, size=size)
+        record = dataclasses.asdict(self.info) | {"provenance": {}}
+        return LoadedModel(Classifier(net, self.info), sha256, record, self.name, size=size)
 
 
 @dataclass(frozen=True)
@@ -298,35 +311,44 @@ class Architecture:
     Attributes:
         spec: What builds it.
         directory: The model directory whose record says so; None where the SPEC itself does.
-        copied: Whether the new model begins with that one's weights.
+        copied: The model whose weights the new one begins with; None where it begins with random ones.
     """
 
     spec: str
     directory: str | None = None
-    copied: bool = False
+    copied: ModelDirectory | ForeignWeights | None = None
 
     @property
     def parents(self) -> list[dict[str, Any]]:
         """What it is read from, as a run's parents: a directory counts by what its record says, a file by its code."""
-        if self.directory is not None and self.copied:
-            sha256 = identity(read_record(Path(self.directory)))
-            return [{"role": "weights", "path": self.directory, "sha256": sha256}]
+        if self.copied is not None:
+            return [{"role": "weights", "path": self.copied.name, "sha256": self.copied.sha256}]
         if self.directory is not None:
             return [{"role": "architecture", "path": self.directory, "sha256": digest(self.spec)}]
         file = code_file(self.spec)
         return [] if file is None else [{"role": "architecture", "path": str(file), "sha256": sha256_file(file)}]
 
 
-def architecture(name: str, code: Code = Code()) -> Architecture:  # noqa: B008  # immutable
+def architecture(name: str, code: Code = Code(), teacher: Location | None = None) -> Architecture:  # noqa: B008
     """The architecture that a SPEC names: that of a model directory, or any that can be built.
 
-    A copy with few bits begins with the directory's weights; of a copy of that kind, the bits are other ones.
+    A copy with few bits begins with the weights of the directory or, where none is named, of the teacher; of a copy of
+    that kind, the bits are other ones.
 
     Raises:
         ArtifactError: A directory without a model.
+        ConfigError: A copy of the teacher, which is not one network.
     """
     bits, rest = few_bits(name)
+    if bits and not rest:
+        if not isinstance(teacher, ModelDirectory | ForeignWeights):
+            raise ConfigError(f"{name} is a copy of the teacher, which has to be one network", f"{name}DIR")
+        if isinstance(teacher, ForeignWeights):
+            return Architecture(bits + teacher.name, copied=teacher)
+        rest = teacher.name
     if family(rest) is None and Path(rest).is_dir():
         spec = code.locate(read_record(Path(rest))["spec"], Path(rest))
-        return Architecture(bits + few_bits(spec)[1] if bits else spec, rest, bool(bits))
+        if bits:
+            return Architecture(bits + few_bits(spec)[1], copied=ModelDirectory(rest))
+        return Architecture(spec, rest)
     return Architecture(name)

@@ -24,7 +24,7 @@ from dfkd_cli.data.sources import Classified, Concat, Source, first
 from dfkd_cli.errors import ConfigError
 from dfkd_cli.models.black_box import BlackBox
 from dfkd_cli.models.classifier import Classifier, undisturbed
-from dfkd_cli.models.names import LoadedModel, architecture, locate, together
+from dfkd_cli.models.names import LoadedModel, locate, together
 from dfkd_cli.objectives.base import Objective
 from dfkd_cli.options import Assisted, SeenTeacher, Training
 from dfkd_cli.regimes.base import Task
@@ -33,7 +33,7 @@ from dfkd_cli.stages.calibrate import calibrate, check
 from dfkd_cli.stages.chain import follow
 from dfkd_cli.stages.inputs import TransferSet, may_be_real, open_transfer_set, real_data
 from dfkd_cli.stages.measures import agreement
-from dfkd_cli.stages.training import Work, connect, fresh, rehearse, specs, students, train
+from dfkd_cli.stages.training import Work, architectures, connect, fresh, rehearse, students, train
 from dfkd_cli.ui import Terminal
 
 
@@ -197,7 +197,7 @@ def learn(settings: Settings, job: Job, terminal: Terminal) -> dict[str, Any]:
     parents = [
         *(model.parent("teacher") for model in ([teacher] if teacher is not job.first else job.members)),
         *(s.parent for s in job.sets),
-        *(p for spec in specs(settings, settings.inputs.student) for p in architecture(spec, settings.code).parents),
+        *(parent for named in architectures(settings, settings.inputs.student) for parent in named.parents),
     ]
     facts = {"data_free": job.data_free, "uses": job.uses, "num_images": len(task.source)}
     directory = RunDirectory(settings.out, settings, parents, facts, kept_by() if job.sealed else None)

@@ -5,7 +5,6 @@ from __future__ import annotations
 import dataclasses
 import logging
 from collections.abc import Iterator
-from pathlib import Path
 
 import numpy as np
 import torch
@@ -14,11 +13,10 @@ from torch import Tensor, nn
 from dfkd_cli.data.sources import Source, Subset, batches
 from dfkd_cli.errors import ArtifactError, ConfigError
 from dfkd_cli.models.classifier import Classifier, ModelInfo
-from dfkd_cli.models.directory import load_model
+from dfkd_cli.models.names import LoadedModel
 from dfkd_cli.models.quantized import computed_in_float, find_ranges, quantisers
 from dfkd_cli.models.statistics import Moments, layer_divergence, recorded_moments, running_moments
 from dfkd_cli.regimes.base import Task
-from dfkd_cli.trust import Code
 from dfkd_cli.ui import Terminal
 
 LOG = logging.getLogger(__name__)
@@ -28,24 +26,22 @@ IMAGES, AT_ONCE = 500, 50  # that ranges are taken from, and of one forward pass
 FAR = 0.1
 
 
-def copy_weights(net: nn.Module, directory: str, info: ModelInfo, code: Code) -> Classifier:
-    """A classifier of a network that has the weights of a model directory, and takes pixels as that does.
+def copy_weights(net: nn.Module, copied: LoadedModel, info: ModelInfo) -> Classifier:
+    """A classifier of a network that has the weights of a model, and takes pixels as that does.
 
     Args:
         net: A network like that one, with quantisers of which the ranges are to be found.
-        directory: The model to copy.
+        copied: The model to copy.
         info: What the copy is to be.
-        code: Which code may run.
 
     Raises:
-        ArtifactError: The model takes other images, or knows other classes, or is damaged.
+        ArtifactError: The model takes other images, or knows other classes.
     """
-    copied, _ = load_model(Path(directory), code=code)
-    own = copied.info
+    own = copied.classifier.info
     for what in ("input_size", "num_classes", "classes"):
         if (wanted := getattr(info, what)) != (found := getattr(own, what)):
-            raise ArtifactError(f"{directory}: its {what.replace('_', ' ')} is {found}, the teacher's {wanted}")
-    net.load_state_dict(copied.net.state_dict(), strict=False)
+            raise ArtifactError(f"{copied.path}: its {what.replace('_', ' ')} is {found}, the teacher's {wanted}")
+    net.load_state_dict(copied.classifier.net.state_dict(), strict=False)
     if names := computed_in_float(net, own.input_size):
         LOG.warning("%s: computed in float: %s", info.spec, ", ".join(name or "the network itself" for name in names))
     return Classifier(net, dataclasses.replace(own, spec=info.spec))

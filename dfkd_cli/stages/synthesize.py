@@ -34,7 +34,7 @@ from dfkd_cli.rounds.trainer import fit
 from dfkd_cli.settings import Settings
 from dfkd_cli.stages.inputs import real_data
 from dfkd_cli.stages.snapshots import Snapshots
-from dfkd_cli.stages.training import fresh, manifest_head, of_teacher, rehearse
+from dfkd_cli.stages.training import fresh, manifest_head, rehearse, taught_by
 from dfkd_cli.synthesizers.base import SynthesisTask
 from dfkd_cli.ui import Terminal
 
@@ -118,10 +118,10 @@ def open_inputs(settings: Settings, teacher: LoadedModel) -> tuple[dict[str, Any
     extras: dict[str, Any] = {}
     parents = []
     if inputs.student is not None:
-        spec = of_teacher(inputs.student, settings)
-        info = dataclasses.replace(teacher.classifier.info, spec=spec)
-        extras["student"] = fresh(info, "student", how.seed, settings.code)
-        parents += architecture(spec, settings.code).parents
+        info = dataclasses.replace(teacher.classifier.info, spec=inputs.student)
+        location = taught_by(settings)
+        extras["student"] = fresh(info, "student", how.seed, settings.code, location)
+        parents += architecture(inputs.student, settings.code, location).parents
     if inputs.metadata is not None:
         extras["metadata"], sha256 = read_metadata(Path(inputs.metadata), teacher.sha256)
         parents.append({"role": "metadata", "path": inputs.metadata, "sha256": sha256})

@@ -14,13 +14,12 @@ from dfkd_cli.config import option
 from dfkd_cli.data import datasets
 from dfkd_cli.data.sources import RealSource
 from dfkd_cli.models.classifier import Classifier, ModelInfo
-from dfkd_cli.models.names import architecture
 from dfkd_cli.options import Training
 from dfkd_cli.regimes.base import Task
 from dfkd_cli.settings import Settings
 from dfkd_cli.stages.calibrate import check
 from dfkd_cli.stages.measures import top1
-from dfkd_cli.stages.training import Work, connect, rehearse, specs, students, train
+from dfkd_cli.stages.training import Work, architectures, connect, rehearse, students, train
 from dfkd_cli.ui import Terminal
 
 
@@ -69,8 +68,8 @@ def run(settings: Settings, terminal: Terminal, dry_run: bool = False) -> dict[s
     test = datasets.load(inputs.dataset, "test", data_dir=inputs.data_dir, image_shape=dataset.image_shape)
     mean, std = dataset.mean_std()
     info = ModelInfo(inputs.model, len(dataset.classes), dataset.image_shape, mean, std, dataset.classes)
-    models = [architecture(spec, settings.code) for spec in specs(settings, inputs.model)]
-    parents = [*(parent for model in models for parent in model.parents), *datasets.contents(inputs.dataset)]
+    named = architectures(settings, inputs.model)
+    parents = [*(parent for model in named for parent in model.parents), *datasets.contents(inputs.dataset)]
     directory = RunDirectory(settings.out, settings, parents, {"data_free": False})
     network, peers = students(settings, info, "teacher")
     objectives = connect(settings.components["objective"], network, network, settings.run.seed)

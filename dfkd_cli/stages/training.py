@@ -15,7 +15,6 @@ from dfkd_cli.artifacts.files import write_atomic
 from dfkd_cli.artifacts.integrity import intact, read_run
 from dfkd_cli.artifacts.run import RunDirectory, check_free
 from dfkd_cli.artifacts.shards import MANIFEST, ShardWriter
-from dfkd_cli.catalog import few_bits
 from dfkd_cli.config import dump_yaml, plain, shortened
 from dfkd_cli.data.seal import check_kept, kept
 from dfkd_cli.data.sources import ANSWERS, Images
@@ -24,7 +23,7 @@ from dfkd_cli.models.adapter import require_training
 from dfkd_cli.models.black_box import BlackBox
 from dfkd_cli.models.classifier import Classifier, ModelInfo
 from dfkd_cli.models.directory import save_model
-from dfkd_cli.models.names import architecture
+from dfkd_cli.models.names import Architecture, Location, architecture, locate
 from dfkd_cli.models.registry import build
 from dfkd_cli.objectives.base import Objective
 from dfkd_cli.options import Several
@@ -43,7 +42,13 @@ QUERIES = "queries"  # where answers of a black box are kept
 WRITTEN = ("model.safetensors", "model.json", "metrics.csv")
 
 
-def fresh(info: ModelInfo, role: str, seed: int, code: Code = Code()) -> Classifier:  # noqa: B008  # immutable
+def fresh(
+    info: ModelInfo,
+    role: str,
+    seed: int,
+    code: Code = Code(),  # noqa: B008  # immutable
+    teacher: Location | None = None,
+) -> Classifier:
     """A new classifier; its weights depend on its role and the seed only, or are those of the model that it is to copy.
 
     Args:
@@ -51,41 +56,36 @@ def fresh(info: ModelInfo, role: str, seed: int, code: Code = Code()) -> Classif
         role: What it is for.
         seed: The run's seed.
         code: Which code may run.
+        teacher: Where the teacher is, of which it may be a copy.
 
     Raises:
         ArtifactError: The model to copy takes other images, or knows other classes.
     """
-    named = architecture(info.spec, code)
+    named = architecture(info.spec, code, teacher)
     with torch.random.fork_rng(devices=[]):
         torch.manual_seed(derive(role, seed))
         net = build(named.spec, info.num_classes, info.input_size, code.may_run(named.spec))
         require_training(net, info.spec, info.num_classes, info.input_size, batch=2)
-    if named.copied and named.directory is not None:
-        return copy_weights(net, named.directory, dataclasses.replace(info, spec=named.spec), code)
-    return Classifier(net, dataclasses.replace(info, spec=named.spec))
+    info = dataclasses.replace(info, spec=named.spec)
+    return Classifier(net, info) if named.copied is None else copy_weights(net, named.copied.open(code), info)
 
 
 def specs(settings: Settings, named: str) -> tuple[str, ...]:
     """The networks to train: the one that the command names, or where several learn together those of the method."""
     config = settings.method.config
-    several = (config.students or (named,) * 2) if isinstance(config, Several) else (named,)
-    return tuple(of_teacher(spec, settings) for spec in several)
+    return (config.students or (named,) * 2) if isinstance(config, Several) else (named,)
 
 
-def of_teacher(spec: str, settings: Settings) -> str:
-    """A SPEC in which ``w4a8:`` alone is a copy of the command's teacher.
+def architectures(settings: Settings, named: str) -> list[Architecture]:
+    """What these are, where the command names this one."""
+    return [architecture(spec, settings.code, taught_by(settings)) for spec in specs(settings, named)]
 
-    Raises:
-        ConfigError: The teacher is not one model directory.
-    """
-    bits, rest = few_bits(spec)
-    if not bits or rest:
-        return spec
+
+def taught_by(settings: Settings) -> Location | None:
+    """Where the command's teacher is; None where it has none, or several."""
     teacher: str | tuple[str, ...] = getattr(settings.inputs, "teacher", ())
     named = [teacher] if isinstance(teacher, str) else list(teacher)
-    if len(named) != 1 or not Path(named[0]).is_dir():
-        raise ConfigError(f"{spec} is a copy of the teacher, which has to be one model directory", f"{spec}DIR")
-    return bits + named[0]
+    return locate(named[0], settings.inputs) if len(named) == 1 else None
 
 
 def students(settings: Settings, info: ModelInfo, role: str) -> tuple[Classifier, list[Classifier]]:
@@ -98,7 +98,10 @@ def students(settings: Settings, info: ModelInfo, role: str) -> tuple[Classifier
     """
     infos = [dataclasses.replace(info, spec=spec) for spec in specs(settings, info.spec)]
     roles = [role, *(f"{role} {index}" for index in range(1, len(infos)))]
-    first, *peers = (fresh(*which, settings.run.seed, settings.code) for which in zip(infos, roles, strict=True))
+    teacher = taught_by(settings)
+    first, *peers = (
+        fresh(*which, settings.run.seed, settings.code, teacher) for which in zip(infos, roles, strict=True)
+    )
     return first, peers
 
 

@@ -117,7 +117,24 @@ def test_bits_alone_are_a_copy_of_the_teacher(cli, teacher, tmp_path):
     several = distill(teacher, "w4a8:", tmp_path / "t", "--steps", 0)
     several.insert(several.index("--teacher") + 2, str(teacher))
     code, _, err = cli(*several)
-    assert (code, "a copy of the teacher, which has to be one model directory" in err) == (2, True), err
+    assert (code, "a copy of the teacher, which has to be one network" in err) == (2, True), err
+
+
+def test_a_foreign_teacher_can_be_copied(cli, teacher, tmp_path):
+    (tmp_path / "net.py").write_text(
+        "from dfkd_cli.models.lenet import build\ndef net(): return build('lenet5', 10, (1, 32, 32))"
+    )
+    weights = teacher / "model.safetensors"
+    foreign = ["--weights", weights, "--input-size", 1, 32, 32, "--num-classes", 10, "--mean", 0.3, "--std", 0.4]
+    spec = f"{tmp_path}/net.py:net"
+    code, _, err = cli(*distill(spec, "w4a8:", tmp_path / "s", "--steps", 0, *foreign))
+    assert code == 0, err
+    copy, record = load_model(tmp_path / "s", allow_code=True)
+    own = load_model(teacher)[0].net.state_dict()
+    assert all(torch.equal(value, own[name]) for name, value in copy.net.state_dict().items() if name in own)
+    assert (record["spec"], record["mean"]) == (f"w4a8:{spec}", [0.3])
+    taught, *_, copied = json.loads((tmp_path / "s" / "run.json").read_text())["parents"]
+    assert (copied["role"], copied["sha256"]) == ("weights", taught["sha256"])
 
 
 def test_a_copy_in_the_loop_has_ranges_that_follow(cli, residual, tmp_path):
