@@ -3,7 +3,8 @@
 ``python -m dfkd_cli.report.readme PAGE ...`` writes all of them anew, each up to the next ``<!-- end of results -->``
 or ``<!-- end of methods -->``. Paths are relative to the page:
 
-    <!-- results/zskd-mnist.json -->            a kept results.json, whole
+    <!-- results/zskd-mnist.json -->            a kept results.json, whole but for some columns
+    <!-- results/q.json with BYTES, PARAMS -->   which of these stay
     <!-- rows WHEN, ROW, TOP-1 %                these columns of some rows of several
     results/zskd-mnist.json few-200 zskd        ROW, of several teachers TEACHER/ROW
     results/synthesizers-mnist.json lenet5/lopes: there is metadata        which stands under WHEN
@@ -48,7 +49,8 @@ def fill(text: str, root: Path) -> str:
     def table(block: re.Match[str]) -> str:
         start, what, more, end = block.groups()
         if what.endswith(".json"):
-            lines = markdown(read_json(root / what, dict[str, Any]), _LEFT_OUT).splitlines()
+            left_out = {*_LEFT_OUT} - {*more.removeprefix(" with ").strip().split(", ")}
+            lines = markdown(read_json(root / what, dict[str, Any]), left_out).splitlines()
         elif what == "rows":
             columns, *rows = more.strip().splitlines()
             lines = _rows(columns.split(", "), rows, root)

@@ -30,7 +30,7 @@ def test_tables_are_made_from_what_is_kept(page):
 def test_every_kept_result_has_one_table():
     text = (ROOT / "results" / "README.md").read_text(encoding="utf-8")
     kept = sorted(path.name for path in (ROOT / "results").glob("*.json"))
-    assert sorted(re.findall(r"^<!-- (\S+\.json) -->$", text, re.MULTILINE)) == kept
+    assert sorted(re.findall(r"^<!-- (\S+\.json)(?: with .*)? -->$", text, re.MULTILINE)) == kept
 
 
 @pytest.mark.parametrize("package", ["synthesizers", "objectives", "regimes"])
@@ -65,6 +65,16 @@ def test_rows_of_several_results_stand_in_one_table(tmp_path):
     for wrong in (page.replace("teacher zskd", "zksd"), page.replace("lenet5/dafl", "dafl"), page.replace("ROW", "RW")):
         with pytest.raises(KeyError):
             fill(wrong, tmp_path)
+
+
+def test_columns_of_a_whole_table_can_be_kept(tmp_path):
+    (tmp_path / "a.json").write_bytes((ROOT / "results" / "zskd-mnist.json").read_bytes())
+    heads = []
+    for more in ("", " with PARAMS, SEEDS"):
+        text = fill(f"<!-- a.json{more} -->\n<!-- end of results -->\n", tmp_path)
+        assert text.startswith(f"<!-- a.json{more} -->\n")
+        heads.append({cell.strip() for cell in re.search(r"^\| ROW .*$", text, re.MULTILINE)[0].split("|")})
+    assert heads[1] - heads[0] == {"PARAMS", "SEEDS"}
 
 
 def sections(name: str) -> list[dict]:
