@@ -87,6 +87,21 @@ def test_zero_stays_zero_and_halves_go_to_the_even_one():
     assert round_values(torch.tensor([3.0]), torch.tensor([0.0, 0.0]), 8).item() == pytest.approx(0, abs=1e-9)
 
 
+@pytest.mark.parametrize("bits", [2, 4, 8])
+@pytest.mark.parametrize("limits", [(0.0, 6.0), (-1.3, 2.7), (-4.0, 0.0), (0.0, 0.0)])
+def test_what_is_trained_is_what_pytorch_exports_to_the_bit(bits, limits):
+    ends = torch.tensor(limits)
+    scale, zero = affine(ends, bits)
+    halves = (torch.arange(-600, 600) / 2 * scale).repeat(2)
+    values = torch.cat([torch.randn(5000) * 3, halves, torch.tensor([-0.0, 1e-30, 1e4, -1e4])]).requires_grad_(True)
+    factor = torch.randn(len(values))
+    own = round_values(values, ends, bits)
+    other = round_values(values, ends, bits, (scale, zero))
+    assert torch.equal(own, other)
+    gradients = [torch.autograd.grad((factor * made).sum(), values)[0] for made in (own, other)]
+    assert torch.equal(*gradients)
+
+
 def test_gradients_go_straight_through_within_the_range():
     values = torch.tensor([-3.0, -0.9, 0.0, 0.2, 1.9, 2.6], requires_grad=True)
     round_values(values, torch.tensor([-1.0, 2.0]), 4).sum().backward()
