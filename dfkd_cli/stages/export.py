@@ -75,7 +75,9 @@ COMMAND = Command(
     next="dfkd evaluate student/ export/",
 )
 NEAR = 1e-4  # the largest difference of a logit from the network's own, relative to the largest logit
-SIMULATED = 0.95  # the least share of images to which integers give the class that their simulation gives
+# Integers may be as far from their simulation as that is from the float model: a bias is a whole number too, which
+# moves some activations by one bit. Measured: 0.05 to 0.44 times as far for a ResNet-8, 0.28 for EfficientNet-Lite0.
+FAINT = 1e-3  # of the largest logit: as far at least, where rounding changes next to nothing
 WARM, TIMED = 5, 50  # runs of one image, before the clock runs and with it
 
 
@@ -232,12 +234,13 @@ def _checked(made: dict[str, bytes], simulated: Classifier, plain: Classifier, p
         "agreement": _agreement(exact, floats),
         "agreement_with_simulation": _agreement(exact, rounded),
         "agreement_inexact": _agreement(usual, floats),
-        "logit_error": float((exact - rounded).abs().mean() / rounded.abs().max()),
+        "logit_error": float((exact - rounded).abs().mean() / floats.abs().max()),
+        "rounding_error": float((rounded - floats).abs().mean() / floats.abs().max()),
     }
-    if metrics["agreement_with_simulation"] < SIMULATED:
-        agreed = metrics["agreement_with_simulation"]
+    if not metrics["logit_error"] <= max(metrics["rounding_error"], FAINT):
         raise RunFailed(
-            f"{simulated.info.spec}: integers agree with their simulation on {agreed:.2%}: nothing is written"
+            f"{simulated.info.spec}: integers differ from their simulation by {metrics['logit_error']:.2g} of the "
+            f"largest logit, that one from the float model by {metrics['rounding_error']:.2g}: nothing is written"
         )
     return metrics
 
