@@ -17,7 +17,8 @@ from dfkd_cli.processes import ignore_signals, stop_on_signals
 
 KILLED = "a process was killed", "out of memory? lower --devices; the same command continues"  # message, hint
 Inside = Callable[[], contextlib.AbstractContextManager[None]]
-_PRELOADED = [f"{__package__}.stages.{name}" for name in ("train_teacher", "collect_metadata", "synthesize", "distill")]
+_COMMANDS = "train_teacher", "collect_metadata", "synthesize", "distill", "export"  # those of grids
+_PRELOADED = [f"{__package__}.stages.{name}" for name in _COMMANDS]
 
 
 class Workers(contextlib.AbstractContextManager["Workers"]):
