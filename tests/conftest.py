@@ -12,6 +12,7 @@ from pathlib import Path
 import numpy as np
 import pytest
 import torch
+from forks import start_server
 from pipeline import run
 from stand_ins import statistics_of
 from torch.utils.benchmark import Timer
@@ -38,6 +39,13 @@ def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
     for item in items:
         if isinstance(item, pytest.Function) and COMMANDS & {*item.fixturenames, *item.function.__code__.co_names}:
             item.add_marker(pytest.mark.slow)
+
+
+@pytest.fixture(scope="session", autouse=True)
+def server(request) -> None:
+    """The server of ``forks.py`` imports what commands need while the first tests run."""
+    if any(item.get_closest_marker("slow") for item in request.session.items):
+        start_server()
 
 
 @pytest.fixture(autouse=True)
@@ -108,6 +116,21 @@ def cli(capsys) -> Iterator[Callable[..., tuple[int, str, str]]]:
         capsys.readouterr()
         code = main([str(arg) for arg in args])
         return code, *capsys.readouterr()
+
+    yield run
+    for number, handler in handlers.items():
+        signal.signal(number, handler)
+
+
+@pytest.fixture(scope="session")
+def session_cli():
+    """``session_cli(cwd, *args)``: the command line in this process, somewhere else; its exit code."""
+    handlers = {number: signal.getsignal(number) for number in (signal.SIGINT, signal.SIGTERM, signal.SIGHUP)}
+
+    def run(cwd: Path, *args: str) -> int:
+        with pytest.MonkeyPatch.context() as patch:
+            patch.chdir(cwd)
+            return main([*args, "-q"])
 
     yield run
     for number, handler in handlers.items():

@@ -6,12 +6,14 @@ Each is a process as any other: with its own files, signals and exit code. Only 
 
 from __future__ import annotations
 
+import fcntl
 import multiprocessing
 import os
 import pkgutil
 import subprocess
 import sys
 import tempfile
+from multiprocessing import forkserver
 from pathlib import Path
 
 import torch
@@ -21,7 +23,15 @@ from dfkd_cli import stages
 # CUDA cannot be used in a fork of a process that has looked for it, as what is imported beforehand does.
 CONTEXT = multiprocessing.get_context("spawn" if torch.cuda.is_available() else "forkserver")
 COMMANDS = [f"dfkd_cli.stages.{module.name}" for module in pkgutil.iter_modules(stages.__path__)]
-CONTEXT.set_forkserver_preload(["dfkd_cli.cli.app", *COMMANDS, "sklearn.datasets", "torch.utils.benchmark"])
+# And what the commands of nearly all tests import when they come to it.
+LATE = ["pydantic", "sklearn.datasets", "sklearn.model_selection", "torch.utils.benchmark", "torch.utils.serialization"]
+CONTEXT.set_forkserver_preload(["dfkd_cli.cli.app", *COMMANDS, *LATE])
+
+
+def start_server() -> None:
+    """Start what forks come from, before a grid in this process does so for itself, with less in it."""
+    if CONTEXT.get_start_method() == "forkserver":
+        forkserver.ensure_running()
 
 
 class Fork:
@@ -63,10 +73,12 @@ class Fork:
         self.process.kill()
 
     def communicate(self, timeout: float | None = None) -> tuple[str, str]:
-        """Wait for the end; what was written to stdout and to stderr."""
+        """Wait for the end, also of all that it has started; what was written to stdout and to stderr."""
         self.process.join(timeout)
         if self.process.exitcode is None:
             raise subprocess.TimeoutExpired(self.arguments, timeout or 0)
+        with self.outputs[1].open() as errors:
+            fcntl.flock(errors, fcntl.LOCK_EX)  # until nobody has it open any more
         out, err = (path.read_text() for path in self.outputs)
         for path in self.outputs:
             path.unlink()
@@ -86,6 +98,7 @@ def _run(
     os.environ.update(environment)
     for number, path in enumerate(outputs, start=1):
         os.dup2(os.open(path, os.O_WRONLY | os.O_APPEND), number)
+    fcntl.flock(2, fcntl.LOCK_EX)  # this process's and its children's, until all of them have closed it
     sys.argv = [str(Path(sys.executable).with_name("dfkd")), *arguments]  # what --devices starts again
     if signal_at is not None:
         _watch(*signal_at)

@@ -1,8 +1,7 @@
-"""What comparisons are tested with: finished directories, and the command line in another directory."""
+"""What comparisons are tested with: finished directories."""
 
 from __future__ import annotations
 
-import signal
 from pathlib import Path
 
 import pytest
@@ -28,23 +27,6 @@ def made(tmp_path_factory, session_cli) -> Path:
     for command in commands:
         assert session_cli(place, *command) == 0, command
     return place
-
-
-@pytest.fixture(scope="session")
-def session_cli():
-    """``session_cli(cwd, *args)``: the command line in this process, somewhere else; its exit code."""
-    from dfkd_cli.cli.app import main
-
-    handlers = {number: signal.getsignal(number) for number in (signal.SIGINT, signal.SIGTERM, signal.SIGHUP)}
-
-    def run(cwd: Path, *args: str) -> int:
-        with pytest.MonkeyPatch.context() as patch:
-            patch.chdir(cwd)
-            return main([*args, "-q"])
-
-    yield run
-    for number, handler in handlers.items():
-        signal.signal(number, handler)
 
 
 @pytest.fixture

@@ -3,16 +3,14 @@
 from __future__ import annotations
 
 import json
-import os
 import shutil
 import signal
-import subprocess
-import sys
 import time
 from pathlib import Path
 
 import numpy as np
 import pytest
+from pipeline import start
 from tiny_comparisons import GRID, TEACHERS, accuracy, check_self_contained, results_in, students
 
 from dfkd_cli.settings import recipe_layer, resolve
@@ -21,12 +19,25 @@ from dfkd_cli.stages.grid.planner import plan
 pytestmark = pytest.mark.usefixtures("quick_latency")
 
 
-def test_a_grid_killed_in_the_middle_ends_as_if_it_had_not_been(tmp_path, monkeypatch, cli):
+@pytest.fixture(scope="module")
+def uninterrupted(tmp_path_factory, session_cli) -> Path:
+    """A grid that nothing has stopped; no test may change it."""
+    place = tmp_path_factory.mktemp("uninterrupted")
+    (place / "grid.yaml").write_text(GRID)
+    assert session_cli(place, "compare", "--recipe", "grid.yaml", "--out", "whole") == 0
+    return place / "whole"
+
+
+@pytest.fixture
+def whole(uninterrupted, tmp_path, monkeypatch) -> dict[str, str]:
+    """The hashes of its models; it lies in the working directory, which has its recipe."""
     monkeypatch.chdir(tmp_path)
-    (tmp_path / "grid.yaml").write_text(GRID)
-    code, shown, err = cli("compare", "--recipe", "grid.yaml", "--out", "whole")
-    assert code == 0, err
-    whole = students(tmp_path / "whole")
+    Path("grid.yaml").write_text(GRID)
+    Path("whole").symlink_to(uninterrupted)
+    return students(uninterrupted)
+
+
+def test_a_grid_killed_in_the_middle_ends_as_if_it_had_not_been(whole, tmp_path, cli):
     assert len(whole) == 1 + 2 * 2 + 2
     assert len(set(whole.values())) == len(whole)
     (section,) = results_in(tmp_path / "whole")["sections"]
@@ -41,17 +52,14 @@ def test_a_grid_killed_in_the_middle_ends_as_if_it_had_not_been(tmp_path, monkey
     check_self_contained((tmp_path / "whole" / "report.html").read_text())
     assert rows["zskd"]["runs"][0]["shards"] == rows["zskd-hot"]["runs"][0]["shards"] != []
     assert rows["zskd-hot"]["settings"]["objective"]["response"]["temperature"] == 2
-    assert "zskd-hot" in shown
 
-    command = [sys.executable, "-m", "dfkd_cli", "compare", "--recipe", "grid.yaml", "--out", "killed"]
-    process = subprocess.Popen(
-        command, cwd=tmp_path, env={**os.environ, "OMP_NUM_THREADS": "1"}, stderr=subprocess.PIPE
-    )
+    command = ["compare", "--recipe", "grid.yaml", "--out", "killed"]
+    process = start(command, tmp_path)
     while not (tmp_path / "killed" / "runs" / "zskd" / "seed1" / "shards" / "run.json").exists():
         assert process.poll() is None
         time.sleep(0.01)
     process.kill()
-    process.communicate()  # until nobody has its stderr open any more
+    process.communicate()
     assert process.returncode == -signal.SIGKILL
     finished = students(tmp_path / "killed")
     assert 0 < len(finished) < len(whole)
@@ -70,8 +78,9 @@ def test_a_grid_killed_in_the_middle_ends_as_if_it_had_not_been(tmp_path, monkey
     assert [s["teacher"] for s in results_in(tmp_path / "both")["sections"]] == ["whole", "killed"]
     stamps = {name: (tmp_path / "killed" / "runs" / name).stat().st_mtime_ns for name in finished}
 
-    code, _, err = cli("compare", "--recipe", "grid.yaml", "--out", "killed")
+    code, shown, err = cli("compare", "--recipe", "grid.yaml", "--out", "killed")
     assert code == 0, err
+    assert "zskd-hot" in shown
     assert students(tmp_path / "killed") == whole
     assert stamps == {name: (tmp_path / "killed" / "runs" / name).stat().st_mtime_ns for name in finished}
     top1 = [[row["top1"] for row in results_in(tmp_path / name)["sections"][0]["rows"]] for name in ("whole", "killed")]
@@ -97,10 +106,7 @@ def test_a_grid_killed_in_the_middle_ends_as_if_it_had_not_been(tmp_path, monkey
     assert len(kept) == len(whole) + 1
 
 
-def test_chosen_rows_of_a_grid_are_run_alone_and_are_the_same_in_the_whole(tmp_path, monkeypatch, cli):
-    monkeypatch.chdir(tmp_path)
-    (tmp_path / "grid.yaml").write_text(GRID)
-    assert cli("compare", "--recipe", "grid.yaml", "--out", "whole")[0] == 0
+def test_chosen_rows_of_a_grid_are_run_alone_and_are_the_same_in_the_whole(whole, tmp_path, cli):
     command = ["compare", "--recipe", "grid.yaml", "--out", "parts"]
     code, _, err = cli(*command, "--rows", "growing")
     assert code == 0, err
@@ -116,33 +122,26 @@ def test_chosen_rows_of_a_grid_are_run_alone_and_are_the_same_in_the_whole(tmp_p
     assert (code, "already complete" in err) == (0, True), err
     code, _, err = cli(*command)
     assert code == 0, err
-    assert students(tmp_path / "parts") == students(tmp_path / "whole")
-    assert first.items() < students(tmp_path / "whole").items()
+    assert students(tmp_path / "parts") == whole
+    assert first.items() < whole.items()
 
 
-def test_two_commands_of_a_grid_at_a_time_make_what_one_makes(tmp_path, monkeypatch, cli):
+def test_two_commands_of_a_grid_at_a_time_make_what_one_makes(whole, tmp_path, cli):
     """Killed, continued and stopped, continued by one process: each time the others end too, and the same is made."""
-    monkeypatch.chdir(tmp_path)
     (tmp_path / "grid.yaml").write_text(GRID.replace("    growing: {shards: zskd, sizes: [6, 4], seeds: [1]}\n", ""))
-    assert cli("compare", "--recipe", "grid.yaml", "--out", "one")[0] == 0
     command = ["compare", "--recipe", "grid.yaml", "--out", "two"]
     for signum, what in ((signal.SIGKILL, "shards"), (signal.SIGTERM, "student")):
-        process = subprocess.Popen(
-            [sys.executable, "-m", "dfkd_cli", *command, "--devices", "2"],
-            env={**os.environ, "OMP_NUM_THREADS": "1"},
-            stderr=subprocess.PIPE,
-            text=True,
-        )
+        process = start([*command, "--devices", "2"], tmp_path)
         while len(list((tmp_path / "two" / "runs" / "zskd").glob(f"seed?/{what}/run.json"))) < 2:
             assert process.poll() is None, process.communicate()
             time.sleep(0.005)
         process.send_signal(signum)
-        _, err = process.communicate()  # until nobody has its stderr open any more
+        _, err = process.communicate()
         assert process.returncode == (-signum if signum == signal.SIGKILL else 128 + signum), err
         assert "Traceback" not in err
     code, _, err = cli(*command)
     assert (code, "[7/7] zskd-hot, seed 1" in err) == (0, True), err
-    assert students(tmp_path / "two") == students(tmp_path / "one")
+    assert students(tmp_path / "two") == {name: sha for name, sha in whole.items() if not name.startswith("growing")}
 
 
 def test_a_row_that_fails_does_not_lose_the_others(here, cli):
