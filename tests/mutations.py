@@ -13,7 +13,6 @@ import argparse
 import json
 import random
 import shutil
-import signal
 import sys
 import tempfile
 import time
@@ -22,8 +21,7 @@ from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
 
-from forks import Fork
-from pipeline import HANGS, run, run_in_turn
+from pipeline import finish, kill_after_saving, run
 
 from dfkd_cli.artifacts.files import sha256_file
 
@@ -40,7 +38,7 @@ MADE = [
         "compare student --out comparison --device cpu",
     )
 ]
-RESUMED = "distill --transfer-set shards --steps 600 --batch-size 2 --out unfinished --device cpu"
+RESUMED = "distill --transfer-set shards --steps 401 --batch-size 2 --out unfinished --device cpu"
 # By the artifact that is damaged: the commands that read it.
 READERS = {
     "teacher": [
@@ -78,11 +76,9 @@ PASSING = {"artifacts", "seconds", "latency_ms", "started", "ended", "mtime", "h
 
 def prepare(place: Path) -> None:
     """Make one artifact of each kind in a directory; one of them is a training that was killed."""
-    for done in run_in_turn(MADE, place):
-        assert done.returncode == 0, done.stderr
-    process = Fork(RESUMED.split(), place, (place / "unfinished" / "checkpoints" / "last.ckpt", signal.SIGKILL))
-    process.communicate(timeout=HANGS)
-    assert process.returncode == -signal.SIGKILL
+    for command in MADE:
+        finish(command, place)
+    kill_after_saving(RESUMED.split(), place, place / "unfinished" / "checkpoints" / "last.ckpt")
 
 
 def damage(place: Path, chance: random.Random) -> tuple[str, str]:

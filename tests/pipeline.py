@@ -17,12 +17,13 @@ from dfkd_cli.artifacts.files import sha256_file
 from dfkd_cli.artifacts.integrity import write_run
 
 # Small enough for a test, long enough for a kill to hit every phase: start, rounds, checkpoints, the final writes.
+# Of 401 steps, a training's third round has but one.
 PIPELINE = [
     line.split()
     for line in (
-        "train-teacher --steps 600 --batch-size 8",
+        "train-teacher --steps 401 --batch-size 8",
         "synthesize --method zskd --beta 1.0 0.1 --num-images 80 --batch-size 8 --iterations 30",
-        "distill --transfer-set shards/ --steps 600 --batch-size 8",
+        "distill --transfer-set shards/ --steps 401 --batch-size 8",
     )
 ]
 OUTPUTS = ["teacher", "shards", "student"]

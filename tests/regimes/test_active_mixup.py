@@ -184,7 +184,7 @@ def test_a_killed_run_ends_alike_and_its_set_teaches_others(teacher, tmp_path, m
     monkeypatch.chdir(tmp_path)
     few = ("--transfer-set", "real:100", "--rounds", "2", "--mixups", "60", "--candidates", "300")
     shared = ("--teacher", str(teacher), "--batch-size", "20", "--device", "cpu")
-    command = ["distill", "--method", "active-mixup", "--answers", "top2", *few, *shared, "--epochs", "100"]
+    command = ["distill", "--method", "active-mixup", "--answers", "top2", *few, *shared, "--epochs", "30"]
     finish([*command, "--out", "whole"], tmp_path)
     kill_after_saving([*command, "--out", "killed"], tmp_path, tmp_path / "killed" / CHECKPOINT)
     finish([*command, "--out", "killed"], tmp_path)

@@ -226,7 +226,7 @@ def test_how_steps_are_cut_into_rounds_does_not_change_the_result(tmp_path, monk
 def test_a_killed_run_continues_with_its_pixels_and_their_ascent(tmp_path: Path, teacher: Path) -> None:
     """kill -9 after a saved round, the same command again: the bytes of a run that nothing interrupted."""
     command = f"distill --method {NAME} --teacher {teacher} --transfer-set real:50 --pseudo-images 10 --batch-size 10"
-    command = [*command.split(), "--steps", "400", "--ascent-lr", "0.003", "--device", "cpu", "--out"]
+    command = [*command.split(), "--steps", "220", "--ascent-lr", "0.003", "--device", "cpu", "--out"]
     finish([*command, "whole"], tmp_path)
     checkpoint = tmp_path / "killed" / "checkpoints" / "last.ckpt"
     kill_after_saving([*command, "killed"], tmp_path, checkpoint)

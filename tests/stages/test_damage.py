@@ -13,7 +13,7 @@ import torch
 from pipeline import edit
 
 SYNTHESIZE = ["synthesize", "--method", "zskd", "--num-images", "16", "--batch-size", "8", "--iterations", "2"]
-DISTILL = ["distill", "--steps", "300", "--batch-size", "2", "--snapshots", "2", "--transfer-set", "shards"]
+DISTILL = ["distill", "--steps", "201", "--batch-size", "2", "--snapshots", "2", "--transfer-set", "shards"]
 COMPARE = ["compare", "student", "--out", "new"]
 OF_RUN = ("run.json", ".lock", "last.ckpt")  # with times
 

@@ -171,19 +171,8 @@ def test_two_processes_train_in_phases(teacher, tmp_path):
 
 def test_a_killed_run_continues_with_the_state_of_its_objectives(tmp_path, teacher):
     """kill -9 after a saved round, the same command again: the bytes of a run that nothing interrupted."""
-    flags = [
-        "--objective",
-        "fitnets",
-        "crd",
-        "--negatives",
-        "16",
-        "--schedule",
-        "step",
-        "--steps",
-        "400",
-        "--batch-size",
-        "8",
-    ]
+    flags = ["--objective", "fitnets", "crd", "--negatives", "16", "--schedule", "step"]
+    flags += ["--steps", "280", "--batch-size", "8"]  # the last milestone is in the second round
     command = [*distill(teacher, *flags), "--out"]
     finish([*command, "whole"], tmp_path)
     checkpoint = tmp_path / "killed" / "checkpoints" / "last.ckpt"

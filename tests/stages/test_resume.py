@@ -14,41 +14,37 @@ import pytest
 from forks import Fork
 from pipeline import HANGS, OUTPUTS, PIPELINE, finish, hashes, run_in_turn, start
 
-KILLS = 4  # `make kill-test` tries more, with commands of every kind
-
 
 @pytest.fixture(scope="module")
 def reference(tmp_path_factory: pytest.TempPathFactory) -> tuple[dict[str, dict[str, str]], list[float], Path]:
     """An uninterrupted pipeline: the hashes of each output, the seconds of each command, where it is."""
     directory = tmp_path_factory.mktemp("reference")
-    for done in run_in_turn(PIPELINE, directory):
-        assert done.returncode == 0, done.stderr
+    for command in PIPELINE:
+        finish(command, directory)
     seconds = [json.loads((directory / output / "run.json").read_text())["seconds"] for output in OUTPUTS]
     return {output: hashes(directory / output) for output in OUTPUTS}, seconds, directory
 
 
-def test_killed_pipeline_equals_uninterrupted(reference: tuple, tmp_path: Path) -> None:
-    """kill -9 at random moments over the three stages, then the same command again."""
+@pytest.mark.parametrize("stage", range(len(PIPELINE)), ids=OUTPUTS)
+def test_killed_pipeline_equals_uninterrupted(stage: int, reference: tuple, tmp_path: Path) -> None:
+    """kill -9 at a random moment of every stage, then the same command again; `make kill-test` tries more."""
     expected, seconds, source = reference
-    moments = random.Random(0)
-    for kill in range(KILLS):
-        (stage,) = moments.choices(range(len(PIPELINE)), seconds)
-        output, latest, killed = OUTPUTS[stage], seconds[stage], False
-        while not killed:  # a command that has ended before is begun again, and killed earlier
-            directory = tmp_path / f"kill{kill}"
-            shutil.rmtree(directory, ignore_errors=True)
-            directory.mkdir()
-            for name in OUTPUTS[:stage]:
-                (directory / name).symlink_to(source / name)
-            process, latest = start(PIPELINE[stage], directory), moments.uniform(0, latest)
-            try:
-                process.communicate(timeout=latest)
-            except subprocess.TimeoutExpired:
-                process.kill()
-                process.communicate()
-                killed = process.returncode == -signal.SIGKILL
-        finish(PIPELINE[stage], directory)
-        assert hashes(directory / output) == expected[output], f"kill {kill}: {output}"
+    moments, output, latest, killed = random.Random(stage), OUTPUTS[stage], seconds[stage], False
+    directory = tmp_path / "killed"
+    while not killed:  # a command that has ended before is begun again, and killed earlier
+        shutil.rmtree(directory, ignore_errors=True)
+        directory.mkdir()
+        for name in OUTPUTS[:stage]:
+            (directory / name).symlink_to(source / name)
+        process, latest = start(PIPELINE[stage], directory), moments.uniform(0, latest)
+        try:
+            process.communicate(timeout=latest)
+        except subprocess.TimeoutExpired:
+            process.kill()
+            process.communicate()
+            killed = process.returncode == -signal.SIGKILL
+    finish(PIPELINE[stage], directory)
+    assert hashes(directory / output) == expected[output]
 
 
 def test_killed_again_and_again(reference: tuple, tmp_path: Path) -> None:
