@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import dataclasses
 import json
+import shutil
 from pathlib import Path
 
 import numpy as np
@@ -311,15 +312,25 @@ def test_networks_of_other_stages_are_paired_by_their_taps(make_method):
     assert list(made.student_taps[0]) == ["stage1"] and list(made.teacher_taps) == ["stage2"]
 
 
+CURVED = ["synthesize", "--method", "dfad", *SMALL, "--steps", "41", "--out", "s", "--device", "cpu"]  # three rounds
+
+
+@pytest.fixture(scope="module")
+def curved(tmp_path_factory, make_teacher, session_cli) -> Path:
+    """Where a run has left its curves."""
+    place = tmp_path_factory.mktemp("curved")
+    shutil.copytree(make_teacher("lenet5"), place / "teacher")
+    assert session_cli(place, *CURVED) == 0
+    return place
+
+
 @pytest.mark.parametrize("left", [None, "", "a,b\n1,2\n", "round,soft\nx,1\n", "round,soft\n1,1\n"])
-def test_lost_curves_are_made_again(left, tmp_path, make_teacher, cli):
-    teacher, out = ["--teacher", make_teacher("lenet5")], tmp_path / "s"
-    work = ["synthesize", "--method", "dfad", *teacher, *SMALL, "--steps", "41", "--out", out, "--device", "cpu"]
-    assert cli(*work)[0] == 0
-    curves = out / "metrics.csv"
+def test_lost_curves_are_made_again(left, curved, tmp_path, monkeypatch, cli):
+    monkeypatch.chdir(shutil.copytree(curved, tmp_path, dirs_exist_ok=True))
+    curves = Path("s", "metrics.csv")
     whole = curves.read_bytes()
     curves.unlink() if left is None else curves.write_text(left)
-    code, _, err = cli(*work)
+    code, _, err = cli(*CURVED)
     assert code == 0, err
     assert err.count("what earlier rounds wrote is damaged or gone; all rounds are done again") == 1
     assert curves.read_bytes() == whole
