@@ -103,7 +103,7 @@ def test_directories_become_table_json_markdown_and_page(made, compared):
 
 def test_snapshots_tell_what_other_stopping_points_would_have_given(here, compared, tmp_path, cli):
     student, out = tmp_path / "student", tmp_path / "out"
-    learn = ("--steps", "600", "--batch-size", "8", "--holdout", "0.5", "--snapshots", "3")
+    learn = ("--steps", "420", "--batch-size", "8", "--holdout", "0.5", "--snapshots", "3")
     assert cli("distill", *learn, "--transfer-set", "shards0", "--out", student)[0] == 0
     kept = sorted((student / "snapshots").iterdir())
     assert [path.name for path in kept] == [f"round-0000{index}.safetensors" for index in range(3)]
