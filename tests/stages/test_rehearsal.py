@@ -66,7 +66,7 @@ def typed(command: catalog.Command, choice: catalog.Choice | None, entry: catalo
     chosen = []
     if choice is not None:
         values |= longer(entry.config, more, keep)
-        values |= {"width": 0.1} if "width" in hints(entry.config) else {}  # small generators do as well
+        values |= {"width": 0.1} if hints(entry.config).get("width") is float else {}  # small generators do as well
         chosen = [*beside(command, choice), f"--{choice.flag}", *(["response"] if choice.several else []), entry.name]
     return [command.name, *chosen, *flags(values), "--dry-run"]
 
