@@ -83,7 +83,7 @@ def test_nothing_named_is_the_student_beside_the_teacher(pipeline, dfkd):
     for result in (teacher, student):
         assert set(result) == {
             "path", "kind", "spec", "uses", "dataset", "count", "top1", "top5", "nll", "ece", "per_class", "agreement",
-            "parameters", "macs", "latency_ms", "device",
+            "parameters", "bytes", "macs", "latency_ms", "device",
         }  # fmt: skip
         assert tuple(result["per_class"]) == DIGITS
         assert (result["count"], result["dataset"]) == (360, "digits")
