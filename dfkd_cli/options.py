@@ -26,6 +26,9 @@ class Augmentation:
     flip: bool = option(False, "mirror left-right with probability 1/2")
     crop: int = option(0, "random crop after padding by this many pixels on each side", low=0)
     noise: float = option(0.0, "Gaussian noise, standard deviation in pixel units", low=0)
+    resized_crop: float = option(
+        0.0, "enlarge a random window with at least this share of the area, up to all; 0: none", low=0, high=1
+    )
     saturate: bool = option(False, "cut pixels to [0,1] before all other changes, as an image file would")
     fill: Literal["black", "mean"] = option("black", "what comes in from outside the image; mean: the model's")
 
@@ -51,11 +54,18 @@ class Training(Augmentation):
     schedule: Literal["cosine", "step", "constant"] = option("cosine", "learning rate after the warm-up")
     milestones: tuple[float, ...] = option((0.5, 0.75), "shares of all steps after which a step falls", low=0, high=1)
     gamma: float = option(0.1, "what the learning rate is multiplied by at each milestone", above=0, high=1)
+    cutmix: float = option(0.0, "a, of Beta(a, a): a window of each image is of another, CutMix; 0: none", low=0)
+    mixup: float = option(0.0, "a, of Beta(a, a): each image is blended with another, MixUp; 0: none", low=0)
     holdout: float = option(0.0, "share of the images that only measures", low=0, high=0.5)
     batch_norm: Literal["auto", "free", "frozen"] = option(
         "auto", "what BatchNorm knows of its inputs; auto: frozen where a copy's images are far from that, else free"
     )
     snapshots: int = option(0, "keep the weights of so many evenly spaced rounds, for a look back", low=0)
+
+    @property
+    def mixes(self) -> bool:
+        """Whether images of a batch are mixed with each other."""
+        return bool(self.cutmix or self.mixup)
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -107,12 +117,18 @@ class ImageOptimization(Shards):
 
 
 @dataclass(frozen=True, kw_only=True)
-class Inversion(ImageOptimization):
+class CoarseToFine(ImageOptimization):
+    """The same at one resolution after the other."""
+
+    coarse_iterations: int = option(0, "inner steps before these, on images of half the sides", low=0, rehearsal=1)
+
+
+@dataclass(frozen=True, kw_only=True)
+class Inversion(CoarseToFine):
     """How DeepDream and DeepInversion optimise images, as the teacher's ``net`` takes them, and their image priors."""
 
     batch_size: int = 256
     iterations: int = 2000
-    coarse_iterations: int = option(0, "inner steps before these, on images of half the sides", low=0, rehearsal=1)
     lr: float = option(0.05, "Adam learning rate on the normalised pixels")
     betas: tuple[float, float] = option((0.9, 0.999), "Adam's betas, below 1", low=0, high=0.99999)
     warmup: int = option(0, "inner steps with rising learning rate, at each resolution", low=0)
@@ -135,7 +151,7 @@ class StatisticsInversion(Inversion):
 
 
 @dataclass(frozen=True, kw_only=True)
-class SmoothInversion(ImageOptimization):
+class SmoothInversion(CoarseToFine):
     """How The Knowledge Within optimises images of one class each, as the teacher's ``net`` takes them."""
 
     lr: float = option(0.3, "Adam learning rate on the normalised pixels")
@@ -241,6 +257,9 @@ class Answers:
 
     temperature: float = option(4.0, "softmax temperature", above=0)
     standardise: bool = option(False, "z-scores of each image's logits instead of the logits (arXiv:2403.01427)")
+    teacher_mode: Literal["eval", "train"] = option(
+        "eval", "statistics that the teacher's BatchNorm answers with: recorded ones, or the batch's (train)"
+    )
     hard: float = option(0.0, "weight of the true labels; the teacher's own where the set has none", low=0)
     label_smoothing: float = option(0.0, "share of the hard label spread over all classes", low=0, high=1)
 
@@ -265,6 +284,15 @@ class Compared:
 
     taps: tuple[str, ...] = option(("stages",), TAPS)
     teacher_taps: tuple[str, ...] | None = option(None, "the teacher's, in the same order (default: the same names)")
+
+
+@dataclass(frozen=True, kw_only=True)
+class PerClass:
+    """How many images there are, by the class."""
+
+    images_per_class: int = option(
+        0, "so many images for each class, instead of --num-images; 0: as that says", low=0, rehearsal=0
+    )
 
 
 # -- commands ----------------------------------------------------------------------------------------------------------

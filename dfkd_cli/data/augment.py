@@ -164,6 +164,8 @@ def pipeline(config: Augmentation, fill: Tensor | float) -> Callable[[Tensor], T
     steps: list[nn.Module] = []
     if config.saturate:
         steps.append(v2.Lambda(partial(torch.clamp, min=0, max=1)))
+    if config.resized_crop:
+        steps.append(RandomResizedCrop(config.resized_crop))
     if config.flip:
         steps.append(RandomFlip())
     if config.rotate or config.translate or config.scale:

@@ -37,6 +37,7 @@ class Images:
         positions: (B,) int64, where each stands in the source that :class:`Batches` drew it from, or None.
         logits: (B, K) float32, the stored answers of the teacher to these very pixels, or None.
         targets: (B, K) float32, the stored soft labels that these very pixels were made for, or None.
+        shares: (B, K) float32, where images are mixed of several, the share of each class; labels have the largest.
     """
 
     pixels: Tensor
@@ -44,6 +45,12 @@ class Images:
     positions: Tensor | None = None
     logits: Tensor | None = None
     targets: Tensor | None = None
+    shares: Tensor | None = None
+
+    @property
+    def truth(self) -> Tensor:
+        """What a cross-entropy with true labels takes: labels (B,), or of mixed images the shares (B, K)."""
+        return self.true_labels if self.shares is None else self.shares
 
     @property
     def true_labels(self) -> Tensor:
@@ -83,7 +90,7 @@ class Source(ABC):
     """Images in numbered chunks.
 
     Attributes:
-        sizes: Number of images in each chunk.
+        sizes: Images in each chunk.
         shape: (C, H, W) of every image.
         dtype: How pixels are held.
         labelled: Whether chunks carry true labels.
@@ -232,8 +239,7 @@ class Subset(Source):
 
     def __init__(self, source: Source, chosen: np.ndarray) -> None:
         self.source = source
-        ends = np.cumsum(source.sizes)[:-1]
-        rows = [np.flatnonzero(part) for part in np.split(chosen, ends)]
+        rows = [np.flatnonzero(part) for part in np.split(chosen, np.cumsum(source.sizes)[:-1])]
         self.rows = [(chunk, torch.from_numpy(part)) for chunk, part in enumerate(rows) if len(part)]
         self.sizes = [len(part) for _, part in self.rows]
         self.shape, self.dtype = source.shape, source.dtype
@@ -273,8 +279,7 @@ class Classified(Source):
 def batches(source: Source, size: int, device: torch.device) -> Iterator[Images]:
     """Every image of a source once, in order, at most ``size`` of one chunk at a time, on a device as float32."""
     for index in range(len(source.sizes)):
-        for part in source.chunk(index).split(size):
-            yield part.to(device)
+        yield from (part.to(device) for part in source.chunk(index).split(size))
 
 
 def first(source: Source, count: int) -> Source:

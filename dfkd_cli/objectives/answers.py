@@ -35,6 +35,11 @@ def hard_labels(teacher: Outputs, images: Images) -> Tensor:
     return teacher.logits.argmax(1) if images.labels is None else images.labels
 
 
+def truth(teacher: Outputs, images: Images) -> Tensor:
+    """What a cross-entropy takes: labels (B,), or shares (B, K) of mixed images; the teacher's classes without any."""
+    return teacher.logits.argmax(1) if images.labels is None else images.truth
+
+
 class AnswerObjective(Objective):
     """An objective between logits. Its ``Config`` extends :class:`dfkd_cli.options.Answers`.
 
@@ -47,6 +52,7 @@ class AnswerObjective(Objective):
 
     def __init__(self, config: Any) -> None:
         super().__init__(config)
+        self.teacher_mode = config.teacher_mode
         if config.label_smoothing and not config.hard:
             raise ConfigError(
                 f"--label-smoothing {config.label_smoothing:g} smooths hard labels, which have no weight",
@@ -68,8 +74,11 @@ class AnswerObjective(Objective):
         return student.logits, teacher.logits
 
     def hard(self, student: Outputs, teacher: Outputs, images: Images) -> dict[str, Tensor]:
-        """The term ``hard``, cross-entropy of the plain logits with the labels, where it has a weight."""
+        """The term ``hard``, cross-entropy of the plain logits with the labels, where it has a weight.
+
+        The labels of mixed images are each class's share.
+        """
         if not self.config.hard:
             return {}
-        targets, smoothing = hard_labels(teacher, images), self.config.label_smoothing
+        targets, smoothing = truth(teacher, images), self.config.label_smoothing
         return {"hard": F.cross_entropy(student.logits, targets, label_smoothing=smoothing)}

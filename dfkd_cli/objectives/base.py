@@ -85,7 +85,7 @@ class Objective(nn.Module):
     optional: ClassVar[tuple[str, ...]] = ()
     relational: ClassVar[bool] = False
     default_weight: ClassVar[float] = 1.0
-    teacher_mode: ClassVar[Literal["eval", "train"]] = "eval"
+    teacher_mode: Literal["eval", "train"] = "eval"
     pairs: tuple[tuple[str, str], ...] = ()
     epoch: int = 0
     progress: float = 0.0

@@ -20,7 +20,9 @@ from torch.optim.lr_scheduler import (
 )
 
 from dfkd_cli.data.augment import pipeline
+from dfkd_cli.data.mixing import Mixing
 from dfkd_cli.data.sources import Batches, Images, Source, hold_out
+from dfkd_cli.errors import ConfigError
 from dfkd_cli.models.adapter import require_training
 from dfkd_cli.models.classifier import Classifier
 from dfkd_cli.objectives.base import Objective
@@ -28,7 +30,8 @@ from dfkd_cli.options import Training
 from dfkd_cli.rounds.learner import Learner
 from dfkd_cli.seeds import derive, seed_torch
 
-CHANGES = ("rotate", "translate", "scale", "noise")  # what may make images that a network cannot learn from
+# What may make images that a network cannot learn from.
+CHANGES = ("rotate", "translate", "scale", "resized_crop", "cutmix", "mixup", "noise")
 MEASURED_AT_ONCE = 500  # images
 EXPLODED = 1000.0  # times a term's first value, or 1 where that is less
 FINISHED = {
@@ -81,10 +84,13 @@ class Regime(Learner):
     kind = "regime"
     needs: ClassVar[tuple[str, ...]] = ()
     unit = "steps"
+    mixable: ClassVar[bool] = True  # whether it can learn from images that are mixed of several
     epochs = 0.0  # passes over the images before the step that is being done
 
     def __init__(self, task: Task, config: Any) -> None:
         super().__init__()
+        if task.training.mixes and not self.mixable:
+            raise ConfigError("this method needs images of one class each", "leave out --cutmix and --mixup")
         self.config, self.training_config, self.seed, self.source = config, task.training, task.seed, task.source
         self.frozen = task.frozen
         self.student = task.student.lay_out()
@@ -131,8 +137,11 @@ class Regime(Learner):
         return step / self.batches.steps_per_epoch
 
     def view(self, images: Images) -> Images:
-        """What is learned from a batch: images changed at random. Torch's random state is already seeded for it."""
-        return images.changed(self.augment(images.pixels))
+        """What is learned from a batch: images changed at random, and mixed with each other where that is wanted.
+
+        Torch's random state is already seeded for it.
+        """
+        return self.mix(images.changed(self.augment(images.pixels)))
 
     @abstractmethod
     def loss(self, images: Images) -> tuple[Tensor, dict[str, Tensor]]:
@@ -160,7 +169,8 @@ class Regime(Learner):
         if self.losses and not any(self.weights[name] and loss.of_answers for name, loss in self.losses.items()):
             return "the head learned nothing: add --objective response"
         c = self.training_config
-        changes = [f"--{name} {value:g}" for name, value in vars(c).items() if name in CHANGES and value]
+        on = {name.replace("_", "-"): value for name, value in vars(c).items() if name in CHANGES and value}
+        changes = [f"--{name} {value:g}" for name, value in on.items()]
         less = f"change the images less ({' '.join(changes)}), " if changes else ""
         return f"{less}train for longer (--epochs, --steps), or try another --lr"
 
@@ -208,6 +218,7 @@ class Regime(Learner):
     def on_fit_start(self) -> None:
         """Get the batches ready on this process's device."""
         self.augment = pipeline(self.training_config, self.student.background(self.training_config.fill))
+        self.mix = Mixing(self.training_config.cutmix, self.training_config.mixup, self.student.info.num_classes)
         self.batches = Batches(self.train_source, self.training_config.batch_size, self.seed, self.device)
         if self.held_out is not None:
             self.held = self.held_out.all().to(self.device)

@@ -33,6 +33,7 @@ class Config:
 class ClassWise(Labelled):
     """A student that is its own teacher, on another image of the class."""
 
+    mixable = False
     config: Config
 
     def loss(self, images: Images) -> tuple[Tensor, dict[str, Tensor]]:

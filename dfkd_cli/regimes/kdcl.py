@@ -52,6 +52,7 @@ class Config(Several):
 class Collaborative(Labelled):
     """Students that teach each other."""
 
+    mixable = False
     config: Config
     mixture: Tensor  # (M,): the weights of ``general``
 

@@ -36,7 +36,7 @@ from dfkd_cli.errors import ConfigError
 from dfkd_cli.models.activations import batch_statistics
 from dfkd_cli.models.black_box import BlackBox
 from dfkd_cli.models.taps import find_taps
-from dfkd_cli.objectives.answers import hard_labels
+from dfkd_cli.objectives.answers import truth
 from dfkd_cli.objectives.base import ask
 from dfkd_cli.options import TaughtAtFirst
 from dfkd_cli.regimes.base import Task
@@ -58,6 +58,11 @@ class Offline(Distillation):
     def __init__(self, task: Task, config: Any) -> None:
         super().__init__(task, config)
         box = self.teacher
+        if isinstance(box, BlackBox) and task.training.mixes:
+            raise ConfigError(
+                "a black box is asked about each image once, not about mixtures of them",
+                "leave out --cutmix and --mixup; or --method active-mixup",
+            )
         if isinstance(box, BlackBox) and box.ledger.budget is not None and self.queries > box.ledger.budget:
             raise ConfigError(
                 f"--queries {box.ledger.budget}: {self.queries:,} images are to be asked about",
@@ -103,7 +108,7 @@ class Offline(Distillation):
             terms = self.terms(student, teacher, images, shared=True)
             parts, named = [share * self.total(terms)], self.named(terms)
         if share < 1:
-            classes = images.true_labels if teacher is None else hard_labels(next(iter(teacher.values())), images)
+            classes = images.truth if teacher is None else truth(next(iter(teacher.values())), images)
             named["labels"] = F.cross_entropy(student.logits, classes)
             parts.append((1 - share) * named["labels"])
         return torch.stack(parts).sum(), named

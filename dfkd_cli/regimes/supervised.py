@@ -35,7 +35,7 @@ class Supervised(Regime):
     def loss(self, images: Images) -> tuple[Tensor, dict[str, Tensor]]:
         """Cross-entropy."""
         logits = logits_of(self.student, images.pixels).float()
-        loss = F.cross_entropy(logits, images.true_labels, label_smoothing=self.config.label_smoothing)
+        loss = F.cross_entropy(logits, images.truth, label_smoothing=self.config.label_smoothing)
         return loss, {"cross_entropy": loss}
 
     def correct(self, images: Images) -> Tensor:

@@ -44,6 +44,7 @@ class Config:
 class VirtualTeacher(Labelled):
     """A student, and labels that answer like a teacher."""
 
+    mixable = False
     config: Config
 
     def ask_teacher(self, images: Images) -> Answers:

@@ -26,19 +26,19 @@ from dfkd_cli.models.black_box import BlackBox
 from dfkd_cli.models.classifier import Classifier, undisturbed
 from dfkd_cli.models.names import LoadedModel, locate, together
 from dfkd_cli.objectives.base import Objective
-from dfkd_cli.options import Assisted, SeenTeacher, Training
+from dfkd_cli.options import Assisted, PerClass, SeenTeacher, Training
 from dfkd_cli.regimes.base import Task
 from dfkd_cli.settings import Component, Settings
 from dfkd_cli.stages.calibrate import calibrate, check
 from dfkd_cli.stages.chain import follow
-from dfkd_cli.stages.inputs import TransferSet, may_be_real, open_transfer_set, real_data
+from dfkd_cli.stages.inputs import TransferSet, may_be_real, open_transfer_set, real_data, with_count
 from dfkd_cli.stages.measures import agreement
 from dfkd_cli.stages.training import Work, architectures, connect, fresh, rehearse, students, train
 from dfkd_cli.ui import Terminal
 
 
 @dataclass(frozen=True, kw_only=True)
-class Inputs(Training, SeenTeacher):
+class Inputs(Training, SeenTeacher, PerClass):
     """What is read, and how."""
 
     teacher: tuple[str, ...] = option(("teacher",), "teacher: model directory or SPEC; of several, their mean")
@@ -170,6 +170,7 @@ def run(settings: Settings, terminal: Terminal, dry_run: bool = False) -> dict[s
     for what in (what for what, holds in alone.items() if holds and settings.run.devices * settings.run.num_nodes > 1):
         raise ConfigError(f"{what} by one process", "give --devices 1 --num-nodes 1")
     with opened(settings) as job:
+        settings = with_count(settings, job.first.classifier.info)
         settings = with_answers(settings, job, terminal)
         task = job.task(settings)
         if task.objectives:

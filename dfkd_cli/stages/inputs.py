@@ -21,6 +21,7 @@ from dfkd_cli.models.generators import RECORD as GENERATORS
 from dfkd_cli.models.names import LoadedModel, Location
 from dfkd_cli.options import MOST_IMAGES
 from dfkd_cli.seeds import derive
+from dfkd_cli.settings import Settings
 
 LOG = logging.getLogger(__name__)
 
@@ -85,6 +86,17 @@ def _counted(name: str) -> tuple[str, int | None]:
     if not (count.isdecimal() and len(count) < 10 and 0 < int(count) <= MOST_IMAGES):
         raise ConfigError(f"{name}: {count!r} is not a number of images", f"e.g. {kind}:200")
     return kind, int(count)
+
+
+def with_count(settings: Settings, info: ModelInfo) -> Settings:
+    """The settings with ``num_images`` instead of ``images_per_class``, where that is given."""
+    if not (per_class := settings.inputs.images_per_class):
+        return settings
+    if (count := per_class * info.num_classes) > MOST_IMAGES:
+        raise ConfigError(
+            f"--images-per-class {per_class}: {count:,} images of {info.num_classes} classes", "give less"
+        )
+    return settings.replace(num_images=count, images_per_class=0)
 
 
 def is_images(name: str) -> bool:

@@ -28,11 +28,11 @@ from dfkd_cli.models.classifier import Classifier, is_batch_norm
 from dfkd_cli.models.directory import save_model
 from dfkd_cli.models.generators import Generators, save_generators
 from dfkd_cli.models.names import LoadedModel, architecture, locate
-from dfkd_cli.options import MOST_IMAGES, ForeignModel
+from dfkd_cli.options import MOST_IMAGES, ForeignModel, PerClass
 from dfkd_cli.rounds.curves import write_csv
 from dfkd_cli.rounds.trainer import fit
 from dfkd_cli.settings import Settings
-from dfkd_cli.stages.inputs import real_data
+from dfkd_cli.stages.inputs import real_data, with_count
 from dfkd_cli.stages.snapshots import Snapshots
 from dfkd_cli.stages.training import fresh, manifest_head, rehearse, taught_by
 from dfkd_cli.synthesizers.base import SynthesisTask
@@ -40,7 +40,7 @@ from dfkd_cli.ui import Terminal
 
 
 @dataclass(frozen=True, kw_only=True)
-class Inputs(ForeignModel):
+class Inputs(ForeignModel, PerClass):
     """What is read, and how."""
 
     teacher: str = option("teacher", "teacher: model directory or SPEC")
@@ -88,6 +88,7 @@ def run(settings: Settings, terminal: Terminal, dry_run: bool = False) -> dict[s
     with sealed("synthesize is data-free", real_data(location)), kept():
         teacher = location.open(settings.code).network()
         check_needs(settings.method.entry, teacher.classifier, settings.inputs)
+        settings = with_count(settings, teacher.classifier.info)
         extras, parents = open_inputs(settings, teacher)
         check_kept()
         facts = {"data_free": True, "uses": uses(settings.method.entry)}

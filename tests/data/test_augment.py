@@ -190,7 +190,7 @@ def test_everything_off_is_free():
     assert pipeline(Augmentation(), 0.0)(images) is images
 
 
-@pytest.mark.parametrize("option", ["rotate", "translate", "scale", "flip", "crop", "noise"])
+@pytest.mark.parametrize("option", ["rotate", "translate", "scale", "flip", "crop", "resized_crop", "noise"])
 def test_each_option_alone_changes_images_each_in_its_own_way(option):
     torch.manual_seed(0)
     value = {"rotate": 20.0, "flip": True, "crop": 2}.get(option, 0.2)

@@ -13,6 +13,7 @@ from safetensors.torch import load_file
 
 from dfkd_cli import catalog
 from dfkd_cli.artifacts.files import sha256_file
+from dfkd_cli.artifacts.shards import ShardReader
 
 
 def distill(teacher, *args) -> list[str]:
@@ -185,3 +186,22 @@ def test_a_killed_run_continues_with_the_state_of_its_objectives(tmp_path, teach
         assert sha256_file(tmp_path / "killed" / name) == sha256_file(tmp_path / "whole" / name), name
     with safe_open(tmp_path / "whole" / "model.safetensors", framework="pt") as file:
         assert not [key for key in file.keys() if key.startswith("objectives")]  # noqa: SIM118
+
+
+def test_images_by_the_class(cli, make_teacher, tmp_path):
+    """As many images of each class as of a set with so many in all, and the same run."""
+    teacher = make_teacher("lenet5")
+    made = ["synthesize", "--method", "class-impressions", "--iterations", 1, "--batch-size", 8, "--teacher", teacher]
+    assert cli(*made, "--images-per-class", 3, "--num-images", 5, "--out", tmp_path / "set")[0] == 0
+    reader = ShardReader(tmp_path / "set")
+    targets = torch.cat([reader.read(index)["targets"] for index in range(len(reader.sizes))])
+    assert targets.sum(0).tolist() == [3] * 10
+    code, _, err = cli(*made, "--num-images", 30, "--out", tmp_path / "set")
+    assert code == 0 and "already complete" in err
+    taught = ["distill", "--teacher", teacher, "--transfer-set", tmp_path / "set", "--steps", 1, "--holdout", 0]
+    assert cli(*taught, "--images-per-class", 2, "--out", tmp_path / "student")[0] == 0
+    assert json.loads((tmp_path / "student" / "run.json").read_text())["num_images"] == 20
+    code, _, err = cli(*taught, "--images-per-class", 4, "--out", tmp_path / "more")
+    assert code == 2 and "have 30 images" in err
+    code, _, err = cli(*made, "--images-per-class", 20_000_000, "--out", tmp_path / "many")
+    assert code == 2 and "--images-per-class" in err
