@@ -125,11 +125,13 @@ def channel_moments(values: Array, correction: int = 0) -> tuple[Array, Array]:
     return columns.mean(1), squares / max(columns.shape[1] - correction, 1)
 
 
-def statistics_distance(seen: list[Array], recorded: list[tuple[Array, Array]], first: float = 1.0) -> float:
-    """Norms of the differences of means and of unbiased variances, summed over what goes into each layer."""
+def statistics_distance(
+    seen: list[Array], recorded: list[tuple[Array, Array]], first: float = 1.0, correction: int = 1
+) -> float:
+    """Norms of the differences of means and of variances, unbiased by default, over what goes into each layer."""
     total = 0.0
     for layer, (values, (mean, variance)) in enumerate(zip(seen, recorded, strict=True)):
-        ours = channel_moments(values, correction=1)
+        ours = channel_moments(values, correction)
         distance = np.sqrt(((ours[0] - mean) ** 2).sum()) + np.sqrt(((ours[1] - variance) ** 2).sum())
         total += distance if layer else first * distance
     return total

@@ -17,9 +17,9 @@ from torch.optim.lr_scheduler import LambdaLR
 
 from dfkd_cli.artifacts.metadata import Metadata
 from dfkd_cli.artifacts.shards import ShardWriter
-from dfkd_cli.errors import RunFailed
+from dfkd_cli.errors import ArtifactError, RunFailed
 from dfkd_cli.models.activations import Tap, values_at
-from dfkd_cli.models.classifier import Classifier
+from dfkd_cli.models.classifier import Classifier, probe
 from dfkd_cli.models.generators import Generators
 from dfkd_cli.models.statistics import Moments, batch_moments, recorded_moments
 from dfkd_cli.rounds.learner import Learner, weighted_sum
@@ -193,6 +193,18 @@ class ImageOptimizer(Synthesizer):
     kind = "images"
     scaled = False
 
+    def __init__(self, task: SynthesisTask, config: Any) -> None:
+        super().__init__(task, config)
+        channels, height, width = self.teacher.info.input_size
+        self.coarse_iterations = getattr(config, "coarse_iterations", 0)
+        if self.coarse_iterations:
+            try:
+                probe(self.teacher.net, (channels, height // 2, width // 2))
+            except (RuntimeError, AssertionError, ValueError):  # as it is the network that complains
+                raise ArtifactError(
+                    f"{self.teacher.info.spec} does not take images of half the sides", "leave out --coarse-iterations"
+                ) from None
+
     @abstractmethod
     def targets(self, first: int, count: int) -> Any:
         """What images ``first`` to ``first + count`` aim at, on the CPU: soft labels (count, K) float32, or more."""
@@ -215,13 +227,19 @@ class ImageOptimizer(Synthesizer):
         num_classes = self.teacher.info.num_classes
         return F.one_hot(torch.arange(first, first + count) % num_classes, num_classes).float()
 
-    def view(self, images: Tensor) -> Tensor:
-        """What the teacher sees of images, drawn anew in each iteration. The images themselves by default."""
+    def view(self, images: Tensor, progress: float) -> Tensor:
+        """What the teacher sees of images, drawn anew in each iteration. The images themselves by default.
+
+        Args:
+            images: (B, C, H, W) of this stage's resolution.
+            progress: The share of the stage's iterations that is done, from 0.
+        """
         return images
 
     def resolutions(self) -> Sequence[tuple[int, int]]:
         """Stages from coarse to fine: by what the sides are divided, and for how many iterations."""
-        return [(1, self.config.iterations)]
+        coarse = [(2, self.coarse_iterations)] if self.coarse_iterations else []
+        return [*coarse, (1, self.config.iterations)]
 
     def optimizer(self, images: Tensor) -> torch.optim.Optimizer:
         """A stage's optimiser of the images."""
@@ -257,8 +275,8 @@ class ImageOptimizer(Synthesizer):
         optimizer = self.optimizer(images)
         schedule = LambdaLR(optimizer, lambda step: self.rate(step, iterations))
         terms: dict[str, Tensor] = {}
-        for _ in range(iterations):
-            view = self.view(F.avg_pool2d(images, divisor) if divisor > 1 else images)
+        for step in range(iterations):
+            view = self.view(F.avg_pool2d(images, divisor) if divisor > 1 else images, step / iterations)
             terms = self.terms(show(view), targets)
             # The teacher's parameters need no gradient: backward goes to the images only.
             (gradient,) = torch.autograd.grad(weighted_sum(terms, self.config), images)

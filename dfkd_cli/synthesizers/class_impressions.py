@@ -16,13 +16,13 @@ from dataclasses import dataclass
 from torch import Tensor
 
 from dfkd_cli.config import option
-from dfkd_cli.options import ImageOptimization
+from dfkd_cli.options import CoarseToFine
 from dfkd_cli.synthesizers.base import ImageOptimizer, Look
 from dfkd_cli.synthesizers.terms import tempered_cross_entropy
 
 
 @dataclass(frozen=True, kw_only=True)
-class Config(ImageOptimization):
+class Config(CoarseToFine):
     """Class impressions."""
 
     temperature: float = option(1.0, "softmax temperature of the teacher", above=0)

@@ -9,10 +9,8 @@ from torch import Tensor, nn
 from torchvision.transforms import v2
 
 from dfkd_cli.data.augment import RandomFlip, RandomRoll
-from dfkd_cli.errors import ArtifactError
-from dfkd_cli.models.classifier import probe
 from dfkd_cli.options import Inversion
-from dfkd_cli.synthesizers.base import ImageOptimizer, Look, SynthesisTask
+from dfkd_cli.synthesizers.base import ImageOptimizer, Look
 from dfkd_cli.synthesizers.terms import neighbour_differences, tempered_cross_entropy
 
 
@@ -21,17 +19,6 @@ class Inverter(ImageOptimizer):
 
     normalised = True
     config: Inversion
-
-    def __init__(self, task: SynthesisTask, config: Inversion) -> None:
-        super().__init__(task, config)
-        channels, height, width = self.teacher.info.input_size
-        if config.coarse_iterations:
-            try:
-                probe(self.teacher.net, (channels, height // 2, width // 2))
-            except (RuntimeError, AssertionError, ValueError):  # as it is the network that complains
-                raise ArtifactError(
-                    f"{self.teacher.info.spec} does not take images of half the sides", "leave out --coarse-iterations"
-                ) from None
 
     def targets(self, first: int, count: int) -> Tensor:
         """One-hot labels; the classes take turns."""
@@ -50,17 +37,12 @@ class Inverter(ImageOptimizer):
             terms["l2"] = look.images.flatten(1).norm(dim=1).mean()
         return terms
 
-    def view(self, images: Tensor) -> Tensor:
+    def view(self, images: Tensor, progress: float) -> Tensor:
         """The images rolled and mirrored at random; smaller ones are rolled by as much less."""
         jitter = self.config.jitter * images.shape[-1] // self.teacher.info.input_size[-1]
         steps: list[nn.Module] = [RandomRoll(jitter)] if jitter else []
         steps += [RandomFlip()] if self.config.view_flip else []
         return v2.Compose(steps)(images) if steps else images
-
-    def resolutions(self) -> list[tuple[int, int]]:
-        """Half the sides first, where that is wanted."""
-        coarse = [(2, self.config.coarse_iterations)] if self.config.coarse_iterations else []
-        return [*coarse, (1, self.config.iterations)]
 
     def optimizer(self, images: Tensor) -> torch.optim.Optimizer:
         """Adam with the configured betas."""

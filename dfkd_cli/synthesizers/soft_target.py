@@ -34,13 +34,13 @@ from dfkd_cli.errors import ConfigError
 from dfkd_cli.models.activations import Tap
 from dfkd_cli.models.classifier import unit_weights
 from dfkd_cli.models.taps import LOGITS, Taps
-from dfkd_cli.options import TAPS, ImageOptimization
+from dfkd_cli.options import TAPS, CoarseToFine
 from dfkd_cli.synthesizers.base import ImageOptimizer, Look, SynthesisTask
 from dfkd_cli.synthesizers.terms import tempered_divergence, total_variation
 
 
 @dataclass(frozen=True, kw_only=True)
-class Config(ImageOptimization):
+class Config(CoarseToFine):
     """Data impressions for normal targets."""
 
     lr: float = option(0.3, "Adam learning rate on the normalised pixels")

@@ -30,13 +30,13 @@ from torch import Tensor
 
 from dfkd_cli.config import option
 from dfkd_cli.models.classifier import unit_weights
-from dfkd_cli.options import ImageOptimization
+from dfkd_cli.options import CoarseToFine
 from dfkd_cli.synthesizers.base import ImageOptimizer, Look
 from dfkd_cli.synthesizers.terms import tempered_cross_entropy, total_variation
 
 
 @dataclass(frozen=True, kw_only=True)
-class Config(ImageOptimization):
+class Config(CoarseToFine):
     """Data impressions."""
 
     beta: tuple[float, ...] = option((1.0, 0.1), "scales of the Dirichlet concentration, shared equally", above=0)

@@ -203,6 +203,8 @@ STATISTICS = {"statistics": 0.4, "first_layer": 3.0}
         ("deepinversion", {"coarse_iterations": 4, "warmup": 1, "schedule": "cosine"}),
         ("deepinversion", {"clamp": True, "total_variation_l1": 0.0}),
         ("deepinversion", {"statistics": 0.0}),
+        ("sre2l", {"crop": 1.0, "view_flip": False, "iterations": 5, "clamp": False}),
+        ("sre2l", {"curriculum": 1.0, "curriculum_form": "step", "view_flip": False, "clamp": False}),
         ("adaptive-deepinversion", {"competition": 2.0}),
         ("adaptive-deepinversion", {"competition": 2.0, "variant": "paper"}),
         ("adaptive-deepinversion", {"competition": 0.0}),
@@ -229,7 +231,9 @@ def test_images_are_those_of_the_papers_optimisation(name, values, tmp_path):
             "cross_entropy": oracles.impression_loss(logits, np.eye(3)[:2], config.temperature)
         }
         if name != "deepdream":
-            terms["statistics"] = oracles.statistics_distance(seen, recorded(teacher), config.first_layer)
+            terms["statistics"] = oracles.statistics_distance(
+                seen, recorded(teacher), config.first_layer, method.correction
+            )
         if name == "adaptive-deepinversion":
             terms["competition"] = oracles.agreement(forward(student, view)[0], logits, config.variant)
         return sum(getattr(config, key) * value for key, value in terms.items())
@@ -278,7 +282,7 @@ def test_what_the_teacher_sees_of_each_stage(tmp_path):
 
     for size, reach in (((4, 6), 3), ((2, 3), 1)):
         picture = torch.arange(float(np.prod(size))).view(size).expand(1, 2, -1, -1)
-        shifts = {tuple(int(i) for i in np.argwhere(method.view(picture)[0, 0].numpy() == 0)[0]) for _ in range(200)}
+        shifts = {tuple(int(i) for i in np.argwhere(method.view(picture, 0)[0, 0].numpy() == 0)[0]) for _ in range(200)}
         steps = range(-reach, reach + 1)
         assert shifts == {(down % size[0], right % size[1]) for down in steps for right in steps}
 
@@ -286,12 +290,12 @@ def test_what_the_teacher_sees_of_each_stage(tmp_path):
 def test_images_are_mirrored_one_by_one(tmp_path):
     method = synthesizer("deepdream", tmp_path, smooth_teacher(), jitter=0, view_flip=True)
     images = torch.randn(64, 2, 4, 6)
-    view = method.view(images)
+    view = method.view(images, 0)
     mirrored, kept = ((view == other).flatten(1).all(1) for other in (images.flip(-1), images))
     assert torch.equal(mirrored, ~kept)
     assert 16 < mirrored.sum() < 48
     still = synthesizer("deepdream", tmp_path, smooth_teacher(), jitter=0)
-    assert still.view(images) is images
+    assert still.view(images, 0) is images
 
 
 @pytest.mark.parametrize("spec", ["lenet5", "timm:vit_tiny_patch16_224"])
