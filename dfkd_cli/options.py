@@ -295,6 +295,27 @@ class PerClass:
     )
 
 
+@dataclass(frozen=True, kw_only=True)
+class Limited:
+    """How long the work may take."""
+
+    deadline: str | None = option(
+        None, "end after so much time, such as 90s, 30m or 2h, with the images that are made by then", volatile=True
+    )
+
+    def __post_init__(self) -> None:
+        """A time has a unit."""
+        if self.deadline is not None and not re.fullmatch(r"\d{1,6}(\.\d+)?[smhd]", self.deadline):
+            raise ConfigError(f"--deadline {self.deadline}: not a time", "give a number and s, m, h or d, such as 30m")
+
+    @property
+    def seconds(self) -> float | None:
+        """The time, None without a limit."""
+        if self.deadline is None:
+            return None
+        return float(self.deadline[:-1]) * {"s": 1, "m": 60, "h": 3600, "d": 86400}[self.deadline[-1]]
+
+
 # -- commands ----------------------------------------------------------------------------------------------------------
 
 

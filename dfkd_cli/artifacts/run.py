@@ -33,7 +33,8 @@ class RunDirectory:
     ``run.json`` has: the command, its identity (everything that decides the result: settings and the hashes of what
     was read), status, parents, seconds of work over all processes, those of runs ``within`` it included, versions,
     artifacts with hashes, metrics, concerns (what the reader is warned of), error; an ``id``, which checkpoints carry
-    too, and the hashes of files that were ``kept``, from early rounds or for a continued run.
+    too, and the hashes of files that were ``kept``, from early rounds or for a continued run; and ``cut_at``, how much
+    was done, where a deadline ended the work: the same command goes on then.
 
     Args:
         path: The directory.
@@ -90,7 +91,8 @@ class RunDirectory:
         if previous is not None and not afresh:
             afresh = _is_another(self.path, previous.get("identity", {}), self.settings, self.identity)
             same = not afresh and all(previous.get(name, fact) == fact for name, fact in self.facts.items())
-            if same and previous.get("status") == "done" and _whole(self.path, previous):
+            finished = previous.get("status") == "done" and not previous.get("cut_at")
+            if same and finished and _whole(self.path, previous):
                 self.record = {"concerns": [], **previous}  # older records have none
                 return True
             if not afresh:

@@ -166,6 +166,11 @@ class ShardWriter:
             "terms": dict(terms),
         }
 
+    def cut(self) -> None:
+        """Make do with the shards before the first missing one: from here on the set has no more."""
+        self.count = min(self.missing(), default=self.count)
+        self.rows = {index: row for index, row in self.rows.items() if index < self.count}
+
     def read(self, index: int) -> dict[str, Tensor]:
         """A finished shard's tensors, on the CPU."""
         return safetensors.torch.load((self.directory / shard_name(index)).read_bytes())

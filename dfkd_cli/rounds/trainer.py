@@ -33,6 +33,7 @@ from dfkd_cli.processes import stop_on_signals, writes_records
 from dfkd_cli.rounds.curves import MetricsFile
 from dfkd_cli.rounds.launcher import Launcher
 from dfkd_cli.rounds.learner import Learner
+from dfkd_cli.trust import CONFIG
 from dfkd_cli.ui import Progress, Terminal
 
 _PRECISION: dict[str, Any] = {"32": "32-true", "bf16": "bf16-mixed", "16": "16-mixed"}
@@ -79,14 +80,17 @@ def _saved_state(learner: Learner, run: RunDirectory, curves: MetricsFile, termi
         state = read_pickle(path, "meta")
         done, saved = state["epoch"] + 1, state.get(SAVED, {})
         ours = done in range(1, learner.rounds + 1) and saved.get("id", run.record["id"]) == run.record["id"]
-        run.record["kept"] |= (kept := saved.get("kept", {}))
+        # Not the settings: this process has written its own, which may differ in what decides no result.
+        kept = {name: sha256 for name, sha256 in saved.get("kept", {}).items() if name != CONFIG}
+        run.record["kept"] |= kept
         files_whole = all(run.kept(run.path / name) for name in kept)
     except Exception as error:
         raise ArtifactError(f"{path}: not a readable checkpoint", AFRESH) from error
     if not ours and writes_records():  # the first of all processes has the record
         raise ArtifactError(f"{path}: the checkpoint of another run", AFRESH)
     rows = curves.digest(done)
-    if learner.can_continue(done) and files_whole and rows is not None and rows == saved.get("curves", rows):
+    curves_whole = rows is not None and rows == saved.get("curves", rows)
+    if files_whole and curves_whole and learner.can_continue(done):  # which may take over what it finds: it comes last
         return path
     terminal.say(f"{run.path}: what earlier rounds wrote is damaged or gone; all rounds are done again")
     return None
@@ -107,7 +111,8 @@ class _Keeper(Checkpoint):
     def on_train_epoch_end(self, trainer: pl.Trainer, module: pl.LightningModule) -> None:
         assert isinstance(module, Learner)
         start = time.monotonic()
-        due = trainer.strategy.broadcast(start >= self.next or module.current_round + 1 == trainer.max_epochs)
+        last = trainer.should_stop or module.current_round + 1 == trainer.max_epochs
+        due = trainer.strategy.broadcast(start >= self.next or last)
         if not due:
             return
         for logger in trainer.loggers:  # before the state: a kill in between must not lose rows

@@ -8,6 +8,7 @@ from __future__ import annotations
 import dataclasses
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
+from datetime import timedelta
 from pathlib import Path
 from typing import Any
 
@@ -28,19 +29,20 @@ from dfkd_cli.models.classifier import Classifier, is_batch_norm
 from dfkd_cli.models.directory import save_model
 from dfkd_cli.models.generators import Generators, save_generators
 from dfkd_cli.models.names import LoadedModel, architecture, locate
-from dfkd_cli.options import MOST_IMAGES, ForeignModel, PerClass
+from dfkd_cli.options import MOST_IMAGES, ForeignModel, Limited, PerClass
 from dfkd_cli.rounds.curves import write_csv
+from dfkd_cli.rounds.deadline import Deadline
 from dfkd_cli.rounds.trainer import fit
 from dfkd_cli.settings import Settings
 from dfkd_cli.stages.inputs import real_data, with_count
 from dfkd_cli.stages.snapshots import Snapshots
 from dfkd_cli.stages.training import fresh, manifest_head, rehearse, taught_by
-from dfkd_cli.synthesizers.base import SynthesisTask
+from dfkd_cli.synthesizers.base import SynthesisTask, Synthesizer
 from dfkd_cli.ui import Terminal
 
 
 @dataclass(frozen=True, kw_only=True)
-class Inputs(ForeignModel, PerClass):
+class Inputs(ForeignModel, PerClass, Limited):
     """What is read, and how."""
 
     teacher: str = option("teacher", "teacher: model directory or SPEC")
@@ -82,6 +84,8 @@ def run(settings: Settings, terminal: Terminal, dry_run: bool = False) -> dict[s
         raise ConfigError("a student in the loop is trained by one process", "give --devices 1 --num-nodes 1")
     if settings.inputs.snapshots and "student" not in settings.method.entry.needs:
         raise ConfigError("--snapshots keeps weights of a student in the loop", "leave it out: this method has none")
+    if settings.inputs.snapshots and settings.inputs.deadline:
+        raise ConfigError("--snapshots are of the whole training", "leave out --deadline")
     if dry_run:
         return rehearse(settings, run, terminal)
     location = locate(settings.inputs.teacher, settings.inputs)
@@ -165,9 +169,14 @@ def _make(
     synthesizer = settings.method.entry.load()(task, config)
     student, rounds = synthesizer.models().get("student"), synthesizer.rounds
     snapshots = student and Snapshots(directory, student, directory.path / "student", settings.inputs.snapshots, rounds)
-    fit(synthesizer, directory, terminal, [snapshots] if snapshots else [])
+    deadline = Deadline(settings.inputs.seconds) if settings.inputs.seconds is not None else None
+    if deadline and not synthesizer.anytime:
+        raise ConfigError("--deadline: this method makes its images at the very end", "give fewer --steps")
+    fit(synthesizer, directory, terminal, [part for part in (snapshots, deadline) if part])
     check_kept()
     writer.collect()
+    if deadline and writer.missing():
+        count = _cut(writer, synthesizer, deadline, directory, terminal)
     manifest = writer.write_manifest()
     if synthesizer.stateless:
         rows = [{"round": index, **shard["terms"]} for index, shard in enumerate(manifest["shards"])]
@@ -184,6 +193,20 @@ def _make(
     metrics = {"count": count, "confidence": confidence, "class_histogram": histogram}
     kept = snapshots.paths.values() if snapshots else ()
     directory.finish([*(directory.path / name for name in files), *kept], metrics)
+
+
+def _cut(
+    writer: ShardWriter, synthesizer: Synthesizer, deadline: Deadline, directory: RunDirectory, terminal: Terminal
+) -> int:
+    """Make do with what was made before the deadline, and say how long all of it takes. Returns the images."""
+    left = timedelta(seconds=round(deadline.elapsed / deadline.rounds * (synthesizer.rounds - deadline.rounds)))
+    shards = writer.count
+    writer.cut()
+    count = sum(row["count"] for row in writer.rows.values())
+    directory.record["cut_at"] = {"shards": writer.count, "of": shards}
+    said = f"{count:,} of {synthesizer.num_images:,} images when the deadline came"
+    terminal.say(f"{directory.path}: {said}; the rest, for which the same command goes on, takes about {left}")
+    return count
 
 
 def _save_models(models: Mapping[str, Classifier | Generators], path: Path, provenance: dict[str, Any]) -> list[str]:

@@ -89,6 +89,7 @@ class Synthesizer(Learner):
     ``batch_size``, the images of a shard, and ``dtype``, how they are stored), and makes a shard in :meth:`make`.
 
     Attributes:
+        anytime: Every round leaves a shard, so that a deadline may end the work after any of them.
         normalised: Images are made as the teacher's ``net`` takes them, not in pixel space. Learning rate and image
             terms are in these units.
         correction: Bessel's correction of the variances in :attr:`Look.moments`: 1 for unbiased ones, 0 for biased.
@@ -100,6 +101,7 @@ class Synthesizer(Learner):
     needs: ClassVar[tuple[str, ...]] = ()
     stateless = True
     unit = "images"
+    anytime: ClassVar[bool] = True
     normalised: ClassVar[bool] = False
     correction: ClassVar[int] = 0
     taps: Mapping[Any, Tap] = {}

@@ -36,6 +36,7 @@ class StreamTrainer(CoTrainer):
     """
 
     kind = "generator"
+    anytime = False
     config: GeneratorTraining
     epsilon: ClassVar[float] = 1e-5
     unit = "iterations"
