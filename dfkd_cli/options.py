@@ -118,9 +118,9 @@ class ImageOptimization(Shards):
 
 @dataclass(frozen=True, kw_only=True)
 class CoarseToFine(ImageOptimization):
-    """The same at one resolution after the other."""
+    """The same at one resolution after the other. A network that takes no other sides sees larger pixels."""
 
-    coarse_iterations: int = option(0, "inner steps before these, on images of half the sides", low=0, rehearsal=1)
+    coarse_iterations: int = option(0, "inner steps before these, at half the resolution", low=0, rehearsal=1)
 
 
 @dataclass(frozen=True, kw_only=True)

@@ -30,6 +30,11 @@ def linear_teacher(classes: int = 4, size: tuple[int, int, int] = (1, 3, 3), bat
     return Classifier(net, ModelInfo("linear", classes, size, mean=(0.2,) * channels, std=(0.5,) * channels))
 
 
+def teacher_spec(entry: catalog.Entry, other: str = "lenet5") -> str:
+    """A model SPEC that has what a method needs of its teacher."""
+    return {"attention": "vit-1-32", "batchnorm": "resnet8"}.get(next(iter(entry.needs), ""), other)
+
+
 def synthesizer(
     name: str, directory: Path, teacher: Classifier | None = None, num_images: int = 6, seed: int = 0, **values
 ) -> Synthesizer:

@@ -25,6 +25,7 @@ from dfkd_cli.catalog import Choice, Command
 from dfkd_cli.config import option
 from dfkd_cli.data.seal import check_kept, kept, kept_by, sealed
 from dfkd_cli.errors import ArtifactError, ConfigError
+from dfkd_cli.models.attention import attention_layers
 from dfkd_cli.models.classifier import Classifier, is_batch_norm
 from dfkd_cli.models.directory import save_model
 from dfkd_cli.models.generators import Generators, save_generators
@@ -146,14 +147,23 @@ def check_needs(entry: catalog.Entry, teacher: Classifier, inputs: Any) -> None:
             raise ConfigError(f"--method {entry.name} {refuses}", f"leave out --{name}")
         if name in entry.needs and not chosen:
             raise ConfigError(f"--method {entry.name} needs {what}", hint)
+    if "attention" in entry.needs and not attention_layers(teacher):
+        raise ArtifactError(
+            f"--method {entry.name} needs a teacher with self-attention, {teacher.info.spec} has none that can be read",
+            f"these work without: {_without('attention')}",
+        )
     if "batchnorm" in entry.needs and not teacher.batch_norms():
-        others = [name for name, e in catalog.entries("synthesizers").items() if "batchnorm" not in e.needs]
         keeps_none = any(map(is_batch_norm, teacher.net.modules()))
         lack = "keeps no statistics in it (track_running_stats=False)" if keeps_none else "has none"
         raise ArtifactError(
             f"--method {entry.name} needs a teacher with BatchNorm, {teacher.info.spec} {lack}",
-            f"these work without: {', '.join(others)}",
+            f"these work without: {_without('batchnorm')}",
         )
+
+
+def _without(need: str) -> str:
+    """The methods that do not ask for something."""
+    return ", ".join(name for name, entry in catalog.entries("synthesizers").items() if need not in entry.needs)
 
 
 def _make(

@@ -17,7 +17,7 @@ from torch.optim.lr_scheduler import LambdaLR
 
 from dfkd_cli.artifacts.metadata import Metadata
 from dfkd_cli.artifacts.shards import ShardWriter
-from dfkd_cli.errors import ArtifactError, RunFailed
+from dfkd_cli.errors import RunFailed
 from dfkd_cli.models.activations import Tap, values_at
 from dfkd_cli.models.classifier import Classifier, probe
 from dfkd_cli.models.generators import Generators
@@ -197,15 +197,13 @@ class ImageOptimizer(Synthesizer):
 
     def __init__(self, task: SynthesisTask, config: Any) -> None:
         super().__init__(task, config)
-        channels, height, width = self.teacher.info.input_size
-        self.coarse_iterations = getattr(config, "coarse_iterations", 0)
+        self.coarse_iterations, self.fixed_size = getattr(config, "coarse_iterations", 0), False
         if self.coarse_iterations:
+            channels, height, width = self.teacher.info.input_size
             try:
                 probe(self.teacher.net, (channels, height // 2, width // 2))
             except (RuntimeError, AssertionError, ValueError):  # as it is the network that complains
-                raise ArtifactError(
-                    f"{self.teacher.info.spec} does not take images of half the sides", "leave out --coarse-iterations"
-                ) from None
+                self.fixed_size = True
 
     @abstractmethod
     def targets(self, first: int, count: int) -> Any:
@@ -270,6 +268,11 @@ class ImageOptimizer(Synthesizer):
         pixels = self.teacher.denormalise(images) if self.normalised else images
         return Impressions(pixels, self.soft_labels(targets), {name: term.detach() for name, term in terms.items()})
 
+    def _coarse(self, images: Tensor, divisor: int) -> Tensor:
+        """Images with sides divided, or where the network takes no others, of their sides with pixels as large."""
+        coarse = F.avg_pool2d(images, divisor)
+        return F.interpolate(coarse, images.shape[2:]) if self.fixed_size else coarse
+
     def _optimize(
         self, images: Tensor, targets: Any, show: Callable[[Tensor], Look], divisor: int, iterations: int
     ) -> Mapping[str, Tensor]:
@@ -278,7 +281,7 @@ class ImageOptimizer(Synthesizer):
         schedule = LambdaLR(optimizer, lambda step: self.rate(step, iterations))
         terms: dict[str, Tensor] = {}
         for step in range(iterations):
-            view = self.view(F.avg_pool2d(images, divisor) if divisor > 1 else images, step / iterations)
+            view = self.view(self._coarse(images, divisor) if divisor > 1 else images, step / iterations)
             terms = self.terms(show(view), targets)
             # The teacher's parameters need no gradient: backward goes to the images only.
             (gradient,) = torch.autograd.grad(weighted_sum(terms, self.config), images)

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+from typing import Any
 
 import torch
 from torch import Tensor, nn
@@ -20,11 +21,11 @@ class Inverter(ImageOptimizer):
     normalised = True
     config: Inversion
 
-    def targets(self, first: int, count: int) -> Tensor:
+    def targets(self, first: int, count: int) -> Any:
         """One-hot labels; the classes take turns."""
         return self.classes(first, count)
 
-    def terms(self, look: Look, targets: Tensor) -> dict[str, Tensor]:
+    def terms(self, look: Look, targets: Any) -> dict[str, Tensor]:
         """The cross-entropy with the class, and the priors whose weights are not zero."""
         terms = {"cross_entropy": tempered_cross_entropy(look.logits, targets, self.config.temperature)}
         if self.config.total_variation or self.config.total_variation_l1:
@@ -39,10 +40,14 @@ class Inverter(ImageOptimizer):
 
     def view(self, images: Tensor, progress: float) -> Tensor:
         """The images rolled and mirrored at random; smaller ones are rolled by as much less."""
-        jitter = self.config.jitter * images.shape[-1] // self.teacher.info.input_size[-1]
+        jitter = self.reach(progress) * images.shape[-1] // self.teacher.info.input_size[-1]
         steps: list[nn.Module] = [RandomRoll(jitter)] if jitter else []
         steps += [RandomFlip()] if self.config.view_flip else []
         return v2.Compose(steps)(images) if steps else images
+
+    def reach(self, progress: float) -> int:
+        """By how many pixels full images are rolled at most, when so much of the iterations is done."""
+        return self.config.jitter
 
     def optimizer(self, images: Tensor) -> torch.optim.Optimizer:
         """Adam with the configured betas."""

@@ -9,6 +9,7 @@ from typing import Any
 
 import pytest
 from tiny_regimes import beside
+from tiny_synthesizers import teacher_spec
 from torch import nn
 
 from dfkd_cli import catalog
@@ -78,7 +79,8 @@ def test_a_rehearsal_is_as_long_for_a_long_run_as_for_a_short_one(
     monkeypatch.chdir(tmp_path)
     more: list[Any] = ["--device", "cpu"]
     if "teacher" in hints(command.inputs):
-        more += ["--teacher", make_teacher("resnet8")]
+        needy = entry is not None and entry.package == "synthesizers"
+        more += ["--teacher", make_teacher(teacher_spec(entry, "resnet8") if needy else "resnet8")]
     if command.name == "distill":
         more += ["--transfer-set", "real:20" if "labels" in entry.needs else "noise:20", "--student", "resnet8"]
         more += ["--answers", "label"] * ("answers" in entry.needs)

@@ -16,7 +16,7 @@ from comparisons import assert_same_state, state
 from lightning.pytorch import Trainer
 from lightning.pytorch.callbacks import Callback
 from stand_ins import work
-from tiny_synthesizers import METHODS, linear_teacher, synthesizer, tiny
+from tiny_synthesizers import METHODS, linear_teacher, synthesizer, teacher_spec, tiny
 from torch import Tensor, nn
 
 from dfkd_cli import catalog
@@ -318,7 +318,7 @@ def test_what_is_read_without_torch_is_what_runs(entry):
 def test_a_tiny_run_gives_whole_shards_whose_terms_are_configuration_keys(
     entry, tmp_path, cli, make_teacher, make_metadata
 ):
-    spec = "resnet8" if "batchnorm" in entry.needs else "lenet5"
+    spec = teacher_spec(entry)
     teacher = make_teacher(spec)
     flags = [f"--{key.replace('_', '-')}={value}" for key, value in tiny(entry.name).items()]
     flags += ["--student", "lenet5-half"] if "student" in entry.needs else []
