@@ -365,6 +365,12 @@ class Run:
     device: Literal["auto", "cpu", "cuda", "mps"] = option("auto", "device", volatile=True)
     devices: int = option(1, "number of devices (processes)", low=1, volatile=True)
     num_nodes: int = option(1, "machines that share the run, and see the same --out", low=1, volatile=True)
+    threads: int | None = option(
+        None,
+        "CPU threads (default: as many as the run began with; OMP_NUM_THREADS, or all cores)",
+        low=1,
+        volatile=True,
+    )
     precision: Literal["32", "bf16", "16"] = option("32", "arithmetic")
     logger: Literal["csv", "tensorboard"] = option(
         "csv", "curves: metrics.csv alone, or also tensorboard", volatile=True

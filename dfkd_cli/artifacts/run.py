@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import contextlib
+import logging
 import os
 import secrets
 import sys
@@ -25,6 +26,8 @@ from dfkd_cli.ui import Terminal
 
 LOCK = ".lock"
 AFRESH = "give --overwrite to start afresh"
+LOG = logging.getLogger(__name__)
+MOST_THREADS = 4096  # more in a record is damage
 
 
 class RunDirectory:
@@ -77,6 +80,7 @@ class RunDirectory:
             "kept": {},
         }
         self._lock: BinaryIO | None = None
+        self._end = contextlib.ExitStack()  # what is done when the work ends
         self._mark = time.monotonic()
 
     def claim(self) -> bool:
@@ -100,6 +104,7 @@ class RunDirectory:
                     self.record["sealed"] = "python"  # the weaker one holds for the whole
                 lasting = ("started", "seconds", "within", "concerns", "id", "kept")
                 self.record |= {key: previous[key] for key in lasting if key in previous}
+                self._go_on_with_threads(previous.get("versions", {}).get("threads"))
         if not writes_records():
             return False
         self._take_lock()
@@ -118,6 +123,18 @@ class RunDirectory:
         self.keep(self.path / CONFIG, write_text(self.path / CONFIG, dump_yaml(replayable)))
         self.save()
         return False
+
+    def _go_on_with_threads(self, recorded: Any) -> None:
+        """Compute with as many threads as the run began with, until the work ends: sums come out the same."""
+        import torch
+
+        chosen, number = self.settings.run.threads is not None, torch.get_num_threads()
+        if chosen or recorded == number or not isinstance(recorded, int) or not 0 < recorded <= MOST_THREADS:
+            return
+        self._end.callback(torch.set_num_threads, number)
+        torch.set_num_threads(recorded)
+        self.record["versions"]["threads"] = recorded
+        LOG.warning("%s goes on with %d threads, as it began; --threads %d changes that", self.path, recorded, number)
 
     def record_concern(self, what: str) -> bool:
         """Record what whoever reads the report is warned of. False where it is recorded already."""
@@ -217,6 +234,7 @@ class RunDirectory:
             self.record_failure(error)
             raise
         finally:
+            self._end.close()
             if self._lock is not None:
                 self._lock.close()
 

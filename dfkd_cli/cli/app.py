@@ -230,8 +230,12 @@ def run_stage(settings: Settings, terminal: Terminal, dry_run: bool) -> None:
     reach = access(settings, dry_run) if dedicated() else None
     with Notes(terminal).heard(), contextlib.nullcontext() if reach is None else reach.confined():
         run = command.load()
+        import torch
+
         from dfkd_cli.stages.inputs import pick_device
 
+        if how.threads is not None:
+            torch.set_num_threads(how.threads)
         stop_on_signals()
         device = pick_device(how.device, how.devices if command.shared else 1)
         if device.type == "cpu" and how.precision == "16":

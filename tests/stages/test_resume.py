@@ -12,7 +12,7 @@ from pathlib import Path
 
 import pytest
 from forks import Fork
-from pipeline import HANGS, OUTPUTS, PIPELINE, finish, hashes, run_in_turn, start
+from pipeline import HANGS, OUTPUTS, PIPELINE, finish, hashes, kill_after_saving, run, run_in_turn, start
 
 
 @pytest.fixture(scope="module")
@@ -204,3 +204,20 @@ def test_dropped_and_reordered_inputs_are_another_run(reference: tuple, tmp_path
         code, _, err = cli(*command, *other)
         assert code == 2, other
         assert "holds another run" in err
+
+
+def test_a_run_goes_on_with_the_threads_it_began_with(reference: tuple, tmp_path: Path) -> None:
+    """Killed with two, continued where one is the default: two, and the same bits; or one, where that is typed."""
+    (tmp_path / "teacher").symlink_to(reference[2] / "teacher")
+    finish([*PIPELINE[1], "--threads", "2", "--out", "whole"], tmp_path)
+    command = [*PIPELINE[1], "--out", "killed"]
+    kill_after_saving([*command, "--threads", "2"], tmp_path, tmp_path / "killed" / "shard-00001.safetensors")
+    shutil.copytree(tmp_path / "killed", tmp_path / "other")
+    done = run(command, tmp_path)
+    assert done.returncode == 0 and "goes on with 2 threads" in done.stderr, done.stderr
+    assert json.loads((tmp_path / "killed" / "run.json").read_text())["versions"]["threads"] == 2
+    found, expected = hashes(tmp_path / "killed"), hashes(tmp_path / "whole")
+    assert found | {"config.yaml": ""} == expected | {"config.yaml": ""}  # which says what was typed
+    done = run([*PIPELINE[1], "--threads", "1", "--out", "other"], tmp_path)
+    assert done.returncode == 0 and "goes on with" not in done.stderr
+    assert json.loads((tmp_path / "other" / "run.json").read_text())["versions"]["threads"] == 1
