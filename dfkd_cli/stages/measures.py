@@ -119,16 +119,21 @@ def cost(model: Classifier, device: torch.device) -> dict[str, Any]:
     image = torch.zeros(1, *model.info.input_size, device=device)
     with FlopCounterMode(display=False) as flops:
         model(image)
+    return {
+        "parameters": model.num_parameters,
+        "macs": flops.get_total_flops() // 2,
+        "latency_ms": 1000 * seconds(functools.partial(model, image), threads=1),
+    } | model.recorded
+
+
+def seconds(call: Callable[[], Any], threads: int, **least: float) -> float:
+    """The median time of a call, with so many CPU threads, from runs of ``min_run_time`` seconds at least."""
     # Importing the timer loads PyTorch's compiler of extensions, which warns about compilers that are not needed here.
     logging.getLogger("torch.utils.cpp_extension").setLevel(logging.ERROR)
     from torch.utils.benchmark import Timer
 
-    timer = Timer("model(image)", globals={"model": model, "image": image}, num_threads=1)
-    return {
-        "parameters": model.num_parameters,
-        "macs": flops.get_total_flops() // 2,
-        "latency_ms": 1000 * timer.blocked_autorange().median,
-    } | model.recorded
+    timer = Timer("call()", globals={"call": call}, num_threads=threads)
+    return float(timer.blocked_autorange(**least).median)  # type: ignore[arg-type]  # it has two parameters
 
 
 class Examiner:
