@@ -7,17 +7,19 @@ on another machine, or beside other work.
 
 from __future__ import annotations
 
+import functools
 import itertools
 from collections.abc import Iterator
 from dataclasses import dataclass
 from typing import Any
 
 import torch
+from torch import Tensor, nn
 
 from dfkd_cli.catalog import Command
 from dfkd_cli.config import option
 from dfkd_cli.data.seal import sealed
-from dfkd_cli.errors import ArtifactError, machine_can_fail
+from dfkd_cli.errors import machine_can_fail
 from dfkd_cli.models.classifier import Classifier
 from dfkd_cli.models.names import locate
 from dfkd_cli.options import ForeignModel
@@ -35,7 +37,6 @@ class Inputs(ForeignModel):
 
     teacher: str = option("teacher", "teacher: model directory or SPEC", argument="TEACHER")
     batch_size: int = option(64, "images optimised together", low=1, rehearsal=2)
-    compiled: bool = option(False, "time what torch.compile makes of the network, too: needs a compiler, takes minutes")
     min_time: float = option(0.5, "seconds that each setting is timed for, at least", above=0, high=3600)
 
 
@@ -54,10 +55,10 @@ COLUMNS: list[evaluation.Column] = [
     ("THREADS", "threads", str),
     ("PRECISION", "precision", str),
     ("LAYOUT", "layout", str),
-    ("COMPILED", "compiled", lambda compiled: "yes" if compiled else "no"),
     ("S PER IMAGE-STEP", "seconds", "{:.3g}".format),
     ("IMAGE-STEPS / S", "rate", "{:,.1f}".format),
 ]
+PRECISIONS = {"32": torch.float32, "bf16": torch.bfloat16}
 LAYOUTS = {"contiguous": torch.contiguous_format, "channels last": torch.channels_last}
 
 
@@ -71,9 +72,9 @@ def run(settings: Settings, terminal: Terminal, dry_run: bool = False) -> dict[s
     device = pick_device(settings.run.device)
     results = sorted(timed(teacher.freeze().to(device), settings, device), key=lambda result: result["seconds"])
     terminal.answer(evaluation.rows(results, COLUMNS))
-    # Commands choose the layout by the network and do not compile it: of their settings, the quickest.
+    # Commands choose the layout by the network: of their settings, the quickest.
     own = "channels last" if teacher.batch_norms() else "contiguous"
-    best = next(result for result in results if result["layout"] == own and not result["compiled"])
+    best = next(result for result in results if result["layout"] == own)
     flags = {"threads": best["threads"], "precision": best["precision"]}
     terminal.answer(f"{device}: " + " ".join(f"--{name} {value}" for name, value in flags.items() if value != "-"))
     return {"metrics": {"best": flags, "device": str(device)}, "results": results}
@@ -83,33 +84,26 @@ def timed(teacher: Classifier, settings: Settings, device: torch.device) -> Iter
     """One result for each setting: ``seconds`` and ``rate`` per image and inner step.
 
     Raises:
-        ArtifactError: The network cannot be compiled here.
         RunFailed: The device's memory does not hold the batch.
     """
-    inputs, before = settings.inputs, torch.get_num_threads()
+    before = torch.get_num_threads()
     most = settings.run.threads or before
-    counts = (
-        sorted({1, *(2**n for n in range(most.bit_length()) if 2**n <= most), most}) if device.type == "cpu" else [0]
-    )
-    ways = itertools.product(counts, ("32", "bf16"), LAYOUTS, (False, True) if inputs.compiled else (False,))
-    images = torch.randn(inputs.batch_size, *teacher.info.input_size, device=device).requires_grad_()
+    counts = sorted({1, *(2**n for n in range(most.bit_length())), most}) if device.type == "cpu" else [0]
     try:
-        for threads, precision, layout, compiled in ways:
-            teacher.to(memory_format=LAYOUTS[layout])
-            shown = {"threads": threads or "-", "precision": precision, "layout": layout, "compiled": compiled}
-            network = torch.compile(teacher.net) if compiled else teacher.net
-
-            def step(network: Any = network, bfloat: bool = precision == "bf16") -> None:
-                with torch.autocast(device.type, torch.bfloat16, enabled=bfloat):
-                    logits = network(images)
-                torch.autograd.grad(logits.float().square().sum(), images)
-
-            with machine_can_fail():
-                try:
-                    took = seconds(step, threads or 1, min_run_time=inputs.min_time) / len(images)
-                except torch._dynamo.exc.TorchDynamoException as error:
-                    reason = str(error).strip().splitlines()[0]
-                    raise ArtifactError(f"torch.compile: {reason:.200}", "leave out --compiled") from None
-            yield {**shown, "seconds": took, "rate": 1 / took}
+        with machine_can_fail():
+            images = torch.randn(settings.inputs.batch_size, *teacher.info.input_size, device=device).requires_grad_()
+            for threads, precision, (layout, memory_format) in itertools.product(counts, PRECISIONS, LAYOUTS.items()):
+                teacher.to(memory_format=memory_format)
+                step = functools.partial(inner_step, teacher.net, images, PRECISIONS[precision])
+                took = seconds(step, threads or 1, min_run_time=settings.inputs.min_time) / len(images)
+                result = {"threads": threads or "-", "precision": precision, "layout": layout}
+                yield {**result, "seconds": took, "rate": 1 / took}
     finally:
         torch.set_num_threads(before)
+
+
+def inner_step(network: nn.Module, images: Tensor, dtype: torch.dtype) -> Tensor:
+    """The gradient to images (B, C, H, W) of a function of their logits, in the arithmetic of a type."""
+    with torch.autocast(images.device.type, torch.bfloat16, enabled=dtype == torch.bfloat16):
+        logits = network(images)
+    return torch.autograd.grad(logits.float().square().sum(), images)[0]

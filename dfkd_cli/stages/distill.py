@@ -38,7 +38,7 @@ from dfkd_cli.ui import Terminal
 
 
 @dataclass(frozen=True, kw_only=True)
-class Inputs(Training, SeenTeacher, PerClass):
+class Inputs(PerClass, Training, SeenTeacher):
     """What is read, and how."""
 
     teacher: tuple[str, ...] = option(("teacher",), "teacher: model directory or SPEC; of several, their mean")

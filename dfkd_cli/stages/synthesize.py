@@ -43,7 +43,7 @@ from dfkd_cli.ui import Terminal
 
 
 @dataclass(frozen=True, kw_only=True)
-class Inputs(ForeignModel, PerClass, Limited):
+class Inputs(Limited, PerClass, ForeignModel):
     """What is read, and how."""
 
     teacher: str = option("teacher", "teacher: model directory or SPEC")

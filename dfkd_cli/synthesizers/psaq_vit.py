@@ -55,9 +55,9 @@ class Config(Inversion):
     jitter: int = 30
     view_flip: bool = True
     clamp: bool = True
-    total_variation: float = option(0.05, "weight of the distance of that from what is aimed at", low=0)
+    total_variation: float = option(0.05, "weight of the distance of the total variation from the one aimed at", low=0)
     variation: tuple[float, float] = option(
-        (1.139, 1.367), "range of the total variation aimed at, over the root of the number of values", low=0
+        (1.139, 1.367), "range of the one aimed at, over the root of the number of values of a batch", low=0
     )
     patch_entropy: float = option(1.0, "weight of the entropy of patch similarities, which is made large", low=0)
     bandwidth: float = option(0.01, "width of the kernel of their density", above=0)
