@@ -257,9 +257,6 @@ class Answers:
 
     temperature: float = option(4.0, "softmax temperature", above=0)
     standardise: bool = option(False, "z-scores of each image's logits instead of the logits (arXiv:2403.01427)")
-    teacher_mode: Literal["eval", "train"] = option(
-        "eval", "statistics that the teacher's BatchNorm answers with: recorded ones, or the batch's (train)"
-    )
     hard: float = option(0.0, "weight of the true labels; the teacher's own where the set has none", low=0)
     label_smoothing: float = option(0.0, "share of the hard label spread over all classes", low=0, high=1)
 
@@ -291,7 +288,10 @@ class PerClass:
     """How many images there are, by the class."""
 
     images_per_class: int = option(
-        0, "so many images for each class, instead of --num-images; 0: as that says", low=0, rehearsal=0
+        0,
+        "times the number of classes, instead of --num-images (classes take turns); 0: off",
+        low=0,
+        rehearsal=0,
     )
 
 
@@ -367,7 +367,7 @@ class Run:
     num_nodes: int = option(1, "machines that share the run, and see the same --out", low=1, volatile=True)
     threads: int | None = option(
         None,
-        "CPU threads (default: as many as the run began with; OMP_NUM_THREADS, or all cores)",
+        "CPU threads of each process (default: as many as the run began with; OMP_NUM_THREADS, or all cores)",
         low=1,
         volatile=True,
     )

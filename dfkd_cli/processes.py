@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import functools
 import json
 import os
@@ -9,6 +10,7 @@ import signal
 import sys
 import threading
 import time
+from collections.abc import Iterator
 from typing import Any
 
 from dfkd_cli.errors import ConfigError, Interrupted
@@ -17,6 +19,26 @@ STOPPED = "interrupted", "stopped; what was finished is kept", "the same command
 MEETING = ("NODE_RANK", "MASTER_ADDR", "MASTER_PORT")  # what Lightning asks of each machine's environment
 _machine = 0  # this one's number among those that share the run
 _dedicated = False
+
+
+@contextlib.contextmanager
+def computing_with(threads: int | None) -> Iterator[None]:
+    """Compute with so many threads of the CPU inside the ``with`` block; None for as many as there are."""
+    import torch
+
+    before = torch.get_num_threads()
+    torch.set_num_threads(threads or before)
+    try:
+        yield
+    finally:
+        torch.set_num_threads(before)
+
+
+def share_of_threads(processes: int) -> int | None:
+    """The threads of each of so many processes of a run: a share of the cores, unless the environment says how many."""
+    import torch
+
+    return None if processes == 1 or "OMP_NUM_THREADS" in os.environ else max(1, torch.get_num_threads() // processes)
 
 
 def dedicate() -> None:

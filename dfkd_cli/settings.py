@@ -12,6 +12,7 @@ from dfkd_cli.errors import ConfigError, did_you_mean
 from dfkd_cli.options import FOREIGN, Run
 from dfkd_cli.trust import Code
 
+INSTEAD = "num_images", "images_per_class"  # two ways to say one thing
 TYPED, ASSIGNED = "--", "--set "  # where typed flags come from, and what ``--set`` says
 
 
@@ -126,6 +127,9 @@ def resolve(command: str, sources: Sequence[tuple[Any, ...]]) -> Settings:
         if "teacher" in layer and layer["teacher"] != values["inputs",].get("teacher"):
             for name in FOREIGN:  # what was said of another teacher
                 values["inputs",].pop(name, None)
+        for one, other in (INSTEAD, INSTEAD[::-1]):  # the later word counts
+            if one in layer and other not in layer:
+                values["inputs",].pop(other, None)
         flat = _flatten(layer, chosen)
         for path, value in sorted(flat.items(), key=lambda item: len(item[0])):  # short forms first: specifics win
             if path[0] in record.sections and len(path) == 1:

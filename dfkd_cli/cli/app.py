@@ -18,7 +18,15 @@ from dfkd_cli.cli import arguments, listing
 from dfkd_cli.data.access import access
 from dfkd_cli.errors import ConfigError, DfkdError, Interrupted, machine_can_fail
 from dfkd_cli.options import Run
-from dfkd_cli.processes import STOPPED, dedicated, first_process, join_machines, stop_on_signals
+from dfkd_cli.processes import (
+    STOPPED,
+    computing_with,
+    dedicated,
+    first_process,
+    join_machines,
+    share_of_threads,
+    stop_on_signals,
+)
 from dfkd_cli.settings import Layer, Settings, assigned_layer, choose, recipe_layer, resolve, typed_layer
 from dfkd_cli.ui import NORMAL, QUIET, VERBOSE, Notes, Terminal
 
@@ -230,16 +238,13 @@ def run_stage(settings: Settings, terminal: Terminal, dry_run: bool) -> None:
     reach = access(settings, dry_run) if dedicated() else None
     with Notes(terminal).heard(), contextlib.nullcontext() if reach is None else reach.confined():
         run = command.load()
-        import torch
-
         from dfkd_cli.stages.inputs import pick_device
 
-        if how.threads is not None:
-            torch.set_num_threads(how.threads)
         stop_on_signals()
         device = pick_device(how.device, how.devices if command.shared else 1)
         if device.type == "cpu" and how.precision == "16":
             raise ConfigError("--precision 16: not on a CPU", "give --precision bf16, or 32, which is faster on most")
-        answer = run(settings, terminal, dry_run=dry_run)
+        with computing_with(how.threads or share_of_threads(how.devices if command.shared else 1)):
+            answer = run(settings, terminal, dry_run=dry_run)
     answer = {"ok": True, "command": command.name, **answer, "seconds": round(time.monotonic() - start, 3)}
     terminal.document(answer)

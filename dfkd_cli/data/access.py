@@ -55,7 +55,8 @@ class Access:
         inputs: Files and directories that it names.
         code: Directories of which it may import.
         output: The directory that it writes.
-        rehearsed: It writes another one instead, which is thrown away, and only looks whether that could be written.
+        rehearsed: It writes another one instead, which is thrown away, and only looks whether that could be written; or
+            there is none to write.
         processes: Whether several work together, which takes sockets and shared memory.
         asks: Whether a function of the user's is asked, which may take sockets.
         sealed: Where datasets lie: nothing in there is read, whatever names it.
@@ -154,7 +155,7 @@ def access(settings: Settings, dry_run: bool = False) -> Access | None:
         inputs=tuple(place for name in names for place in (name, *_records_around(name)) if os.path.exists(place)),
         code=tuple(sorted(code)),
         output=str(settings.out),
-        rehearsed=dry_run,
+        rehearsed=dry_run or (settings.run.out is None and catalog.command(settings.command).out is None),
         processes=several,
         asks=asked and any(":" in name for name in settings.inputs.teacher),
         sealed=seal.sealed_places(getattr(settings.inputs, "data_dir", None)),

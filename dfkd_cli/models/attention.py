@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import contextlib
 from dataclasses import dataclass
+from typing import Any
 
 import torch.nn.functional as F
 from torch import Tensor, nn
@@ -59,6 +61,19 @@ def attention_layers(classifier: Classifier) -> dict[str, Attention]:
     """
     modules = dict(classifier.net.named_modules())
     places = {path: Attention(layer, 0) for path, layer in modules.items() if _attends(layer)}
+    read = set[nn.Module]()
+
+    def note(layer: nn.Module, inputs: tuple[Any, ...]) -> None:
+        """That something comes in by its place, and to PyTorch's layer three times the same: self-attention."""
+        first = inputs[:1]
+        if first and (not isinstance(layer, nn.MultiheadAttention) or all(part is first[0] for part in inputs[:3])):
+            read.add(layer)
+
+    with contextlib.ExitStack() as hooks:
+        for layer in {place.tap.layer for place in places.values()}:
+            hooks.enter_context(layer.register_forward_pre_hook(note))
+        probe(classifier.net, classifier.info.input_size)
+    places = {path: place for path, place in places.items() if place.tap.layer in read}
     convolutions = {path: Tap(layer) for path, layer in modules.items() if isinstance(layer, nn.Conv2d)}
     with values_at({path: layer.tap for path, layer in places.items()} | convolutions) as seen:
         probe(classifier.net, classifier.info.input_size)

@@ -52,7 +52,6 @@ class AnswerObjective(Objective):
 
     def __init__(self, config: Any) -> None:
         super().__init__(config)
-        self.teacher_mode = config.teacher_mode
         if config.label_smoothing and not config.hard:
             raise ConfigError(
                 f"--label-smoothing {config.label_smoothing:g} smooths hard labels, which have no weight",

@@ -72,6 +72,7 @@ class Objective(nn.Module):
         optional: The terms that some batches do not have.
         relational: Whether images of a batch are compared with each other. Where processes share a batch, such an
             objective gets all of it: its terms are those that one process would have.
+        remembers: Whether something is kept of each image, by its position, which mixed images have not.
         default_weight: The weight of the whole objective where the user gives none: its paper's.
         teacher_mode: ``train`` where the teacher's BatchNorm has to use the statistics of the batch.
         pairs: The taps that are compared, each as the student's name and the teacher's.
@@ -84,6 +85,7 @@ class Objective(nn.Module):
     terms: ClassVar[tuple[str, ...]] = ()
     optional: ClassVar[tuple[str, ...]] = ()
     relational: ClassVar[bool] = False
+    remembers: ClassVar[bool] = False
     default_weight: ClassVar[float] = 1.0
     teacher_mode: Literal["eval", "train"] = "eval"
     pairs: tuple[tuple[str, str], ...] = ()

@@ -58,6 +58,7 @@ class CRD(FeatureObjective):
     """Noise-contrastive estimation between each network's embedding and the other's memory."""
 
     kind = "relation"
+    remembers = True
     terms = ("contrast",)
     default_weight = 0.8
     config: Config

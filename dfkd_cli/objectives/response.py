@@ -13,8 +13,10 @@ Logit form: Ba, Caruana. Do Deep Nets Really Need to be Deep? NeurIPS 2014. arXi
 
 tau^2 keeps the size of the soft gradient independent of tau. The default temperature is the one of the paper's MNIST
 experiment; with ``soft: 0.9, hard: 0.1`` the weights are the convex combination that many codebases call alpha.
-``standardise`` compares z-scores of the logits (arXiv:2403.01427; its values: temperature 2, ``soft: 9, hard: 0.1``).
-Many public versions divide by the number of classes too (``KLDivLoss`` with its default mean): not this one.
+``teacher_mode: train`` asks a teacher that normalises with the statistics of each batch, as the released code of SRe2L
+does on CIFAR (arXiv:2306.13092). ``standardise`` compares z-scores of the logits (arXiv:2403.01427; its values:
+temperature 2, ``soft: 9, hard: 0.1``). Many public versions divide by the number of classes too (``KLDivLoss`` with its
+default mean): not this one.
 """
 
 from __future__ import annotations
@@ -27,6 +29,8 @@ from torch import Tensor
 
 from dfkd_cli.config import option
 from dfkd_cli.data.sources import Images
+from dfkd_cli.errors import ConfigError
+from dfkd_cli.models.classifier import Classifier
 from dfkd_cli.objectives.answers import AnswerObjective, divergence
 from dfkd_cli.objectives.base import Outputs
 from dfkd_cli.options import Answers
@@ -39,6 +43,9 @@ class Config(Answers):
     form: Literal["kl", "ce", "mse"] = option("kl", "divergence between the answers")
     temperature: float = 20.0
     soft: float = option(1.0, "weight of the teacher's answers", low=0)
+    teacher_mode: Literal["eval", "train"] = option(
+        "eval", "statistics that the teacher's BatchNorm answers with: recorded ones, or the batch's (train)"
+    )
 
 
 class Response(AnswerObjective):
@@ -46,6 +53,15 @@ class Response(AnswerObjective):
 
     terms = ("soft", "hard")
     config: Config
+
+    def __init__(self, config: Config) -> None:
+        super().__init__(config)
+        self.teacher_mode = config.teacher_mode
+
+    def connect(self, student: Classifier, teacher: Classifier) -> None:
+        super().connect(student, teacher)
+        if self.teacher_mode == "train" and not teacher.batch_norms():
+            raise ConfigError(f"--teacher-mode train: {teacher.info.spec} has no BatchNorm to be seen", "leave it out")
 
     def forward(self, student: Outputs, teacher: Outputs, images: Images) -> dict[str, Tensor]:
         """Terms ``soft`` and, where it has a weight, ``hard``."""

@@ -89,8 +89,12 @@ class Regime(Learner):
 
     def __init__(self, task: Task, config: Any) -> None:
         super().__init__()
-        if task.training.mixes and not self.mixable:
-            raise ConfigError("this method needs images of one class each", "leave out --cutmix and --mixup")
+        remembers = any(objective.remembers for _, objective in task.objectives.values())
+        if task.training.mixes and (remembers or not self.mixable):
+            raise ConfigError(
+                "this method or objective is about single images of one class each, not about mixtures",
+                "leave out --cutmix and --mixup",
+            )
         self.config, self.training_config, self.seed, self.source = config, task.training, task.seed, task.source
         self.frozen = task.frozen
         self.student = task.student.lay_out()

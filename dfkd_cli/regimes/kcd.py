@@ -51,6 +51,7 @@ class Config:
 class Condensation(Offline):
     """One frozen teacher, one student, and a set that is condensed."""
 
+    mixable = False
     config: Config
 
     def __init__(self, task: Task, config: Config) -> None:

@@ -15,10 +15,14 @@ class Deadline(Callback):
 
     Args:
         seconds: How long the rounds may take.
+
+    Attributes:
+        rounds: How many this process has done.
+        done: How many all processes of the run have done.
     """
 
     def __init__(self, seconds: float) -> None:
-        self.start, self.seconds, self.rounds = time.monotonic(), seconds, 0
+        self.start, self.seconds, self.rounds, self.done = time.monotonic(), seconds, 0, 0
 
     @property
     def elapsed(self) -> float:
@@ -27,6 +31,6 @@ class Deadline(Callback):
 
     def on_train_epoch_end(self, trainer: pl.Trainer, module: pl.LightningModule) -> None:
         """Stop all processes together."""
-        self.rounds += 1
+        self.rounds, self.done = self.rounds + 1, trainer.current_epoch + 1
         late = self.elapsed * (self.rounds + 1) / self.rounds > self.seconds
         trainer.should_stop = bool(trainer.strategy.broadcast(late)) or trainer.should_stop

@@ -6,7 +6,7 @@ import contextlib
 import os
 import subprocess
 import threading
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from typing import Any
 
 import torch
@@ -27,6 +27,16 @@ class Launcher(_SubprocessScriptLauncher):
         super().__init__(*args)
         self.children: list[subprocess.Popen[bytes]] = []
         self.over = threading.Event()
+
+    def launch(self, function: Callable[..., Any], *args: Any, **more: Any) -> Any:
+        """Lightning's, which would compute with another number of threads than is recorded."""
+        threads = torch.get_num_threads()
+
+        def work(*arguments: Any, **named: Any) -> Any:
+            torch.set_num_threads(threads)
+            return function(*arguments, **named)
+
+        return super().launch(work, *args, **more)
 
     def _call_children_scripts(self) -> None:
         super()._call_children_scripts()

@@ -148,7 +148,8 @@ class _Report(Callback):
         self.progress.update(module.done(module.current_round + 1), shown)
         concern = module.concern(measures)
         self.since = concern, self.since[1] + 1 if concern == self.since[0] else 1
-        lasting = self.since[1] >= LASTING or module.current_round + 1 == trainer.max_epochs
+        ended = trainer.should_stop or module.current_round + 1 == trainer.max_epochs
+        lasting = self.since[1] >= LASTING or ended
         if concern is not None and lasting and self.run.record_concern(concern):
             self.terminal.say(f"warning: round {module.current_round}: {concern}")
 

@@ -31,7 +31,7 @@ from dfkd_cli.regimes.base import Task
 from dfkd_cli.settings import Component, Settings
 from dfkd_cli.stages.calibrate import calibrate, check
 from dfkd_cli.stages.chain import follow
-from dfkd_cli.stages.inputs import TransferSet, may_be_real, open_transfer_set, real_data, with_count
+from dfkd_cli.stages.inputs import TransferSet, may_be_real, open_transfer_set, real_data, wanted_images
 from dfkd_cli.stages.measures import agreement
 from dfkd_cli.stages.training import Work, architectures, connect, fresh, rehearse, students, train
 from dfkd_cli.ui import Terminal
@@ -117,10 +117,11 @@ class Job:
         """The networks, the losses, and as many of the images as the settings say."""
         inputs = settings.inputs
         source: Source = Concat([s.source for s in self.sets])
-        if inputs.num_images is not None:
-            if inputs.num_images > len(source):
-                raise ConfigError(f"--num-images {inputs.num_images}: the transfer sets have {len(source)} images")
-            source = first(source, inputs.num_images)
+        if (count := wanted_images(inputs, self.first.classifier.info)) is not None:
+            if count > len(source):
+                said = f"--images-per-class {inputs.images_per_class}" if inputs.images_per_class else "--num-images"
+                raise ConfigError(f"{said}: {count} images are wanted, the transfer sets have {len(source)}")
+            source = first(source, count)
         if self.needing and not source.labelled:
             source = Classified(source, self.classes)
         seed = settings.run.seed
@@ -170,7 +171,6 @@ def run(settings: Settings, terminal: Terminal, dry_run: bool = False) -> dict[s
     for what in (what for what, holds in alone.items() if holds and settings.run.devices * settings.run.num_nodes > 1):
         raise ConfigError(f"{what} by one process", "give --devices 1 --num-nodes 1")
     with opened(settings) as job:
-        settings = with_count(settings, job.first.classifier.info)
         settings = with_answers(settings, job, terminal)
         task = job.task(settings)
         if task.objectives:

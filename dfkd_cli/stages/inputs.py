@@ -21,7 +21,6 @@ from dfkd_cli.models.generators import RECORD as GENERATORS
 from dfkd_cli.models.names import LoadedModel, Location
 from dfkd_cli.options import MOST_IMAGES
 from dfkd_cli.seeds import derive
-from dfkd_cli.settings import Settings
 
 LOG = logging.getLogger(__name__)
 
@@ -88,15 +87,18 @@ def _counted(name: str) -> tuple[str, int | None]:
     return kind, int(count)
 
 
-def with_count(settings: Settings, info: ModelInfo) -> Settings:
-    """The settings with ``num_images`` instead of ``images_per_class``, where that is given."""
-    if not (per_class := settings.inputs.images_per_class):
-        return settings
-    if (count := per_class * info.num_classes) > MOST_IMAGES:
-        raise ConfigError(
-            f"--images-per-class {per_class}: {count:,} images of {info.num_classes} classes", "give less"
-        )
-    return settings.replace(num_images=count, images_per_class=0)
+def wanted_images(inputs: Any, info: ModelInfo) -> Any:
+    """How many images ``num_images``, or ``images_per_class`` times the classes, asks for; None for all.
+
+    Raises:
+        ConfigError: More than a set may have.
+    """
+    if not inputs.images_per_class:
+        return inputs.num_images
+    if (count := inputs.images_per_class * info.num_classes) > MOST_IMAGES:
+        what = f"--images-per-class {inputs.images_per_class}"
+        raise ConfigError(f"{what}: {count:,} images of {info.num_classes} classes", "give less")
+    return count
 
 
 def is_images(name: str) -> bool:

@@ -35,7 +35,7 @@ from dfkd_cli.rounds.curves import write_csv
 from dfkd_cli.rounds.deadline import Deadline
 from dfkd_cli.rounds.trainer import fit
 from dfkd_cli.settings import Settings
-from dfkd_cli.stages.inputs import real_data, with_count
+from dfkd_cli.stages.inputs import real_data, wanted_images
 from dfkd_cli.stages.snapshots import Snapshots
 from dfkd_cli.stages.training import fresh, manifest_head, rehearse, taught_by
 from dfkd_cli.synthesizers.base import SynthesisTask, Synthesizer
@@ -93,7 +93,6 @@ def run(settings: Settings, terminal: Terminal, dry_run: bool = False) -> dict[s
     with sealed("synthesize is data-free", real_data(location)), kept():
         teacher = location.open(settings.code).network()
         check_needs(settings.method.entry, teacher.classifier, settings.inputs)
-        settings = with_count(settings, teacher.classifier.info)
         extras, parents = open_inputs(settings, teacher)
         check_kept()
         facts = {"data_free": True, "uses": uses(settings.method.entry)}
@@ -170,8 +169,8 @@ def _make(
     settings: Settings, teacher: LoadedModel, extras: dict[str, Any], directory: RunDirectory, terminal: Terminal
 ) -> None:
     """Do the rounds and write what is made of them."""
-    config, count = settings.method.config, settings.inputs.num_images
-    info, used = teacher.classifier.info, uses(settings.method.entry)
+    config, info, used = settings.method.config, teacher.classifier.info, uses(settings.method.entry)
+    count: int = wanted_images(settings.inputs, info)
     head = manifest_head(settings, info, teacher.sha256, config.dtype, True, used)
     writer = ShardWriter(directory.path, head, -(-count // config.batch_size))
     processes = settings.run.devices * settings.run.num_nodes
@@ -209,7 +208,7 @@ def _cut(
     writer: ShardWriter, synthesizer: Synthesizer, deadline: Deadline, directory: RunDirectory, terminal: Terminal
 ) -> int:
     """Make do with what was made before the deadline, and say how long all of it takes. Returns the images."""
-    left = timedelta(seconds=round(deadline.elapsed / deadline.rounds * (synthesizer.rounds - deadline.rounds)))
+    left = timedelta(seconds=round(deadline.elapsed / deadline.rounds * (synthesizer.rounds - deadline.done)))
     shards = writer.count
     writer.cut()
     count = sum(row["count"] for row in writer.rows.values())

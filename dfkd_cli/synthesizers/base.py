@@ -201,7 +201,8 @@ class ImageOptimizer(Synthesizer):
         if self.coarse_iterations:
             channels, height, width = self.teacher.info.input_size
             try:
-                probe(self.teacher.net, (channels, height // 2, width // 2))
+                for network in filter(None, (self.teacher, task.student)):
+                    probe(network.net, (channels, height // 2, width // 2))
             except (RuntimeError, AssertionError, ValueError):  # as it is the network that complains
                 self.fixed_size = True
 

@@ -136,7 +136,7 @@ def test_snapshots_tell_what_other_stopping_points_would_have_given(here, compar
 def test_a_student_may_learn_from_the_first_images_only(here, tmp_path, cli):
     learn = ("distill", *SMALL, "--transfer-set", "shards0", "--out", tmp_path / "student")
     code, _, err = cli(*learn, "--num-images", "33")
-    assert (code, "the transfer sets have 32 images" in err) == (2, True)
+    assert (code, "the transfer sets have 32" in err) == (2, True)
     assert cli(*learn, "--num-images", "12")[0] == 0
     assert json.loads((tmp_path / "student" / "run.json").read_text())["num_images"] == 12
 

@@ -189,19 +189,25 @@ def test_a_killed_run_continues_with_the_state_of_its_objectives(tmp_path, teach
 
 
 def test_images_by_the_class(cli, make_teacher, tmp_path):
-    """As many images of each class as of a set with so many in all, and the same run."""
+    """So many times the classes, which take turns; of two counts the later word is the one that counts."""
     teacher = make_teacher("lenet5")
     made = ["synthesize", "--method", "class-impressions", "--iterations", 1, "--batch-size", 8, "--teacher", teacher]
-    assert cli(*made, "--images-per-class", 3, "--num-images", 5, "--out", tmp_path / "set")[0] == 0
+    (tmp_path / "made.yaml").write_text("command: synthesize\nmethod: class-impressions\nnum_images: 5\n")
+    made += ["--recipe", tmp_path / "made.yaml"]
+    assert cli(*made, "--images-per-class", 3, "--out", tmp_path / "set")[0] == 0
     reader = ShardReader(tmp_path / "set")
     targets = torch.cat([reader.read(index)["targets"] for index in range(len(reader.sizes))])
     assert targets.sum(0).tolist() == [3] * 10
-    code, _, err = cli(*made, "--num-images", 30, "--out", tmp_path / "set")
-    assert code == 0 and "already complete" in err
+    for more in ([], ["--dry-run"]):  # the same command again is the same run
+        code, _, err = cli(*made, "--images-per-class", 3, "--out", tmp_path / "set", *more)
+        assert code == 0, err
+    (tmp_path / "made.yaml").write_text("command: synthesize\nmethod: class-impressions\nimages_per_class: 3\n")
+    assert cli(*made, "--num-images", 5, "--out", tmp_path / "five")[0] == 0
+    assert sum(ShardReader(tmp_path / "five").sizes) == 5
     taught = ["distill", "--teacher", teacher, "--transfer-set", tmp_path / "set", "--steps", 1, "--holdout", 0]
     assert cli(*taught, "--images-per-class", 2, "--out", tmp_path / "student")[0] == 0
     assert json.loads((tmp_path / "student" / "run.json").read_text())["num_images"] == 20
     code, _, err = cli(*taught, "--images-per-class", 4, "--out", tmp_path / "more")
-    assert code == 2 and "have 30 images" in err
+    assert code == 2 and "--images-per-class 4: 40 images are wanted, the transfer sets have 30" in err
     code, _, err = cli(*made, "--images-per-class", 20_000_000, "--out", tmp_path / "many")
     assert code == 2 and "--images-per-class" in err

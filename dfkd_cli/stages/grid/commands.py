@@ -10,11 +10,12 @@ from typing import Any
 from dfkd_cli import catalog, config
 from dfkd_cli.errors import ConfigError, did_you_mean, machine_can_fail
 from dfkd_cli.options import FOREIGN, Run
+from dfkd_cli.processes import computing_with
 from dfkd_cli.settings import Layer, Settings, resolve
 from dfkd_cli.ui import Terminal
 
 # The flags of `compare` that reach every command which has them.
-_PASSED = ("device", "precision", "logger", "allow_code", "code_dir", "data_dir")
+_PASSED = ("device", "threads", "precision", "logger", "allow_code", "code_dir", "data_dir")
 
 
 @dataclasses.dataclass(frozen=True)
@@ -102,5 +103,6 @@ def carry_out(values: dict[str, Any], typed: frozenset[str], verbosity: int, sil
     """Run a command, perhaps in another process: settings reach it as plain values, and with what the user typed."""
     command = values.pop("command")
     quiet = Terminal(verbosity, as_json=True, silent=silent)  # stdout is for the comparison
-    with machine_can_fail():  # of one command: the others go on
-        catalog.command(command).load()(resolve(command, [Layer("", values, typed)]), quiet)
+    settings = resolve(command, [Layer("", values, typed)])
+    with machine_can_fail(), computing_with(settings.run.threads):  # of one command: the others go on
+        catalog.command(command).load()(settings, quiet)

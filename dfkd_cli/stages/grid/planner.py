@@ -126,7 +126,8 @@ class _Planner:
             # What the row itself names joins its shards; a transfer set from further away is a default.
             run = self.syntheses[row.shards, seed]
             reads["transfer_set"] = _Source([str(run.out), *row.transfer_set], run.out)
-            images = None if row.transfer_set else run.settings.inputs.num_images
+            made = run.settings.inputs
+            images = None if row.transfer_set or made.images_per_class else made.num_images
         points = {f"{row.name}@{size}": {"num_images": size} for size in row.sizes} or {row.name: {}}
         for point, more in points.items():
             out = self.root / point / f"seed{seed}" / "student"
