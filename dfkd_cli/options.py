@@ -289,7 +289,7 @@ class PerClass:
 
     images_per_class: int = option(
         0,
-        "times the number of classes, instead of --num-images (classes take turns); 0: off",
+        "so many times the classes, which take turns, instead of a number of images; 0: off",
         low=0,
         rehearsal=0,
     )

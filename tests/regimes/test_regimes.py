@@ -191,10 +191,16 @@ def test_learning_rate(steps, warmup, schedule):
 
 
 OWN = ("train-teacher/virtual-teacher-cifar100", "train-teacher/cs-kd-cifar100", "train-teacher/kdcl-cifar100")
+CONDENSED = "distill/sre2l-cifar100", "synthesize/sre2l-cifar100"
 
 
 @pytest.mark.parametrize(
-    "recipe", [n for n in catalog.recipes() if n.endswith("cifar100") and not n.startswith("compare/") and n not in OWN]
+    "recipe",
+    [
+        n
+        for n in catalog.recipes()
+        if n.endswith("cifar100") and not n.startswith("compare/") and n not in OWN + CONDENSED
+    ],
 )
 def test_recipes_fall_after_the_epochs_of_the_protocol(recipe):
     command, name = recipe.split("/")
@@ -209,6 +215,19 @@ def test_recipes_fall_after_the_epochs_of_the_protocol(recipe):
     falls = [np.searchsorted(starts, round(share * starts[-1])) + 1 for share in training.milestones]
     assert [epoch - training.epochs for epoch in falls] == [-90, -60, -30]
     assert (training.schedule, training.gamma, training.nesterov) == ("step", 0.1, False)
+
+
+def test_the_recipe_of_condensed_images_has_the_released_protocol():
+    settings = resolve("distill", [recipe_layer("sre2l-cifar100", "distill")])
+    training, response = settings.inputs, settings.components["objective"][0].config
+    assert (training.epochs, training.batch_size, training.schedule, training.optimizer) == (
+        400,
+        128,
+        "cosine",
+        "adamw",
+    )
+    assert (response.temperature, response.teacher_mode, training.mixup) == (30, "train", 0.8)
+    assert response.soft * response.temperature**2 == pytest.approx(1, rel=1e-4)
 
 
 @pytest.mark.parametrize(

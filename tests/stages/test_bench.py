@@ -7,6 +7,7 @@ import json
 
 import pytest
 import torch
+from pipeline import finish
 
 from dfkd_cli.artifacts.files import sha256_file
 
@@ -47,3 +48,11 @@ def test_it_says_what_to_type(cli, make_teacher):
 def test_more_than_fits_is_one_line(cli, make_teacher):
     code, _, err = cli("bench", make_teacher("lenet5"), "--batch-size", 10**12, "--device", "cpu")
     assert code == 4 and "out of memory" in err and len(err.strip().splitlines()) == 1
+
+
+def test_it_writes_nothing_where_it_is_called(make_teacher, tmp_path):
+    """In a process of its own, which the kernel confines where it can: what lies there stays."""
+    (tmp_path / ".scratch").write_text("mine")
+    finish(["bench", str(make_teacher("lenet5")), *map(str, QUICK)], tmp_path)
+    assert [path.name for path in tmp_path.iterdir()] == [".scratch"]
+    assert (tmp_path / ".scratch").read_text() == "mine"

@@ -58,6 +58,14 @@ def test_processes_stop_together(make_teacher, tmp_path):
     assert ShardReader(tmp_path / "shards").sizes == [6, 6]
 
 
+def test_a_grid_has_none(cli, tmp_path):
+    """Its students would be of a set that grows when the grid is continued."""
+    rows = "rows: {noise: {synthesize: {method: noise, deadline: 1h}}}"
+    (tmp_path / "grid.yaml").write_text(f"command: compare\ngrid: {{teacher: {{recipe: digits}}, {rows}}}\n")
+    code, _, err = cli("compare", "--recipe", tmp_path / "grid.yaml", "--out", tmp_path / "out")
+    assert code == 2 and "deadline: the grid itself decides this" in err
+
+
 def test_of_shards_behind_a_gap_nothing_is_kept(cli, make_teacher, tmp_path):
     """A set is its shards in order: what lies behind a missing one waits for it."""
     command = ["synthesize", "--method", "zskd", "--teacher", make_teacher("lenet5"), *SMALL, "--out", tmp_path / "set"]

@@ -3,11 +3,13 @@
 from __future__ import annotations
 
 import json
+import os
 import random
 import shutil
 import signal
 import socket
 import subprocess
+import sys
 from pathlib import Path
 
 import pytest
@@ -221,3 +223,33 @@ def test_a_run_goes_on_with_the_threads_it_began_with(reference: tuple, tmp_path
     done = run([*PIPELINE[1], "--threads", "1", "--out", "other"], tmp_path)
     assert done.returncode == 0 and "goes on with" not in done.stderr
     assert json.loads((tmp_path / "other" / "run.json").read_text())["versions"]["threads"] == 1
+
+
+def test_processes_of_a_run_have_the_threads_that_are_recorded(make_teacher, tmp_path: Path) -> None:
+    """Lightning would share the cores between them, whatever was typed."""
+    command = ["synthesize", "--method", "zskd", "--teacher", str(make_teacher("lenet5")), "--num-images", "8"]
+    command += ["--batch-size", "4", "--iterations", "1", "--device", "cpu", "--devices", "2", "--threads", "3"]
+    (tmp_path / "told.py").write_text(TOLD)
+    done = subprocess.run(
+        [sys.executable, "told.py", *command], cwd=tmp_path, capture_output=True, text=True, timeout=HANGS,
+        env={key: value for key, value in os.environ.items() if key != "OMP_NUM_THREADS"},
+    )  # fmt: skip
+    assert done.returncode == 0, done.stderr
+    assert done.stderr.count("computes with 3 threads") == 2
+    assert json.loads((tmp_path / "shards" / "run.json").read_text())["versions"]["threads"] == 3
+
+
+TOLD = """
+import sys
+import torch
+from dfkd_cli.synthesizers.base import Synthesizer
+
+made = Synthesizer._store
+def told(self, *arguments):
+    print(f"computes with {torch.get_num_threads()} threads", file=sys.stderr)
+    return made(self, *arguments)
+Synthesizer._store = told
+from dfkd_cli.__main__ import main
+
+main()
+"""
