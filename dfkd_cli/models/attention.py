@@ -3,13 +3,14 @@
 from __future__ import annotations
 
 import contextlib
+import functools
 from dataclasses import dataclass
 from typing import Any
 
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from dfkd_cli.models.activations import Tap, values_at
+from dfkd_cli.models.activations import Tap
 from dfkd_cli.models.classifier import Classifier, probe
 
 
@@ -59,31 +60,32 @@ def attention_layers(classifier: Classifier) -> dict[str, Attention]:
     A layer attends to patches, which a convolution has cut, and tokens before them; within windows of patches there are
     none. What computes attention without layers that run, as torchvision's Swin does, is not found.
     """
-    modules = dict(classifier.net.named_modules())
-    places = {path: Attention(layer, 0) for path, layer in modules.items() if _attends(layer)}
-    read = set[nn.Module]()
+    tokens: dict[str, int] = {}
+    cut: list[int] = []
 
-    def note(layer: nn.Module, inputs: tuple[Any, ...]) -> None:
-        """That something comes in by its place, and to PyTorch's layer three times the same: self-attention."""
-        first = inputs[:1]
-        if first and (not isinstance(layer, nn.MultiheadAttention) or all(part is first[0] for part in inputs[:3])):
-            read.add(layer)
+    def attend(path: str, layer: nn.Module, inputs: tuple[Any, ...]) -> None:
+        """Note a layer that one thing comes into by its place, to PyTorch's as query, key and value."""
+        ours = isinstance(layer, nn.MultiheadAttention)
+        if inputs and inputs[0].ndim == 3 and not (ours and any(part is not inputs[0] for part in inputs[:3])):
+            tokens[path] = inputs[0].shape[0 if ours and not layer.batch_first else 1]
 
     with contextlib.ExitStack() as hooks:
-        for layer in {place.tap.layer for place in places.values()}:
-            hooks.enter_context(layer.register_forward_pre_hook(note))
+        for path, layer in classifier.net.named_modules():
+            if isinstance(layer, nn.Conv2d):
+                hook = layer.register_forward_hook(lambda _, __, output: cut.append(output.shape[2:].numel()))
+            elif _attends(layer):
+                watched = functools.partial(attend, path, layer)
+                hook = Attention(layer, 0).tap.layer.register_forward_pre_hook(
+                    lambda _, inputs, see=watched: see(inputs)
+                )
+            else:
+                continue
+            hooks.enter_context(hook)
         probe(classifier.net, classifier.info.input_size)
-    places = {path: place for path, place in places.items() if place.tap.layer in read}
-    convolutions = {path: Tap(layer) for path, layer in modules.items() if isinstance(layer, nn.Conv2d)}
-    with values_at({path: layer.tap for path, layer in places.items()} | convolutions) as seen:
-        probe(classifier.net, classifier.info.input_size)
-    cut = [seen[path].shape[2:].numel() for path in convolutions if path in seen]
-    found: dict[str, Attention] = {}
-    for path in (path for path in seen if path in places and seen[path].ndim == 3):
-        layer = places[path].layer
-        tokens = seen[path].shape[0 if isinstance(layer, nn.MultiheadAttention) and not layer.batch_first else 1]
-        found[path] = Attention(layer, min((tokens - patches for patches in cut if patches <= tokens), default=0))
-    return found
+    return {
+        path: Attention(classifier.net.get_submodule(path), min((n - size for size in cut if size <= n), default=0))
+        for path, n in tokens.items()
+    }
 
 
 def _attends(layer: nn.Module) -> bool:

@@ -219,3 +219,25 @@ def test_transformers_of_any_size(spec, size, fits, cli, tmp_path):
     code, _, err = cli(*command, "--out", tmp_path / "t")
     assert code == (0 if fits else 2), err
     assert fits or len(err.strip().splitlines()) == 1
+
+
+class Foreign(nn.Module):
+    """Attention of three makes: to itself, called with keywords, and to something else."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.cut, self.head = nn.Conv2d(2, 8, 2, 2), nn.Linear(8, 3)
+        self.own, self.named, self.cross = (nn.MultiheadAttention(8, 2, batch_first=True) for _ in range(3))
+
+    def forward(self, images: torch.Tensor) -> torch.Tensor:
+        x = self.cut(images).flatten(2).transpose(1, 2)
+        x = x + self.own(x, x, x, need_weights=False)[0]
+        x = x + self.named(query=x, key=x, value=x)[0]
+        x = x + self.cross(x, x + 1, x + 1)[0]
+        return self.head(x.mean(1))
+
+
+def test_attention_that_cannot_be_read_is_left_out():
+    teacher = Classifier(Foreign().eval(), ModelInfo("foreign", 3, SIZE, MEAN, STD))
+    found = attention_layers(teacher)
+    assert {path: layer.prefix for path, layer in found.items()} == {"own": 0}
