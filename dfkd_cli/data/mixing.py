@@ -5,7 +5,7 @@ from __future__ import annotations
 from dataclasses import replace
 
 import torch
-from torch import Tensor, nn
+from torch import nn
 from torchvision.transforms import v2
 
 from dfkd_cli.data.sources import Images
@@ -36,11 +36,8 @@ class Mixing:
         if not self.ways:
             return images
         way = self.ways[int(torch.randint(len(self.ways), ()))]
-        labels = images.labels
-        pixels, shares = way(images.pixels, self._anything(images) if labels is None else labels)
-        mixed = images.changed(pixels)
-        return mixed if labels is None else replace(mixed, labels=shares.argmax(1), shares=shares)
-
-    @staticmethod
-    def _anything(images: Images) -> Tensor:
-        return torch.zeros(len(images.pixels), dtype=torch.int64, device=images.pixels.device)
+        if images.labels is None:  # it wants some
+            pixels, _ = way(images.pixels, images.pixels.new_zeros(len(images.pixels), dtype=torch.int64))
+            return images.changed(pixels)
+        pixels, shares = way(images.pixels, images.labels)
+        return replace(images.changed(pixels), labels=shares.argmax(1), shares=shares)

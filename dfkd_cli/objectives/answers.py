@@ -37,7 +37,7 @@ def hard_labels(teacher: Outputs, images: Images) -> Tensor:
 
 def truth(teacher: Outputs, images: Images) -> Tensor:
     """What a cross-entropy takes: labels (B,), or shares (B, K) of mixed images; the teacher's classes without any."""
-    return teacher.logits.argmax(1) if images.labels is None else images.truth
+    return hard_labels(teacher, images) if images.shares is None else images.shares
 
 
 class AnswerObjective(Objective):

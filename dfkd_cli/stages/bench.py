@@ -86,20 +86,16 @@ def timed(teacher: Classifier, settings: Settings, device: torch.device) -> Iter
     Raises:
         RunFailed: The device's memory does not hold the batch.
     """
-    before = torch.get_num_threads()
-    most = settings.run.threads or before
+    most = torch.get_num_threads()
     counts = sorted({1, *(2**n for n in range(most.bit_length())), most}) if device.type == "cpu" else [0]
-    try:
-        with machine_can_fail():
-            images = torch.randn(settings.inputs.batch_size, *teacher.info.input_size, device=device).requires_grad_()
-            for threads, precision, (layout, memory_format) in itertools.product(counts, PRECISIONS, LAYOUTS.items()):
-                teacher.to(memory_format=memory_format)
-                step = functools.partial(inner_step, teacher.net, images, PRECISIONS[precision])
-                took = seconds(step, threads or 1, min_run_time=settings.inputs.min_time) / len(images)
-                result = {"threads": threads or "-", "precision": precision, "layout": layout}
-                yield {**result, "seconds": took, "rate": 1 / took}
-    finally:
-        torch.set_num_threads(before)
+    with machine_can_fail():
+        images = torch.randn(settings.inputs.batch_size, *teacher.info.input_size, device=device).requires_grad_()
+        for threads, precision, (layout, memory_format) in itertools.product(counts, PRECISIONS, LAYOUTS.items()):
+            teacher.to(memory_format=memory_format)
+            step = functools.partial(inner_step, teacher.net, images, PRECISIONS[precision])
+            took = seconds(step, threads or 1, min_run_time=settings.inputs.min_time) / len(images)
+            result = {"threads": threads or "-", "precision": precision, "layout": layout}
+            yield {**result, "seconds": took, "rate": 1 / took}
 
 
 def inner_step(network: nn.Module, images: Tensor, dtype: torch.dtype) -> Tensor:
