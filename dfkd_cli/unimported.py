@@ -14,7 +14,10 @@ from typing import Any
 
 PACKAGE = Path(__file__).parent
 # Modules that are imported where a definition draws on them. None of them imports torch.
-_LIGHT = {*sys.stdlib_module_names, *(f"{__package__}.{name}" for name in ("catalog", "config", "errors", "options"))}
+_LIGHT = {
+    *sys.stdlib_module_names,
+    *(f"{__package__}.{name}" for name in ("catalog", "config", "errors", "options", "synthesis_options")),
+}
 
 
 class Module:

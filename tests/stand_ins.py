@@ -159,5 +159,5 @@ def synthesizer(
         "teacher": {"sha256": "0"},
         "seed": seed,
     }
-    writer = ShardWriter(directory, head, -(-num_images // config.batch_size))
+    writer = ShardWriter(directory, head, -(-num_images // config.of_a_shard))
     return (cls or entry.load())(SynthesisTask(teacher, num_images, seed, writer, **extras), config)

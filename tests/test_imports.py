@@ -16,7 +16,7 @@ LAYERS = (
     {"errors", "seeds"},
     {"config", "processes", "streams", "ui", "unimported"},
     {"options", "workers"},
-    {"catalog"},
+    {"catalog", "synthesis_options"},
     {"trust"},
     {"settings"},
     {"artifacts"},

@@ -26,7 +26,7 @@ from torch import Tensor
 from dfkd_cli.artifacts.files import digest, remove, sha256_file, write_atomic, write_json, writing
 from dfkd_cli.artifacts.integrity import check_finished, intact
 from dfkd_cli.artifacts.records import Classes, Count, Hashed, ImageShape, read_json
-from dfkd_cli.errors import ArtifactError
+from dfkd_cli.errors import ArtifactError, RunFailed
 
 MANIFEST = "manifest.json"
 HASHES = ".hashes-"
@@ -70,6 +70,23 @@ class Manifest(TypedDict):
 def as_pixels(stored: Tensor) -> Tensor:
     """Images as they are stored, of any device, as float32 in pixel space: uint8 stands for [0,255]."""
     return stored.float().div_(255) if stored.dtype == torch.uint8 else stored.float()
+
+
+def as_stored(pixels: Tensor, dtype: str) -> Tensor:
+    """Images in pixel space, of any device, as they are stored: rounded to the type's nearest values.
+
+    Raises:
+        RunFailed: The type does not hold them.
+    """
+    if dtype != "uint8":
+        stored = pixels.to(getattr(torch, dtype))
+        if not stored.isfinite().all():
+            raise RunFailed(f"pixels are not finite as {dtype}", "lower --lr")
+        return stored
+    levels = pixels.mul(255).round()
+    if not (levels.amin() >= 0 and levels.amax() <= 255):
+        raise RunFailed("pixels leave [0,1], which uint8 does not hold", "give another --dtype")
+    return levels.to(torch.uint8)
 
 
 def shard_name(index: int) -> str:

@@ -95,6 +95,7 @@ class Source(ABC):
         dtype: How pixels are held.
         labelled: Whether chunks carry true labels.
         answers: The stored answers that chunks carry, each with its number of classes. None unless asked for.
+        only_read: Whether chunks are read or drawn, by no network that others use: another thread can load them.
     """
 
     sizes: Sequence[int]
@@ -102,6 +103,7 @@ class Source(ABC):
     dtype: torch.dtype
     labelled = False
     answers: Mapping[str, int] = {}
+    only_read = False
 
     @abstractmethod
     def chunk(self, index: int) -> Images:
@@ -126,6 +128,8 @@ class Source(ABC):
 class ShardSource(Source):
     """The impressions of a shard directory, with those of the wanted :data:`ANSWERS` that every shard has."""
 
+    only_read = True
+
     def __init__(self, reader: ShardReader, wanted: Collection[str] = ()) -> None:
         self.reader, self.sizes, self.shape, self.dtype = reader, reader.sizes, reader.shape, reader.dtype
         asked = {*ANSWERS} & {*wanted}  # without any, no shard is read
@@ -138,6 +142,8 @@ class ShardSource(Source):
 
 class NoiseSource(Source):
     """``noise:N``: uniform noise in [0,1], what the ``noise`` method makes, without storing it."""
+
+    only_read = True
 
     def __init__(self, count: int, shape: tuple[int, int, int], seed: int, chunk: int = 1000) -> None:
         self.sizes = [min(chunk, count - start) for start in range(0, count, chunk)]
@@ -177,7 +183,7 @@ class GeneratorSource(Source):
 class RealSource(Source):
     """Labelled real images, all of a dataset or a chosen part."""
 
-    labelled = True
+    labelled = only_read = True
 
     def __init__(self, dataset: Dataset, indices: Tensor | None = None, chunk: int = 1000) -> None:
         self.dataset = dataset
@@ -192,6 +198,8 @@ class RealSource(Source):
 
 class FolderSource(Source):
     """A folder of images of any depth, without labels, brought to one shape. Nobody says that they are not real."""
+
+    only_read = True
 
     def __init__(self, folder: Path, shape: tuple[int, int, int], chunk: int = 1000) -> None:
         self.files = image_files(folder, shape)
@@ -214,6 +222,7 @@ class Concat(Source):
         self.parts, self.shape = parts, parts[0].shape
         self.dtype = parts[0].dtype if len({p.dtype for p in parts}) == 1 else torch.float32
         self.labelled = all(part.labelled for part in parts)
+        self.only_read = all(part.only_read for part in parts)
         self.answers = dict(set.intersection(*(set(part.answers.items()) for part in parts)))
 
     def use(self, device: torch.device) -> None:
@@ -243,7 +252,7 @@ class Subset(Source):
         self.rows = [(chunk, torch.from_numpy(part)) for chunk, part in enumerate(rows) if len(part)]
         self.sizes = [len(part) for _, part in self.rows]
         self.shape, self.dtype = source.shape, source.dtype
-        self.labelled, self.answers = source.labelled, source.answers
+        self.labelled, self.answers, self.only_read = source.labelled, source.answers, source.only_read
 
     def use(self, device: torch.device) -> None:
         self.source.use(device)
@@ -296,105 +305,3 @@ def hold_out(source: Source, share: float, seed: int) -> tuple[Source, Source | 
     chosen = np.zeros(len(source), dtype=bool)
     chosen[np.random.default_rng(derive("holdout", seed)).permutation(len(source))[:count]] = True
     return (Subset(source, ~chosen), Subset(source, chosen)) if chosen.any() else (source, None)
-
-
-def room(device: torch.device) -> int:
-    """Bytes of images to hold at once: an eighth of a GPU's memory, which is this run's; little of a CPU's."""
-    return torch.cuda.mem_get_info(device)[1] // 8 if device.type == "cuda" else MEMORY
-
-
-class Batches:
-    """Shuffled batches of a source; every step can be found from its number alone.
-
-    A source that fits in ``memory`` is loaded once and shuffled whole. A larger one is shuffled by chunks, and within
-    windows of chunks that fit; only the window in use is held.
-
-    Args:
-        source: The images.
-        batch_size: Images per batch; an incomplete last batch is left out, unless it is the only one.
-        seed: Seed of the order, which is new in every epoch.
-        device: Where the batches, and the window, are.
-        memory: Bytes of images held at once; by default what :func:`room` says.
-    """
-
-    def __init__(
-        self, source: Source, batch_size: int, seed: int, device: torch.device, memory: int | None = None
-    ) -> None:
-        self.source, self.seed, self.device = source, seed, device
-        self.batch_size = min(batch_size, len(source))
-        self.steps_per_epoch = len(source) // self.batch_size
-        memory = room(device) if memory is None else memory
-        self.capacity = max(memory // source.bytes_per_image, max(source.sizes))
-        self.starts = np.cumsum([0, *source.sizes]).tolist()
-        self._windows: dict[tuple[int, ...], Images] = {}
-        source.use(device)
-
-    def steps(self, start: int, stop: int) -> Iterator[Images]:
-        """The batches of steps ``start`` to ``stop``, counted over all epochs."""
-        epoch, plan = -1, []
-        for step in range(start, stop):
-            if step // self.steps_per_epoch != epoch:
-                epoch = step // self.steps_per_epoch
-                plan = self._plan(epoch)
-            position = step % self.steps_per_epoch
-            yield self._take(plan, position * self.batch_size, (position + 1) * self.batch_size).to(self.device)
-
-    def partners(self, images: Images) -> Images:
-        """For each labelled image (B,) of the latest batch one of the same class, uniformly from those that are held.
-
-        An image may be its own partner, and is where no other of its class is held. Torch's random state decides.
-        """
-        (held,) = self._windows.values()
-        labels = images.true_labels
-        classes = int(max(held.true_labels.max(), labels.max())) + 1
-        counts = torch.bincount(held.true_labels, minlength=classes)
-        rows, starts = held.true_labels.argsort(stable=True), counts.cumsum(0) - counts
-        drawn = torch.rand(len(labels), device="cpu").to(self.device)  # as on any device
-        at = (starts[labels] + (drawn * counts[labels]).long()).clamp_max(len(rows) - 1)
-        partners, alone = held[rows[at]].to(self.device), (counts[labels] == 0)[:, None, None, None]
-        return Images(torch.where(alone, images.pixels, partners.pixels), labels)
-
-    def _plan(self, epoch: int) -> list[tuple[tuple[int, ...], np.ndarray]]:
-        """The epoch's windows, each as its chunks and a shuffled order of its images."""
-        generator = np.random.default_rng(derive("order", self.seed, epoch))
-        sizes = self.source.sizes
-        if len(self.source) <= self.capacity:
-            windows = [tuple(range(len(sizes)))]
-        else:
-            windows, room = [], 0
-            for chunk in generator.permutation(len(sizes)).tolist():
-                if sizes[chunk] > room:
-                    windows.append(())
-                    room = self.capacity
-                windows[-1] += (chunk,)
-                room -= sizes[chunk]
-        return [(window, generator.permutation(sum(sizes[c] for c in window))) for window in windows]
-
-    def _take(self, plan: list[tuple[tuple[int, ...], np.ndarray]], start: int, stop: int) -> Images:
-        parts = []
-        for window, order in plan:
-            if start < len(order) and stop > 0:
-                # Rows are copies: a batch that spans windows needs the former no more when it loads the next.
-                self._windows = {key: images for key, images in self._windows.items() if key == window}
-                images = self._window(window)
-                rows = torch.from_numpy(order[max(start, 0) : stop]).to(self.device)
-                parts.append(images[rows])
-            start, stop = start - len(order), stop - len(order)
-        return parts[0] if len(parts) == 1 else concatenated(parts)
-
-    def _window(self, chunks: tuple[int, ...]) -> Images:
-        if chunks not in self._windows:
-            source, count = self.source, sum(self.source.sizes[c] for c in chunks)
-            window = {"pixels": torch.empty(count, *source.shape, dtype=source.dtype, device=self.device)}
-            if source.labelled:
-                window["labels"] = torch.empty(count, dtype=torch.int64, device=self.device)
-            window |= {name: torch.empty(count, k, device=self.device) for name, k in source.answers.items()}
-            at = 0
-            for chunk in chunks:  # filled in place: a list of chunks and their concatenation would take twice the room
-                images, end = source.chunk(chunk), at + source.sizes[chunk]
-                for name, values in window.items():
-                    values[at:end] = getattr(images, name)
-                at = end
-            positions = torch.cat([torch.arange(self.starts[c], self.starts[c + 1]) for c in chunks])
-            self._windows[chunks] = Images(**window, positions=positions.to(self.device))
-        return self._windows[chunks]

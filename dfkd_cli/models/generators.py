@@ -33,7 +33,7 @@ from dfkd_cli.artifacts.records import Between, Count, Hashed, read_json
 from dfkd_cli.models.classifier import ModelInfo
 from dfkd_cli.models.directory import Input, read_info, save_weights
 from dfkd_cli.models.weights import load_weights
-from dfkd_cli.options import GeneratorEnd
+from dfkd_cli.synthesis_options import GeneratorEnd
 
 WIDTHS = (128, 128, 64)  # maps at the start and after each doubling, the last one for all further ones
 LARGEST_START = 16  # pixels

@@ -32,7 +32,7 @@ import torch
 from torch import Tensor
 
 from dfkd_cli.config import option
-from dfkd_cli.data.sources import Batches, Images, Source
+from dfkd_cli.data.sources import Images, Source
 from dfkd_cli.errors import ConfigError
 from dfkd_cli.regimes.base import STEPS_PER_ROUND, Task, length
 from dfkd_cli.regimes.offline import Offline
@@ -117,7 +117,7 @@ class ActiveMixup(Offline):
                     self.grow()
                 if step == first and which:
                     self.begin_again(step)
-                self.batches = Batches(self.mixed, self.training_config.batch_size, self.seed, self.device)
+                self.batches = self.batched(self.mixed)
                 self.current = which
             yield from self.batches.steps(step - first, step - first + 1)
 

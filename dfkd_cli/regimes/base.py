@@ -20,8 +20,9 @@ from torch.optim.lr_scheduler import (
 )
 
 from dfkd_cli.data.augment import pipeline
+from dfkd_cli.data.batches import Batches
 from dfkd_cli.data.mixing import Mixing
-from dfkd_cli.data.sources import Batches, Images, Source, hold_out
+from dfkd_cli.data.sources import Images, Source, hold_out
 from dfkd_cli.errors import ConfigError
 from dfkd_cli.models.adapter import require_training
 from dfkd_cli.models.classifier import Classifier
@@ -128,6 +129,12 @@ class Regime(Learner):
         """Sets of images that the training leaves, each to be written under its name. None by default."""
         return {}
 
+    def batched(self, source: Source) -> Batches:
+        """The batches of a source, on this process's device."""
+        c = self.training_config
+        memory = None if c.memory is None else round(c.memory * 2**30)
+        return Batches(source, c.batch_size, self.seed, self.device, memory)
+
     def draw(self, start: int, stop: int) -> Iterator[Images]:
         """The batches of steps ``start`` to ``stop``."""
         return self.batches.steps(start, stop)
@@ -223,15 +230,16 @@ class Regime(Learner):
         """Get the batches ready on this process's device."""
         self.augment = pipeline(self.training_config, self.student.background(self.training_config.fill))
         self.mix = Mixing(self.training_config.cutmix, self.training_config.mixup, self.student.info.num_classes)
-        self.batches = Batches(self.train_source, self.training_config.batch_size, self.seed, self.device)
+        self.batches = self.batched(self.train_source)
         if self.held_out is not None:
             self.held = self.held_out.all().to(self.device)
 
     def on_train_start(self) -> None:
-        """Check that processes have images enough for the student, each its share of a batch."""
-        if (share := self.batches.batch_size // self.trainer.world_size) < 2:
+        """Check that passes of all processes have images enough for the student, each its share of a batch."""
+        passes = self.trainer.world_size * self.training_config.accumulate
+        if (share := self.batches.batch_size // passes) < 2:
             info = self.student.info
-            require_training(self.student.net, info.spec, info.num_classes, info.input_size, share)
+            require_training(self.student.net, info.spec, info.num_classes, info.input_size, max(share, 1))
 
     def round(self, index: int) -> Mapping[str, Tensor]:
         """A stretch of optimiser steps. Logs each term's mean over the steps that had it, and the held-out measure."""
@@ -264,9 +272,15 @@ class Regime(Learner):
         start, stop = self.span(step)
         for objective in self.losses.values():
             objective.epoch, objective.progress = int(self.epochs), (step - start) / (stop - start)
-        loss, terms = self.loss(images)
         optimizer.zero_grad()  # to None: zeros would leave what has no gradient to weight decay and old momentum
-        self.manual_backward(loss)
+        parts = images.split(-(-len(images.pixels) // self.training_config.accumulate))
+        terms: dict[str, Tensor] = {}
+        for part in parts:
+            loss, found = self.loss(part)
+            share = len(part.pixels) / len(images.pixels)
+            self.manual_backward(loss * share if len(parts) > 1 else loss)
+            for name, term in found.items():
+                terms[name] = terms.get(name, 0) + share * term.detach()
         optimizer.step()
         schedule.step()
         self.after_step()

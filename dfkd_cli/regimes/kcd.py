@@ -29,7 +29,8 @@ import torch
 from torch import Tensor
 
 from dfkd_cli.config import option
-from dfkd_cli.data.sources import Batches, Images, Source
+from dfkd_cli.data.batches import Batches
+from dfkd_cli.data.sources import Images, Source
 from dfkd_cli.errors import ConfigError
 from dfkd_cli.objectives.base import Outputs, everywhere
 from dfkd_cli.regimes.base import STEPS_PER_ROUND, Task, length
@@ -99,7 +100,7 @@ class Condensation(Offline):
                 self.rank()
             ranked = len(self.store.rankings)
             if ranked not in self.sets:
-                self.sets = {ranked: Batches(self.store, self.training_config.batch_size, self.seed, self.device)}
+                self.sets = {ranked: self.batched(self.store)}
             batches, place = self.sets[ranked], step - self.starts[epoch]
             for images in batches.steps(first := epoch * batches.steps_per_epoch + place, first + 1):
                 assert images.positions is not None

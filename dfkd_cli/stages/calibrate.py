@@ -9,7 +9,8 @@ from statistics import fmean
 import torch
 from torch import Tensor, nn
 
-from dfkd_cli.data.sources import Batches, hold_out
+from dfkd_cli.data.batches import Batches
+from dfkd_cli.data.sources import hold_out
 from dfkd_cli.errors import ConfigError
 from dfkd_cli.objectives.answers import AnswerObjective
 from dfkd_cli.regimes.base import Task, length

@@ -14,13 +14,14 @@ from typing import Any
 
 import torch
 from torchvision.io import encode_png
+from torchvision.transforms import v2
 from torchvision.utils import make_grid
 
 from dfkd_cli import catalog
 from dfkd_cli.artifacts.files import write_atomic
 from dfkd_cli.artifacts.metadata import read_metadata
 from dfkd_cli.artifacts.run import RunDirectory
-from dfkd_cli.artifacts.shards import MANIFEST, ShardReader, ShardWriter
+from dfkd_cli.artifacts.shards import MANIFEST, ShardReader, ShardWriter, as_pixels
 from dfkd_cli.catalog import Choice, Command
 from dfkd_cli.config import option
 from dfkd_cli.data.seal import check_kept, kept, kept_by, sealed
@@ -38,7 +39,7 @@ from dfkd_cli.settings import Settings
 from dfkd_cli.stages.inputs import real_data, wanted_images
 from dfkd_cli.stages.snapshots import Snapshots
 from dfkd_cli.stages.training import fresh, manifest_head, rehearse, taught_by
-from dfkd_cli.synthesizers.base import SynthesisTask, Synthesizer
+from dfkd_cli.synthesizers.base import AS_STORED, SynthesisTask, Synthesizer
 from dfkd_cli.ui import Terminal
 
 
@@ -71,6 +72,7 @@ COMMAND = Command(
 
 RARE = 0.05  # a class is rare that has less than this share of what it had if all had the same
 PREVIEW = 4, 16  # rows of preview.png, each of as many images of one round
+TILE = 112  # the longest side of one of them
 MADE_FROM_DATA = ("metadata",)  # of what methods need
 # Inputs that some methods need and the others refuse: what is said where it lacks, and to do, and where it is refused.
 OPTIONAL = {
@@ -105,6 +107,9 @@ def run(settings: Settings, terminal: Terminal, dry_run: bool = False) -> dict[s
     metrics = directory.record["metrics"]
     count, confidence = directory.metric("count"), directory.metric("confidence")
     terminal.answer(f"{directory.path}: {count} images, mean teacher confidence {confidence:.3f}")
+    if AS_STORED in metrics:
+        kept_class = f"to {metrics[AS_STORED]:.2%} of the images the teacher gives the class that it gave them before"
+        terminal.say(f"{directory.path}: rounded to 256 levels; {kept_class}")
     return {"artifacts": {"shards": str(directory.path)}, "metrics": metrics, "concerns": directory.record["concerns"]}
 
 
@@ -172,7 +177,7 @@ def _make(
     config, info, used = settings.method.config, teacher.classifier.info, uses(settings.method.entry)
     count: int = wanted_images(settings.inputs, info)
     head = manifest_head(settings, info, teacher.sha256, config.dtype, True, used)
-    writer = ShardWriter(directory.path, head, -(-count // config.batch_size))
+    writer = ShardWriter(directory.path, head, -(-count // config.of_a_shard))
     processes = settings.run.devices * settings.run.num_nodes
     task = SynthesisTask(teacher.classifier, count, settings.run.seed, writer, processes, **extras)
     synthesizer = settings.method.entry.load()(task, config)
@@ -200,6 +205,8 @@ def _make(
     files += _save_models(synthesizer.models(), directory.path, {**head, **facts})
     confidence = sum(writer.confidences[index] for index in range(writer.count)) / count
     metrics = {"count": count, "confidence": confidence, "class_histogram": histogram}
+    if all(AS_STORED in shard["terms"] for shard in manifest["shards"]):
+        metrics[AS_STORED] = sum(row["count"] * row["terms"][AS_STORED] for row in manifest["shards"]) / count
     kept = snapshots.paths.values() if snapshots else ()
     directory.finish([*(directory.path / name for name in files), *kept], metrics)
 
@@ -251,12 +258,14 @@ def write_preview(path: Path, reader: ShardReader) -> None:
     """A PNG grid of images from the first round, on top, to the last; the first of each, from evenly spaced rounds.
 
     Each image is stretched to the full range: impressions may leave [0,1]. What is neither grey nor RGB is shown as the
-    mean of its channels.
+    mean of its channels, and what is large at a smaller size.
     """
     rows, columns = PREVIEW
     shards = torch.linspace(0, len(reader.sizes) - 1, min(rows, len(reader.sizes))).round().int().tolist()
     images = torch.cat([reader.read(shard)["images"][: rows // len(shards) * columns] for shard in shards])
-    images = images.float()
+    images = as_pixels(images)
+    if max(images.shape[2:]) > TILE:
+        images = v2.functional.resize(images, None, max_size=TILE)
     images = images if images.shape[1] in (1, 3) else images.mean(1, keepdim=True)
     grid = make_grid(images, nrow=columns, padding=2, normalize=True, scale_each=True, pad_value=1.0)
     write_atomic(path, encode_png(grid.mul(255).round().byte()).numpy().tobytes())

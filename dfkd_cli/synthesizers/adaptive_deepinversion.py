@@ -26,7 +26,7 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from dfkd_cli.config import option
-from dfkd_cli.options import PoolTraining, StatisticsInversion
+from dfkd_cli.synthesis_options import PoolTraining, StatisticsInversion
 from dfkd_cli.synthesizers.base import Look
 from dfkd_cli.synthesizers.cotraining import PoolTrainer
 from dfkd_cli.synthesizers.deepinversion import DeepInversion

@@ -16,14 +16,15 @@ from torch import Tensor
 from torch.optim.lr_scheduler import LambdaLR
 
 from dfkd_cli.artifacts.metadata import Metadata
-from dfkd_cli.artifacts.shards import ShardWriter
-from dfkd_cli.errors import RunFailed
+from dfkd_cli.artifacts.shards import ShardWriter, as_pixels, as_stored
 from dfkd_cli.models.activations import Tap, values_at
 from dfkd_cli.models.classifier import Classifier, probe
 from dfkd_cli.models.generators import Generators
 from dfkd_cli.models.statistics import Moments, batch_moments, recorded_moments
 from dfkd_cli.rounds.learner import Learner, weighted_sum
 from dfkd_cli.seeds import seed_torch
+
+AS_STORED = "agreement_as_stored"  # share of the images that keep the teacher's class when they are rounded
 
 
 @dataclass
@@ -85,8 +86,9 @@ class Look:
 class Synthesizer(Learner):
     """Turns a frozen teacher into data impressions; round ``i`` makes shard ``i`` and depends only on (seed, i).
 
-    A subclass says in ``kind`` how it works and in ``needs`` what it asks for, has a ``Config`` in its file (with
-    ``batch_size``, the images of a shard, and ``dtype``, how they are stored), and makes a shard in :meth:`make`.
+    A subclass says in ``kind`` how it works and in ``needs`` what it asks for, has a ``Config`` in its file, which
+    extends :class:`~dfkd_cli.synthesis_options.Shards`, and makes a batch in :meth:`make`: a shard is one of them, or
+    several.
 
     Attributes:
         anytime: Every round leaves a shard, so that a deadline may end the work after any of them.
@@ -120,7 +122,7 @@ class Synthesizer(Learner):
 
     @abstractmethod
     def make(self, first: int, count: int) -> Impressions:
-        """Make images ``first`` to ``first + count`` of the set. Torch's random state is already seeded for them."""
+        """Make a batch, images ``first`` to ``first + count`` of the set. Torch's random state is seeded for them."""
 
     @functools.cached_property
     def recorded(self) -> dict[str, Moments]:
@@ -156,11 +158,22 @@ class Synthesizer(Learner):
         if position >= len(self.todo):
             return {}
         shard = self.todo[position]
-        seed_torch(self.device, "shard", self.seed, shard)
-        impressions = self.make(shard * self.config.batch_size, self._count(shard))
-        self.check_finite(impressions.terms, shard)
-        self._store(shard, impressions)
-        return impressions.terms
+        batch, start = self.config.batch_size, shard * self.config.of_a_shard
+        stop = start + self._count(shard)
+        parts, terms, shares = [], [], []
+        for first in range(start, stop, batch):
+            seed_torch(self.device, "shard", self.seed, first // batch)
+            impressions = self.make(first, count := min(batch, stop - first))
+            self.check_finite(impressions.terms, shard)
+            tensors, costs = self._stored(impressions)
+            parts.append(tensors)
+            terms.append({**impressions.terms, **costs})
+            shares.append(count / (stop - start))
+        ended = {name: sum(s * row[name] for s, row in zip(shares, terms, strict=True)) for name in terms[0]}
+        with torch.autocast("cpu", enabled=False):  # it would have all parts of one type
+            tensors = {name: torch.cat([part[name] for part in parts]) for name in parts[0]}
+        self.writer.write(shard, tensors, {name: float(value) for name, value in ended.items()})
+        return {name: torch.as_tensor(value) for name, value in ended.items()}
 
     def keep(self) -> None:
         """Write the manifest of what is finished."""
@@ -169,19 +182,21 @@ class Synthesizer(Learner):
 
     def _count(self, shard: int) -> int:
         """The images of a shard."""
-        return min(self.config.batch_size, self.num_images - shard * self.config.batch_size)
+        size = self.config.of_a_shard
+        return min(size, self.num_images - shard * size)
 
     @torch.no_grad()
-    def _store(self, shard: int, impressions: Impressions) -> None:
-        stored = impressions.pixels.to(getattr(torch, self.config.dtype))
-        if not stored.isfinite().all():
-            raise RunFailed(f"shard {shard}: pixels are not finite as {self.config.dtype}", "lower --lr")
+    def _stored(self, impressions: Impressions) -> tuple[dict[str, Tensor], dict[str, Tensor]]:
+        """A batch as it is stored, on the CPU, and what that costs where it is not next to nothing."""
+        stored, costs = as_stored(impressions.pixels, self.config.dtype), {}
         with torch.autocast(self.device.type, enabled=False):  # whatever --precision is, answers are exact
-            tensors = {"images": stored, "logits": self.teacher(stored.float())}
+            tensors = {"images": stored, "logits": self.teacher(as_pixels(stored))}
+            if stored.dtype == torch.uint8:
+                before = self.teacher(impressions.pixels)
+                costs[AS_STORED] = (before.argmax(1) == tensors["logits"].argmax(1)).float().mean()
         if impressions.targets is not None:
             tensors["targets"] = impressions.targets.float()
-        terms = {name: float(value) for name, value in impressions.terms.items()}
-        self.writer.write(shard, tensors, terms)
+        return {name: tensor.cpu() for name, tensor in tensors.items()}, costs
 
 
 class ImageOptimizer(Synthesizer):

@@ -26,7 +26,7 @@ from typing import Literal
 from torch import Tensor
 
 from dfkd_cli.config import option
-from dfkd_cli.options import SmoothInversion
+from dfkd_cli.synthesis_options import SmoothInversion
 from dfkd_cli.synthesizers.base import Look
 from dfkd_cli.synthesizers.inception import Inception
 from dfkd_cli.synthesizers.terms import statistics_distance, statistics_divergence
@@ -36,7 +36,7 @@ from dfkd_cli.synthesizers.terms import statistics_distance, statistics_divergen
 class Config(SmoothInversion):
     """Images with the BatchNorm statistics of the training data."""
 
-    batch_size: int = option(256, "images optimised together, whose statistics count; also those of a shard")
+    batch_size: int = option(256, "images optimised together, whose statistics count")
     iterations: int = 500
     lr: float = 0.1
     statistics: float = option(1000.0, "weight of the distance to the BatchNorm statistics", low=0)

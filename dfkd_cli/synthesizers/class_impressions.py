@@ -16,7 +16,7 @@ from dataclasses import dataclass
 from torch import Tensor
 
 from dfkd_cli.config import option
-from dfkd_cli.options import CoarseToFine
+from dfkd_cli.synthesis_options import CoarseToFine
 from dfkd_cli.synthesizers.base import ImageOptimizer, Look
 from dfkd_cli.synthesizers.terms import tempered_cross_entropy
 

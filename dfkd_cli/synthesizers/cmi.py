@@ -38,8 +38,8 @@ from dfkd_cli.data.augment import RandomFlip, RandomResizedCrop
 from dfkd_cli.models.activations import Tap, values_at
 from dfkd_cli.models.classifier import probe
 from dfkd_cli.models.taps import find_taps
-from dfkd_cli.options import PooledGeneration
 from dfkd_cli.seeds import derive
+from dfkd_cli.synthesis_options import PooledGeneration
 from dfkd_cli.synthesizers.base import SynthesisTask
 from dfkd_cli.synthesizers.memory import Memory
 from dfkd_cli.synthesizers.pooled import BatchGeneration, Candidate, PooledGenerator

@@ -12,18 +12,19 @@ from torch import Tensor, nn
 from torch.optim import Optimizer
 from torch.optim.lr_scheduler import CosineAnnealingLR, LRScheduler
 
-from dfkd_cli.artifacts.shards import ShardWriter
+from dfkd_cli.artifacts.shards import ShardWriter, as_pixels
 from dfkd_cli.data.augment import pipeline
-from dfkd_cli.data.sources import Batches, Images, Source, room
+from dfkd_cli.data.batches import Batches, room
+from dfkd_cli.data.sources import Images, Source
 from dfkd_cli.models.activations import Tap
 from dfkd_cli.models.classifier import Classifier
 from dfkd_cli.models.generators import Generators
 from dfkd_cli.models.quantized import follow_ranges
 from dfkd_cli.objectives.base import Outputs, ask
 from dfkd_cli.objectives.response import soft_loss
-from dfkd_cli.options import CoTraining, PoolTraining
 from dfkd_cli.rounds.learner import weighted_sum
 from dfkd_cli.seeds import derive, seed_torch
+from dfkd_cli.synthesis_options import CoTraining, PoolTraining
 from dfkd_cli.synthesizers.base import SynthesisTask, Synthesizer
 
 
@@ -127,7 +128,7 @@ class CoTrainer(Synthesizer):
     def shard_health(self, index: int) -> dict[str, Tensor]:
         """How the images of a shard look that was written."""
         shard = self.writer.read(index)
-        return self.health(shard["images"].to(self.device).float(), shard["logits"].to(self.device))
+        return self.health(as_pixels(shard["images"].to(self.device)), shard["logits"].to(self.device))
 
     def concern(self, measures: Mapping[str, float]) -> str | None:
         """Images that are all of one class, or of none."""

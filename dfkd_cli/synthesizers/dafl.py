@@ -28,7 +28,7 @@ from dfkd_cli.data.sources import Images
 from dfkd_cli.models.taps import find_taps
 from dfkd_cli.objectives.base import Outputs
 from dfkd_cli.objectives.response import soft_loss
-from dfkd_cli.options import GeneratorTraining, RateSchedule, StudentImages
+from dfkd_cli.synthesis_options import GeneratorTraining, RateSchedule, StudentImages
 from dfkd_cli.synthesizers.base import Look, SynthesisTask
 from dfkd_cli.synthesizers.streaming import StreamTrainer
 from dfkd_cli.synthesizers.terms import mean_answer_entropy

@@ -14,7 +14,7 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 
-from dfkd_cli.options import Inversion
+from dfkd_cli.synthesis_options import Inversion
 from dfkd_cli.synthesizers.inversion import Inverter
 
 

@@ -26,7 +26,7 @@ from typing import ClassVar
 
 from torch import Tensor
 
-from dfkd_cli.options import StatisticsInversion
+from dfkd_cli.synthesis_options import StatisticsInversion
 from dfkd_cli.synthesizers.base import Look
 from dfkd_cli.synthesizers.inversion import Inverter
 from dfkd_cli.synthesizers.terms import statistics_distance

@@ -17,7 +17,7 @@ from dataclasses import dataclass
 import torch.nn.functional as F
 from torch import Tensor
 
-from dfkd_cli.options import AdversarialTraining
+from dfkd_cli.synthesis_options import AdversarialTraining
 from dfkd_cli.synthesizers.streaming import Adversary
 
 

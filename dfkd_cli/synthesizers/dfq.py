@@ -26,7 +26,7 @@ from torch import Tensor
 from dfkd_cli.config import option
 from dfkd_cli.models.statistics import channel_divergences
 from dfkd_cli.objectives.response import soft_loss
-from dfkd_cli.options import AdversarialTraining
+from dfkd_cli.synthesis_options import AdversarialTraining
 from dfkd_cli.synthesizers.base import Look
 from dfkd_cli.synthesizers.streaming import Adversary
 from dfkd_cli.synthesizers.terms import mean_answer_entropy

@@ -33,7 +33,7 @@ from torch.optim import Optimizer
 from torch.optim.lr_scheduler import LRScheduler
 
 from dfkd_cli.config import option
-from dfkd_cli.options import PooledGeneration
+from dfkd_cli.synthesis_options import PooledGeneration
 from dfkd_cli.synthesizers.pooled import BatchGeneration, Candidate, PooledGenerator
 
 

@@ -14,13 +14,17 @@ from dataclasses import dataclass
 
 import torch
 
-from dfkd_cli.options import Shards
+from dfkd_cli.synthesis_options import Shards
 from dfkd_cli.synthesizers.base import Impressions, Synthesizer
 
 
 @dataclass(frozen=True, kw_only=True)
 class Config(Shards):
     """Gaussian noise."""
+
+    @property
+    def unbounded(self) -> str | None:
+        return "give another --dtype"
 
 
 class Gaussian(Synthesizer):

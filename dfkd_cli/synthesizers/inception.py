@@ -15,7 +15,7 @@ from dataclasses import dataclass
 
 from torch import Tensor
 
-from dfkd_cli.options import SmoothInversion
+from dfkd_cli.synthesis_options import SmoothInversion
 from dfkd_cli.synthesizers.base import ImageOptimizer, Look
 from dfkd_cli.synthesizers.terms import roughness, tempered_cross_entropy
 

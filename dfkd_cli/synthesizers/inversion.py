@@ -10,7 +10,7 @@ from torch import Tensor, nn
 from torchvision.transforms import v2
 
 from dfkd_cli.data.augment import RandomFlip, RandomRoll
-from dfkd_cli.options import Inversion
+from dfkd_cli.synthesis_options import Inversion
 from dfkd_cli.synthesizers.base import ImageOptimizer, Look
 from dfkd_cli.synthesizers.terms import neighbour_differences, tempered_cross_entropy
 

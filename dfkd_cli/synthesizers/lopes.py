@@ -51,7 +51,7 @@ from torch import Tensor, nn
 from dfkd_cli.config import option
 from dfkd_cli.errors import ArtifactError
 from dfkd_cli.models.activations import Tap
-from dfkd_cli.options import ImageOptimization
+from dfkd_cli.synthesis_options import ImageOptimization
 from dfkd_cli.synthesizers.base import ImageOptimizer, Look, SynthesisTask
 from dfkd_cli.synthesizers.terms import total_variation
 

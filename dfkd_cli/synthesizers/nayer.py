@@ -35,8 +35,8 @@ from torch import Tensor, nn
 from dfkd_cli.config import option
 from dfkd_cli.models.classifier import Classifier
 from dfkd_cli.models.generators import Generators
-from dfkd_cli.options import PooledGeneration
 from dfkd_cli.seeds import derive
+from dfkd_cli.synthesis_options import PooledGeneration
 from dfkd_cli.synthesizers.base import SynthesisTask
 from dfkd_cli.synthesizers.pooled import BatchGeneration, PooledGenerator
 

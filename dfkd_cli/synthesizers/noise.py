@@ -10,7 +10,7 @@ from dataclasses import dataclass
 
 import torch
 
-from dfkd_cli.options import Shards
+from dfkd_cli.synthesis_options import Shards
 from dfkd_cli.synthesizers.base import Impressions, Synthesizer
 
 

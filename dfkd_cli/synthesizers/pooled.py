@@ -21,9 +21,10 @@ from dfkd_cli.data.augment import pipeline
 from dfkd_cli.models.classifier import Classifier
 from dfkd_cli.models.generators import Generators
 from dfkd_cli.models.statistics import AveragedMoments
-from dfkd_cli.options import Augmentation, PooledGeneration
+from dfkd_cli.options import Augmentation
 from dfkd_cli.rounds.learner import weighted_sum
 from dfkd_cli.seeds import derive
+from dfkd_cli.synthesis_options import PooledGeneration
 from dfkd_cli.synthesizers.base import Impressions, Look, SynthesisTask
 from dfkd_cli.synthesizers.cotraining import PoolTrainer
 from dfkd_cli.synthesizers.terms import statistics_distance

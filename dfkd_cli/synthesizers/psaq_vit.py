@@ -35,7 +35,7 @@ from torch import Tensor
 
 from dfkd_cli.config import option
 from dfkd_cli.models.attention import attention_layers
-from dfkd_cli.options import Inversion
+from dfkd_cli.synthesis_options import Inversion
 from dfkd_cli.synthesizers.base import Look, SynthesisTask
 from dfkd_cli.synthesizers.inversion import Inverter
 

@@ -34,7 +34,8 @@ from dfkd_cli.errors import ConfigError
 from dfkd_cli.models.activations import Tap
 from dfkd_cli.models.classifier import unit_weights
 from dfkd_cli.models.taps import LOGITS, Taps
-from dfkd_cli.options import TAPS, CoarseToFine
+from dfkd_cli.options import TAPS
+from dfkd_cli.synthesis_options import CoarseToFine
 from dfkd_cli.synthesizers.base import ImageOptimizer, Look, SynthesisTask
 from dfkd_cli.synthesizers.terms import tempered_divergence, total_variation
 

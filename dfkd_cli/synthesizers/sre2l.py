@@ -36,7 +36,7 @@ from torch import Tensor
 from torchvision.transforms import v2
 
 from dfkd_cli.config import option
-from dfkd_cli.options import StatisticsInversion
+from dfkd_cli.synthesis_options import StatisticsInversion
 from dfkd_cli.synthesizers.deepinversion import DeepInversion
 
 

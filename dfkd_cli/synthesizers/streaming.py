@@ -16,9 +16,9 @@ from dfkd_cli.models.classifier import Classifier
 from dfkd_cli.models.generators import Generators
 from dfkd_cli.models.registry import build
 from dfkd_cli.objectives.base import Outputs
-from dfkd_cli.options import AdversarialTraining, GeneratorTraining
 from dfkd_cli.rounds.learner import weighted_sum
 from dfkd_cli.seeds import derive, seed_torch
+from dfkd_cli.synthesis_options import AdversarialTraining, GeneratorTraining
 from dfkd_cli.synthesizers.base import Impressions, Look, SynthesisTask
 from dfkd_cli.synthesizers.cotraining import CoTrainer, means
 

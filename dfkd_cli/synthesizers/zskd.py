@@ -30,7 +30,7 @@ from torch import Tensor
 
 from dfkd_cli.config import option
 from dfkd_cli.models.classifier import unit_weights
-from dfkd_cli.options import CoarseToFine
+from dfkd_cli.synthesis_options import CoarseToFine
 from dfkd_cli.synthesizers.base import ImageOptimizer, Look
 from dfkd_cli.synthesizers.terms import tempered_cross_entropy, total_variation
 
@@ -44,6 +44,10 @@ class Config(CoarseToFine):
     cross_entropy: float = option(1.0, "weight of the tempered cross-entropy", low=0)
     total_variation: float = option(0.0, "weight of a smoothness prior, squared neighbour differences", low=0)
     range: Literal["free", "rescale"] = option("free", "pixels after each iteration: free, or the batch in [0,1]")
+
+    @property
+    def unbounded(self) -> str | None:
+        return None if self.range == "rescale" else super().unbounded
 
 
 class ZSKD(ImageOptimizer):

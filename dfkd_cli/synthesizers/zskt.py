@@ -32,7 +32,8 @@ from dfkd_cli.objectives.at import AttentionTransfer
 from dfkd_cli.objectives.at import Config as Attention
 from dfkd_cli.objectives.base import Outputs
 from dfkd_cli.objectives.response import soft_loss
-from dfkd_cli.options import AdversarialTraining, Compared, GeneratorEnd, StudentImages, StudentOptimizer
+from dfkd_cli.options import Compared
+from dfkd_cli.synthesis_options import AdversarialTraining, GeneratorEnd, StudentImages, StudentOptimizer
 from dfkd_cli.synthesizers.base import SynthesisTask
 from dfkd_cli.synthesizers.streaming import Adversary
 

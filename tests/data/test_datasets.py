@@ -17,9 +17,10 @@ from PIL import Image
 from sklearn.datasets import load_digits
 
 from dfkd_cli.data import datasets
+from dfkd_cli.data.batches import Batches
 from dfkd_cli.data.datasets import DATASETS, class_balanced, load
 from dfkd_cli.data.seal import DataSealed, dataset_roots, sealed
-from dfkd_cli.data.sources import Batches, RealSource
+from dfkd_cli.data.sources import RealSource
 from dfkd_cli.errors import ArtifactError, ConfigError
 from dfkd_cli.models.classifier import ModelInfo
 

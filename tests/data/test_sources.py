@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import contextlib
 import itertools
+import threading
 from dataclasses import replace
 
 import numpy as np
@@ -14,9 +16,9 @@ from dfkd_cli import catalog
 from dfkd_cli.artifacts.shards import ShardReader, ShardWriter
 from dfkd_cli.config import build
 from dfkd_cli.data import datasets, sources
+from dfkd_cli.data.batches import Batches
 from dfkd_cli.data.sources import (
     ANSWERS,
-    Batches,
     Concat,
     FolderSource,
     Images,
@@ -29,6 +31,7 @@ from dfkd_cli.data.sources import (
     first,
     hold_out,
 )
+from dfkd_cli.errors import ArtifactError
 from dfkd_cli.models.directory import load_model
 from dfkd_cli.synthesizers.base import SynthesisTask
 
@@ -226,6 +229,92 @@ def test_batches_do_not_share_memory_with_the_source():
     first = next(batches.steps(0, 1))
     first.pixels.zero_()
     assert sorted(numbers(next(batches.steps(0, 1)))) == [0, 1, 2, 3]
+
+
+# -- read ahead --------------------------------------------------------------------------------------------------------
+
+
+class Readable(Numbers):
+    """What another thread can read."""
+
+    only_read = True
+
+    def chunk(self, index: int) -> Images:
+        self.threads = {*getattr(self, "threads", ()), threading.current_thread().name}
+        return super().chunk(index)
+
+
+def settle(batches: Batches) -> None:
+    """Wait for what is being read."""
+    for reading in list(batches._reading.values()):
+        reading.result()
+
+
+@pytest.mark.parametrize(("sizes", "batch", "memory"), CUTS)
+def test_what_is_read_ahead_is_drawn_once_an_epoch_and_from_any_step(sizes, batch, memory):
+    def batches() -> Batches:
+        return Batches(Readable(sizes), batch, seed=5, device=CPU, memory=memory * IMAGE)
+
+    total = 3 * batches().steps_per_epoch
+    whole = [numbers(images) for images in batches().steps(0, total)]
+    for index in range(3):
+        drawn = whole[index * (12 // batch) : (index + 1) * (12 // batch)]
+        assert sorted(itertools.chain(*drawn)) == list(range(12))
+    for start in range(total):
+        assert [numbers(images) for images in batches().steps(start, total)] == whole[start:]
+    used = batches()
+    assert [numbers(next(used.steps(step, step + 1))) for step in reversed(range(total))] == whole[::-1]
+
+
+def test_two_windows_at_most_are_held_and_the_second_is_read_by_a_thread():
+    source = Readable([4] * 6)
+    batches = Batches(source, 2, seed=0, device=CPU, memory=17 * IMAGE)  # of 8 images each
+    loaded = []
+    for _ in batches.steps(0, 2 * batches.steps_per_epoch):
+        settle(batches)
+        held = [*batches._windows.values(), *(reading.result() for reading in batches._reading.values())]
+        assert sum(len(images.pixels) for images in held) <= 16
+        loaded.append(len(source.loaded))
+    assert loaded[:9] == [4] * 4 + [6] * 4 + [8]  # the next epoch's first window at the end of this one
+    assert len(source.threads) == 2
+    assert sorted(source.loaded[:6]) == list(range(6))
+
+
+def test_what_fits_is_read_once_by_nobody_else():
+    source = Readable([4] * 6)
+    list(Batches(source, 2, seed=0, device=CPU, memory=24 * IMAGE).steps(0, 30))
+    assert sorted(source.loaded) == list(range(6))
+    assert source.threads == {threading.current_thread().name}
+
+
+def test_sources_that_ask_networks_are_not_read_by_a_thread():
+    both = Concat([Readable([4] * 3), Numbers([4] * 3, first=12)])
+    list(Batches(both, 2, seed=0, device=CPU, memory=8 * IMAGE).steps(0, 12))
+    assert both.parts[0].threads == {threading.current_thread().name}
+    assert Concat([Readable([4]), Readable([4])]).only_read and Subset(Readable([4]), np.ones(4, bool)).only_read
+
+
+def test_what_fails_while_it_is_read_ahead_fails_when_it_is_wanted():
+    class Damaged(Readable):
+        def chunk(self, index: int) -> Images:
+            if index == 3:
+                raise ArtifactError("chunk 3 is damaged")
+            return super().chunk(index)
+
+    batches = Batches(Damaged([4] * 6), 4, seed=0, device=CPU, memory=8 * IMAGE)
+    drawn = []
+    with pytest.raises(ArtifactError, match="chunk 3"):
+        for images in batches.steps(0, 6):
+            settle_quietly(batches)
+            drawn += numbers(images)
+    assert not {12, 13, 14, 15} & {*drawn}
+    (place,) = (index for index, (window, _) in enumerate(batches._plan(0)) if window == (3,))
+    assert len(drawn) == 4 * place  # everything before it was drawn
+
+
+def settle_quietly(batches: Batches) -> None:
+    with contextlib.suppress(ArtifactError):
+        settle(batches)
 
 
 # -- parts and sums ----------------------------------------------------------------------------------------------------

@@ -13,7 +13,8 @@ from stand_ins import work
 from tiny_objectives import CLASSES, OBJECTIVES, SIZE, connected, network, offline
 from torch import nn
 
-from dfkd_cli.data.sources import Batches, Images
+from dfkd_cli.data.batches import Batches
+from dfkd_cli.data.sources import Images
 from dfkd_cli.errors import ConfigError
 from dfkd_cli.models.classifier import Classifier, ModelInfo
 from dfkd_cli.models.taps import find_taps

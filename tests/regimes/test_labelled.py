@@ -16,7 +16,8 @@ from tiny_regimes import CLASSES, SIZE, inputs, linear, network, pixels, regime,
 from torch import nn
 
 from dfkd_cli.catalog import entries
-from dfkd_cli.data.sources import Batches, Images
+from dfkd_cli.data.batches import Batches
+from dfkd_cli.data.sources import Images
 from dfkd_cli.errors import ConfigError
 from dfkd_cli.regimes import base, kdcl
 

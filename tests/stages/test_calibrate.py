@@ -12,7 +12,8 @@ import pytest
 import torch
 from tiny_objectives import gradients, network, offline
 
-from dfkd_cli.data.sources import Batches, Images
+from dfkd_cli.data.batches import Batches
+from dfkd_cli.data.sources import Images
 from dfkd_cli.errors import ConfigError
 from dfkd_cli.objectives.base import Objective
 from dfkd_cli.regimes.base import Task

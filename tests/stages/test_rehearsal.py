@@ -14,7 +14,8 @@ from torch import nn
 
 from dfkd_cli import catalog
 from dfkd_cli.config import build, convert, hints, options, shortened, strip_none
-from dfkd_cli.options import FOREIGN, ImageOptimization
+from dfkd_cli.options import FOREIGN
+from dfkd_cli.synthesis_options import ImageOptimization
 
 CASES = [
     pytest.param(command, choice, entry, id=f"{command.name}-{choice.flag}-{entry.name}")

@@ -14,7 +14,7 @@ from dfkd_cli.stages.grid.planner import plan
 
 LOOP = '''"""A student in the loop."""
 from dataclasses import dataclass
-from dfkd_cli.options import ImageOptimization
+from dfkd_cli.synthesis_options import ImageOptimization
 
 @dataclass(frozen=True, kw_only=True)
 class Config(ImageOptimization):

@@ -1,0 +1,103 @@
+"""Several passes for one step, and memory for images that do not fit: what stays the same, and what does not."""
+
+from __future__ import annotations
+
+import numpy as np
+import oracles
+import pytest
+import torch
+from stand_ins import Given, check_interruption, work
+from tiny_regimes import inputs, linear, network, pixels, regime, response
+from torch import nn
+
+from dfkd_cli.config import build
+from dfkd_cli.errors import ConfigError
+from dfkd_cli.stages.distill import Inputs
+
+PLAIN = {"schedule": "constant", "optimizer": "sgd", "lr": 0.5, "momentum": 0.9}
+LABELS = torch.tensor([0, 1, 2, 3, 0, 2])
+
+
+@pytest.mark.parametrize("accumulate", [1, 2, 4, 6])
+def test_several_passes_are_one_step_on_all_images(accumulate, tmp_path):
+    """Parts of unequal size too: of six images four passes have 2, 2 and 2, as three suffice."""
+    loss = response(temperature=2.0)
+    learner = regime("offline", objectives=[(1.0, loss)], steps=4, accumulate=accumulate, weight_decay=0.1, **PLAIN)
+    x, teacher, start = inputs(pixels()), linear(learner.teacher), linear(learner.student)
+
+    def gradient(weights):
+        return oracles.response_gradient(x @ weights.T, x @ teacher.T, 2.0).T @ x
+
+    work(learner, tmp_path)
+    expected = oracles.sgd(start, gradient, 0.5, 0.9, 0.1, 4, True)
+    np.testing.assert_allclose(linear(learner.student), expected, atol=2e-5)
+
+
+@pytest.mark.parametrize("name", ["supervised", "virtual-teacher"])
+def test_parts_of_unequal_size_count_by_their_images(name, tmp_path):
+    source = Given(pixels(5), LABELS[:5])
+    learners = [regime(name, source, steps=3, accumulate=passes, **PLAIN) for passes in (1, 2)]
+    for index, learner in enumerate(learners):
+        learner.view = lambda images: images
+        work(learner, tmp_path / str(index))
+    np.testing.assert_allclose(linear(learners[0].student), linear(learners[1].student), atol=1e-5)
+
+
+def test_batchnorm_sees_each_pass_by_itself(tmp_path):
+    student = network(1, nn.BatchNorm1d(9, momentum=0.3))
+    learner = regime("offline", student=student, steps=1, accumulate=3, **PLAIN)
+    shown: list[torch.Tensor] = []
+    student.net[1].register_forward_pre_hook(lambda _, values: shown.append(values[0].double()))
+    work(learner, tmp_path)
+    assert [len(values) for values in shown[:3]] == [2, 2, 2]
+    mean = torch.zeros(9, dtype=torch.double)
+    for values in shown[:3]:
+        mean = 0.7 * mean + 0.3 * values.mean(0)
+    np.testing.assert_allclose(student.net[1].running_mean, mean, atol=1e-6)
+
+
+def test_terms_are_logged_as_means_over_the_step(tmp_path):
+    learners = [regime("offline", Given(pixels(5)), steps=1, accumulate=passes, **PLAIN) for passes in (1, 2)]
+    logs = []
+    for index, learner in enumerate(learners):
+        work(learner, tmp_path / str(index))
+        logs.append((tmp_path / str(index) / "metrics.csv").read_text().splitlines())
+    assert logs[0][0] == logs[1][0]
+    first, second = ([float(value) for value in rows[1].split(",")] for rows in logs)
+    np.testing.assert_allclose(first, second, rtol=1e-5)
+
+
+def test_objectives_count_steps_and_not_passes(tmp_path):
+    loss, steps = response(), []
+    loss.after_step = lambda: steps.append(1)
+    work(regime("offline", objectives=[(1.0, loss)], steps=3, accumulate=2, **PLAIN), tmp_path)
+    assert len(steps) == 3
+
+
+def test_interrupted_training_with_several_passes_and_windows(tmp_path, monkeypatch):
+    monkeypatch.setattr("dfkd_cli.regimes.base.STEPS_PER_ROUND", 2)
+
+    def run(directory, *callbacks):
+        source = Given(pixels(24))
+        return work(regime("offline", source, steps=10, batch_size=6, accumulate=3, noise=0.1), directory, *callbacks)
+
+    check_interruption(run, tmp_path)
+
+
+def test_a_batchnorm_of_vectors_needs_two_images_in_every_pass(tmp_path):
+    student = network(1, nn.BatchNorm1d(9))
+    with pytest.raises(ConfigError):
+        work(regime("offline", student=student, steps=1, accumulate=6), tmp_path)
+
+
+@pytest.mark.parametrize(("memory", "held"), [(None, 512 * 2**20), (0.25, 2**28), (3, 3 * 2**30)])
+def test_memory_is_in_gibibytes(memory, held, tmp_path):
+    learner = regime("offline", Given(pixels()), steps=1, memory=memory)
+    work(learner, tmp_path)
+    assert learner.batches.capacity == held // learner.train_source.bytes_per_image
+
+
+@pytest.mark.parametrize("values", [{"accumulate": 0}, {"memory": 0.0}])
+def test_what_is_out_of_range(values):
+    with pytest.raises(ConfigError):
+        build(Inputs, values)
