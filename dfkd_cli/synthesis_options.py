@@ -67,6 +67,12 @@ class ImageOptimization(ShardsOfBatches):
     iterations: int = option(50, "inner steps on one batch of images", low=1, rehearsal=1)
     lr: float = option(0.1, "Adam learning rate on the pixels", above=0)
     clamp: bool = option(False, "keep pixels in [0,1] after each inner step")
+    jitter: int = option(0, "roll the batch by up to so many pixels on both axes, anew in each inner step", low=0)
+    view_flip: bool = option(False, "mirror each image with probability 1/2 in each inner step")
+    soften: float = option(
+        0.0, "blur the images now and then: standard deviation of the Gaussian, pixels (arXiv:1506.06579)", low=0
+    )
+    soften_every: int = option(4, "inner steps from one of these blurs to the next", low=1)
 
     @property
     def unbounded(self) -> str | None:
@@ -90,8 +96,7 @@ class Inversion(CoarseToFine):
     betas: tuple[float, float] = option((0.9, 0.999), "Adam's betas, below 1", low=0, high=0.99999)
     warmup: int = option(0, "inner steps with rising learning rate, at each resolution", low=0)
     schedule: Literal["constant", "cosine"] = option("constant", "learning rate after the warm-up")
-    jitter: int = option(2, "roll the batch by up to so many pixels on both axes, anew in each inner step", low=0)
-    view_flip: bool = option(False, "mirror each image with probability 1/2 in each inner step")
+    jitter: int = 2
     temperature: float = option(1.0, "softmax temperature of the teacher", above=0)
     cross_entropy: float = option(1.0, "weight of the cross-entropy with the class", low=0)
     total_variation: float = option(2.5e-5, "weight of a smoothness prior, norms of neighbour differences", low=0)

@@ -277,7 +277,7 @@ def test_a_new_command_is_in_the_help_at_its_place(extended):
     whole, alone = extended("--help", "count-images --help")
     commands = [line.split()[0] for line in whole.splitlines() if line.startswith("  ") and line.strip()]
     at = commands.index("count-images")
-    assert commands[at - 1 : at + 2] == ["synthesize", "count-images", "distill"]
+    assert commands.index("synthesize") < at < commands.index("distill")
     text = " ".join(alone.split())
     for part in ("Count the images of shards.", "[PATH ...]", "--least INT", "(default: 1)", "Next: dfkd distill"):
         assert part in text

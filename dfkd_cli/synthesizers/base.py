@@ -12,17 +12,20 @@ from typing import Any, ClassVar
 import torch
 import torch.nn.functional as F
 from lightning.fabric.utilities import move_data_to_device
-from torch import Tensor
+from torch import Tensor, nn
 from torch.optim.lr_scheduler import LambdaLR
+from torchvision.transforms import v2
 
 from dfkd_cli.artifacts.metadata import Metadata
 from dfkd_cli.artifacts.shards import ShardWriter, as_pixels, as_stored
+from dfkd_cli.data.augment import RandomFlip, RandomRoll
 from dfkd_cli.models.activations import Tap, values_at
 from dfkd_cli.models.classifier import Classifier, probe
 from dfkd_cli.models.generators import Generators
 from dfkd_cli.models.statistics import Moments, batch_moments, recorded_moments
 from dfkd_cli.rounds.learner import Learner, weighted_sum
 from dfkd_cli.seeds import seed_torch
+from dfkd_cli.synthesizers.terms import blurred
 
 AS_STORED = "agreement_as_stored"  # share of the images that keep the teacher's class when they are rounded
 
@@ -244,13 +247,20 @@ class ImageOptimizer(Synthesizer):
         return F.one_hot(torch.arange(first, first + count) % num_classes, num_classes).float()
 
     def view(self, images: Tensor, progress: float) -> Tensor:
-        """What the teacher sees of images, drawn anew in each iteration. The images themselves by default.
+        """What the teacher sees of images, drawn anew in each iteration: they are rolled and mirrored at random.
 
         Args:
-            images: (B, C, H, W) of this stage's resolution.
+            images: (B, C, H, W) of this stage's resolution; smaller ones are rolled by as much less.
             progress: The share of the stage's iterations that is done, from 0.
         """
-        return images
+        jitter = self.reach(progress) * images.shape[-1] // self.teacher.info.input_size[-1]
+        steps: list[nn.Module] = [RandomRoll(jitter)] if jitter else []
+        steps += [RandomFlip()] if self.config.view_flip else []
+        return v2.Compose(steps)(images) if steps else images
+
+    def reach(self, progress: float) -> int:
+        """By how many pixels full images are rolled at most, when so much of a stage's iterations is done."""
+        return self.config.jitter
 
     def resolutions(self) -> Sequence[tuple[int, int]]:
         """Stages from coarse to fine: by what the sides are divided, and for how many iterations."""
@@ -305,5 +315,7 @@ class ImageOptimizer(Synthesizer):
             optimizer.step()
             schedule.step()
             with torch.no_grad():
+                if self.config.soften and (step + 1) % self.config.soften_every == 0:
+                    images.copy_(blurred(images, self.config.soften))
                 self.project(images)
         return terms

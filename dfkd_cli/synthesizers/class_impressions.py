@@ -6,7 +6,8 @@ arXiv:1808.01153. The baseline of the ZSKD paper (arXiv:1905.08114).
     x = argmin_x  - log softmax(T(x))_k          k: the class of the image
 
 As the ZSKD paper compares them: its data impressions with one-hot targets and no temperature. The random augmentation
-between iterations that the original mentions is left out, since its parameters are not published.
+between iterations that the original mentions is off by default, since its parameters are not published: ``jitter``,
+``view_flip`` and ``soften`` have it, and ``coarse_iterations`` begins with small images.
 """
 
 from __future__ import annotations

@@ -6,10 +6,8 @@ import math
 from typing import Any
 
 import torch
-from torch import Tensor, nn
-from torchvision.transforms import v2
+from torch import Tensor
 
-from dfkd_cli.data.augment import RandomFlip, RandomRoll
 from dfkd_cli.synthesis_options import Inversion
 from dfkd_cli.synthesizers.base import ImageOptimizer, Look
 from dfkd_cli.synthesizers.terms import neighbour_differences, tempered_cross_entropy
@@ -37,17 +35,6 @@ class Inverter(ImageOptimizer):
         if self.config.l2:
             terms["l2"] = look.images.flatten(1).norm(dim=1).mean()
         return terms
-
-    def view(self, images: Tensor, progress: float) -> Tensor:
-        """The images rolled and mirrored at random; smaller ones are rolled by as much less."""
-        jitter = self.reach(progress) * images.shape[-1] // self.teacher.info.input_size[-1]
-        steps: list[nn.Module] = [RandomRoll(jitter)] if jitter else []
-        steps += [RandomFlip()] if self.config.view_flip else []
-        return v2.Compose(steps)(images) if steps else images
-
-    def reach(self, progress: float) -> int:
-        """By how many pixels full images are rolled at most, when so much of the iterations is done."""
-        return self.config.jitter
 
     def optimizer(self, images: Tensor) -> torch.optim.Optimizer:
         """Adam with the configured betas."""

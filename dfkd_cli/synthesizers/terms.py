@@ -66,8 +66,13 @@ def roughness(images: Tensor, sigma: float) -> Tensor:
         images: Reflected at their borders.
         sigma: Standard deviation of the Gaussian G in pixels; it is cut off at three of them.
     """
+    return (images - blurred(images, sigma)).square().sum() / len(images)
+
+
+def blurred(images: Tensor, sigma: float) -> Tensor:
+    """Images (B, C, H, W), reflected at their borders, under a Gaussian of that deviation, cut off at three of them."""
     rows, columns = (_blur(side, sigma, images) for side in images.shape[-2:])
-    return (images - rows @ images @ columns.T).square().sum() / len(images)
+    return rows @ images @ columns.T
 
 
 def _blur(side: int, sigma: float, images: Tensor) -> Tensor:

@@ -379,6 +379,14 @@ def test_documentation_and_traits(entry):
         assert said.get("help"), name
 
 
+def test_every_regime_has_a_recipe():
+    recipes = [
+        (key.partition("/")[0], (str(path), catalog.read_recipe(path))) for key, path in catalog.recipes().items()
+    ]
+    trained = [resolve(command, [layer]) for command, layer in recipes if command in ("distill", "train-teacher")]
+    assert {settings.method.entry.name for settings in trained} == REGIMES.keys()
+
+
 @pytest.mark.parametrize("name", [name for name, entry in REGIMES.items() if "teacher" in entry.needs])
 def test_a_regime_that_needs_a_teacher_cannot_make_one(name, cli, tmp_path):
     code, _, err = cli("train-teacher", "--method", name, "--steps", 1, "--out", tmp_path / "teacher")

@@ -266,17 +266,19 @@ def test_learning_rate(warmup, rising, steps, schedule, tmp_path):
     method.rate(steps, steps)  # a scheduler asks once more after the last step
 
 
-def test_what_the_teacher_sees_of_each_stage(tmp_path):
+@pytest.mark.parametrize("name", ["deepdream", "class-impressions", "inception", "soft-target"])
+def test_what_the_teacher_sees_of_each_stage(name, tmp_path):
     """Half the sides first, rolled by half as much; gradients reach every pixel of the full images."""
     teacher, sizes = smooth_teacher(), []
-    method = synthesizer("deepdream", tmp_path, teacher, coarse_iterations=2, iterations=3, jitter=3, total_variation=0)
+    only = {"total_variation": 0} if name == "deepdream" else {"smoothness": 0} if name == "inception" else {}
+    method = synthesizer(name, tmp_path, teacher, coarse_iterations=2, iterations=3, jitter=3, **only)
     with teacher.net.register_forward_pre_hook(lambda _, inputs: sizes.append(tuple(inputs[0].shape[2:]))):
         method.make(0, 2)
     assert sizes == [(2, 3)] * 2 + [(4, 6)] * 3
     images = torch.randn(2, 2, 4, 6)
     moved = images.clone().requires_grad_()
     with method.looking() as show:
-        method._optimize(moved, torch.eye(3)[:2], show, 2, 1)
+        method._optimize(moved, method.targets(0, 2), show, 2, 1)
     change = (moved.detach() - images).unflatten(2, (2, 2)).unflatten(4, (3, 2)).transpose(3, 4).flatten(4)
     assert (change != 0).all()
     torch.testing.assert_close(change, change[..., :1].expand_as(change))  # the same in each two by two pixels
@@ -288,14 +290,15 @@ def test_what_the_teacher_sees_of_each_stage(tmp_path):
         assert shifts == {(down % size[0], right % size[1]) for down in steps for right in steps}
 
 
-def test_images_are_mirrored_one_by_one(tmp_path):
-    method = synthesizer("deepdream", tmp_path, smooth_teacher(), jitter=0, view_flip=True)
+@pytest.mark.parametrize("name", ["deepdream", "class-impressions", "zskd"])
+def test_images_are_mirrored_one_by_one(name, tmp_path):
+    method = synthesizer(name, tmp_path, smooth_teacher(), jitter=0, view_flip=True)
     images = torch.randn(64, 2, 4, 6)
     view = method.view(images, 0)
     mirrored, kept = ((view == other).flatten(1).all(1) for other in (images.flip(-1), images))
     assert torch.equal(mirrored, ~kept)
     assert 16 < mirrored.sum() < 48
-    still = synthesizer("deepdream", tmp_path, smooth_teacher(), jitter=0)
+    still = synthesizer(name, tmp_path, smooth_teacher(), jitter=0)
     assert still.view(images, 0) is images
 
 

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import dataclasses
 import importlib
+import itertools
 import json
 import re
 
@@ -11,6 +12,7 @@ import numpy as np
 import oracles
 import pytest
 import safetensors.torch
+import synthesis_oracles
 import torch
 from comparisons import assert_same_state, state
 from lightning.pytorch import Trainer
@@ -150,7 +152,16 @@ def test_total_variation_is_the_sum_over_neighbours(shape):
 
 
 @pytest.mark.parametrize(
-    "values", [{}, {"total_variation": 0.01}, {"range": "rescale"}, {"clamp": True}, {"cross_entropy": 0.5}]
+    "values",
+    [
+        {},
+        {"total_variation": 0.01},
+        {"range": "rescale"},
+        {"clamp": True},
+        {"cross_entropy": 0.5},
+        {"soften": 0.6, "soften_every": 2},
+        {"soften": 1.5, "soften_every": 1, "clamp": True},
+    ],
 )
 def test_inner_loop_is_adam_on_the_pixels(tmp_path, values):
     count, tau, lr, iterations = 3, 5.0, 0.1, 5
@@ -169,13 +180,19 @@ def test_inner_loop_is_adam_on_the_pixels(tmp_path, values):
         smooth = values.get("total_variation", 0.0) * oracles.total_variation(x)[1]
         return values.get("cross_entropy", 1.0) * through.reshape(x.shape) + smooth
 
+    steps = itertools.count(1)
+
     def project(x):
+        if values.get("soften") and next(steps) % values["soften_every"] == 0:
+            blur = synthesis_oracles.blur_matrix(3, values["soften"])
+            x = blur @ x @ blur.T
         if values.get("clamp"):
             return np.clip(x, 0, 1)
         return (x - x.min()) / (x.max() - x.min()) if values.get("range") == "rescale" else x
 
     expected = oracles.adam(start, gradient, lr, iterations, project)
     assert np.abs(expected - start).max() > 0.05
+    assert not values.get("soften") or next(steps) == iterations + 1
     np.testing.assert_allclose(made.pixels, expected, atol=2e-5)
     np.testing.assert_allclose(made.targets, targets)
 
