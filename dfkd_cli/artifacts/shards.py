@@ -83,7 +83,7 @@ def as_stored(pixels: Tensor, dtype: str) -> Tensor:
         if not stored.isfinite().all():
             raise RunFailed(f"pixels are not finite as {dtype}", "lower --lr")
         return stored
-    levels = pixels.mul(255).round()
+    levels = pixels.mul(255).round_()
     if not (levels.amin() >= 0 and levels.amax() <= 255):
         raise RunFailed("pixels leave [0,1], which uint8 does not hold", "give another --dtype")
     return levels.to(torch.uint8)

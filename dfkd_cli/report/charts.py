@@ -1,4 +1,4 @@
-"""The pictures of a report, as PNG bytes."""
+"""The pictures of reports and of this project's pages."""
 
 from __future__ import annotations
 
@@ -7,6 +7,7 @@ import math
 from collections.abc import Mapping, Sequence
 from typing import Any
 
+from matplotlib import rc_context
 from matplotlib.figure import Figure
 from matplotlib.ticker import MaxNLocator, NullFormatter
 
@@ -55,6 +56,40 @@ def sizes(curves: Mapping[str, Sequence[Mapping[str, Any]]], teacher: float) -> 
     axes.set_ylabel("top-1 on the test images, %", fontsize=8)
     axes.legend(frameon=False, fontsize=8)
     return _png(figure, [axes])
+
+
+def frontier(panels: Mapping[str, Sequence[Mapping[str, Any]]]) -> bytes:
+    """Top-1 over the seconds of synthesis and training, as SVG: a line through the best of each time, data-free ones.
+
+    Args:
+        panels: Rows of students by the title of their panel.
+    """
+    figure = Figure(figsize=(5.6 * len(panels), 5), layout="constrained")
+    grid = figure.subplots(1, len(panels), squeeze=False)[0]
+    for axes, (title, rows) in zip(grid, panels.items(), strict=True):
+        points = sorted((row["seconds"]["total"]["mean"], 100 * row["top1"]["mean"], row) for row in rows)
+        best: list[tuple[float, float]] = []
+        for x, y, row in points:
+            free = row["data_free"] and not row["uses"]
+            axes.plot(x, y, "o" if free else "s", color=_COLOURS["free" if free else "real"], markersize=4)
+            if free and (not best or y > best[-1][1]):
+                best.append((x, y))
+        axes.plot(*zip(*best, strict=True), color=_COLOURS["free"], linewidth=1, alpha=0.4, drawstyle="steps-post")
+        low, high = axes.get_ylim()
+        lowest = math.inf
+        for x, y, row in sorted(points, key=lambda point: -point[1]):  # no text over another, from the top
+            lowest = min(y, lowest - (high - low) / 38)
+            line = {"arrowstyle": "-", "color": _GRID, "linewidth": 0.6}
+            right = (1.02, lowest)
+            axes.annotate(
+                _short(row["label"]), (x, y), right, textcoords=("axes fraction", "data"), fontsize=7, va="center",
+                arrowprops=line, annotation_clip=False,
+            )  # fmt: skip
+        axes.set_title(title, fontsize=9, loc="left")
+        axes.set_xlabel("seconds of synthesis and training, one CPU core")
+        axes.set_ylabel("top-1 on the test images, %", fontsize=8)
+    with rc_context({"svg.hashsalt": "dfkd", "svg.fonttype": "none"}):  # the same bytes each time; text stays text
+        return _picture(figure, list(grid), "svg", {"Date": None})
 
 
 def curves(runs: Sequence[Mapping[str, Sequence[float]]]) -> bytes | None:
@@ -117,6 +152,10 @@ def _short(label: str, width: int = 40) -> str:
 
 
 def _png(figure: Figure, panels: Sequence[Any]) -> bytes:
+    return _picture(figure, panels, "png", {"Software": None})
+
+
+def _picture(figure: Figure, panels: Sequence[Any], form: str, metadata: Mapping[str, None]) -> bytes:
     for axes in panels:
         axes.set_axisbelow(True)
         axes.grid(color=_GRID, linewidth=0.7)
@@ -126,5 +165,5 @@ def _png(figure: Figure, panels: Sequence[Any]) -> bytes:
             spine.set_visible(side in ("left", "bottom"))
             spine.set_color(_GRID)
     buffer = io.BytesIO()
-    figure.savefig(buffer, format="png", dpi=140, metadata={"Software": None})
+    figure.savefig(buffer, format=form, dpi=140, metadata=metadata)
     return buffer.getvalue()

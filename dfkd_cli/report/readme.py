@@ -1,4 +1,4 @@
-"""Tables of a page that nobody types: each is made from what the comment before it names.
+"""Tables and pictures of a page: each is made from what the comment before it names.
 
 ``python -m dfkd_cli.report.readme PAGE ...`` writes all of them anew, each up to the next ``<!-- end of results -->``
 or ``<!-- end of methods -->``. Paths are relative to the page:
@@ -10,6 +10,8 @@ or ``<!-- end of methods -->``. Paths are relative to the page:
     results/synthesizers-mnist.json lenet5/lopes: there is metadata        which stands under WHEN
     -->
     <!-- synthesizers -->                       what dfkd ls says of every method in that folder of the package
+    <!-- plot results/frontier.svg: results/a.json, results/b.json resnet -->
+                                                a picture of all their students, of several teachers those of one
 """
 
 from __future__ import annotations
@@ -21,8 +23,9 @@ from pathlib import Path
 from typing import Any
 
 from dfkd_cli import catalog
-from dfkd_cli.artifacts.files import write_text
+from dfkd_cli.artifacts.files import write_atomic, write_text
 from dfkd_cli.artifacts.records import read_json
+from dfkd_cli.report import charts
 from dfkd_cli.report.table import LEFT, cells, escape, markdown, markdown_table
 
 # report.html has room for them
@@ -30,6 +33,7 @@ _LEFT_OUT = ("AGREEMENT %", "SYNTHESIS s", "DISTILLATION s", "PARAMS", "BYTES", 
 _BLOCK = re.compile(
     r"(<!-- (\S+\.json|rows|synthesizers|objectives|regimes)\b(.*?)-->\n).*?(<!-- end of \w+ -->)", re.DOTALL
 )
+_PLOT = re.compile(r"<!-- plot (\S+\.svg): (.*?)-->", re.DOTALL)
 _METHOD = ("NAME", "KIND", "NEEDS", "SUMMARY", "PAPER")
 _SITES = {"arXiv": "https://arxiv.org/abs/", "doi": "https://doi.org/"}
 
@@ -60,6 +64,26 @@ def fill(text: str, root: Path) -> str:
         return "\n".join([start, *lines, "", end]).replace(" ± ", "\N{NO-BREAK SPACE}±\N{NO-BREAK SPACE}")
 
     return _BLOCK.sub(table, text)
+
+
+def pictures(text: str, root: Path) -> dict[str, bytes]:
+    """The pictures of a page, by path: each row's top-1 over its seconds, a panel for each dataset and teacher.
+
+    Raises:
+        ArtifactError: A file is missing or damaged.
+        KeyError: There is no such teacher.
+    """
+    drawn = {}
+    for path, chosen in _PLOT.findall(text):
+        panels: dict[str, list[Any]] = {}
+        for file, *teacher in map(str.split, chosen.split(",")):
+            sections = {s["teacher"]: s for s in read_json(root / file, dict[str, Any])["sections"]}
+            section = sections["".join(teacher)]
+            students = [row for row in section["rows"] if row["role"] != "teacher"]
+            title = f"{section['dataset']}, {section['rows'][0]['model']} to {students[0]['model']}"
+            panels.setdefault(title, []).extend(students)
+        drawn[path] = charts.frontier(panels)
+    return drawn
 
 
 def _rows(columns: Sequence[str], chosen: Sequence[str], root: Path) -> list[str]:
@@ -93,4 +117,7 @@ def _link(paper: str) -> str:
 
 if __name__ == "__main__":
     for path in map(Path, sys.argv[1:]):
-        write_text(path, fill(path.read_text(encoding="utf-8"), path.parent))
+        text = path.read_text(encoding="utf-8")
+        write_text(path, fill(text, path.parent))
+        for picture, data in pictures(text, path.parent).items():
+            write_atomic(path.parent / picture, data)

@@ -6,11 +6,13 @@ import json
 import re
 import statistics
 from pathlib import Path
+from xml.etree import ElementTree
 
+import numpy as np
 import pytest
 
 from dfkd_cli import catalog
-from dfkd_cli.report.readme import fill
+from dfkd_cli.report.readme import fill, pictures
 
 ROOT = Path(__file__).parents[2]
 RENDERED = [ROOT / "README.md", ROOT / "results" / "README.md"]
@@ -75,6 +77,39 @@ def test_columns_of_a_whole_table_can_be_kept(tmp_path):
         assert text.startswith(f"<!-- a.json{more} -->\n")
         heads.append({cell.strip() for cell in re.search(r"^\| ROW .*$", text, re.MULTILINE)[0].split("|")})
     assert heads[1] - heads[0] == {"PARAMS", "SEEDS"}
+
+
+def test_pictures_are_made_from_what_is_kept():
+    text = (ROOT / "README.md").read_text(encoding="utf-8")
+    ((path, drawn),) = pictures(text, ROOT).items()
+    number = r"-?\d+\.?\d*(?:e-?\d+)?"
+    kept, now = (ROOT / path).read_text(encoding="utf-8"), drawn.decode()
+    assert re.sub(number, "0", kept) == re.sub(number, "0", now), "run `make readme`"
+    ours, theirs = ([float(part) for part in re.findall(number, svg)] for svg in (kept, now))
+    np.testing.assert_allclose(ours, theirs, atol=1e-2)  # of a point of 1/72 inch, on another CPU
+
+
+def test_a_picture_has_every_student_at_its_seconds(tmp_path):
+    (tmp_path / "a.json").write_bytes((ROOT / "results" / "synthesizers-fashion-mnist.json").read_bytes())
+    (svg,) = pictures("<!-- plot a.svg: a.json resnet,\na.json lenet5 -->", tmp_path).values()
+    root = ElementTree.fromstring(svg)
+    texts = ["".join(element.itertext()) for element in root.iter() if element.tag.endswith("text")]
+    students = [row for s in sections("synthesizers-fashion-mnist") for row in s["rows"] if row["role"] != "teacher"]
+    for label in {row["label"] for row in students}:
+        assert texts.count(label) == sum(row["label"] == label for row in students), label
+    for panel, teacher in enumerate(("resnet", "lenet5"), 1):
+        (axes,) = (element for element in root.iter() if element.get("id") == f"axes_{panel}")
+        dots = [use for group in axes.iter() if group.get("clip-path") for use in group if use.tag.endswith("use")]
+        (section,) = (s for s in sections("synthesizers-fashion-mnist") if s["teacher"] == teacher)
+        rows = [row for row in section["rows"] if row["role"] != "teacher"]
+        places = np.array(sorted((float(dot.get("x")), -float(dot.get("y"))) for dot in dots))
+        values = np.array(sorted((row["seconds"]["total"]["mean"], row["top1"]["mean"]) for row in rows))
+        for axis in (0, 1):  # the same up to scale and shift
+            scale, shift = np.polyfit(values[:, axis], places[:, axis], 1)
+            assert scale > 0
+            np.testing.assert_allclose(scale * values[:, axis] + shift, places[:, axis], atol=0.1)
+    with pytest.raises(KeyError):
+        pictures("<!-- plot a.svg: a.json nobody -->", tmp_path)
 
 
 def sections(name: str) -> list[dict]:
