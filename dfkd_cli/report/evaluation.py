@@ -32,6 +32,7 @@ TABLES: dict[tuple[str, ...], list[Column]] = {  # by the kinds of results
         ("CONFIDENCE", "confidence", "{:.3f}".format),
         ("BALANCE", "class_balance", "{:.3f}".format),
         ("TARGET MATCH", "target_match", "{:.2%}".format),
+        ("AGREEMENT", "agreement", "{:.2%}".format),
         ("DIVERSITY", "diversity", "{:.3f}".format),
         ("BN DISTANCE", "bn_distance", "{:.3f}".format),
         ("BN DIVERGENCE", "bn_divergence", "{:.4g}".format),

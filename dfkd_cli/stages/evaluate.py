@@ -3,13 +3,13 @@
 Reads model or shard directories, folders of images, datasets by name, real:N, noise:N; writes results.json, and with
 --line line.png, when --out is given. Of images: the teacher's answers, variety, and how far they are from what its
 BatchNorm layers recorded in training (bn_divergence, arXiv:1912.01274, the mean KL divergence of Gaussians: low is
-alike).
+alike); of shards that another teacher made, how often this one gives the class that they were made for.
 """
 
 from __future__ import annotations
 
 import functools
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Collection, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, NotRequired, TypedDict
@@ -22,6 +22,7 @@ from dfkd_cli.artifacts.shards import MANIFEST, ShardReader
 from dfkd_cli.catalog import Command
 from dfkd_cli.config import option
 from dfkd_cli.data import datasets
+from dfkd_cli.data.sources import ANSWERS
 from dfkd_cli.errors import ArtifactError, ConfigError
 from dfkd_cli.models.directory import RECORD
 from dfkd_cli.models.exported import RECORD as EXPORT
@@ -240,6 +241,7 @@ class _Opener:
         self.inputs, self.code, self.seed = inputs, settings.code, settings.run.seed
         self.examiner = Examiner(pick_device(settings.run.device), inputs.data_dir, inputs.batch_size)
         self.passes = self.examiner.device, inputs.batch_size  # how images are shown to a model
+        self.where = inputs.data_dir, self.seed  # images come from
         self.orphans: list[str] = []
         self.ends: list[End] = []
         self.teacher: LoadedModel | None = None
@@ -308,7 +310,11 @@ class _Opener:
         reader = ShardReader(Path(path))
         teacher = self._teacher_of(path, [reader.teacher])
         if teacher is not None and teacher.sha256 != reader.teacher:
-            return self._images(path)  # what another teacher answered to them is not the question
+            info, names = teacher.classifier.info, reader.manifest.get("classes")
+            same = info.num_classes == reader.num_classes and (
+                not names or not info.classes or [*info.classes] == names
+            )
+            return self._images(path, ANSWERS if same else ())  # which its own answers are beside
         method, uses = reader.manifest.get("method"), reader.manifest.get("uses", [])
         parents = [] if teacher is None else [teacher.parent("teacher")]
         parents.append({"role": "shards", "path": path, "sha256": reader.sha256})
@@ -316,12 +322,12 @@ class _Opener:
         measure = functools.partial(measure_shards, reader, classifier, *self.passes)
         return Evaluation({"path": path, "kind": "shards", "method": method, "uses": uses}, parents, measure)
 
-    def _images(self, path: str) -> Evaluation:
+    def _images(self, path: str, wanted: Collection[str] = ()) -> Evaluation:
         if self.teacher is None:
             raise ConfigError(
                 f"{path}: neither model nor shards, and images are measured with a teacher", "give --teacher"
             )
-        shown, classifier = open_images(path, self.teacher, self.inputs.data_dir, self.seed), self.teacher.classifier
+        shown, classifier = open_images(path, self.teacher, *self.where, wanted), self.teacher.classifier
         parents = [self.teacher.parent("teacher"), shown.parent]
         measure = functools.partial(measure_images, shown.source, classifier, *self.passes)
         return Evaluation({"path": path, "kind": "images", "uses": list(shown.uses)}, parents, measure)

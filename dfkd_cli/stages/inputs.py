@@ -106,7 +106,9 @@ def is_images(name: str) -> bool:
     return _counted(name)[0] in ("real", "noise", *datasets.DATASETS) or Path(name).is_dir()
 
 
-def open_images(name: str, teacher: LoadedModel, data_dir: str | None, seed: int) -> TransferSet:
+def open_images(
+    name: str, teacher: LoadedModel, data_dir: str | None, seed: int, wanted: Collection[str] = ()
+) -> TransferSet:
     """Open what can be shown to a teacher: a transfer set, also another teacher's, or a dataset's training images.
 
     Args:
@@ -114,6 +116,7 @@ def open_images(name: str, teacher: LoadedModel, data_dir: str | None, seed: int
         teacher: It will see the images.
         data_dir: Where datasets lie.
         seed: Of what is drawn.
+        wanted: The stored answers that shards are to come with, whoever gave them.
 
     Raises:
         ConfigError: Neither, or the dataset has not so many images.
@@ -121,7 +124,7 @@ def open_images(name: str, teacher: LoadedModel, data_dir: str | None, seed: int
     """
     dataset, count = _counted(name)
     if dataset not in datasets.DATASETS or Path(name).exists():
-        impressions = _impressions(name, teacher.classifier.info, seed)
+        impressions = _impressions(name, teacher.classifier.info, seed, wanted)
         return impressions or open_transfer_set(name, teacher, data_dir, seed)
     images = datasets.load(dataset, "train", data_dir=data_dir, image_shape=teacher.classifier.info.input_size)
     return TransferSet(balanced(images, count, seed), {"role": "images", "spec": name})

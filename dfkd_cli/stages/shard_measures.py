@@ -51,8 +51,14 @@ def measure_shards(
 def measure_images(
     source: Source, teacher: Classifier, device: torch.device, batch_size: int = BATCH
 ) -> dict[str, Any]:
-    """Read every image of a source once and measure them as :func:`measure_shards` does."""
-    chunks = ({"images": source.chunk(index).pixels} for index in range(len(source.sizes)))
+    """Read every image of a source once and measure them as :func:`measure_shards` does; stored answers are others'."""
+
+    def read(index: int) -> dict[str, Tensor]:
+        images = source.chunk(index)
+        stored = {"maker": images.logits, "targets": images.targets}
+        return {"images": images.pixels} | {name: value for name, value in stored.items() if value is not None}
+
+    chunks = map(read, range(len(source.sizes)))
     return _measure(chunks, _Tally(len(source), teacher.info.num_classes), teacher, device, batch_size)
 
 
@@ -65,6 +71,8 @@ def _measure(
     batch_size: int,
 ) -> dict[str, Any]:
     """Measures of ``images`` and of the ``logits`` and ``targets`` stored with them; shares are of all images.
+
+    Logits of another teacher, who made the images, are ``maker``.
 
     Returns:
         What :class:`_Tally` adds up, and ``count``.
@@ -82,7 +90,8 @@ def _measure(
             answers = {} if teacher is None else {"logits": _logits(teacher, images, device, batch_size)}
             if answers and "logits" in chunk:
                 same.append(torch.allclose(answers["logits"], chunk["logits"], atol=TOLERANCE))
-            tally.add(images.pixels, {**answers, **chunk}["logits"].double(), chunk.get("targets"))
+            logits = {**answers, **chunk}["logits"].double()
+            tally.add(images.pixels, logits, chunk.get("targets"), chunk.get("maker"))
     recorded = {} if teacher is None else recorded_moments(teacher)
     distances, divergences = bn_distances(seen, recorded), bn_divergences(seen, recorded)
     return {
@@ -103,6 +112,7 @@ class _Tally:
     ``class_balance`` (its entropy as a share of the greatest possible: 1 is balanced).
     Of the stored targets, None without them: ``target_match`` (share whose most probable class is the one given),
     ``target_divergence`` (mean KL(target || softmax(logits / temperature)), nats, at the method's temperature).
+    Of the logits of another teacher, None without them: ``agreement`` (share to which both give the same class).
     Of the images: ``value_range``, ``diversity`` (mean distance of two images, root mean square over pixels).
     """
 
@@ -110,12 +120,12 @@ class _Tally:
         self.count, self.temperature = count, temperature
         self.histogram = torch.zeros(num_classes, dtype=torch.int64)
         self.confidence = self.divergence = 0.0
-        self.matches = self.aimed = self.seen = 0
+        self.matches = self.aimed = self.seen = self.agreed = self.compared = 0
         self.low, self.high = math.inf, -math.inf
         self.chosen = torch.arange(min(count, SAMPLE)) * count // min(count, SAMPLE)
         self.sample: list[Tensor] = []
 
-    def add(self, pixels: Tensor, logits: Tensor, targets: Tensor | None) -> None:
+    def add(self, pixels: Tensor, logits: Tensor, targets: Tensor | None, maker: Tensor | None = None) -> None:
         """Take in a chunk; its logits are float64."""
         answers = logits.argmax(1)
         self.histogram += answers.bincount(minlength=len(self.histogram))
@@ -125,6 +135,9 @@ class _Tally:
             self.aimed += len(targets)
             self.matches += int((targets.argmax(1) == answers).sum())
             self.divergence += float(F.kl_div(reached, targets.double(), reduction="sum"))
+        if maker is not None:
+            self.compared += len(maker)
+            self.agreed += int((maker.argmax(1) == answers).sum())
         self.low, self.high = min(self.low, float(pixels.min())), max(self.high, float(pixels.max()))
         here = self.chosen - self.seen
         self.sample.append(pixels[here[(here >= 0) & (here < len(pixels))]])
@@ -138,6 +151,7 @@ class _Tally:
             "class_histogram": self.histogram.tolist(),
             "target_match": self.matches / self.aimed if self.aimed else None,
             "target_divergence": self.divergence / self.aimed if self.aimed else None,
+            "agreement": self.agreed / self.compared if self.compared else None,
             "diversity": float(torch.pdist(sample.flatten(1)).double().mean()) / math.sqrt(sample[0].numel()),
             "value_range": [self.low, self.high],
         }

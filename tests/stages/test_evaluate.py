@@ -252,6 +252,8 @@ def test_a_teacher_that_is_not_the_recorded_one(here, cli):
     with torch.no_grad():
         answers = torch.cat([teacher(reader.read(i)["images"].float()) for i in range(len(reader.sizes))])
     assert shown["class_histogram"] == answers.argmax(1).bincount(minlength=10).tolist() != shards["class_histogram"]
+    stored = torch.cat([reader.read(i)["logits"] for i in range(len(reader.sizes))])
+    assert shown["agreement"] == float((stored.argmax(1) == answers.argmax(1)).double().mean())
 
 
 def test_agreement_is_of_classes_and_not_of_their_numbers(here, cli):

@@ -12,6 +12,7 @@ from stand_ins import random_images, write_shards
 from torch import nn
 
 from dfkd_cli.artifacts.shards import ShardReader
+from dfkd_cli.data.sources import ANSWERS, ShardSource
 from dfkd_cli.models.classifier import Classifier, ModelInfo
 from dfkd_cli.models.statistics import Moments, RunningMoments, recorded_moments
 from dfkd_cli.stages import shard_measures
@@ -84,6 +85,7 @@ def test_shard_measures(tmp_path, monkeypatch, sample):
         "target_divergence": pytest.approx(
             np.where(aimed > 0, aimed * np.log(np.maximum(aimed, 1e-300) / answered), 0).sum(1).mean(), rel=1e-9
         ),
+        "agreement": None,
         "diversity": pytest.approx(spread(chosen), rel=1e-6),
         "value_range": [data["images"].min(), data["images"].max()],
         "bn_distance": pytest.approx(sum(layers.values()), rel=1e-5),
@@ -98,7 +100,7 @@ def test_shards_without_targets_teacher_or_batch_norm(tmp_path):
     write_shards(tmp_path, tiny_teacher(), "0" * 64, targets=False)
     alone = measure_shards(ShardReader(tmp_path), None, CPU)
     batch_norm = {"bn_distance", "bn_distance_layers", "bn_divergence", "bn_divergence_layers"}
-    absent = {"target_match", "target_divergence", *batch_norm, "logits_ok"}
+    absent = {"target_match", "target_divergence", "agreement", *batch_norm, "logits_ok"}
     assert {name for name, value in alone.items() if value is None} == absent
     plain = Classifier(nn.Sequential(nn.Flatten(), nn.Linear(72, 4)), tiny_teacher().info)
     measures = measure_shards(ShardReader(tmp_path), plain, CPU)
@@ -134,6 +136,24 @@ def test_moments_of_batches_are_those_of_all():
     assert abs(sum_of_squares[1] / exact.var((0, 2, 3))[1] - 1) > 0.1
 
 
+def test_another_networks_opinion_of_impressions(tmp_path):
+    """As DeepInversion measures: the classes that images were made for, and their maker's answers, beside its own."""
+    teacher = tiny_teacher()
+    data = write_shards(tmp_path, teacher, "0" * 64)
+    with torch.random.fork_rng():
+        torch.manual_seed(5)
+        other = Classifier(nn.Sequential(nn.Flatten(), nn.Linear(72, 4)), teacher.info)
+    measures = measure_images(ShardSource(ShardReader(tmp_path), ANSWERS), other, CPU, batch_size=3)
+    weight, bias = (part.detach().double().numpy() for part in other.net[1].parameters())
+    mean, std = (np.array(part)[:, None, None] for part in (teacher.info.mean, teacher.info.std))
+    opinion = (((data["images"] - mean) / std).reshape(13, -1) @ weight.T + bias).argmax(1)
+    assert measures["target_match"] == (opinion == data["targets"].argmax(1)).mean()
+    assert measures["agreement"] == (opinion == data["logits"].argmax(1)).mean()
+    assert 0 < measures["agreement"] != measures["target_match"] < 1
+    assert measures["class_histogram"] == np.bincount(opinion, minlength=4).tolist()
+    assert measures["logits_ok"] is None  # nobody says that it answers alike
+
+
 def test_images_are_measured_as_impressions_are():
     teacher = tiny_teacher()
     source = random_images(teacher.info, 13, chunk=4)
@@ -147,7 +167,7 @@ def test_images_are_measured_as_impressions_are():
     assert measures["bn_divergence"] == pytest.approx(
         np.mean([similarity(teacher.net[i], x) for i, x in layers]), rel=1e-5
     )
-    absent = {"target_match", "target_divergence", "logits_ok"}
+    absent = {"target_match", "target_divergence", "agreement", "logits_ok"}
     assert {name for name, value in measures.items() if value is None} == absent
 
 
