@@ -217,17 +217,38 @@ def test_recipes_fall_after_the_epochs_of_the_protocol(recipe):
     assert (training.schedule, training.gamma, training.nesterov) == ("step", 0.1, False)
 
 
-def test_the_recipe_of_condensed_images_has_the_released_protocol():
-    settings = resolve("distill", [recipe_layer("sre2l-cifar100", "distill")])
-    training, response = settings.inputs, settings.components["objective"][0].config
-    assert (training.epochs, training.batch_size, training.schedule, training.optimizer) == (
-        400,
-        128,
-        "cosine",
-        "adamw",
-    )
-    assert (response.temperature, response.teacher_mode, training.mixup) == (30, "train", 0.8)
-    assert response.soft * response.temperature**2 == pytest.approx(1, rel=1e-4)
+@pytest.mark.parametrize(
+    ("recipe", "length", "optimizer", "images", "loss", "weight"),
+    [  # epochs, batch; crop or window, CutMix, MixUp; temperature, the teacher's mode; of the plain divergence
+        ("sre2l-cifar100", (400, 128), ("adamw", 1e-3, 0.01, 0), (4, 0, 0, 0.8), (30, "train"), 1),
+        ("sre2l-tiny-imagenet", (100, 256), ("sgd", 0.2, 1e-4, 0.05), (0, 0.08, 0, 0), (20, "eval"), 400),
+        ("sre2l-imagenet", (300, 1024), ("adamw", 1e-3, 0.01, 0), (0, 0.08, 1, 0), (20, "eval"), 1),
+    ],
+)
+def test_recipes_of_condensed_images_have_the_released_protocols(recipe, length, optimizer, images, loss, weight):
+    settings = resolve("distill", [recipe_layer(recipe, "distill")])
+    c, response = settings.inputs, settings.components["objective"][0].config
+    assert ((c.epochs, c.batch_size), c.schedule) == (length, "cosine")
+    assert (c.optimizer, c.lr, c.weight_decay, c.warmup) == optimizer
+    assert (c.crop, c.resized_crop, c.cutmix, c.mixup) == images and c.flip
+    assert (response.temperature, response.teacher_mode) == loss
+    assert response.soft * response.temperature**2 == pytest.approx(weight, rel=1e-4)
+
+
+@pytest.mark.parametrize(
+    ("recipe", "expected"),
+    [
+        ("sre2l-imagenet", (0.25, 0.01, 4000, 0.08, 0, 16, True)),
+        ("cda-imagenet", (0.25, 0.01, 4000, 0.08, 1, 16, True)),
+        ("sre2l-tiny-imagenet", (0.1, 1, 4000, 0.08, 0, 4, True)),
+        ("cda-tiny-imagenet", (0.4, 0.05, 4000, 0.08, 1, 4, True)),
+        ("sre2l-cifar100", (0.25, 0.01, 1000, 1, 0, 4, False)),
+    ],
+)
+def test_recipes_that_condense_have_the_released_settings(recipe, expected):
+    c = resolve("synthesize", [recipe_layer(recipe, "synthesize")]).method.config
+    assert (c.lr, c.statistics, c.iterations, c.crop, c.curriculum, c.jitter, c.view_flip) == expected
+    assert (c.first_layer, c.betas, c.batch_size, c.clamp, c.schedule) == (10, (0.5, 0.9), 100, True, "cosine")
 
 
 @pytest.mark.parametrize(
