@@ -6,6 +6,7 @@ Reads a teacher, writes a shard directory (shards/). The flags of a method: dfkd
 from __future__ import annotations
 
 import dataclasses
+import tempfile
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from datetime import timedelta
@@ -39,7 +40,7 @@ from dfkd_cli.settings import Settings
 from dfkd_cli.stages.inputs import real_data, wanted_images
 from dfkd_cli.stages.snapshots import Snapshots
 from dfkd_cli.stages.training import fresh, manifest_head, rehearse, taught_by
-from dfkd_cli.synthesizers.base import AS_STORED, SynthesisTask, Synthesizer
+from dfkd_cli.synthesizers.base import AS_STORED, ImageOptimizer, SynthesisTask, Synthesizer
 from dfkd_cli.ui import Terminal
 
 
@@ -70,6 +71,7 @@ COMMAND = Command(
 )
 
 
+WEIGHED = 16  # images
 RARE = 0.05  # a class is rare that has less than this share of what it had if all had the same
 PREVIEW = 4, 16  # rows of preview.png, each of as many images of one round
 TILE = 112  # the longest side of one of them
@@ -89,9 +91,14 @@ def run(settings: Settings, terminal: Terminal, dry_run: bool = False) -> dict[s
         raise ConfigError("--snapshots keeps weights of a student in the loop", "leave it out: this method has none")
     if settings.inputs.snapshots and settings.inputs.deadline:
         raise ConfigError("--snapshots are of the whole training", "leave out --deadline")
-    if dry_run:
-        return rehearse(settings, run, terminal)
     location = locate(settings.inputs.teacher, settings.inputs)
+    if dry_run:
+        answer = rehearse(settings, run, terminal)
+        with sealed("synthesize is data-free", real_data(location)), kept():
+            measured = weigh(settings, location.open(settings.code).network())
+        for term in measured:
+            terminal.answer("{term}: {value:.4g} x {weight:.4g}, gradient {gradient:.4g}".format(**term))
+        return answer | {"terms": measured}
     with sealed("synthesize is data-free", real_data(location)), kept():
         teacher = location.open(settings.code).network()
         check_needs(settings.method.entry, teacher.classifier, settings.inputs)
@@ -209,6 +216,26 @@ def _make(
         metrics[AS_STORED] = sum(row["count"] * row["terms"][AS_STORED] for row in manifest["shards"]) / count
     kept = snapshots.paths.values() if snapshots else ()
     directory.finish([*(directory.path / name for name in files), *kept], metrics)
+
+
+def weigh(settings: Settings, teacher: LoadedModel) -> list[dict[str, Any]]:
+    """How strongly each term pulls at a few images in the first inner step; empty where images are not optimised.
+
+    What a weight is worth depends on the teacher: the distance to BatchNorm statistics is a sum over its layers.
+    """
+    config, entry = settings.method.config, settings.method.entry
+    if not issubclass(entry.load(), ImageOptimizer):
+        return []
+    extras, _ = open_inputs(settings, teacher)
+    count = min(config.batch_size, WEIGHED)
+    with tempfile.TemporaryDirectory() as directory:
+        writer = ShardWriter(Path(directory), {}, 1)
+        task = SynthesisTask(teacher.classifier, count, settings.run.seed, writer, **extras)
+        pulls = entry.load()(task, config).pulls(count)
+    return [
+        {"term": name, "value": value, "weight": getattr(config, name), "gradient": gradient}
+        for name, (value, gradient) in pulls.items()
+    ]
 
 
 def _cut(

@@ -294,6 +294,24 @@ class ImageOptimizer(Synthesizer):
         pixels = self.teacher.denormalise(images) if self.normalised else images
         return Impressions(pixels, self.soft_labels(targets), {name: term.detach() for name, term in terms.items()})
 
+    def pulls(self, count: int) -> dict[str, tuple[float, float]]:
+        """Each term in the first inner step on a new batch, unweighted, and the norm of its weighted gradient.
+
+        Args:
+            count: Images of the batch; the gradient is in all of them.
+        """
+        seed_torch(self.device, "shard", self.seed, 0)
+        targets = move_data_to_device(self.targets(0, count), self.device)
+        images = self.start(count).to(self.device).requires_grad_()
+        with self.looking() as show:
+            terms = self.terms(show(self.view(images, 0)), targets)
+        found = {}
+        for name, term in terms.items():
+            weight = getattr(self.config, name)
+            (gradient,) = torch.autograd.grad(weight * term, images, retain_graph=True)
+            found[name] = float(term.detach()), float(gradient.norm())
+        return found
+
     def _coarse(self, images: Tensor, divisor: int) -> Tensor:
         """Images with sides divided, or where the network takes no others, of their sides with pixels as large."""
         coarse = F.avg_pool2d(images, divisor)

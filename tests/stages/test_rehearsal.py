@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
+import json
 from collections.abc import Iterator
 from contextlib import contextmanager
 from typing import Any
@@ -67,7 +68,7 @@ def typed(command: catalog.Command, choice: catalog.Choice | None, entry: catalo
     values: dict[str, Any] = longer(command.inputs, more, left_out) | dict.fromkeys(keep, 8)
     chosen = []
     if choice is not None:
-        values |= longer(entry.config, more, keep)
+        values |= longer(entry.config, more, (*keep, "shard_size"))  # which is a multiple of another length
         values |= {"width": 0.1} if hints(entry.config).get("width") is float else {}  # small generators do as well
         chosen = [*beside(command, choice), f"--{choice.flag}", *(["response"] if choice.several else []), entry.name]
     return [command.name, *chosen, *flags(values), "--dry-run"]
@@ -137,3 +138,29 @@ def test_an_option_that_is_restated_stays_a_length():
     assert config().iterations != ImageOptimization().iterations
     assert options(config)["iterations"] == options(ImageOptimization)["iterations"]
     assert convert("3", hints(config)["iterations"], "iterations") == 3
+
+
+def test_a_rehearsal_says_how_strongly_terms_pull_at_images(cli, make_teacher, tmp_path):
+    """What a weight is worth depends on the teacher: so it is said before hours are spent."""
+    args = [
+        "--teacher",
+        make_teacher("resnet8"),
+        "--device",
+        "cpu",
+        "--out",
+        tmp_path / "shards",
+        "--dry-run",
+        "--json",
+    ]
+    found = {}
+    for weight in (1, 3):
+        code, out, err = cli("synthesize", "--method", "deepinversion", "--statistics", weight, *args)
+        assert code == 0, err
+        found[weight] = {term["term"]: term for term in json.loads(out)["terms"]}
+    assert found[1].keys() == {"cross_entropy", "total_variation", "statistics"}
+    once, thrice = found[1]["statistics"], found[3]["statistics"]
+    assert (thrice["value"], thrice["weight"]) == (once["value"], 3)
+    assert thrice["gradient"] == pytest.approx(3 * once["gradient"], rel=1e-4)
+    assert found[1]["cross_entropy"] == found[3]["cross_entropy"]
+    code, out, _ = cli("synthesize", "--method", "noise", *args)
+    assert code == 0 and json.loads(out)["terms"] == []

@@ -23,6 +23,7 @@ from dfkd_cli.artifacts.shards import ShardReader
 from dfkd_cli.models.classifier import Classifier, ModelInfo
 from dfkd_cli.models.directory import load_model
 from dfkd_cli.models.statistics import Moments, batch_moments, gaussian_divergence, moments, recorded_moments
+from dfkd_cli.seeds import seed_torch
 from dfkd_cli.synthesizers.adaptive_deepinversion import agreement
 from dfkd_cli.synthesizers.base import ImageOptimizer, Look
 from dfkd_cli.synthesizers.cotraining import PoolTrainer
@@ -255,6 +256,28 @@ def test_images_are_those_of_the_papers_optimisation(name, values, tmp_path):
     if config.clamp:
         assert made.pixels.min() >= -1e-6 and made.pixels.max() <= 1 + 1e-6
         assert (made.pixels < 1e-6).any() and (made.pixels > 1 - 1e-6).any()
+
+
+def test_how_strongly_each_term_pulls_at_the_start(tmp_path):
+    teacher = smooth_teacher()
+    settings = WEIGHTS | STATISTICS | {"jitter": 0, "total_variation": 0.3, "coarse_iterations": 0}
+    method = synthesizer("deepinversion", tmp_path, teacher, **settings)
+    config, pulls = method.config, method.pulls(2)
+    seed_torch(torch.device("cpu"), "shard", 0, 0)
+    method.targets(0, 2)
+    x = method.start(2).double().numpy()
+
+    def terms(images):
+        logits, seen = forward(teacher, images)
+        distance = oracles.statistics_distance(seen, recorded(teacher), config.first_layer, method.correction)
+        loss = oracles.impression_loss(logits, np.eye(3)[:2], config.temperature)
+        return oracles.image_priors(images) | {"cross_entropy": loss, "statistics": distance}
+
+    assert pulls.keys() <= terms(x).keys() and {"cross_entropy", "statistics", "total_variation"} <= pulls.keys()
+    for name, (value, pull) in pulls.items():
+        gradient = oracles.numerical_gradient(lambda images, name=name: terms(images)[name], x)
+        np.testing.assert_allclose(value, terms(x)[name], rtol=1e-4, err_msg=name)
+        np.testing.assert_allclose(pull, getattr(config, name) * np.linalg.norm(gradient), rtol=1e-3, err_msg=name)
 
 
 @pytest.mark.parametrize("schedule", ["constant", "cosine"])
