@@ -53,7 +53,10 @@ class Training(Augmentation):
     cutmix: float = option(0.0, "a, of Beta(a, a): a window of each image is of another, CutMix; 0: none", low=0)
     mixup: float = option(0.0, "a, of Beta(a, a): each image is blended with another, MixUp; 0: none", low=0)
     accumulate: int = option(
-        1, "passes that share one step: each sees a part of its images, as does BatchNorm; for large images", low=1
+        1,
+        "passes that share one step: each sees a part of its images, as does BatchNorm; for large images",
+        low=1,
+        rehearsal=1,
     )
     memory: float | None = option(
         None,
