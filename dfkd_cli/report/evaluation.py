@@ -41,6 +41,16 @@ TABLES: dict[tuple[str, ...], list[Column]] = {  # by the kinds of results
 }
 
 
+def tables(unlabelled: Sequence[str]) -> dict[tuple[str, ...], list[Column]]:
+    """The columns, with those of agreement on images without labels, by the kinds of results."""
+
+    def shown(name: str) -> Callable[[Any], str]:
+        return lambda shares: f"{shares[name]:.2%}"
+
+    more = [(f"AGREEMENT ON {name}", "agreement_on", shown(name)) for name in unlabelled]
+    return TABLES | {("model",): [*TABLES["model",], *more]}
+
+
 def _loss_at(at: float) -> Callable[[Any], str]:
     """How the loss at a point of a line is shown."""
 

@@ -3,7 +3,8 @@
 Reads model or shard directories, folders of images, datasets by name, real:N, noise:N; writes results.json, and with
 --line line.png, when --out is given. Of images: the teacher's answers, variety, and how far they are from what its
 BatchNorm layers recorded in training (bn_divergence, arXiv:1912.01274, the mean KL divergence of Gaussians: low is
-alike); of shards that another teacher made, how often this one gives the class that they were made for.
+alike); of shards that another teacher made, how often this one gives the class that they were made for. Without test
+images, --unlabelled compares models with their teacher.
 """
 
 from __future__ import annotations
@@ -31,7 +32,7 @@ from dfkd_cli.options import SeenTeacher
 from dfkd_cli.report import evaluation
 from dfkd_cli.report.places import find_teacher
 from dfkd_cli.settings import Settings
-from dfkd_cli.stages.inputs import balanced, is_images, open_images, pick_device
+from dfkd_cli.stages.inputs import TransferSet, balanced, is_images, open_images, pick_device
 from dfkd_cli.stages.lines import End, line, pairs
 from dfkd_cli.stages.measures import CPU, Examiner, check_gate, finite
 from dfkd_cli.stages.shard_measures import measure_images, measure_shards
@@ -51,6 +52,9 @@ class Inputs(SeenTeacher):
     teacher: str | None = option(None, "teacher to compare with (default: the one that is on record)")
     dataset: str | None = option(None, "dataset to test on (default: the teacher's)")
     data_dir: str | None = option(None, "where datasets lie", volatile=True)
+    unlabelled: tuple[str, ...] | None = option(
+        None, "images without labels on which models are compared with the teacher too: transfer sets, folders"
+    )
     batch_size: int = option(500, "images per forward pass", low=1, rehearsal=2, volatile=True)
     sharpness: bool = option(False, "of models also the largest eigenvalue of the Hessian of the loss")
     line: bool = option(
@@ -63,6 +67,9 @@ class Inputs(SeenTeacher):
     min_top1: float | None = option(
         None, "gate: exit 5 when top-1 accuracy is below (0 to 1)", low=0, high=1, volatile=True
     )
+    min_agreement: float | None = option(
+        None, "gate: exit 5 when agreement on any --unlabelled is below (0 to 1)", low=0, high=1, volatile=True
+    )
 
 
 COMMAND = Command(
@@ -71,6 +78,7 @@ COMMAND = Command(
         "dfkd evaluate",
         "dfkd evaluate student/ --min-top1 0.97",
         "dfkd evaluate shards/ noise:1000 real",
+        "dfkd evaluate student/ --unlabelled shards/ --min-agreement 0.9",
         "dfkd evaluate teacher/ student/ --sharpness",
     ),
     next="dfkd compare student/",
@@ -79,7 +87,7 @@ COMMAND = Command(
 
 TEACHER, STUDENT = "teacher", "student"  # what is evaluated when nothing is named
 RESULTS, LINE = "results.json", "line.png"
-DIVERGENCE = "bn_divergence"
+DIVERGENCE, AGREEMENTS = "bn_divergence", "agreement_on"
 
 
 class Results(TypedDict):
@@ -116,7 +124,7 @@ def run(settings: Settings, terminal: Terminal, dry_run: bool = False) -> dict[s
     results, lines = found["results"], found.get("lines", [])
     # Images are ranked by their divergence from the teacher's training data, smallest first.
     ranked = sorted(results, key=lambda result: (result.get(DIVERGENCE) is None, result.get(DIVERGENCE)))
-    for kinds, columns in evaluation.TABLES.items():
+    for kinds, columns in evaluation.tables(settings.inputs.unlabelled or ()).items():
         if rows := [result for result in ranked if result["kind"] in kinds]:
             terminal.answer(evaluation.rows(rows, columns))
     if lines:
@@ -125,7 +133,10 @@ def run(settings: Settings, terminal: Terminal, dry_run: bool = False) -> dict[s
         terminal.answer(evaluation.layers(rows))
     answer = {"artifacts": artifacts, "metrics": _headline(plan.evaluations, results), "results": results}
     answer |= {"lines": lines} if lines else {}
-    check_gate([(r["path"], r["top1"]) for r in results if r["kind"] == "model"], settings.inputs.min_top1, answer)
+    models = [result for result in results if result["kind"] == "model"]
+    check_gate([(r["path"], r["top1"]) for r in models if "top1" in r], settings.inputs.min_top1, answer)
+    agreed = [(f"{r['path']} on {on}", share) for r in models for on, share in r.get(AGREEMENTS, {}).items()]
+    check_gate(agreed, settings.inputs.min_agreement, answer, "agreement")
     return answer
 
 
@@ -211,11 +222,15 @@ def prepare(settings: Settings, terminal: Terminal) -> Plan:
     evaluations = [opener.open(path) for path in opener.paths]
     for flag, wanted in (
         ("min-top1", inputs.min_top1 is not None),
+        ("min-agreement", inputs.min_agreement is not None),
+        ("unlabelled", inputs.unlabelled),
         ("sharpness", inputs.sharpness),
         ("line", inputs.line),
     ):
         if wanted and not any(e.facts["kind"] == "model" for e in evaluations):
             raise ConfigError(f"--{flag} needs a model, these are images", f"dfkd evaluate student/ --{flag}")
+    if inputs.min_agreement is not None and not inputs.unlabelled:
+        raise ConfigError("--min-agreement: on which images?", "give --unlabelled")
     if opener.orphans:
         terminal.say(f"{', '.join(opener.orphans)}: not compared with the teacher, it is not here -- give --teacher")
     if opener.examiner.caveat:
@@ -242,6 +257,7 @@ class _Opener:
         self.examiner = Examiner(pick_device(settings.run.device), inputs.data_dir, inputs.batch_size)
         self.passes = self.examiner.device, inputs.batch_size  # how images are shown to a model
         self.where = inputs.data_dir, self.seed  # images come from
+        self.sets: dict[str, TransferSet] = {}  # those without labels
         self.orphans: list[str] = []
         self.ends: list[End] = []
         self.teacher: LoadedModel | None = None
@@ -271,21 +287,49 @@ class _Opener:
         teachers = [] if teacher is None else [teacher]
         names: list[str | None] = [self.inputs.dataset, *(m.dataset for m in (*teachers, model))]
         dataset = next((name for name in names if name is not None), None)
-        if dataset is None:
-            raise ConfigError(f"{path}: its record names no dataset to test on", "give --dataset NAME or DIR")
-        *_, images = [self.examiner.images(dataset, m.classifier.info, m.path) for m in (*teachers, model)]
+        labels = [flag for flag in ("min_top1", "sharpness", "line") if getattr(self.inputs, flag)]
+        if dataset is None and (labels or not self.inputs.unlabelled):
+            hint = "give --dataset NAME or DIR, or without labels --unlabelled"
+            raise ConfigError(f"{path}: its record names no dataset to test on", hint)
         spec, uses = model.classifier.info.spec, model.provenance.get("uses", [])
         facts = {"path": path, "kind": "model", "spec": spec, "uses": uses, "dataset": dataset}
-        facts |= {"count": len(images), "device": self.examiner.device.type}
-        parents = [*(m.parent("teacher") for m in teachers), model.parent("model"), *datasets.contents(dataset)]
-        measure = functools.partial(self.examiner.measure, model, teacher, dataset)
-        if self.inputs.sharpness or self.inputs.line:
+        facts |= {"device": self.examiner.device.type}
+        parents = [*(m.parent("teacher") for m in teachers), model.parent("model")]
+        if dataset is not None:
+            *_, images = [self.examiner.images(dataset, m.classifier.info, m.path) for m in (*teachers, model)]
+            facts["count"], parents = len(images), [*parents, *datasets.contents(dataset)]
+        shown = [(name, self._unlabelled(name, path, teacher)) for name in self.inputs.unlabelled or ()]
+        parents += [opened.parent for _, opened in shown]
+        measure = functools.partial(self._measure, model, teacher, dataset, shown)
+        if dataset is not None and (self.inputs.sharpness or self.inputs.line):
             facts["train_images"] = self.inputs.train_images
             self.ends.append(self._end(path, model, dataset))
         if self.inputs.sharpness:
             require_hessian(model, self.ends[-1].images)
             measure = functools.partial(self._with_sharpness, measure, self.ends[-1])
         return Evaluation(facts, parents, measure, teacher is not None and teacher.sha256 == model.sha256)
+
+    def _measure(
+        self,
+        model: LoadedModel,
+        teacher: LoadedModel | None,
+        dataset: str | None,
+        shown: Sequence[tuple[str, TransferSet]],
+    ) -> dict[str, Any]:
+        """The measures of a model on test images, where there are any, and on those that have no labels."""
+        measures = self.examiner.measure(model, teacher, dataset)
+        if teacher is not None and shown:
+            agreed = {name: self.examiner.agreement(model, teacher, name, opened.source) for name, opened in shown}
+            measures[AGREEMENTS] = agreed
+        return measures
+
+    def _unlabelled(self, name: str, path: str, teacher: LoadedModel | None) -> TransferSet:
+        """Images without labels, which are shown to a model and its teacher; each set is opened once."""
+        if teacher is None:
+            raise ConfigError(f"--unlabelled {name}: {path} has no teacher that is known here", "give --teacher")
+        if name not in self.sets:
+            self.sets[name] = open_images(name, teacher, *self.where)
+        return self.sets[name]
 
     def _end(self, path: str, model: LoadedModel, dataset: str) -> End:
         """A model with the training images that it is shown, on the CPU."""

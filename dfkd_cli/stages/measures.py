@@ -147,6 +147,7 @@ class Examiner:
         self.device, self.batch_size = device, batch_size
         self._load = functools.cache(functools.partial(datasets.load, data_dir=data_dir))
         self._examinations: dict[Any, Examination] = {}
+        self._answered: dict[Any, Examination] = {}
         self._costs: dict[Any, dict[str, Any]] = {}  # of each architecture: repeats over seeds cost the same
         self._by_position: dict[str, None] = {}
 
@@ -175,25 +176,46 @@ class Examiner:
             self._examinations[key] = examination
         return self._examinations[key]
 
-    def measure(self, model: LoadedModel, teacher: LoadedModel | None, dataset: str) -> dict[str, Any]:
+    def agreement(self, model: LoadedModel, teacher: LoadedModel, name: str, source: Source) -> float:
+        """Share of images, which have a name, to which a model and its teacher give the same class."""
+        return self._answers(model, name, source).agreement(self._answers(teacher, name, source))
+
+    @torch.no_grad()
+    def _answers(self, model: LoadedModel, name: str, source: Source) -> Examination:
+        """What a model answers to images without labels."""
+        classifier, key = model.classifier.eval().to(self.device), (model.sha256, model.classifier.info.classes, name)
+        if key not in self._answered:
+            shown = batches(source, self.batch_size, self.device)
+            answers = torch.cat([classifier(images.pixels).argmax(1).cpu() for images in shown])
+            names = classifier.info.classes or range(classifier.info.num_classes)
+            self._answered[key] = Examination({}, answers, [*map(str, names)])
+        classifier.cpu()
+        return self._answered[key]
+
+    def measure(self, model: LoadedModel, teacher: LoadedModel | None, dataset: str | None) -> dict[str, Any]:
         """The measures of a model, its ``agreement`` with the teacher, None without one, and what it costs.
 
-        Beside what :func:`cost` says ``bytes``, those of the file of its weights.
+        Beside what :func:`cost` says ``bytes``, those of the file of its weights. Without test images, what it costs.
         """
-        examination, info = self.examine(model, dataset), model.classifier.info
-        agreement = None if teacher is None else examination.agreement(self.examine(teacher, dataset))
+        measures, agreement, info = {}, None, model.classifier.info
+        if dataset is not None:
+            examination = self.examine(model, dataset)
+            measures = examination.measures
+            agreement = None if teacher is None else examination.agreement(self.examine(teacher, dataset))
         architecture = info.spec, info.num_classes, info.input_size
         if architecture not in self._costs:
             self._costs[architecture] = cost(model.classifier, self.device)
         model.classifier.cpu()  # many models are measured, one after the other
-        return {**examination.measures, "agreement": agreement, "bytes": model.size, **self._costs[architecture]}
+        return {**measures, "agreement": agreement, "bytes": model.size, **self._costs[architecture]}
 
 
-def check_gate(models: Iterable[tuple[str, float]], least: float | None, answer: Mapping[str, Any]) -> None:
-    """Raise :class:`GateNotMet`, with the answer, where the top-1 of a model, by its path, is below."""
-    below = [f"{path} {top1:.6g}" for path, top1 in models if least is not None and top1 < least]
+def check_gate(
+    models: Iterable[tuple[str, float]], least: float | None, answer: Mapping[str, Any], what: str = "top-1"
+) -> None:
+    """Raise :class:`GateNotMet`, with the answer, where that of a model, by its path, is below."""
+    below = [f"{path} {share:.6g}" for path, share in models if least is not None and share < least]
     if below:
-        raise GateNotMet(f"top-1 is below {least:.6g}: {', '.join(below)}", answer=answer)
+        raise GateNotMet(f"{what} is below {least:.6g}: {', '.join(below)}", answer=answer)
 
 
 def finite(value: Any) -> Any:

@@ -502,3 +502,75 @@ def test_results_are_there_when_the_gate_is_not_met(here, cli):
     answer = json.loads(out)
     assert (code, answer["ok"], answer["error"]["code"]) == (5, False, "gate")
     assert answer["results"][0]["top1"] == answer["metrics"]["top1"] == top1_of(here / "student")[0]
+
+
+# -- without labels ----------------------------------------------------------------------------------------------------
+
+
+def answers_on(path: Path, shards: Path) -> np.ndarray:
+    """The classes that a model gives to the images of shards, without the code under test."""
+    reader = ShardReader(shards)
+    images = torch.cat([reader.read(index)["images"].float() for index in range(len(reader.sizes))])
+    with torch.no_grad():
+        return load_model(path)[0].eval()(images).argmax(1).numpy()
+
+
+def test_models_are_compared_on_images_without_labels(here, cli):
+    code, out, err = cli("evaluate", "student", "teacher", "--unlabelled", "shards", "noise:20", "--json")
+    assert code == 0, err
+    student, teacher = json.loads(out)["results"]
+    given, right = (answers_on(here / name, here / "shards") for name in ("student", "teacher"))
+    assert student["agreement_on"]["shards"] == (given == right).mean()
+    assert 0 <= student["agreement_on"]["noise:20"] <= 1 and teacher["agreement_on"] == {"shards": 1, "noise:20": 1}
+    assert student["top1"] == top1_of(here / "student")[0]
+    code, out, _ = cli("evaluate", "student", "--unlabelled", "shards")
+    assert code == 0 and "AGREEMENT ON shards" in " ".join(out.split())
+
+
+def test_nobody_has_to_have_test_images(here, cli):
+    """A teacher whose data nobody may see has none: then agreement is what is left to measure, and to gate."""
+    for name in ("teacher", "student"):
+        model, record = load_model(here / name)
+        provenance = {key: value for key, value in record["provenance"].items() if key != "dataset"}
+        save_model(here / f"own-{name}", model, metrics={}, provenance=provenance)
+    args = ["evaluate", "own-student", "--teacher", "own-teacher", "--json"]
+    code, _, err = cli(*args)
+    assert code == 2 and "--unlabelled" in err
+    code, out, err = cli(*args, "--unlabelled", "shards", "--out", "out")
+    assert code == 0, err
+    (result,) = json.loads(out)["results"]
+    expected = (answers_on(here / "student", here / "shards") == answers_on(here / "teacher", here / "shards")).mean()
+    assert result["agreement_on"] == {"shards": expected} and 0 < expected < 1
+    assert result["dataset"] is None and "top1" not in result and result["parameters"] > 0
+    parents = json.loads((here / "out" / "run.json").read_text())["parents"]
+    assert [parent["role"] for parent in parents] == ["teacher", "model", "transfer-set"]
+    for least, code in ((expected, 0), (expected + 1e-6, 5)):
+        assert cli(*args, "--unlabelled", "shards", "--min-agreement", least)[0] == code
+    assert cli(*args, "--unlabelled", "shards", "--min-top1", 0.1)[0] == 2  # there are no labels
+
+
+def test_classes_in_another_order_are_the_same_classes_without_labels_too(here, cli):
+    model, record = load_model(here / "student")
+    turned = dataclasses.replace(model.info, classes=DIGITS[::-1])
+    model.head().weight.data, model.head().bias.data = (part.data.flip(0) for part in model.head().parameters())
+    save_model(here / "turned", Classifier(model.net, turned), metrics={}, provenance=record["provenance"])
+    code, out, err = cli("evaluate", "student", "turned", "--unlabelled", "shards", "--json")
+    assert code == 0, err
+    one, other = json.loads(out)["results"]
+    assert one["agreement_on"] == other["agreement_on"] != {"shards": 1}
+
+
+@pytest.mark.parametrize(
+    ("args", "code", "message"),
+    [
+        (["student", "--min-agreement", 0.5], 2, "on which images"),
+        (["nameless", "--dataset", "digits", "--unlabelled", "shards"], 2, "has no teacher that is known here"),
+        (["student", "--unlabelled", "nowhere"], 3, "nowhere"),
+        (["shards", "--teacher", "resnet", "--unlabelled", "shards"], 2, "these are images"),
+    ],
+)
+def test_what_cannot_be_compared_without_labels(args, code, message, here, cli):
+    if "nameless" in args:
+        shutil.rmtree("teacher")
+    assert (found := cli("evaluate", *args))[0] == code
+    assert message in found[2]
