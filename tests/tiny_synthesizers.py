@@ -20,10 +20,12 @@ METHODS = catalog.entries("synthesizers")
 TINY = {"batch_size": 2, "iterations": 2, "steps": 2, "epochs": 1, "student_steps": 2}
 
 
-def linear_teacher(classes: int = 4, size: tuple[int, int, int] = (1, 3, 3), batch_norm: bool = False) -> Classifier:
+def linear_teacher(
+    classes: int = 4, size: tuple[int, int, int] = (1, 3, 3), batch_norm: bool = False, seed: int = 1
+) -> Classifier:
     channels, units = size[0], int(np.prod(size))
     with torch.random.fork_rng():
-        torch.manual_seed(1)
+        torch.manual_seed(seed)
         net = nn.Sequential(nn.Flatten(), nn.Linear(units, classes))
     if batch_norm:
         net.insert(1, nn.BatchNorm1d(units))
@@ -43,7 +45,7 @@ def synthesizer(
     teacher = teacher or linear_teacher(batch_norm="batchnorm" in entry.needs)
     given = {"metadata": statistics_of(teacher)} if "metadata" in entry.needs else {}
     if "student" in entry.needs:
-        given["student"] = linear_teacher(teacher.info.num_classes, teacher.info.input_size)
+        given["student"] = linear_teacher(teacher.info.num_classes, teacher.info.input_size, seed=2)
     vectors = {"taps": "penultimate"} if "taps" in hints(entry.config) else {}  # a linear teacher has no maps
     return stand_ins.synthesizer(name, directory, teacher, tiny(name) | vectors | values, num_images, seed, **given)
 

@@ -102,7 +102,8 @@ class RunDirectory:
             if not afresh:
                 if "sealed" in self.record and previous.get("sealed") != self.record["sealed"]:
                     self.record["sealed"] = "python"  # the weaker one holds for the whole
-                lasting = {"started", "seconds", "within", "concerns", "id", "kept"}
+                # Its identity too, which shards have in them: an older version knew fewer options.
+                lasting = {"identity", "started", "seconds", "within", "concerns", "id", "kept"}
                 lasting -= {"concerns"} if previous.get("cut_at") else set()  # they were of the smaller set
                 self.record |= {key: previous[key] for key in lasting if key in previous}
                 self._go_on_with_threads(previous.get("versions", {}).get("threads"))

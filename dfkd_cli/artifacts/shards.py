@@ -72,21 +72,18 @@ def as_pixels(stored: Tensor) -> Tensor:
     return stored.float().div_(255) if stored.dtype == torch.uint8 else stored.float()
 
 
-def as_stored(pixels: Tensor, dtype: str) -> Tensor:
-    """Images in pixel space, of any device, as they are stored: rounded to the type's nearest values.
+def as_stored(pixels: Tensor, dtype: str, shard: int) -> Tensor:
+    """The images of a shard in pixel space, of any device, as they are stored: the type's nearest values.
 
     Raises:
         RunFailed: The type does not hold them.
     """
-    if dtype != "uint8":
-        stored = pixels.to(getattr(torch, dtype))
-        if not stored.isfinite().all():
-            raise RunFailed(f"pixels are not finite as {dtype}", "lower --lr")
-        return stored
-    levels = pixels.mul(255).round_()
-    if not (levels.amin() >= 0 and levels.amax() <= 255):
-        raise RunFailed("pixels leave [0,1], which uint8 does not hold", "give another --dtype")
-    return levels.to(torch.uint8)
+    stored = pixels.mul(255).round_() if dtype == "uint8" else pixels.to(getattr(torch, dtype))
+    if not stored.isfinite().all():
+        raise RunFailed(f"shard {shard}: pixels are not finite as {dtype}", "lower --lr")
+    if dtype == "uint8" and not (stored.amin() >= 0 and stored.amax() <= 255):
+        raise RunFailed(f"shard {shard}: pixels leave [0,1], which uint8 does not hold", "give another --dtype")
+    return stored.to(getattr(torch, dtype))
 
 
 def shard_name(index: int) -> str:
@@ -101,11 +98,13 @@ class ShardWriter:
         directory: The shard directory.
         head: What the manifest says about all shards: method, config, teacher, shape, classes.
         count: Shards in all.
+        key: Written into each shard, so that a file from another run is never taken for one of ours; by default what
+            stands for ``head``.
     """
 
-    def __init__(self, directory: Path, head: Mapping[str, Any], count: int) -> None:
+    def __init__(self, directory: Path, head: Mapping[str, Any], count: int, key: str | None = None) -> None:
         self.directory, self.head, self.count = directory, dict(head), count
-        self.key = digest(self.head)  # written into each shard: a file from another run is never taken for ours
+        self.key = key or digest(self.head)
         self.rows: dict[int, dict[str, Any]] = {}
         self.confidences: dict[int, float] = {}  # by shard, summed over its images: the teacher's highest probability
         self._hashes: str | None = None  # the file of this process

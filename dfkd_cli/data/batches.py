@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
-from concurrent.futures import Future, ThreadPoolExecutor
+import contextlib
+from collections.abc import Callable, Iterator
+from concurrent.futures import CancelledError, Future, InvalidStateError
+from threading import Thread, main_thread
 
 import numpy as np
 import torch
@@ -23,7 +25,8 @@ class Batches:
     """Shuffled batches of a source; every step can be found from its number alone.
 
     A source that fits in ``memory`` is loaded once and shuffled whole. A larger one is shuffled by chunks, and within
-    windows of chunks that fit; only the window in use is held and, where a thread can read it meanwhile, the next.
+    windows of chunks that fit, one chunk at least; only the window in use is held. Where ``memory`` is given, windows
+    are half as large, and a thread reads the next one meanwhile.
 
     Args:
         source: The images.
@@ -39,13 +42,12 @@ class Batches:
         self.source, self.seed, self.device = source, seed, device
         self.batch_size = min(batch_size, len(source))
         self.steps_per_epoch = len(source) // self.batch_size
-        memory = room(device) if memory is None else memory
-        fit = memory // source.bytes_per_image
-        self.ahead = source.only_read and fit < len(source)
-        self.capacity = max(fit // 2 if self.ahead else fit, max(source.sizes))
+        fit, largest = (room(device) if memory is None else memory) // source.bytes_per_image, max(source.sizes)
+        # Not by default, where windows of another size would be another order than that of former versions.
+        self.ahead = memory is not None and source.only_read and 2 * largest <= fit < len(source)
+        self.capacity = max(fit // 2 if self.ahead else fit, largest)
         self.starts = np.cumsum([0, *source.sizes]).tolist()
         self._windows: dict[Chunks, Images] = {}
-        self._reader = ThreadPoolExecutor(1, "images")
         self._reading: dict[Chunks, Future[Images]] = {}
         source.use(device)
 
@@ -55,8 +57,11 @@ class Batches:
         for step in range(start, stop):
             if step // self.steps_per_epoch != epoch:
                 epoch = step // self.steps_per_epoch
-                # After the last window comes the next epoch's first; past the last step of all it is read in vain.
-                plan = self._plan(epoch) + (self._plan(epoch + 1)[:1] if self.ahead else [])
+                plan = self._plan(epoch)
+                if self.ahead:  # of what an incomplete batch leaves out nothing is read; then the next epoch begins
+                    ends = np.cumsum([len(order) for _, order in plan])
+                    used = int(np.searchsorted(ends, self.steps_per_epoch * self.batch_size)) + 1
+                    plan = plan[:used] + self._plan(epoch + 1)[:1]
             position = step % self.steps_per_epoch
             yield self._take(plan, position * self.batch_size, (position + 1) * self.batch_size).to(self.device)
 
@@ -105,13 +110,28 @@ class Batches:
         if chunks not in self._windows:
             self._windows.clear()  # rows of it are copies: a batch that spans windows needs the former no more
             reading = self._reading.pop(chunks, None)
+            for unwanted in self._reading.values():
+                unwanted.cancel()
             self._reading.clear()
             self._windows[chunks] = self._load(chunks) if reading is None else reading.result()
             if self.ahead and following is not None and following not in self._windows:
-                self._reading[following] = self._reader.submit(self._load, following)
+                self._reading[following] = Future()
+                Thread(target=self._read, args=(following, self._reading[following]), name="images").start()
         return self._windows[chunks]
 
-    def _load(self, chunks: Chunks) -> Images:
+    def _read(self, chunks: Chunks, reading: Future[Images]) -> None:
+        """Load chunks in a thread, which ends at the next of them when nobody wants them, or the process ends."""
+
+        def wanted() -> bool:
+            return not reading.cancelled() and main_thread().is_alive()
+
+        with contextlib.suppress(CancelledError, InvalidStateError):
+            try:
+                reading.set_result(self._load(chunks, wanted))
+            except Exception as error:
+                reading.set_exception(error)
+
+    def _load(self, chunks: Chunks, wanted: Callable[[], bool] = lambda: True) -> Images:
         source, count = self.source, sum(self.source.sizes[c] for c in chunks)
         window = {"pixels": torch.empty(count, *source.shape, dtype=source.dtype, device=self.device)}
         if source.labelled:
@@ -119,6 +139,8 @@ class Batches:
         window |= {name: torch.empty(count, k, device=self.device) for name, k in source.answers.items()}
         at = 0
         for chunk in chunks:  # filled in place: a list of chunks and their concatenation would take twice the room
+            if not wanted():
+                raise CancelledError
             images, end = source.chunk(chunk), at + source.sizes[chunk]
             for name, values in window.items():
                 values[at:end] = getattr(images, name)

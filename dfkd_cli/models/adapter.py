@@ -105,7 +105,8 @@ def require_training(net: nn.Module, spec: str, num_classes: int, input_size: tu
         with undisturbed(net, training=True):
             answers = net(noise(net, input_size, batch))
     except Exception as error:  # foreign code can raise anything
-        hint = "give more images, or a larger --batch-size" if batch < 2 else "check --input-size and the model SPEC"
+        few = "give more images, a larger --batch-size or a smaller --accumulate"
+        hint = few if batch < 2 else "check --input-size and the model SPEC"
         raise ConfigError(f"{spec}: cannot be trained on {batch} images at once: {str(error)[:300]}", hint) from error
     if _size(answers) != (1, num_classes):
         raise ConfigError(

@@ -65,6 +65,7 @@ class CRD(FeatureObjective):
     memory: Tensor  # (2, N, dimensions): the student's and the teacher's
     classes: Tensor  # (N,)
     scale: Tensor  # (2,): Z of the student's and of the teacher's scores, 0 before the first batch
+    seen: list[tuple[Tensor, ...]]  # of each pass of the step: embeddings, positions, classes, scales
 
     def connect(self, student: Classifier, teacher: Classifier) -> None:
         super().connect(student, teacher)
@@ -80,6 +81,7 @@ class CRD(FeatureObjective):
         self.register_buffer("memory", torch.empty(2, count, self.config.dimensions).uniform_(-bound, bound))
         self.register_buffer("classes", torch.full((count,), UNSEEN))
         self.register_buffer("scale", torch.zeros(2))
+        self.seen = []
 
     def forward(self, student: Outputs, teacher: Outputs, images: Images) -> dict[str, Tensor]:
         """Term ``contrast``."""
@@ -92,15 +94,17 @@ class CRD(FeatureObjective):
         scores = torch.stack([(v @ m.T).gather(1, drawn) for v, m in zip(embedded, self.memory.flip(0), strict=True)])
         scores = (scores / self.config.temperature).exp()
         scale = torch.where(self.scale > 0, self.scale, scores.detach().mean((1, 2)) * len(self.classes))
-        self.seen = torch.stack(embedded, dim=1).detach(), images.positions, classes, scale
+        self.seen.append((torch.stack(embedded, dim=1).detach(), images.positions, classes, scale))
         noise = self.config.negatives / len(self.classes)
         return {"contrast": estimation(scores[0] / scale[0], noise) + estimation(scores[1] / scale[1], noise)}
 
     @torch.no_grad()
     def after_step(self) -> None:
         """Write the images of the step into the memories."""
-        embedded, positions, classes, scale = self.seen
-        self.scale.copy_(everywhere(scale[None]).mean(0))
+        *seen, scales = zip(*self.seen, strict=True)
+        embedded, positions, classes = (torch.cat(parts) for parts in seen)
+        self.seen.clear()
+        self.scale.copy_(everywhere(torch.stack(scales)).mean(0))
         embedded, positions = everywhere(embedded).transpose(0, 1), everywhere(positions)
         share = self.config.memory_momentum
         self.memory[:, positions] = F.normalize(share * self.memory[:, positions] + (1 - share) * embedded, dim=2)

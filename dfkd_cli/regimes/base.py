@@ -110,6 +110,9 @@ class Regime(Learner):
             with torch.random.fork_rng(devices=[]):
                 torch.manual_seed(derive(f"images of {name}", task.seed))
                 objective.expect(len(self.train_source))
+        if task.training.accumulate > (batch := min(task.training.batch_size, len(self.train_source))):
+            what = f"--accumulate {task.training.accumulate}: a batch has {batch} images, each pass at least one"
+            raise ConfigError(what, "raise --batch-size, or lower --accumulate")
         _, self.steps = length(task.training, len(self.train_source))
         self.rounds = -(-self.steps // STEPS_PER_ROUND)
 
@@ -134,6 +137,11 @@ class Regime(Learner):
         c = self.training_config
         memory = None if c.memory is None else round(c.memory * 2**30)
         return Batches(source, c.batch_size, self.seed, self.device, memory)
+
+    def parts(self, images: Images) -> list[Images]:
+        """A batch as its passes see it: always so many parts, of sizes that differ by one at most."""
+        passes, count = self.training_config.accumulate, len(images.pixels)
+        return [images[count * index // passes : count * (index + 1) // passes] for index in range(passes)]
 
     def draw(self, start: int, stop: int) -> Iterator[Images]:
         """The batches of steps ``start`` to ``stop``."""
@@ -237,9 +245,12 @@ class Regime(Learner):
     def on_train_start(self) -> None:
         """Check that passes of all processes have images enough for the student, each its share of a batch."""
         passes = self.trainer.world_size * self.training_config.accumulate
-        if (share := self.batches.batch_size // passes) < 2:
+        if (share := self.batches.batch_size // passes) < 1:
+            what = f"a batch of {self.batches.batch_size} images has none for some of the {passes} passes of a step"
+            raise ConfigError(what, "raise --batch-size, or lower --accumulate")
+        if share < 2:
             info = self.student.info
-            require_training(self.student.net, info.spec, info.num_classes, info.input_size, max(share, 1))
+            require_training(self.student.net, info.spec, info.num_classes, info.input_size, share)
 
     def round(self, index: int) -> Mapping[str, Tensor]:
         """A stretch of optimiser steps. Logs each term's mean over the steps that had it, and the held-out measure."""
@@ -273,12 +284,11 @@ class Regime(Learner):
         for objective in self.losses.values():
             objective.epoch, objective.progress = int(self.epochs), (step - start) / (stop - start)
         optimizer.zero_grad()  # to None: zeros would leave what has no gradient to weight decay and old momentum
-        parts = images.split(-(-len(images.pixels) // self.training_config.accumulate))
         terms: dict[str, Tensor] = {}
-        for part in parts:
+        for part in self.parts(images):
             loss, found = self.loss(part)
             share = len(part.pixels) / len(images.pixels)
-            self.manual_backward(loss * share if len(parts) > 1 else loss)
+            self.manual_backward(loss * share if share < 1 else loss)
             for name, term in found.items():
                 terms[name] = terms.get(name, 0) + share * term.detach()
         optimizer.step()

@@ -9,7 +9,6 @@ from statistics import fmean
 import torch
 from torch import Tensor, nn
 
-from dfkd_cli.data.batches import Batches
 from dfkd_cli.data.sources import hold_out
 from dfkd_cli.errors import ConfigError
 from dfkd_cli.objectives.answers import AnswerObjective
@@ -119,7 +118,7 @@ def calibrate(task: Task) -> list[MeasuredTerm]:
 def _sample(learner: Offline, task: Task) -> dict[tuple[str, str], list[tuple[float, float]]]:
     """The value and the norm of the gradient of each term with a weight, in each of the first batches that has it."""
     cpu = torch.device("cpu")
-    batches = Batches(learner.train_source, task.training.batch_size, task.seed, cpu)
+    batches = learner.batched(learner.train_source)
     start = max(objective.phase for objective in learner.losses.values())
     for objective in learner.losses.values():
         objective.epoch = 0 if objective.phase else start
@@ -133,7 +132,7 @@ def _sample(learner: Offline, task: Task) -> dict[tuple[str, str], list[tuple[fl
                 objective.observe(
                     learner.ask_teacher(images)[objective.teacher_mode] for images in batches.steps(0, BATCHES)
                 )
-        for step, images in enumerate(batches.steps(0, BATCHES)):
+        for step, images in enumerate(learner.parts(batch)[0] for batch in batches.steps(0, BATCHES)):
             seed_torch(cpu, "step", task.seed, step, 0)
             with torch.no_grad():
                 teacher = learner.ask_teacher(images)

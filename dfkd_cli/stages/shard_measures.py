@@ -111,12 +111,13 @@ class _Tally:
     Of the logits: ``confidence`` (mean greatest probability), ``class_histogram`` (images by the class given),
     ``class_balance`` (its entropy as a share of the greatest possible: 1 is balanced).
     Of the stored targets, None without them: ``target_match`` (share whose most probable class is the one given),
-    ``target_divergence`` (mean KL(target || softmax(logits / temperature)), nats, at the method's temperature).
+    ``target_divergence`` (mean KL(target || softmax(logits / temperature)), nats, at the method's temperature; None of
+    a teacher that did not make them).
     Of the logits of another teacher, None without them: ``agreement`` (share to which both give the same class).
     Of the images: ``value_range``, ``diversity`` (mean distance of two images, root mean square over pixels).
     """
 
-    def __init__(self, count: int, num_classes: int, temperature: float = 1.0) -> None:
+    def __init__(self, count: int, num_classes: int, temperature: float | None = None) -> None:
         self.count, self.temperature = count, temperature
         self.histogram = torch.zeros(num_classes, dtype=torch.int64)
         self.confidence = self.divergence = 0.0
@@ -131,10 +132,11 @@ class _Tally:
         self.histogram += answers.bincount(minlength=len(self.histogram))
         self.confidence += float(logits.softmax(1).amax(1).sum())
         if targets is not None:
-            reached = (logits / self.temperature).log_softmax(1)
             self.aimed += len(targets)
             self.matches += int((targets.argmax(1) == answers).sum())
-            self.divergence += float(F.kl_div(reached, targets.double(), reduction="sum"))
+            if self.temperature is not None:
+                reached = (logits / self.temperature).log_softmax(1)
+                self.divergence += float(F.kl_div(reached, targets.double(), reduction="sum"))
         if maker is not None:
             self.compared += len(maker)
             self.agreed += int((maker.argmax(1) == answers).sum())
@@ -150,7 +152,7 @@ class _Tally:
             "class_balance": float(balance) / math.log(len(self.histogram)),
             "class_histogram": self.histogram.tolist(),
             "target_match": self.matches / self.aimed if self.aimed else None,
-            "target_divergence": self.divergence / self.aimed if self.aimed else None,
+            "target_divergence": self.divergence / self.aimed if self.aimed and self.temperature is not None else None,
             "agreement": self.agreed / self.compared if self.compared else None,
             "diversity": float(torch.pdist(sample.flatten(1)).double().mean()) / math.sqrt(sample[0].numel()),
             "value_range": [self.low, self.high],

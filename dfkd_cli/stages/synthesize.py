@@ -19,7 +19,7 @@ from torchvision.transforms import v2
 from torchvision.utils import make_grid
 
 from dfkd_cli import catalog
-from dfkd_cli.artifacts.files import write_atomic
+from dfkd_cli.artifacts.files import digest, write_atomic
 from dfkd_cli.artifacts.metadata import read_metadata
 from dfkd_cli.artifacts.run import RunDirectory
 from dfkd_cli.artifacts.shards import MANIFEST, ShardReader, ShardWriter, as_pixels
@@ -184,7 +184,9 @@ def _make(
     config, info, used = settings.method.config, teacher.classifier.info, uses(settings.method.entry)
     count: int = wanted_images(settings.inputs, info)
     head = manifest_head(settings, info, teacher.sha256, config.dtype, True, used)
-    writer = ShardWriter(directory.path, head, -(-count // config.of_a_shard))
+    began = {key: value for key, value in head["config"].items() if key in directory.record["identity"]}
+    key = digest({**head, "config": began})  # the same for a run that an older version began, which knew fewer options
+    writer = ShardWriter(directory.path, head, -(-count // config.of_a_shard), key)
     processes = settings.run.devices * settings.run.num_nodes
     task = SynthesisTask(teacher.classifier, count, settings.run.seed, writer, processes, **extras)
     synthesizer = settings.method.entry.load()(task, config)
@@ -227,6 +229,8 @@ def weigh(settings: Settings, teacher: LoadedModel) -> list[dict[str, Any]]:
     if not issubclass(entry.load(), ImageOptimizer):
         return []
     extras, _ = open_inputs(settings, teacher)
+    if "student" in extras:
+        extras["student"].eval()  # as it is while images are made
     count = min(config.batch_size, WEIGHED)
     with tempfile.TemporaryDirectory() as directory:
         writer = ShardWriter(Path(directory), {}, 1)
@@ -289,7 +293,7 @@ def write_preview(path: Path, reader: ShardReader) -> None:
     """
     rows, columns = PREVIEW
     shards = torch.linspace(0, len(reader.sizes) - 1, min(rows, len(reader.sizes))).round().int().tolist()
-    images = torch.cat([reader.read(shard)["images"][: rows // len(shards) * columns] for shard in shards])
+    images = torch.cat([reader.read(shard)["images"][: rows // len(shards) * columns].clone() for shard in shards])
     images = as_pixels(images)
     if max(images.shape[2:]) > TILE:
         images = v2.functional.resize(images, None, max_size=TILE)

@@ -26,6 +26,7 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from dfkd_cli.config import option
+from dfkd_cli.errors import ConfigError
 from dfkd_cli.synthesis_options import PoolTraining, StatisticsInversion
 from dfkd_cli.synthesizers.base import Look
 from dfkd_cli.synthesizers.cotraining import PoolTrainer
@@ -42,6 +43,12 @@ class Config(PoolTraining, StatisticsInversion):
     competition: float = option(0.2, "weight of the student's agreement with the teacher", low=0)
     variant: Literal["paper", "code"] = option("code", "the divergence in it: the paper's, or the released code's")
     student_temperature: float = 3.0
+
+    def __post_init__(self) -> None:
+        """The student learns after each batch, which is a shard."""
+        super().__post_init__()
+        if self.shard_size:
+            raise ConfigError(f"--shard-size {self.shard_size}: the student learns after each shard", "leave it out")
 
 
 class AdaptiveDeepInversion(PoolTrainer, DeepInversion):

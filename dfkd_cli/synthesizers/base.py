@@ -168,7 +168,7 @@ class Synthesizer(Learner):
             seed_torch(self.device, "shard", self.seed, first // batch)
             impressions = self.make(first, count := min(batch, stop - first))
             self.check_finite(impressions.terms, shard)
-            tensors, costs = self._stored(impressions)
+            tensors, costs = self._stored(impressions, shard)
             parts.append(tensors)
             terms.append({**impressions.terms, **costs})
             shares.append(count / (stop - start))
@@ -189,9 +189,9 @@ class Synthesizer(Learner):
         return min(size, self.num_images - shard * size)
 
     @torch.no_grad()
-    def _stored(self, impressions: Impressions) -> tuple[dict[str, Tensor], dict[str, Tensor]]:
+    def _stored(self, impressions: Impressions, shard: int) -> tuple[dict[str, Tensor], dict[str, Tensor]]:
         """A batch as it is stored, on the CPU, and what that costs where it is not next to nothing."""
-        stored, costs = as_stored(impressions.pixels, self.config.dtype), {}
+        stored, costs = as_stored(impressions.pixels, self.config.dtype, shard), {}
         with torch.autocast(self.device.type, enabled=False):  # whatever --precision is, answers are exact
             tensors = {"images": stored, "logits": self.teacher(as_pixels(stored))}
             if stored.dtype == torch.uint8:
@@ -303,8 +303,9 @@ class ImageOptimizer(Synthesizer):
         seed_torch(self.device, "shard", self.seed, 0)
         targets = move_data_to_device(self.targets(0, count), self.device)
         images = self.start(count).to(self.device).requires_grad_()
+        divisor, _ = self.resolutions()[0]
         with self.looking() as show:
-            terms = self.terms(show(self.view(images, 0)), targets)
+            terms = self.terms(show(self.view(self._coarse(images, divisor), 0)), targets)
         found = {}
         for name, term in terms.items():
             weight = getattr(self.config, name)
@@ -314,6 +315,8 @@ class ImageOptimizer(Synthesizer):
 
     def _coarse(self, images: Tensor, divisor: int) -> Tensor:
         """Images with sides divided, or where the network takes no others, of their sides with pixels as large."""
+        if divisor == 1:
+            return images
         coarse = F.avg_pool2d(images, divisor)
         return F.interpolate(coarse, images.shape[2:]) if self.fixed_size else coarse
 
@@ -325,7 +328,7 @@ class ImageOptimizer(Synthesizer):
         schedule = LambdaLR(optimizer, lambda step: self.rate(step, iterations))
         terms: dict[str, Tensor] = {}
         for step in range(iterations):
-            view = self.view(self._coarse(images, divisor) if divisor > 1 else images, step / iterations)
+            view = self.view(self._coarse(images, divisor), step / iterations)
             terms = self.terms(show(view), targets)
             # The teacher's parameters need no gradient: backward goes to the images only.
             (gradient,) = torch.autograd.grad(weighted_sum(terms, self.config), images)

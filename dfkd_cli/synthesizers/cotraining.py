@@ -27,6 +27,8 @@ from dfkd_cli.seeds import derive, seed_torch
 from dfkd_cli.synthesis_options import CoTraining, PoolTraining
 from dfkd_cli.synthesizers.base import SynthesisTask, Synthesizer
 
+AT_ONCE = 500  # images of a shard that are measured
+
 
 class CoTrainer(Synthesizer):
     """Trains a student, which is written beside the shards. Its ``Config`` extends :class:`CoTraining`.
@@ -116,7 +118,9 @@ class CoTrainer(Synthesizer):
         share of images for which the student gives the teacher's class.
         """
         labels, training = logits.argmax(1), self.student.training
-        agreed = self.student.eval()(pixels).argmax(1) == labels
+        self.student.eval()
+        answers = [self.student(part.pixels).argmax(1) for part in Images(pixels).split(AT_ONCE)]
+        agreed = torch.cat(answers) == labels
         self.student.train(training)
         shares = torch.bincount(labels, minlength=logits.shape[1]) / len(labels)
         return {

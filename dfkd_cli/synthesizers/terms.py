@@ -72,7 +72,8 @@ def roughness(images: Tensor, sigma: float) -> Tensor:
 def blurred(images: Tensor, sigma: float) -> Tensor:
     """Images (B, C, H, W), reflected at their borders, under a Gaussian of that deviation, cut off at three of them."""
     rows, columns = (_blur(side, sigma, images) for side in images.shape[-2:])
-    return rows @ images @ columns.T
+    with torch.autocast(images.device.type, enabled=False):  # it would round them
+        return rows @ images @ columns.T
 
 
 def _blur(side: int, sigma: float, images: Tensor) -> Tensor:

@@ -2,15 +2,20 @@
 
 from __future__ import annotations
 
+import threading
+
 import numpy as np
 import oracles
 import pytest
 import torch
+from pipeline import finish
 from stand_ins import Given, check_interruption, work
 from tiny_regimes import inputs, linear, network, pixels, regime, response
 from torch import nn
 
+from dfkd_cli import catalog
 from dfkd_cli.config import build
+from dfkd_cli.data.sources import Images, Source
 from dfkd_cli.errors import ConfigError
 from dfkd_cli.stages.distill import Inputs
 
@@ -20,7 +25,7 @@ LABELS = torch.tensor([0, 1, 2, 3, 0, 2])
 
 @pytest.mark.parametrize("accumulate", [1, 2, 4, 6])
 def test_several_passes_are_one_step_on_all_images(accumulate, tmp_path):
-    """Parts of unequal size too: of six images four passes have 2, 2 and 2, as three suffice."""
+    """Parts of unequal size too: of six images four passes have 1, 2, 1 and 2."""
     loss = response(temperature=2.0)
     learner = regime("offline", objectives=[(1.0, loss)], steps=4, accumulate=accumulate, weight_decay=0.1, **PLAIN)
     x, teacher, start = inputs(pixels()), linear(learner.teacher), linear(learner.student)
@@ -77,17 +82,71 @@ def test_objectives_count_steps_and_not_passes(tmp_path):
 def test_interrupted_training_with_several_passes_and_windows(tmp_path, monkeypatch):
     monkeypatch.setattr("dfkd_cli.regimes.base.STEPS_PER_ROUND", 2)
 
+    threads = set()
+
+    class Chunks(Source):
+        """Four chunks that another thread may load; three of them fill half of the memory, and more."""
+
+        sizes, shape, dtype, only_read = [6] * 4, (1, 3, 3), torch.float32, True
+
+        def chunk(self, index: int) -> Images:
+            threads.add(threading.current_thread().name)
+            return Images(pixels(24)[6 * index : 6 * index + 6])
+
     def run(directory, *callbacks):
-        source = Given(pixels(24))
-        return work(regime("offline", source, steps=10, batch_size=6, accumulate=3, noise=0.1), directory, *callbacks)
+        source, how = Chunks(), {"steps": 10, "batch_size": 7, "accumulate": 3, "noise": 0.1}
+        memory = 13 * source.bytes_per_image / 2**30
+        return work(regime("offline", source, memory=memory, **how), directory, *callbacks)
 
     check_interruption(run, tmp_path)
+    assert len(threads) == 2
 
 
 def test_a_batchnorm_of_vectors_needs_two_images_in_every_pass(tmp_path):
     student = network(1, nn.BatchNorm1d(9))
     with pytest.raises(ConfigError):
         work(regime("offline", student=student, steps=1, accumulate=6), tmp_path)
+
+
+def test_every_batch_has_as_many_passes_as_any_other():
+    """Processes exchange gradients in each of them: one pass more would wait for ever."""
+    learner = regime("offline", accumulate=4)
+    for count in range(4, 14):
+        sizes = [len(part.pixels) for part in learner.parts(Images(pixels(count)))]
+        assert len(sizes) == 4 and sum(sizes) == count and max(sizes) - min(sizes) <= 1
+
+
+def test_two_processes_share_the_passes_of_a_step(tmp_path):
+    """Of nine images one has five and the other four."""
+    args = ["--model", "lenet5", "--steps", "2", "--batch-size", "9", "--accumulate", "4", "--device", "cpu"]
+    finish(["train-teacher", *args, "--devices", "2", "--out", "two"], tmp_path)
+    assert (tmp_path / "two" / "model.safetensors").exists()
+
+
+def test_what_is_remembered_of_a_step_is_what_all_its_passes_saw(tmp_path):
+    """CRD's memory has every image of the batch after the step, and the mean of the scales."""
+    entry = catalog.entries("objectives")["crd"]
+    memories = []
+    for passes in (1, 3):
+        with torch.random.fork_rng():
+            torch.manual_seed(0)
+            loss = entry.load()(build(entry.config, {"dimensions": 4, "negatives": 2}))
+            student, teacher = network(1, nn.Linear(9, 9)), network(2, nn.Linear(9, 9))
+            loss.connect(student, teacher)
+        how = {"steps": 1, "accumulate": passes, "lr": 0.1}
+        learner = regime("offline", Given(pixels(), LABELS), student, [(1.0, loss)], teacher=teacher, **how)
+        before = loss.memory.clone()
+        work(learner, tmp_path / str(passes))
+        assert (loss.memory != before).all(2).all()
+        assert torch.equal(loss.classes, LABELS)
+        memories.append(loss.memory)
+    torch.testing.assert_close(*memories)  # embeddings before the step are the same
+
+
+@pytest.mark.parametrize(("batch", "passes"), [(6, 7), (3, 4)])
+def test_each_pass_has_an_image(batch, passes):
+    with pytest.raises(ConfigError, match=f"a batch has {batch} images"):
+        regime("offline", batch_size=batch, accumulate=passes)
 
 
 @pytest.mark.parametrize(("memory", "held"), [(None, 512 * 2**20), (0.25, 2**28), (3, 3 * 2**30)])

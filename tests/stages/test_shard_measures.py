@@ -152,6 +152,7 @@ def test_another_networks_opinion_of_impressions(tmp_path):
     assert 0 < measures["agreement"] != measures["target_match"] < 1
     assert measures["class_histogram"] == np.bincount(opinion, minlength=4).tolist()
     assert measures["logits_ok"] is None  # nobody says that it answers alike
+    assert measures["target_divergence"] is None  # its temperature is not the method's
 
 
 def test_images_are_measured_as_impressions_are():

@@ -16,7 +16,8 @@ from dfkd_cli.config import build, hints
 from dfkd_cli.errors import ConfigError, RunFailed
 from dfkd_cli.synthesizers.base import AS_STORED, Impressions
 
-OPTIMISED = [name for name, entry in METHODS.items() if "shard_size" in hints(entry.config)]
+ADAPTIVE = "adaptive-deepinversion"  # whose student learns after each shard
+OPTIMISED = [name for name, entry in METHODS.items() if "shard_size" in hints(entry.config) and name != ADAPTIVE]
 
 
 def fields(directory) -> dict[str, torch.Tensor]:
@@ -76,6 +77,11 @@ def test_a_shard_has_whole_batches(size):
     assert error.value.hint == f"give {size + 1}"
 
 
+def test_a_shard_is_a_batch_where_a_student_learns_after_each():
+    with pytest.raises(ConfigError, match="learns after each shard"):
+        build(METHODS[ADAPTIVE].config, {"batch_size": 2, "shard_size": 4})
+
+
 # -- bytes -------------------------------------------------------------------------------------------------------------
 
 
@@ -110,15 +116,25 @@ def test_what_rounding_changes_is_counted(tmp_path):
 
 def test_bytes_are_read_back_as_they_were_seen():
     levels = torch.arange(256, dtype=torch.uint8)
-    assert torch.equal(as_stored(as_pixels(levels), "uint8"), levels)
+    assert torch.equal(as_stored(as_pixels(levels), "uint8", 0), levels)
     nearly = torch.tensor([-0.4, 255.4]) / 255  # what clamped images are after they were normalised and back
-    assert as_stored(nearly, "uint8").tolist() == [0, 255]
+    assert as_stored(nearly, "uint8", 0).tolist() == [0, 255]
 
 
-@pytest.mark.parametrize("pixel", [-0.003, 1.003, float("nan"), float("inf")])
-def test_pixels_that_bytes_do_not_hold(pixel):
-    with pytest.raises(RunFailed, match="uint8"):
-        as_stored(torch.tensor([0.5, pixel]), "uint8")
+@pytest.mark.parametrize(
+    ("pixel", "dtype", "message"),
+    [
+        (-0.003, "uint8", "leave"),
+        (1.003, "uint8", "leave"),
+        (float("nan"), "uint8", "not finite as uint8"),
+        (float("inf"), "uint8", "not finite as uint8"),
+        (7e4, "float16", "not finite as float16"),
+        (float("nan"), "float32", "not finite as float32"),
+    ],
+)
+def test_pixels_that_a_type_does_not_hold(pixel, dtype, message):
+    with pytest.raises(RunFailed, match=f"shard 7: pixels .*{message}"):
+        as_stored(torch.tensor([0.5, pixel]), dtype, 7)
 
 
 @pytest.mark.parametrize(
