@@ -6,13 +6,17 @@ import json
 from pathlib import Path
 
 import pytest
+import safetensors.torch
+import torch
 from pipeline import finish
 
-from dfkd_cli.artifacts.files import sha256_file
+from dfkd_cli.artifacts.files import digest, sha256_file
+from dfkd_cli.artifacts.integrity import write_run
 from dfkd_cli.artifacts.shards import ShardReader
 
 SMALL = ("--num-images", 20, "--batch-size", 6, "--iterations", 2, "--device", "cpu")
 STUDENT = ("--student", "resnet8", "--student-steps", 2, "--width", 0.1)
+OF_SHARDS = ("schema", "kind", "complete", "count", "range", "class_histogram", "shards")  # of a manifest
 METHODS = {"zskd": (), "sre2l": ("--no-view-flip",), "nayer": STUDENT, "cmi": STUDENT}
 
 
@@ -93,3 +97,36 @@ def test_methods_that_make_images_last_refuse_it(cli, make_teacher, tmp_path):
     command = ["synthesize", "--method", "nayer", "--teacher", make_teacher("resnet8"), "--student", "resnet8"]
     code, _, err = cli(*command, "--snapshots", 2, "--deadline", "1h", "--out", tmp_path / "set")
     assert code == 2 and "--snapshots" in err
+
+
+def test_a_set_that_an_older_version_began_is_gone_on_with(cli, make_teacher, tmp_path):
+    """It knew fewer options, whose defaults change nothing: what it has made is not made again."""
+    command = ["synthesize", "--method", "zskd", "--teacher", make_teacher("lenet5"), *SMALL]
+    out, unknown = tmp_path / "set", ("jitter", "soften")
+    assert cli(*command, "--out", out, "--deadline", "0s")[0] == 0
+    record, manifest = (json.loads((out / name).read_text()) for name in ("run.json", "manifest.json"))
+    for key in unknown:
+        del record["identity"][key], manifest["config"][key]
+    head = {key: value for key, value in manifest.items() if key not in OF_SHARDS}
+    shard = out / "shard-00000.safetensors"
+    with safetensors.safe_open(shard, framework="pt") as file:
+        facts = json.loads(file.metadata()["dfkd"])
+    older = safetensors.torch.save(
+        safetensors.torch.load_file(shard), {"dfkd": json.dumps(facts | {"key": digest(head)})}
+    )
+    shard.write_bytes(older)
+    manifest["shards"][0]["sha256"] = sha256_file(shard)
+    (out / "manifest.json").write_text(json.dumps(manifest))
+    for item in record["artifacts"]:
+        item["sha256"] = sha256_file(out / item["path"])
+    write_run(out, {key: value for key, value in record.items() if key != "sha256"})
+
+    code, _, err = cli(*command, "--out", out)
+    assert code == 0, err
+    assert shard.read_bytes() == older, "made again"
+    assert cli(*command, "--out", tmp_path / "whole")[0] == 0
+    one, other = (ShardReader(path) for path in (out, tmp_path / "whole"))
+    assert one.sizes == other.sizes == [6, 6, 6, 2]
+    for index in range(4):
+        assert torch.equal(one.read(index)["images"], other.read(index)["images"])
+    assert "already complete" in cli(*command, "--out", out)[2]
