@@ -1,7 +1,8 @@
-"""Processes that work for a command: each carries out one call."""
+"""What carries out calls for a command: an interface, and processes of this machine."""
 
 from __future__ import annotations
 
+import abc
 import contextlib
 import multiprocessing
 import os
@@ -15,29 +16,69 @@ from typing import Any
 from dfkd_cli.errors import DfkdError, Interrupted, RunFailed
 from dfkd_cli.processes import ignore_signals, stop_on_signals
 
-KILLED = "a process was killed", "out of memory? lower --devices; the same command continues"  # message, hint
+# The message and its hint.
+KILLED = "a process was killed", "out of memory? let fewer work at a time; the same command continues"
 Inside = Callable[[], contextlib.AbstractContextManager[None]]
 _COMMANDS = "train_teacher", "collect_metadata", "synthesize", "distill", "export"  # those of grids
 _PRELOADED = [f"{__package__}.stages.{name}" for name in _COMMANDS]
 
 
-class Workers(contextlib.AbstractContextManager["Workers"]):
-    """Carries out calls, several at a time, each in a process of its own; of one at a time, this process does the work.
+class Launcher(contextlib.AbstractContextManager["Launcher"], abc.ABC):
+    """Carries out calls, several at a time.
 
-    They share the threads of this process and take turns in the GPUs. However the ``with`` block or this process ends,
-    they are stopped, so that their work is kept as that of any command that is stopped.
+    However the ``with`` block or this process ends, they are stopped, so that their work is kept as that of any command
+    that is stopped.
+    """
+
+    alone = False  # whether a call has this process's streams to itself
+
+    @property
+    @abc.abstractmethod
+    def busy(self) -> int:
+        """How many calls were submitted of which :meth:`next` has not told yet."""
+
+    @property
+    @abc.abstractmethod
+    def free(self) -> bool:
+        """Whether one more may be submitted now."""
+
+    @abc.abstractmethod
+    def submit(self, name: Any, call: Callable[..., Any], *arguments: Any, inside: Inside | None = None) -> None:
+        """Let a call be carried out.
+
+        Args:
+            name: What :meth:`next` calls it; its text is for people.
+            call: What is carried out.
+            *arguments: What it is called with.
+            inside: What is done to its process before anything else: with it, it has one of its own in any case.
+        """
+
+    @abc.abstractmethod
+    def next(self) -> tuple[Any, DfkdError | None]:
+        """Wait for a call to end: its name, and how it failed.
+
+        Raises:
+            RuntimeError: A call failed with anything but a :class:`DfkdError`.
+        """
+
+
+class Workers(Launcher):
+    """Processes of this machine; of one call at a time, this process does the work.
+
+    They share the threads of this process and take turns in the GPUs.
 
     Args:
         count: How many calls at a time.
+        threads: Of each process. None for a share of this one's.
     """
 
-    def __init__(self, count: int) -> None:
-        self.count = count
+    def __init__(self, count: int, threads: int | None = None) -> None:
+        self.count, self.threads, self.alone = count, threads, count == 1
         self.started = 0
         self.working: dict[Connection, tuple[Any, Any]] = {}  # by the pipe of its answer: the name and process of each
         self.here: list[tuple[Any, Callable[..., Any], tuple[Any, ...]]] = []
 
-    def __exit__(self, failure: type[BaseException] | None, *_: object) -> None:
+    def __exit__(self, *_: object) -> None:
         for _, process in self.working.values():
             process.terminate()
         for _, process in self.working.values():
@@ -45,18 +86,13 @@ class Workers(contextlib.AbstractContextManager["Workers"]):
 
     @property
     def busy(self) -> int:
-        """How many calls are being carried out."""
         return len(self.working) + len(self.here)
 
-    def submit(self, name: Any, call: Callable[..., Any], *arguments: Any, inside: Inside | None = None) -> None:
-        """Start a call; the caller has seen that fewer than ``count`` are being carried out.
+    @property
+    def free(self) -> bool:
+        return self.busy < self.count
 
-        Args:
-            name: What :meth:`next` calls it.
-            call: What is carried out.
-            *arguments: What it is called with.
-            inside: What is done to its process before anything else: with it, it has one of its own in any case.
-        """
+    def submit(self, name: Any, call: Callable[..., Any], *arguments: Any, inside: Inside | None = None) -> None:
         if self.count == 1 and inside is None:
             self.here.append((name, call, arguments))
             return
@@ -73,27 +109,23 @@ class Workers(contextlib.AbstractContextManager["Workers"]):
             variables["CUDA_VISIBLE_DEVICES"] = gpus[self.started % len(gpus)]
         self.started += 1
         ours, theirs = context.Pipe(duplex=False)
-        job = call, arguments, inside, variables, max(1, torch.get_num_threads() // self.count)
-        process = context.Process(target=_work, args=(theirs, *job))
+        threads = self.threads or max(1, torch.get_num_threads() // self.count)
+        process = context.Process(target=_work, args=(theirs, call, arguments, inside, variables, threads))
         process.start()
         theirs.close()
         self.working[ours] = name, process
 
     def next(self) -> tuple[Any, DfkdError | None]:
-        """Wait for a call to end: its name, and how it failed.
-
-        Raises:
-            RunFailed: A process was killed.
-            RuntimeError: A call failed with anything but a :class:`DfkdError`.
-        """
         if self.here:
             name, call, arguments = self.here.pop()
             return name, _outcome(call, arguments)
-        connection: Any = wait(list(self.working))[0]
+        while not (ready := wait(list(self.working), timeout=1)):
+            pass  # an interruption by another thread, as Ray's, waits for Python to come by
+        connection: Any = ready[0]
         try:
             failure = connection.recv()
         except (EOFError, ConnectionError):
-            raise RunFailed(*KILLED) from None
+            failure = RunFailed(*KILLED)
         name, process = self.working.pop(connection)
         process.join()
         if isinstance(failure, str):

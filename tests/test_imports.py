@@ -16,6 +16,7 @@ LAYERS = (
     {"errors", "seeds"},
     {"config", "processes", "streams", "ui", "unimported"},
     {"options", "workers"},
+    {"ray_tasks"},
     {"catalog", "synthesis_options"},
     {"trust"},
     {"settings"},

@@ -10,7 +10,7 @@ import functools
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
-from typing import Any
+from typing import Any, Literal
 
 import torch
 
@@ -34,7 +34,7 @@ from dfkd_cli.report.sections import Section, arrange
 from dfkd_cli.settings import Layer, Settings, recipe_layer, resolve
 from dfkd_cli.stages.grid.commands import Grid, PlannedRun, qualified
 from dfkd_cli.stages.grid.planner import plan
-from dfkd_cli.stages.grid.scheduler import run_grid
+from dfkd_cli.stages.grid.scheduler import launcher, run_grid
 from dfkd_cli.stages.inputs import pick_device
 from dfkd_cli.stages.measures import Examiner, check_gate, finite, top1
 from dfkd_cli.stages.snapshots import look_back
@@ -52,6 +52,22 @@ class Inputs(SeenTeacher):
     # Volatile: a grid may grow in its directory, and its own hash counts.
     rows: tuple[str, ...] | None = option(
         None, "of a grid only these rows, ROW or TEACHER/ROW, and what they are made from", volatile=True
+    )
+    engine: Literal["local", "ray"] = option(
+        "local",
+        "where a grid's commands run: here, --devices at a time; or on a Ray cluster, as many as it has room for",
+        volatile=True,
+    )
+    address: str | None = option(
+        None,
+        "the Ray cluster, HOST:PORT (default: RAY_ADDRESS; the one of this machine; or it is started here)",
+        volatile=True,
+    )
+    gpus_per_run: float = option(
+        0,
+        "GPUs of each command on Ray, of 0.5 two share one; it takes as many CPUs as --threads (1)",
+        low=0,
+        volatile=True,
     )
     teacher: str | None = option(None, "teacher: model directory or SPEC (default: the one each student records)")
     dataset: str | None = option(None, "dataset to test on (default: the teacher's)")
@@ -84,6 +100,7 @@ def run(settings: Settings, terminal: Terminal, dry_run: bool = False) -> dict[s
         raise ConfigError(f"--seed {settings.run.seed}: the grid has seeds of its own", "change grid.seeds")
     if settings.sections["grid"] is None and settings.inputs.rows is not None:
         raise ConfigError("--rows: there is no grid to choose rows of", "give --recipe with a grid, or leave it out")
+    engine = launcher(settings)
     grid = None if settings.sections["grid"] is None else plan(settings, out)
     models, shards = _open(settings, grid, terminal)
     # What does not fit is found before anything is written.
@@ -103,7 +120,7 @@ def run(settings: Settings, terminal: Terminal, dry_run: bool = False) -> dict[s
         _show(results, terminal)
     else:
         with directory.guard():
-            failed = [] if grid is None else run_grid(grid, terminal, directory.save, settings.run.devices)
+            failed = [] if grid is None else run_grid(grid, engine, terminal, directory.save)
             if grid is not None:
                 models = [*_models(_finished(grid), settings.code), *models]
             sections = arrange(models, settings.inputs.dataset, settings.code)
@@ -211,7 +228,7 @@ def _parents(models: Sequence[Model], shards: Sequence[ShardSet], sections: Sequ
 def _rehearse(models: Sequence[Model], grid: Grid | None, terminal: Terminal) -> dict[str, Any]:
     """``--dry-run``: everything was read and checked; say what would be done."""
     runs = [] if grid is None else grid.runs
-    lines = [run.describe() for run in runs] + [f"compare {model.path}" for model in models]
+    lines = [str(run) for run in runs] + [f"compare {model.path}" for model in models]
     terminal.answer("\n".join(lines))
     what = "everything fits" if grid is None else f"{len(runs)} commands, well-formed; their data was not looked for"
     terminal.say(f"dry run: {what}; nothing was written")

@@ -100,7 +100,7 @@ def test_a_killed_process_fails_the_run(teacher: Path, tmp_path: Path) -> None:
     os.kill(int(children.read_text().split()[0]), signal.SIGKILL)
     _, err = process.communicate(timeout=HANGS)
     assert process.returncode == 4
-    assert err == "error: a process was killed -- out of memory? lower --devices; the same command continues\n"
+    assert err == "error: a process was killed -- out of memory? let fewer work at a time; the same command continues\n"
     record = json.loads((tmp_path / "student" / "run.json").read_text())
     assert (record["status"], record["error"].split(" --")[0]) == ("failed", "a process was killed")
     finish(command, tmp_path)

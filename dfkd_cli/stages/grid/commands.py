@@ -2,12 +2,16 @@
 
 from __future__ import annotations
 
+import contextlib
 import dataclasses
+import time
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
 from dfkd_cli import catalog, config
+from dfkd_cli.artifacts.files import open_lock
+from dfkd_cli.artifacts.run import LOCK
 from dfkd_cli.errors import ConfigError, did_you_mean, machine_can_fail
 from dfkd_cli.options import FOREIGN, Run
 from dfkd_cli.processes import computing_with
@@ -16,6 +20,7 @@ from dfkd_cli.ui import Terminal
 
 # The flags of `compare` that reach every command which has them.
 _PASSED = ("device", "threads", "precision", "logger", "allow_code", "code_dir", "data_dir")
+LOST = 90  # seconds; a node of Ray that hears nothing of its cluster ends after 60
 
 
 @dataclasses.dataclass(frozen=True)
@@ -49,7 +54,7 @@ class PlannedRun:
         row = self.series or self.row
         return {row, qualified(self.teacher, row)}
 
-    def describe(self) -> str:
+    def __str__(self) -> str:
         """One line for the user."""
         name = qualified(self.teacher, self.label)
         return f"{name}, seed {self.seed}: {self.settings.command} -> {self.out}"
@@ -104,5 +109,18 @@ def carry_out(values: dict[str, Any], typed: frozenset[str], verbosity: int, sil
     command = values.pop("command")
     quiet = Terminal(verbosity, as_json=True, silent=silent)  # stdout is for the comparison
     settings = resolve(command, [Layer("", values, typed)])
+    _outwait_lost(settings.out / LOCK)
     with machine_can_fail(), computing_with(settings.run.threads):  # of one command: the others go on
         catalog.command(command).load()(settings, quiet)
+
+
+def _outwait_lost(lock: Path) -> None:
+    """Wait while a directory is held by what ran in it on a machine that is given up for lost: it soon ends, too."""
+    with contextlib.suppress(ImportError):  # Windows has no such locks
+        import fcntl
+
+        for _ in range(LOST if lock.exists() else 0):
+            with open_lock(lock) as file, contextlib.suppress(BlockingIOError):
+                fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
+                return
+            time.sleep(1)

@@ -1,4 +1,4 @@
-"""Carries out the commands of a grid on this machine, several at a time."""
+"""Carries out the commands of a grid, several at a time: here, or on a Ray cluster."""
 
 from __future__ import annotations
 
@@ -6,13 +6,38 @@ from collections.abc import Callable
 from typing import Any
 
 from dfkd_cli.data.access import access
+from dfkd_cli.errors import ConfigError
+from dfkd_cli.ray_tasks import RayTasks
+from dfkd_cli.settings import Settings
 from dfkd_cli.stages.grid.commands import Grid, carry_out
 from dfkd_cli.ui import Terminal
-from dfkd_cli.workers import Workers
+from dfkd_cli.workers import Launcher, Workers
 
 
-def run_grid(grid: Grid, terminal: Terminal, save: Callable[[], None], processes: int = 1) -> list[dict[str, Any]]:
-    """Run what is not finished yet, as many commands at a time as there are ``processes``.
+def launcher(settings: Settings) -> Launcher:
+    """What carries out the commands of a grid, as ``compare`` was told.
+
+    Raises:
+        ConfigError: It was told what does not fit together, or Ray is not installed.
+    """
+    inputs, how = settings.inputs, settings.run
+    if inputs.engine == "local":
+        for flag, value in (("address", inputs.address), ("gpus-per-run", inputs.gpus_per_run)):
+            if value:
+                raise ConfigError(f"--{flag} {value}: only on a Ray cluster", "give --engine ray, or leave it out")
+        return Workers(how.devices)
+    if settings.sections["grid"] is None:
+        raise ConfigError(f"--engine {inputs.engine}: there is no grid to run", "give --recipe with a grid")
+    if how.devices > 1:
+        hint = "leave it out; --gpus-per-run and --threads say what each takes"
+        raise ConfigError(f"--devices {how.devices}: a cluster runs as many commands as it has room for", hint)
+    return RayTasks(inputs.address, how.threads or 1, inputs.gpus_per_run)
+
+
+def run_grid(
+    grid: Grid, launcher: Launcher, terminal: Terminal, save: Callable[[], None] = lambda: None
+) -> list[dict[str, Any]]:
+    """Run what is not finished yet, each command as soon as those that it waits for are.
 
     Returns what is known of each run that failed; the others are none the worse for it. ``save`` is called after every
     run, so that the time it took is known whatever ends the next one.
@@ -23,29 +48,32 @@ def run_grid(grid: Grid, terminal: Terminal, save: Callable[[], None], processes
     failed: dict[tuple[str, str, int], dict[str, Any]] = {}
     waiting = dict(enumerate(grid.runs, 1))
     unfinished = {run.out for run in grid.runs}
-    silent = terminal.silent or processes > 1  # nobody could tell the lines of several commands apart
-    with Workers(processes) as workers:
-        while waiting or workers.busy:
+    silent = terminal.silent or not launcher.alone  # nobody could tell the lines of several commands apart
+    with launcher:
+        while waiting or launcher.busy:
             for number, run in list(waiting.items()):
                 if (run.teacher, run.row, run.seed) in failed:
                     del waiting[number]  # no shards to distill from
                     unfinished.discard(run.out)  # nobody must wait for it
-                elif workers.busy < processes and unfinished.isdisjoint(run.waits_for):
+                elif launcher.free and unfinished.isdisjoint(run.waits_for):
                     del waiting[number]
-                    terminal.say(f"[{number}/{len(grid.runs)}] {run.describe()}")
+                    terminal.say(f"[{number}/{len(grid.runs)}] {run}")
                     settings = run.settings
                     reach = access(settings)  # a process that is confined can do nothing else afterwards
                     inside = None if reach is None else reach.confined
                     what = settings.plain(), settings.code.typed, terminal.verbosity, silent
-                    workers.submit(run, carry_out, *what, inside=inside)
-            if not workers.busy:
+                    launcher.submit(run, carry_out, *what, inside=inside)
+            if not launcher.busy:
                 continue  # what was waiting had failed before
-            run, error = workers.next()
+            run, error = launcher.next()
             unfinished.discard(run.out)
+            if error is None and not launcher.alone:
+                done = len(grid.runs) - len(waiting) - launcher.busy
+                terminal.say(f"{run}: done, {done} of {len(grid.runs)} have ended")
             if error is not None:
                 if not run.row:
                     raise error
-                terminal.say(f"{run.describe()} failed: {error}")
+                terminal.say(f"{run} failed: {error}")
                 facts = {"teacher": run.teacher, "row": run.label, "seed": run.seed, "command": run.settings.command}
                 reason = {"code": error.code, "message": error.message, "hint": error.hint}
                 failed[run.teacher, run.row, run.seed] = facts | reason
