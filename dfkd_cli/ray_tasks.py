@@ -40,8 +40,8 @@ class RayTasks(Launcher):
     """Tasks of a Ray cluster, each in a process of its own. Ray decides how many run at a time: what it has room for.
 
     Args:
-        address: Of the cluster, ``HOST:PORT`` or ``ray://HOST:PORT``. None for Ray's default: ``RAY_ADDRESS``, the
-            cluster that was started on this machine, or a new one of this machine alone.
+        address: Of the cluster that this machine is a node of, ``HOST:PORT``. None for Ray's default: ``RAY_ADDRESS``,
+            the cluster that was started on this machine, or a new one of this machine alone.
         cpus: Of each call; also its threads.
         gpus: Of each call; a part of one is shared.
 
@@ -58,7 +58,7 @@ class RayTasks(Launcher):
             raise ConfigError(
                 f"--gpus-per-run {gpus:g}: more than one are whole", "give a whole number, or a part of 1"
             )
-        self.place = re.fullmatch(r"(?:ray://)?\[?([^/\s]+?)\]?:(\d{1,5})", address or "")
+        self.place = re.fullmatch(r"\[?([^/\s]+?)\]?:(\d{1,5})", address or "")
         if address not in (None, "auto", "local") and self.place is None:
             raise ConfigError(f"--address {address}: not an address", "give HOST:PORT, as `ray start` says it")
         self.address, self.cpus, self.gpus = address, cpus, gpus

@@ -33,6 +33,7 @@ from dfkd_cli.processes import stop_on_signals, writes_records
 from dfkd_cli.rounds.curves import MetricsFile
 from dfkd_cli.rounds.launcher import Launcher
 from dfkd_cli.rounds.learner import Learner
+from dfkd_cli.rounds.pilot import pilots
 from dfkd_cli.trust import CONFIG
 from dfkd_cli.ui import Progress, Terminal
 
@@ -56,7 +57,7 @@ def fit(learner: Learner, run: RunDirectory, terminal: Terminal, callbacks: Sequ
     if not learner.rounds:
         return
     curves = MetricsFile(run.path / "metrics.csv")
-    callbacks = [*callbacks, _Report(terminal, run), _Keeper(run, curves)]
+    callbacks = [*callbacks, _Report(terminal, run), _Keeper(run, curves), *pilots()]
     trainer = trainer_for(run, [] if learner.stateless else [curves], learner.rounds, callbacks)
     run.record["device"] = str(trainer.strategy.root_device)
     start = _saved_state(learner, run, curves, terminal)

@@ -33,8 +33,10 @@ from dfkd_cli.report.results import rows
 from dfkd_cli.report.sections import Section, arrange
 from dfkd_cli.settings import Layer, Settings, recipe_layer, resolve
 from dfkd_cli.stages.grid.commands import Grid, PlannedRun, qualified
+from dfkd_cli.stages.grid.estimate import estimate
 from dfkd_cli.stages.grid.planner import plan
 from dfkd_cli.stages.grid.scheduler import launcher, run_grid
+from dfkd_cli.stages.grid.script import script
 from dfkd_cli.stages.inputs import pick_device
 from dfkd_cli.stages.measures import Examiner, check_gate, finite, top1
 from dfkd_cli.stages.snapshots import look_back
@@ -69,6 +71,12 @@ class Inputs(SeenTeacher):
         low=0,
         volatile=True,
     )
+    estimate: bool = option(
+        False, "with --dry-run: time a few rounds of each command here, and say how long the grid takes", volatile=True
+    )
+    script: str | None = option(
+        None, "with --dry-run: write the plan to this file, a shell script of SLURM jobs (sh FILE)", volatile=True
+    )
     teacher: str | None = option(None, "teacher: model directory or SPEC (default: the one each student records)")
     dataset: str | None = option(None, "dataset to test on (default: the teacher's)")
     data_dir: str | None = option(None, "where datasets lie", volatile=True)
@@ -100,6 +108,7 @@ def run(settings: Settings, terminal: Terminal, dry_run: bool = False) -> dict[s
         raise ConfigError(f"--seed {settings.run.seed}: the grid has seeds of its own", "change grid.seeds")
     if settings.sections["grid"] is None and settings.inputs.rows is not None:
         raise ConfigError("--rows: there is no grid to choose rows of", "give --recipe with a grid, or leave it out")
+    _check_plan_only(settings, dry_run)
     engine = launcher(settings)
     grid = None if settings.sections["grid"] is None else plan(settings, out)
     models, shards = _open(settings, grid, terminal)
@@ -111,7 +120,7 @@ def run(settings: Settings, terminal: Terminal, dry_run: bool = False) -> dict[s
     if settings.inputs.rows is not None:
         terminal.say("only the rows that --rows names are shown; without it all are, and those are not run again")
     if dry_run:
-        return _rehearse(models, grid, terminal)
+        return _rehearse(settings, models, grid, terminal)
     facts = {} if grid is None else {"grid": grid.sha256}
     directory = RunDirectory(out, settings, _parents(models, shards, sections), facts)
     if directory.claim():
@@ -225,13 +234,17 @@ def _parents(models: Sequence[Model], shards: Sequence[ShardSet], sections: Sequ
     return parents + [content for section in sections for content in datasets.contents(section.dataset)]
 
 
-def _rehearse(models: Sequence[Model], grid: Grid | None, terminal: Terminal) -> dict[str, Any]:
+def _check_plan_only(settings: Settings, dry_run: bool) -> None:
+    """Raise :class:`ConfigError` where what looks at a plan has none to look at, or is to be run."""
+    for flag, asked in (("estimate", settings.inputs.estimate), ("script", settings.inputs.script is not None)):
+        if asked and (not dry_run or settings.sections["grid"] is None):
+            raise ConfigError(f"--{flag}: is of a grid's plan", "give --recipe with a grid, and --dry-run")
+
+
+def _rehearse(settings: Settings, models: Sequence[Model], grid: Grid | None, terminal: Terminal) -> dict[str, Any]:
     """``--dry-run``: everything was read and checked; say what would be done."""
     runs = [] if grid is None else grid.runs
-    lines = [str(run) for run in runs] + [f"compare {model.path}" for model in models]
-    terminal.answer("\n".join(lines))
-    what = "everything fits" if grid is None else f"{len(runs)} commands, well-formed; their data was not looked for"
-    terminal.say(f"dry run: {what}; nothing was written")
+    terminal.answer("\n".join([str(run) for run in runs] + [f"compare {model.path}" for model in models]))
     planned = [
         {
             **{key: getattr(run, key) for key in ("teacher", "row", "seed")},
@@ -241,7 +254,18 @@ def _rehearse(models: Sequence[Model], grid: Grid | None, terminal: Terminal) ->
         }
         for run in runs
     ]
-    return {"dry_run": True, "plan": planned, "models": [str(model.path) for model in models]}
+    answer: dict[str, Any] = {"dry_run": True, "plan": planned, "models": [str(model.path) for model in models]}
+    name = settings.inputs.script
+    if grid is not None and settings.inputs.estimate:
+        answer["estimate"] = estimate(settings, grid, terminal)
+    if grid is not None and name is not None:
+        if Path(name).exists():
+            raise ConfigError(f"--script {name} exists", "choose another name, or remove it")
+        write_text(Path(name), script(grid, name))
+        answer["artifacts"] = {"script": name}
+    what = "everything fits" if grid is None else f"{len(runs)} commands, well-formed; their data was not looked for"
+    terminal.say(f"dry run: {what}; nothing was written" + (f" but {name}" if name else ""))
+    return answer
 
 
 # -- what is measured --------------------------------------------------------------------------------------------------
