@@ -119,10 +119,10 @@ def run(settings: Settings, terminal: Terminal, dry_run: bool = False) -> dict[s
         check_free(planned.out, planned.settings)
     if settings.inputs.rows is not None:
         terminal.say("only the rows that --rows names are shown; without it all are, and those are not run again")
-    if dry_run:
-        return _rehearse(settings, models, grid, terminal)
     facts = {} if grid is None else {"grid": grid.sha256}
     directory = RunDirectory(out, settings, _parents(models, shards, sections), facts)
+    if dry_run:
+        return _rehearse(directory, models, grid, terminal)
     if directory.claim():
         directory.say_complete(terminal)
         results = read_json(out / RESULTS, dict[str, Any])
@@ -241,7 +241,9 @@ def _check_plan_only(settings: Settings, dry_run: bool) -> None:
             raise ConfigError(f"--{flag}: is of a grid's plan", "give --recipe with a grid, and --dry-run")
 
 
-def _rehearse(settings: Settings, models: Sequence[Model], grid: Grid | None, terminal: Terminal) -> dict[str, Any]:
+def _rehearse(
+    directory: RunDirectory, models: Sequence[Model], grid: Grid | None, terminal: Terminal
+) -> dict[str, Any]:
     """``--dry-run``: everything was read and checked; say what would be done."""
     runs = [] if grid is None else grid.runs
     terminal.answer("\n".join([str(run) for run in runs] + [f"compare {model.path}" for model in models]))
@@ -255,16 +257,18 @@ def _rehearse(settings: Settings, models: Sequence[Model], grid: Grid | None, te
         for run in runs
     ]
     answer: dict[str, Any] = {"dry_run": True, "plan": planned, "models": [str(model.path) for model in models]}
-    name = settings.inputs.script
+    settings, written = directory.settings, "nothing"
     if grid is not None and settings.inputs.estimate:
         answer["estimate"] = estimate(settings, grid, terminal)
-    if grid is not None and name is not None:
+    if grid is not None and (name := settings.inputs.script) is not None:
         if Path(name).exists():
             raise ConfigError(f"--script {name} exists", "choose another name, or remove it")
-        write_text(Path(name), script(grid, name))
-        answer["artifacts"] = {"script": name}
+        directory.claim()  # the jobs write into it
+        with directory.guard():
+            write_text(Path(name), script(grid, name))
+        answer["artifacts"], written = {"script": name}, f"{name}, and the record of {directory.path},"
     what = "everything fits" if grid is None else f"{len(runs)} commands, well-formed; their data was not looked for"
-    terminal.say(f"dry run: {what}; nothing was written" + (f" but {name}" if name else ""))
+    terminal.say(f"dry run: {what}; {written} {'was' if written == 'nothing' else 'were'} written")
     return answer
 
 

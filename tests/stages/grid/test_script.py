@@ -81,17 +81,20 @@ def test_the_jobs_of_a_script_make_the_grid(slurm, teacher, tmp_path, monkeypatc
     Path("grid.yaml").write_text(json.dumps({"grid": {"teacher": str(teacher), **grid, "rows": rows}}))
     command = ("compare", "--recipe", "grid.yaml", "--out", "out")
     code, _, err = cli(*command, "--dry-run", "--script", "jobs.sh")
-    assert (code, "nothing was written but jobs.sh" in err, sorted(os.listdir())) == (0, True, ["grid.yaml", "jobs.sh"])
+    assert (code, "jobs.sh, and the record of out, were written" in err) == (0, True), err
+    assert sorted(os.listdir()) == ["grid.yaml", "jobs.sh", "out"]
     done = subprocess.run(
         ["sh", place / "jobs.sh", "--partition=some where"], cwd=tmp_path, capture_output=True, text=True
     )
     assert done.returncode == 0, done.stderr
     asked = [(slurm / f"{number}.asked").read_text().splitlines() for number in (100, 102)]
-    assert [line[1] for line in asked] == ["--job-name=zskd, seed 0"] * 2
+    assert [line[1] for line in asked] == ["--job-name=zskd, seed 0: synthesize", "--job-name=zskd, seed 0: distill"]
     assert all("--partition=some where" in line for line in asked)
     assert ["--dependency=afterok:100" in line for line in asked] == [False, True]
+    made = {path: path.stat().st_mtime_ns for path in Path("out/runs").rglob("model.safetensors")}
     code, _, err = cli(*command)
-    assert (code, err.count("already complete")) == (0, 2), err
+    assert code == 0, err
+    assert made == {path: path.stat().st_mtime_ns for path in Path("out/runs").rglob("model.safetensors")} != {}
     assert cli(*command[:-1], "here")[0] == 0
     assert students(place / "out") == students(place / "here") != {}
     assert next(row["settings"] for row in results_in(place / "out")["sections"][0]["rows"][1:])["steps"] == 2
