@@ -26,12 +26,13 @@ from dfkd_cli.artifacts.shards import ShardReader
 from dfkd_cli.config import shortened
 from dfkd_cli.data.access import access
 from dfkd_cli.errors import ConfigError, DfkdError
-from dfkd_cli.options import Assisted, ImageOptimization
+from dfkd_cli.options import Assisted
 from dfkd_cli.rounds.pilot import piloted
 from dfkd_cli.settings import Settings
 from dfkd_cli.stages.grid.commands import Grid, PlannedRun, carry_out, qualified
 from dfkd_cli.stages.grid.planner import plan
 from dfkd_cli.stages.grid.scheduler import run_grid
+from dfkd_cli.synthesis_options import ImageOptimization
 from dfkd_cli.ui import QUIET, Progress, Terminal
 from dfkd_cli.workers import Inside, Launcher, Workers
 
