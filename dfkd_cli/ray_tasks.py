@@ -49,7 +49,7 @@ class RayTasks(Launcher):
         ConfigError: Ray is not installed, or these are no address and no number of GPUs.
     """
 
-    free = True  # Ray has a queue
+    free = retries = True  # Ray has a queue
 
     def __init__(self, address: str | None, cpus: int, gpus: float) -> None:
         if importlib.util.find_spec("ray") is None:

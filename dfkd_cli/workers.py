@@ -31,6 +31,7 @@ class Launcher(contextlib.AbstractContextManager["Launcher"], abc.ABC):
     """
 
     alone = False  # whether a call has this process's streams to itself
+    retries = False  # whether a call may be begun again elsewhere
 
     @property
     @abc.abstractmethod

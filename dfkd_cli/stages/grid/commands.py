@@ -104,18 +104,24 @@ def passed_flags(settings: Settings, command: str, foreign: bool) -> dict[str, A
     return {name: values[name] for name in names if name in fields and values[name] != unset[name]}
 
 
-def carry_out(values: dict[str, Any], typed: frozenset[str], verbosity: int, silent: bool) -> None:
-    """Run a command, perhaps in another process: settings reach it as plain values, and with what the user typed."""
+def carry_out(
+    values: dict[str, Any], typed: frozenset[str], verbosity: int, silent: bool, retried: bool = False
+) -> None:
+    """Run a command, perhaps in another process: settings reach it as plain values, and with what the user typed.
+
+    One that is ``retried`` may have been begun elsewhere, on a machine that is given up for lost.
+    """
     command = values.pop("command")
     quiet = Terminal(verbosity, as_json=True, silent=silent)  # stdout is for the comparison
     settings = resolve(command, [Layer("", values, typed)])
-    _outwait_lost(settings.out / LOCK)
+    if retried:
+        _outwait_lost(settings.out / LOCK)
     with machine_can_fail(), computing_with(settings.run.threads):  # of one command: the others go on
         catalog.command(command).load()(settings, quiet)
 
 
 def _outwait_lost(lock: Path) -> None:
-    """Wait while a directory is held by what ran in it on a machine that is given up for lost: it soon ends, too."""
+    """Wait while a directory is held by what ran in it on a lost machine: it soon ends, too."""
     with contextlib.suppress(ImportError):  # Windows has no such locks
         import fcntl
 

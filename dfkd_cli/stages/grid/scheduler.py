@@ -61,7 +61,7 @@ def run_grid(
                     settings = run.settings
                     reach = access(settings)  # a process that is confined can do nothing else afterwards
                     inside = None if reach is None else reach.confined
-                    what = settings.plain(), settings.code.typed, terminal.verbosity, silent
+                    what = settings.plain(), settings.code.typed, terminal.verbosity, silent, launcher.retries
                     launcher.submit(run, carry_out, *what, inside=inside)
             if not launcher.busy:
                 continue  # what was waiting had failed before
