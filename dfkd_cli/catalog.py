@@ -25,6 +25,7 @@ from typing import Any
 from dfkd_cli.config import MOST_YAML, parse_yaml
 from dfkd_cli.errors import ConfigError, did_you_mean
 from dfkd_cli.unimported import PACKAGE, Module, read
+from dfkd_cli.urls import take_credentials
 
 RECIPES = (".yaml", ".yml")  # how a recipe's file is told from a recipe's name
 
@@ -66,6 +67,7 @@ class Command:
         choices: What is chosen by name.
         shared: Whether several devices and machines can share the work.
         sections: Keys of a recipe that are no options and reach ``Settings.sections`` as they are.
+        copies: Whether URLs reach it as copies of what lies there; else as they are typed.
         name: What the user types. The file's name.
         help: What the command does, in paragraphs, the first of one line. The file's docstring.
     """
@@ -77,6 +79,7 @@ class Command:
     choices: tuple[Choice, ...] = ()
     shared: bool = False
     sections: tuple[str, ...] = ()
+    copies: bool = True
     name: str = ""
     help: str = ""
 
@@ -273,7 +276,7 @@ def read_recipe(path: Path) -> dict[str, Any]:
     """The keys of a recipe file, its head ``about`` included."""
     try:
         with path.open(encoding="utf-8") as file:
-            return parse_yaml(file.read(MOST_YAML + 1), str(path))
+            return parse_yaml(take_credentials(file.read(MOST_YAML + 1)), str(path))
     except (OSError, UnicodeDecodeError):
         raise ConfigError(f"{path}: not a readable recipe") from None
 

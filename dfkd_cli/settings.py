@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -11,6 +11,7 @@ from dfkd_cli import catalog, config, trust
 from dfkd_cli.errors import ConfigError, did_you_mean
 from dfkd_cli.options import FOREIGN, Run
 from dfkd_cli.trust import Code
+from dfkd_cli.urls import each_text, named
 
 INSTEAD = "num_images", "images_per_class"  # two ways to say one thing
 TYPED, ASSIGNED = "--", "--set "  # where typed flags come from, and what ``--set`` says
@@ -81,7 +82,8 @@ class Settings:
             cls: type = type(section)
             traits = config.options(cls)
             values |= {k: v for k, v in config.plain(section).items() if volatile or not traits[k].get("volatile")}
-        return values | {name: section for name, section in self.sections.items() if volatile and section is not None}
+        values |= {name: section for name, section in self.sections.items() if volatile and section is not None}
+        return named(values)
 
     def completed(self, identity: Mapping[str, Any]) -> dict[str, Any]:
         """What an older version recorded, with the defaults of settings that it did not know.
@@ -103,6 +105,21 @@ class Settings:
     def replace(self, **changes: Any) -> Settings:
         """The same settings with some inputs changed."""
         return dataclasses.replace(self, inputs=dataclasses.replace(self.inputs, **changes))
+
+    def each_text(self, change: Callable[[str], str]) -> Settings:
+        """The same settings with every text changed that says what is read, and how."""
+        components = {
+            flag: tuple(dataclasses.replace(c, config=_changed(c.config, change)) for c in chosen)
+            for flag, chosen in self.components.items()
+        }
+        sections = each_text(self.sections, change)
+        return dataclasses.replace(self, inputs=_changed(self.inputs, change), components=components, sections=sections)
+
+
+def _changed(section: Any, change: Callable[[str], str]) -> Any:
+    """A configuration object with every text in it changed."""
+    values = {field.name: getattr(section, field.name) for field in dataclasses.fields(section)}
+    return dataclasses.replace(section, **each_text(values, change))
 
 
 def resolve(command: str, sources: Sequence[tuple[Any, ...]]) -> Settings:

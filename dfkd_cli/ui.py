@@ -15,6 +15,7 @@ from typing import Any, TextIO
 from rich.console import Console
 
 from dfkd_cli.errors import Interrupted, RunFailed
+from dfkd_cli.urls import named
 
 QUIET, NORMAL, VERBOSE = -1, 0, 1
 
@@ -44,17 +45,18 @@ class Terminal:
     def say(self, text: str, level: int = NORMAL) -> None:
         """A message for the person watching."""
         if self.verbosity >= level and not self.silent:
-            self.err.print(text, markup=False)
+            self.err.print(named(text), markup=False)
 
     def answer(self, text: Any) -> None:
         """The result in words, or a rich table."""
         if not self.as_json and not self.silent:
-            self.out.print(text, markup=False) if isinstance(text, str) else self.out.print(text)
+            self.out.print(named(text), markup=False) if isinstance(text, str) else self.out.print(text)
 
     def document(self, value: dict[str, Any]) -> None:
         """The one JSON document."""
         if self.as_json and not self.silent:
-            sys.stdout.write(json.dumps({"schema": 1, **value}, ensure_ascii=False, allow_nan=False) + "\n")
+            document = named({"schema": 1, **value})
+            sys.stdout.write(json.dumps(document, ensure_ascii=False, allow_nan=False) + "\n")
             sys.stdout.flush()
 
     def error(self, code: str, message: str, hint: str, answer: Mapping[str, Any] = MappingProxyType({})) -> None:
@@ -62,7 +64,7 @@ class Terminal:
         with contextlib.suppress(RunFailed, Interrupted):  # of the two errors this one counts
             self.document({"ok": False, "error": {"code": code, "message": message, "hint": hint}, **answer})
         if not self.silent:
-            self.err.print(f"error: {message}" + (f" -- {hint}" if hint else ""), markup=False)
+            self.err.print(named(f"error: {message}" + (f" -- {hint}" if hint else "")), markup=False)
 
 
 class Notes(logging.Handler):

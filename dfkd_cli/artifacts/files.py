@@ -13,6 +13,7 @@ from pathlib import Path
 from typing import Any, BinaryIO
 
 from dfkd_cli.errors import FULL, ArtifactError, ConfigError, RunFailed
+from dfkd_cli.urls import named
 
 
 def write_atomic(path: Path, data: bytes) -> str:
@@ -110,8 +111,8 @@ def _umask() -> int:
 
 
 def write_text(path: Path, text: str) -> str:
-    """Write text atomically. Returns its sha256."""
-    return write_atomic(path, utf8(text))
+    """Write text atomically, in which URLs stand for their copies. Returns its sha256."""
+    return write_atomic(path, utf8(named(text)))
 
 
 def utf8(text: str) -> bytes:
@@ -120,8 +121,13 @@ def utf8(text: str) -> bytes:
 
 
 def write_json(path: Path, value: Any) -> str:
-    """Write a JSON document atomically. Returns its sha256."""
-    return write_text(path, json.dumps(value, indent=2, ensure_ascii=False) + "\n")
+    """Write a JSON document atomically, in which URLs stand for their copies. Returns its sha256."""
+    return write_atomic(path, json_bytes(named(value)))
+
+
+def json_bytes(value: Any) -> bytes:
+    """A JSON document as it is written."""
+    return utf8(json.dumps(value, indent=2, ensure_ascii=False) + "\n")
 
 
 def sha256_file(path: Path) -> str:

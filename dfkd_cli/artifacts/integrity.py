@@ -11,6 +11,7 @@ from dfkd_cli.artifacts.files import digest, sha256_file, write_json
 from dfkd_cli.artifacts.records import REMAKE, read_json
 from dfkd_cli.errors import ArtifactError
 from dfkd_cli.trust import CONFIG
+from dfkd_cli.urls import named
 
 RUN = "run.json"
 LEVELS = 3  # how many directories above a file may have a record that names it: its own, and those that are around it
@@ -57,7 +58,12 @@ class RunRecord(TypedDict):
 
 def write_run(directory: Path, record: Mapping[str, Any]) -> None:
     """Write the ``run.json`` of a directory, with a hash of all that it says."""
-    write_json(directory / RUN, {**record, "sha256": _said(record)})
+    write_json(directory / RUN, with_hash(named(record)))
+
+
+def with_hash(record: Mapping[str, Any]) -> dict[str, Any]:
+    """A ``run.json`` with a hash of all that it says."""
+    return {**record, "sha256": _said(record)}
 
 
 def _said(record: Mapping[str, Any]) -> str:

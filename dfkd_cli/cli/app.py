@@ -14,6 +14,7 @@ from typing import Annotated, Any
 import typer
 
 from dfkd_cli import catalog
+from dfkd_cli.artifacts.copies import on_this_machine
 from dfkd_cli.cli import arguments, listing
 from dfkd_cli.data.access import access
 from dfkd_cli.errors import ConfigError, DfkdError, Interrupted, machine_can_fail
@@ -29,13 +30,15 @@ from dfkd_cli.processes import (
 )
 from dfkd_cli.settings import Layer, Settings, assigned_layer, choose, recipe_layer, resolve, typed_layer
 from dfkd_cli.ui import NORMAL, QUIET, VERBOSE, Notes, Terminal
+from dfkd_cli.urls import take_credentials
 
 CONTEXT = {"help_option_names": ["-h", "--help"], "max_content_width": 200}
 
 
 def main(argv: list[str] | None = None) -> int:
     """Run the command line and return the process's exit code."""
-    argv = list(sys.argv[1:] if argv is None else argv)
+    argv = [take_credentials(word) for word in (sys.argv[1:] if argv is None else argv)]
+    sys.argv = [take_credentials(word) for word in sys.argv]  # what records say, and other processes are started with
     terminal = _terminal(argv)
     debug = "--debug" in argv or bool(os.environ.get("DFKD_DEBUG"))
     try:
@@ -235,6 +238,8 @@ def run_stage(settings: Settings, terminal: Terminal, dry_run: bool) -> None:
     if how.num_nodes > 1 and how.overwrite:
         raise ConfigError("--overwrite: several machines begin at different times", "remove the directory first")
     join_machines(1 if dry_run else how.num_nodes)
+    if command.copies:
+        settings = on_this_machine(settings, terminal, known=not first_process())
     reach = access(settings, dry_run) if dedicated() else None
     with Notes(terminal).heard(), contextlib.nullcontext() if reach is None else reach.confined():
         run = command.load()

@@ -1,4 +1,4 @@
-"""``ls``, ``cp`` and ``info``: what there is, and what this installation or an artifact is."""
+"""``ls`` and ``info``: what there is, and what this installation or an artifact is."""
 
 from __future__ import annotations
 
@@ -10,10 +10,10 @@ from typing import Annotated, Any, Literal
 import typer
 
 from dfkd_cli import __version__, catalog
-from dfkd_cli.artifacts.files import write_atomic
+from dfkd_cli.artifacts.copies import fetch
 from dfkd_cli.config import dump_yaml
-from dfkd_cli.errors import ConfigError
 from dfkd_cli.ui import Terminal
+from dfkd_cli.urls import copies, is_url, know_copies
 
 KINDS: dict[str, Callable[[], list[dict[str, Any]]]] = {
     "methods": lambda: [e.item() for package in ("synthesizers", "regimes") for e in catalog.entries(package).values()],
@@ -29,7 +29,7 @@ AsJson = Annotated[bool, typer.Option("--json", help="print one JSON document")]
 
 
 def register(app: typer.Typer, terminal: Terminal) -> None:
-    """Add the three commands to the application."""
+    """Add the two commands to the application."""
 
     @app.command("ls", help="List methods, objectives, models, datasets or recipes.")
     def ls(
@@ -50,31 +50,17 @@ def register(app: typer.Typer, terminal: Terminal) -> None:
         terminal.answer(table)
         terminal.document({"ok": True, "items": items})
 
-    @app.command("cp", help="Copy a recipe, to change it: dfkd cp zskd-digits my.yaml")
-    def cp(
-        recipe: Annotated[str, typer.Argument(help="recipe name (dfkd ls recipes)")],
-        dest: Annotated[Path, typer.Argument(help="file to write")],
-        overwrite: Annotated[bool, typer.Option("--overwrite", help="replace DEST")] = False,
-        json: AsJson = False,
-    ) -> None:
-        source = catalog.find_recipe(recipe)
-        if dest.is_dir():
-            dest = dest / source.name
-        if dest.exists() and not overwrite:
-            raise ConfigError(f"{dest} exists", "choose another name or give --overwrite")
-        write_atomic(dest, source.read_bytes())
-        terminal.answer(str(dest))
-        terminal.document({"ok": True, "command": "cp", "artifacts": {"recipe": str(dest)}})
-
     @app.command("info", help="Show versions and devices, or (with PATH) an artifact and its lineage.")
     def info(
-        path: Annotated[Path | None, typer.Argument(help="directory that dfkd wrote", show_default=False)] = None,
+        path: Annotated[str | None, typer.Argument(help="directory that dfkd wrote", show_default=False)] = None,
         json: AsJson = False,
     ) -> None:
         if path is not None:
             from dfkd_cli.stages.lineage import describe
 
-            facts = describe(path)
+            if is_url(path):
+                know_copies(fetch([path], terminal))
+            facts = describe(Path(copies().get(path, path)))
         else:
             facts = {"dfkd": __version__, "python": platform.python_version(), "platform": platform.platform()}
             facts |= {name: _version(name) for name in PACKAGES} | {"devices": _devices()}

@@ -37,6 +37,7 @@ from dfkd_cli.options import SeenTeacher
 from dfkd_cli.processes import writes_records
 from dfkd_cli.settings import Settings
 from dfkd_cli.unimported import PACKAGE
+from dfkd_cli.urls import copies
 
 Rule = tuple[str, int]
 
@@ -124,6 +125,7 @@ class Access:
         ]
         whole = [*_SYSTEM, *prefixes, *folders, str(PACKAGE), str(catalog.recipes_directory()), *self.inputs, *linked]
         yield from _all_but(whole, self.sealed)
+        yield from ((place, READ) for place in self.inputs if place in copies().values())  # datasets lie around them
         for folder in (*sys.path, *self.code):
             if not any(Path(folder).resolve().is_relative_to(prefix) for prefix in prefixes):
                 yield from _code(folder or ".")

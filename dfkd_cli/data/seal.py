@@ -22,6 +22,7 @@ from types import MappingProxyType
 from typing import Any
 
 from dfkd_cli.errors import ConfigError, DfkdError
+from dfkd_cli.urls import copies
 
 
 class DataSealed(DfkdError):
@@ -36,6 +37,7 @@ class DataSealed(DfkdError):
 class _Seal:
     reason: str
     places: tuple[str, ...]  # resolved and as named, each with a final separator
+    copies: tuple[str, ...]  # of what dfkd has written elsewhere, which may lie in there
     refused: list[DataSealed] = field(default_factory=list)
 
 
@@ -79,7 +81,8 @@ def sealed(reason: str, roots: Iterable[str | os.PathLike[str]] = ()) -> Iterato
         roots: Further directories that hold real data, beside :func:`dataset_roots` and the bundled digits.
     """
     global _active
-    seal = _Seal(reason, (*sealed_places(), *(way for place in roots for way in _ways(place))))
+    places = (*sealed_places(), *(way for place in roots for way in _ways(place)))
+    seal = _Seal(reason, places, tuple(way for copy in copies().values() for way in _ways(copy)))
     _install_hook()
     with _lock:
         _active = (*_active, seal)
@@ -157,5 +160,7 @@ def _on_event(event: str, args: tuple[Any, ...]) -> None:
     names = [os.fsdecode(name) for name in args[: _EVENTS[event]] if isinstance(name, (str, bytes, os.PathLike))]
     for seal, name in itertools.product(_active, names):
         for path, place in itertools.product(_ways(name), seal.places):
-            if path.startswith(place):
+            if path.startswith(place) and not any(
+                path.startswith(copy) for copy in seal.copies if copy.startswith(place)
+            ):
                 raise _misplaced(path, place) or _broken(name, seal)

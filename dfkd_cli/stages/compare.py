@@ -14,6 +14,7 @@ from typing import Any, Literal
 
 import torch
 
+from dfkd_cli.artifacts.copies import on_this_machine
 from dfkd_cli.artifacts.files import digest, write_json, write_text
 from dfkd_cli.artifacts.integrity import intact, read_run
 from dfkd_cli.artifacts.records import read_json
@@ -42,6 +43,7 @@ from dfkd_cli.stages.measures import Examiner, check_gate, finite, top1
 from dfkd_cli.stages.snapshots import look_back
 from dfkd_cli.trust import CONFIG, Code
 from dfkd_cli.ui import Progress, Terminal
+from dfkd_cli.urls import named
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -194,7 +196,7 @@ def _so_far(path: Path, code: Code, terminal: Terminal) -> list[Model]:
     """
     allowed = {"allow_code": code.artifacts, "code_dir": code.folder}
     recipe = recipe_layer(str(intact(path / CONFIG)), "compare")
-    settings = resolve("compare", [recipe, Layer("", allowed, code.typed)])
+    settings = on_this_machine(resolve("compare", [recipe, Layer("", allowed, code.typed)]), terminal, known=True)
     if settings.sections["grid"] is None:
         raise ArtifactError(f"{path}: a comparison without a grid", "give the directories that it compares")
     grid = plan(settings, path)
@@ -307,7 +309,7 @@ def _results(
     progress.close()
     directory.save()
     galleries = {s.sha256: s.facts() for s in [*(s for m in models for s in m.shards), *shards]}
-    return {
+    results = {
         "schema": 1,
         "argv": directory.record["argv"],
         "device": torch.cuda.get_device_name(device) if device.type == "cuda" else device.type,
@@ -315,6 +317,7 @@ def _results(
         "sections": blocks,
         "shards": list(galleries.values()),
     }
+    return named(results)
 
 
 class Meter:

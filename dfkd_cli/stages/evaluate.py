@@ -39,6 +39,7 @@ from dfkd_cli.stages.shard_measures import measure_images, measure_shards
 from dfkd_cli.stages.sharpness import require_hessian, sharpness
 from dfkd_cli.stages.training import rehearse
 from dfkd_cli.ui import VERBOSE, Progress, Terminal
+from dfkd_cli.urls import named
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -179,7 +180,7 @@ def measure(plan: Plan, terminal: Terminal) -> Results:
     progress = Progress(terminal, "evaluate", "paths", len(plan.evaluations) + len(plan.lines))
     try:
         for each in (*plan.evaluations, *plan.lines):
-            found.append(finite(each.facts | each.measure()))
+            found.append(finite(named(each.facts | each.measure())))
             progress.update(len(found))
             path, products = each.facts["path"], found[-1].get("sharpness_products")
             if found[-1].get("logits_ok") is False:

@@ -38,7 +38,7 @@ def describe(path: Path) -> dict[str, Any]:
     records = {name: read_json(intact(path / name), kind) for name, kind in RECORDS.items() if (path / name).is_file()}
     if not records:
         raise ArtifactError(f"{path}: no model, shard or metadata directory", "give a directory that dfkd wrote")
-    for file, sha256 in _hashes(records).items():
+    for file, sha256 in hashes(records).items():
         intact(path / file, sha256)
     short = {name: {key: v for key, v in record.items() if key not in LONG} for name, record in records.items()}
     answer: dict[str, Any] = {"path": str(path), **short, "lineage": lineage(path)}
@@ -47,7 +47,7 @@ def describe(path: Path) -> dict[str, Any]:
     return answer
 
 
-def _hashes(records: dict[str, Any]) -> dict[str, str]:
+def hashes(records: dict[str, Any]) -> dict[str, str]:
     """The hash of every file of which the records of a directory have one."""
     named = [*records.get(MANIFEST, {}).get("shards", ())]
     for kind in (directory, generators):

@@ -18,7 +18,7 @@ from dfkd_cli.cli import listing
 from dfkd_cli.config import defaults, hints, options
 from dfkd_cli.options import Run
 
-COMMANDS = [*catalog.commands(), "ls", "cp", "info"]
+COMMANDS = [*catalog.commands(), "ls", "info"]
 # Environments that make many tools believe in a colour terminal.
 FORCED = {"GITHUB_ACTIONS": "true", "FORCE_COLOR": "1", "PY_COLORS": "1", "CLICOLOR_FORCE": "1", "TERM": "xterm"}
 ESCAPE = "\x1b"

@@ -20,6 +20,7 @@ import ways_to_data
 from pipeline import edit
 from ways_to_data import MARK, WAYS
 
+from dfkd_cli import urls
 from dfkd_cli.data import landlock
 from dfkd_cli.data.access import access
 from dfkd_cli.settings import resolve
@@ -221,3 +222,37 @@ def test_commands_that_need_data_are_not_confined():
         ("compare", {}),
     ]:
         assert access(resolve(command, [("", inputs)])) is None
+
+
+@needs_landlock
+def test_copies_of_what_lies_at_urls_can_be_read_among_datasets_and_nothing_beside_them(here, monkeypatch):
+    place = here / "data" / "urls"
+    for name in ("one", "other"):
+        (place / name).mkdir(parents=True)
+        (place / name / "file").write_text(name)
+    (here / "data" / "images").write_text("private")
+    monkeypatch.setenv(urls.COPIES, json.dumps({"s3://bucket/one": str(place / "one")}))
+    monkeypatch.setenv("DFKD_DATA", str(here / "data"))
+    reads = f"""
+import json, os, pathlib, sys
+from dfkd_cli.data.access import Access
+from dfkd_cli.data.seal import sealed, sealed_places
+says = {{}}
+def read():
+    for name in ("urls/one/file", "urls/other/file", "images"):
+        try:
+            says.setdefault(name, []).append(pathlib.Path({str(here / "data")!r}, name).read_text())
+        except Exception as error:
+            says.setdefault(name, []).append(type(error).__name__)
+with sealed("it is a test"):
+    read()
+with Access(({str(place / "one")!r},), (), "out", True, False, False, sealed_places()).confined():
+    read()
+    print(json.dumps(says))
+"""
+    done = subprocess.run([sys.executable, "-c", reads], capture_output=True, text=True, check=True)
+    assert json.loads(done.stdout) == {
+        "urls/one/file": ["one", "one"],
+        "urls/other/file": ["DataSealed", "PermissionError"],
+        "images": ["DataSealed", "PermissionError"],
+    }

@@ -10,6 +10,7 @@ from pathlib import Path
 from typing import Any
 
 from dfkd_cli import catalog, config
+from dfkd_cli.artifacts.copies import on_this_machine
 from dfkd_cli.artifacts.files import open_lock
 from dfkd_cli.artifacts.run import LOCK
 from dfkd_cli.errors import ConfigError, did_you_mean, machine_can_fail
@@ -113,7 +114,7 @@ def carry_out(
     """
     command = values.pop("command")
     quiet = Terminal(verbosity, as_json=True, silent=silent)  # stdout is for the comparison
-    settings = resolve(command, [Layer("", values, typed)])
+    settings = on_this_machine(resolve(command, [Layer("", values, typed)]), quiet, known=True)
     if retried:
         _outwait_lost(settings.out / LOCK)
     with machine_can_fail(), computing_with(settings.run.threads):  # of one command: the others go on

@@ -13,6 +13,7 @@ from dfkd_cli.errors import ConfigError
 from dfkd_cli.settings import TYPED, Layer, Settings, resolve
 from dfkd_cli.stages.grid.commands import Grid, PlannedRun, choose_rows, passed_flags, qualified
 from dfkd_cli.stages.grid.language import GridRow, GridTeacher, mapping, parse
+from dfkd_cli.urls import named
 
 
 def plan(settings: Settings, out: Path) -> Grid:
@@ -33,7 +34,7 @@ def plan(settings: Settings, out: Path) -> Grid:
         return choose_rows(list(_published(mapping(settings.sections["about"], "about"), runs)), settings.inputs.rows)
 
     identity = []
-    exported = [("model", teacher.paths["teacher"]) for teacher in teachers if "teacher" in teacher.paths]
+    exported = [("model", named(teacher.paths["teacher"])) for teacher in teachers if "teacher" in teacher.paths]
     for run in runs_under(Path()):
         more = {key: getattr(run, key) for key in ("row", "taught_by", "published") if getattr(run, key)}
         values = run.settings.plain(volatile=False) | more
