@@ -104,7 +104,7 @@ def convert(value: Any, annotation: Any, where: str) -> Any:
     origin, args = typing.get_origin(annotation), typing.get_args(annotation)
     if origin is tuple:
         if isinstance(value, str):
-            value = _split(value, spaces=args[0] is not str, where=where)
+            value = items_of(value, spaces=args[0] is not str, where=where)
         items = list(value) if isinstance(value, (list, tuple)) else [value]
         if args[-1] is not Ellipsis and len(items) != len(args):
             raise ConfigError(f"{where}: needs {len(args)} values, got {len(items)}")
@@ -145,7 +145,7 @@ def _number(value: Any) -> int | float | None:
     return None
 
 
-def _split(text: str, *, spaces: bool, where: str) -> list[Any]:
+def items_of(text: str, *, spaces: bool, where: str) -> list[Any]:
     """The items of ``[a, b]``, ``a,b`` or, unless they are words, ``a b``."""
     if text.strip().startswith("["):
         try:

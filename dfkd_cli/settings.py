@@ -11,7 +11,7 @@ from dfkd_cli import catalog, config, trust
 from dfkd_cli.errors import ConfigError, did_you_mean
 from dfkd_cli.options import FOREIGN, Run
 from dfkd_cli.trust import Code
-from dfkd_cli.urls import each_text, named
+from dfkd_cli.urls import named
 
 INSTEAD = "num_images", "images_per_class"  # two ways to say one thing
 TYPED, ASSIGNED = "--", "--set "  # where typed flags come from, and what ``--set`` says
@@ -106,20 +106,20 @@ class Settings:
         """The same settings with some inputs changed."""
         return dataclasses.replace(self, inputs=dataclasses.replace(self.inputs, **changes))
 
-    def each_text(self, change: Callable[[str], str]) -> Settings:
-        """The same settings with every text changed that says what is read, and how."""
+    def each_read(self, change: Callable[[str], str]) -> Settings:
+        """The same settings with every text changed that says what is read."""
         components = {
             flag: tuple(dataclasses.replace(c, config=_changed(c.config, change)) for c in chosen)
             for flag, chosen in self.components.items()
         }
-        sections = each_text(self.sections, change)
+        sections = trust.each_read(self.sections, change)
         return dataclasses.replace(self, inputs=_changed(self.inputs, change), components=components, sections=sections)
 
 
 def _changed(section: Any, change: Callable[[str], str]) -> Any:
     """A configuration object with every text in it changed."""
     values = {field.name: getattr(section, field.name) for field in dataclasses.fields(section)}
-    return dataclasses.replace(section, **each_text(values, change))
+    return dataclasses.replace(section, **trust.each_read(values, change))
 
 
 def resolve(command: str, sources: Sequence[tuple[Any, ...]]) -> Settings:
@@ -258,7 +258,8 @@ def typed_layer(values: Mapping[str, Any]) -> Layer:
 def assigned_layer(items: list[str]) -> Layer:
     """What ``--set KEY=VALUE ...`` says."""
     pairs = assignments(items)
-    return Layer(ASSIGNED, pairs, frozenset(trust.words(pairs)))
+    inside = [config.items_of(value, spaces=False, where=key) for key, value in pairs.items()]  # of lists
+    return Layer(ASSIGNED, pairs, frozenset(trust.words([*pairs.values(), *inside])))
 
 
 def assignments(items: list[str]) -> dict[str, str]:

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import dataclasses
 import os
-from collections.abc import Iterable, Iterator
+from collections.abc import Callable, Iterable, Iterator
 from pathlib import Path
 from typing import Any
 
@@ -18,6 +18,11 @@ PATHS = (
     "teacher", "student", "model", "weights", "metadata", "transfer_set", "dataset", "data_dir", "paths", "path",
     "recipe",
 )  # fmt: skip
+
+
+# The keys of settings that name models or images, which may lie at a URL.
+READ = ("teacher", "student", "students", "assistants", "model", "metadata", "transfer_set", "paths", "path",
+        "calibrate", "check", "unlabelled")  # fmt: skip
 
 
 @dataclasses.dataclass(frozen=True)
@@ -83,6 +88,15 @@ def words(values: Any) -> Iterator[str]:
     elif isinstance(values, (dict, list, tuple)):
         for value in values.values() if isinstance(values, dict) else values:
             yield from words(value)
+
+
+def each_read(value: Any, change: Callable[[str], str], key: str = "", above: str = "") -> Any:
+    """Plain values with every text changed that names a model or images; a teacher may stand under its name."""
+    if isinstance(value, dict):
+        return {name: each_read(inner, change, name, key) for name, inner in value.items()}
+    if isinstance(value, (list, tuple)):
+        return type(value)(each_read(inner, change, key, above) for inner in value)
+    return change(value) if isinstance(value, str) and (key in READ or above == "teachers") else value
 
 
 def placed(name: str, folders: Iterable[Path]) -> str:

@@ -18,8 +18,13 @@ Value = TypeVar("Value")
 
 COPIES = "DFKD_COPIES"  # the variable with which the processes of a command know of its copies
 SHORT = 12  # characters that the name of a user has at most; what is longer and stands alone is a token
+# Where directories lie. fsspec also speaks protocols that lead on to what some file says, also on this machine.
+PROTOCOLS = (
+    "s3", "s3a", "hf", "sftp", "ssh", "gs", "gcs", "abfs", "abfss", "az", "http", "https", "ftp", "smb", "webdav",
+    "hdfs", "oss", "oci", "file",
+)  # fmt: skip
 _URL = re.compile(r"[A-Za-z][\w+.-]+(://|::)")
-_USER = re.compile(r"(\w[\w+.-]*://)([^/\s]*@)([^/\s]*)")
+_USER = re.compile(r"\b((?:sftp|ssh|ftp|https?|smb|webdav)://)([^/\s]*@)([^/\s]*)")  # elsewhere it is no login
 _credentials: dict[str, str] = {}  # by protocol and host
 
 

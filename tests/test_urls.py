@@ -3,6 +3,7 @@
 import pytest
 
 from dfkd_cli import urls
+from dfkd_cli.settings import resolve
 
 
 @pytest.fixture(autouse=True)
@@ -67,3 +68,24 @@ def test_where_copies_lie(monkeypatch, tmp_path):
     assert urls.copies_directory() == tmp_path / "dfkd" / "urls"
     monkeypatch.setenv("DFKD_CACHE", str(tmp_path / "elsewhere"))
     assert urls.copies_directory() == tmp_path / "elsewhere" / "urls"
+
+
+def test_only_what_is_read_is_looked_for_at_a_url():
+    """A recipe's head may have links, and an address is none."""
+    about = {"paper": "https://arxiv.org/abs/1", "summary": "see http://x/y"}
+    grid = {"teachers": {"a": {"path": "s3://b/teacher"}, "c": "s3://b/other"}, "rows": {"real": {"distill": {}}}}
+    row = {"distill": {"transfer_set": ["s3://b/set"], "student": "w4a8:s3://b/small"}}
+    settings = resolve("compare", [("", {"about": about, "grid": grid | {"rows": {"few": row}}})])
+    seen: list[str] = []
+    settings.each_read(lambda text: (seen.append(text), text)[1])
+    assert [text for text in seen if "://" in text] == [
+        "s3://b/teacher",
+        "s3://b/other",
+        "s3://b/set",
+        "w4a8:s3://b/small",
+    ]
+
+
+@pytest.mark.parametrize("url", ["abfs://container@account/x", "hf://user/model@main", "s3://bucket/a@b"])
+def test_what_stands_before_an_at_is_a_login_only_where_there_are_logins(url):
+    assert urls.take_credentials(url) == url

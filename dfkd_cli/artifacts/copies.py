@@ -50,10 +50,10 @@ def on_this_machine(settings: Settings, terminal: Terminal, known: bool = False)
             urls[text] = url
         return text
 
-    settings.each_text(collect)
+    settings.each_read(collect)
     wanted = {url for url in urls.values() if not (known and os.path.isdir(copies().get(url, "")))}
     know_copies(fetch(wanted, terminal) if wanted else {}, anew=not known)  # not what the environment says
-    return settings.each_text(lambda text: few_bits(text)[0] + copies()[urls[text]] if text in urls else text)
+    return settings.each_read(lambda text: few_bits(text)[0] + copies()[urls[text]] if text in urls else text)
 
 
 def fetch(urls: Collection[str], terminal: Terminal) -> dict[str, str]:

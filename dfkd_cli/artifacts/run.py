@@ -119,7 +119,8 @@ class RunDirectory:
         for pattern in (".*.tmp", "*/.*.tmp"):
             for left_by_a_kill in self.path.glob(pattern):
                 remove(left_by_a_kill)
-        only_typed = {name for name, traits in options(Run).items() if traits.get("typed")}
+        groups: tuple[type, ...] = (Run, type(self.settings.inputs))
+        only_typed = {name for group in groups for name, traits in options(group).items() if traits.get("typed")}
         replayable = {key: value for key, value in self.settings.plain().items() if key not in only_typed}
         self.save()  # first: what lies beside it is ours
         self.keep(self.path / CONFIG, write_text(self.path / CONFIG, dump_yaml(replayable)))

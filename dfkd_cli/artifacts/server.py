@@ -19,7 +19,7 @@ from dfkd_cli.artifacts.files import json_bytes, sha256_file, write_atomic, writ
 from dfkd_cli.artifacts.integrity import RUN
 from dfkd_cli.artifacts.records import read_json
 from dfkd_cli.errors import FULL, ArtifactError, ConfigError, DfkdError, RunFailed
-from dfkd_cli.urls import with_credentials, without_secrets
+from dfkd_cli.urls import PROTOCOLS, with_credentials, without_secrets
 
 INDEX = "files.json"
 AT_ONCE = 16  # files between which nothing is checked, and which a kill loses
@@ -72,6 +72,9 @@ class Server:
 
     def __init__(self, url: str) -> None:
         self.url = url.rstrip("/")
+        protocol = url.partition("://")[0]
+        if protocol not in PROTOCOLS:
+            raise ConfigError(f"{protocol}: no protocol that dfkd reads", f"one of {', '.join(PROTOCOLS)}")
         if "?" in url:
             raise ConfigError(f"{url.partition('?')[0]}: names no directory with what follows the ?", "leave that out")
         with self._talking():
@@ -257,7 +260,7 @@ class Server:
 def check_name(name: str, where: str) -> None:
     """Raise :class:`ArtifactError` for the path of a file that would lie outside of its directory, or hidden in it."""
     pure = PurePosixPath(name)
-    if not name or pure.is_absolute() or str(pure) != name or re.search(r"[\\:]|(^|/)\.", name):
+    if not name or pure.is_absolute() or str(pure) != name or re.search(r"[\\:\x00-\x1f]|(^|/)\.", name):
         raise ArtifactError(f"{where} is damaged: {name!r:.80} is no file of a directory", DAMAGED)
 
 

@@ -15,7 +15,7 @@ from typing import Any, Literal
 import torch
 
 from dfkd_cli.artifacts.copies import on_this_machine
-from dfkd_cli.artifacts.files import digest, write_json, write_text
+from dfkd_cli.artifacts.files import digest, utf8, write_atomic, write_json, write_text
 from dfkd_cli.artifacts.integrity import intact, read_run
 from dfkd_cli.artifacts.records import read_json
 from dfkd_cli.artifacts.run import RunDirectory, check_free
@@ -61,23 +61,32 @@ class Inputs(SeenTeacher):
         "local",
         "where a grid's commands run: here, --devices at a time; or on a Ray cluster, as many as it has room for",
         volatile=True,
+        typed=True,
     )
     address: str | None = option(
         None,
         "the Ray cluster, HOST:PORT (default: RAY_ADDRESS; the one of this machine; or it is started here)",
         volatile=True,
+        typed=True,
     )
     gpus_per_run: float = option(
         0,
         "GPUs of each command on Ray, of 0.5 two share one; it takes as many CPUs as --threads (1)",
         low=0,
         volatile=True,
+        typed=True,
     )
     estimate: bool = option(
-        False, "with --dry-run: time a few rounds of each command here, and say how long the grid takes", volatile=True
+        False,
+        "with --dry-run: time rounds of each command here, and say how long the grid takes",
+        volatile=True,
+        typed=True,
     )
     script: str | None = option(
-        None, "with --dry-run: write the plan to this file, a shell script of SLURM jobs (sh FILE)", volatile=True
+        None,
+        "with --dry-run: write the plan to this file, a script of SLURM jobs (sh FILE)",
+        volatile=True,
+        typed=True,
     )
     teacher: str | None = option(None, "teacher: model directory or SPEC (default: the one each student records)")
     dataset: str | None = option(None, "dataset to test on (default: the teacher's)")
@@ -267,7 +276,7 @@ def _rehearse(
             raise ConfigError(f"--script {name} exists", "choose another name, or remove it")
         directory.claim()  # the jobs write into it
         with directory.guard():
-            write_text(Path(name), script(grid, name))
+            write_atomic(Path(name), utf8(script(grid, name)))  # as it is quoted
         answer["artifacts"], written = {"script": name}, f"{name}, and the record of {directory.path},"
     what = "everything fits" if grid is None else f"{len(runs)} commands, well-formed; their data was not looked for"
     terminal.say(f"dry run: {what}; {written} {'was' if written == 'nothing' else 'were'} written")

@@ -3,8 +3,8 @@
 dfkd cp NAME FILE.yaml copies a recipe. dfkd cp DIR URL copies a model, shard, metadata, export or comparison directory
 to s3://, hf://, sftp:// or whatever fsspec speaks, and dfkd cp URL DIR back. Every file's hash is checked on both ways;
 the same command goes on where it was stopped, and copies nothing again that is there. Paths of this machine are left
-out of the records. A directory is not there until all of it is: then files.json names every file with its hash. At
-hf://USER/MODEL, a model gets a README.md too.
+out of the records where they stand alone, not within sentences. A directory is not there until all of it is: then
+files.json names every file with its hash. At hf://USER/MODEL each file is a commit, and a model gets a README.md too.
 
 Wherever a directory is read, its URL may stand: --transfer-set s3://bucket/shards, --teacher hf://user/model. What is
 read there is copied to $DFKD_CACHE (default ~/.cache/dfkd) once, by its hash. Servers and credentials are said as their
@@ -19,14 +19,12 @@ from pathlib import Path
 from typing import Any
 
 from dfkd_cli import catalog
-from dfkd_cli.artifacts.files import remove, write_atomic
+from dfkd_cli.artifacts.files import write_atomic
 from dfkd_cli.artifacts.server import Server, fits
 from dfkd_cli.catalog import Command
 from dfkd_cli.config import option
 from dfkd_cli.errors import ConfigError
-from dfkd_cli.report.card import model_card
 from dfkd_cli.settings import Settings
-from dfkd_cli.stages.bundle import bundle
 from dfkd_cli.ui import Progress, Terminal
 from dfkd_cli.urls import is_url
 
@@ -76,6 +74,9 @@ def _recipe(name: str, dest: Path, overwrite: bool, terminal: Terminal, dry_run:
 
 
 def _send(source: Path, server: Server, overwrite: bool, terminal: Terminal, dry_run: bool) -> dict[str, Any]:
+    from dfkd_cli.report.card import model_card  # both import torch, which a recipe needs not
+    from dfkd_cli.stages.bundle import bundle
+
     parts = bundle(source)
     if dry_run:
         return _would_copy(str(source), len(parts), sum(part.size for part in parts.values()), terminal)
@@ -95,14 +96,14 @@ def _receive(server: Server, dest: Path, overwrite: bool, terminal: Terminal, dr
     if dest.is_file():
         raise ConfigError(f"{dest} is a file", "choose another directory")
     there = {path.relative_to(dest).as_posix() for path in dest.rglob("*") if path.is_file()}
-    others = [name for name in sorted(there) if not (name in said and fits(dest / name, said[name]))]
-    others = [name for name in others if not name.startswith(".")]
+    strange = [name for name in sorted(there) if name not in said and not name.startswith(".")]
+    if strange:
+        raise ConfigError(f"{dest} holds something else: {strange[0]}", "choose another directory")
+    others = [name for name in sorted(there & said.keys()) if not fits(dest / name, said[name])]
     if others and not overwrite:
-        raise ConfigError(f"{dest} holds something else: {others[0]}", "choose another directory, or give --overwrite")
+        raise ConfigError(f"{dest} holds another {others[0]}", "choose another directory, or give --overwrite")
     if dry_run:
         return _would_copy(server.url, len(rows), sum(row["bytes"] for row in rows), terminal)
-    for name in others:
-        remove(dest / name)
     progress = Progress(terminal, "cp", "files", len(rows))
     try:
         copied = server.receive(rows, dest, lambda done, _: progress.update(done))

@@ -144,8 +144,15 @@ def test_what_is_there_already_is_spared(cli, shards, place, url, tmp_path):
     (back / "mine").write_text("1")
     code, _, err = cli("cp", url, back)
     assert code == 2 and "holds something else: mine" in err
+    assert cli("cp", url, back, "--overwrite")[0] == 2  # it is not ours to remove
+    assert (back / "mine").read_text() == "1"
+    (back / "mine").unlink()
+    assert cli("cp", url, back)[0] == 0
+    (back / "config.yaml").write_text("mine: 1\n")
+    code, _, err = cli("cp", url, back)
+    assert code == 2 and "holds another config.yaml" in err
     assert cli("cp", url, back, "--overwrite")[0] == 0
-    assert "mine" not in files(back)
+    assert (back / "config.yaml").read_bytes() == (there / "config.yaml").read_bytes()
     assert cli("cp", place / "student", url, "--overwrite")[0] == 0
     assert cli("cp", url, tmp_path / "student")[0] == 0
     assert {*files(tmp_path / "student")} == {*files(place / "student")} - {"checkpoints/last.ckpt"}
@@ -199,7 +206,8 @@ def test_a_flipped_byte_is_found_before_anything_is_used(cli, shards, url, tmp_p
 
 
 def test_protocols_and_packages_that_are_missing(cli, shards, monkeypatch):
-    one_line(cli("cp", shards, "foo://bucket/x"), 2, "fsspec knows no such protocol")
+    for url in ("foo://bucket/x", "simplecache::s3://bucket/x", "reference://refs.json", "zip://x::file:///y.zip"):
+        one_line(cli("cp", shards, url), 2, "no protocol that dfkd reads")
     for package, url in (("s3fs", "s3a://bucket/x"), ("paramiko", "ssh://host/x")):
         with monkeypatch.context() as patch:
             for name in [*sys.modules]:

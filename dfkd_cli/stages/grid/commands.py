@@ -127,7 +127,12 @@ def _outwait_lost(lock: Path) -> None:
         import fcntl
 
         for _ in range(LOST if lock.exists() else 0):
-            with open_lock(lock) as file, contextlib.suppress(BlockingIOError):
-                fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
+            with open_lock(lock) as file:
+                try:
+                    fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
+                except BlockingIOError:
+                    time.sleep(1)
+                    continue
+                except OSError:
+                    pass  # a file system without locks: whoever takes it says so
                 return
-            time.sleep(1)

@@ -11,6 +11,7 @@ from dfkd_cli.ray_tasks import RayTasks
 from dfkd_cli.settings import Settings
 from dfkd_cli.stages.grid.commands import Grid, carry_out
 from dfkd_cli.ui import Terminal
+from dfkd_cli.urls import copies
 from dfkd_cli.workers import Launcher, Workers
 
 
@@ -31,6 +32,9 @@ def launcher(settings: Settings) -> Launcher:
     if how.devices > 1:
         hint = "leave it out; --gpus-per-run and --threads say what each takes"
         raise ConfigError(f"--devices {how.devices}: a cluster runs as many commands as it has room for", hint)
+    if copies():
+        where = "dfkd cp URL DIR, where all nodes see it"
+        raise ConfigError(f"--engine ray: nodes have no copy of {next(iter(copies()))}", where)
     return RayTasks(inputs.address, how.threads or 1, inputs.gpus_per_run)
 
 

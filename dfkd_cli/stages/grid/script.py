@@ -10,6 +10,7 @@ from typing import Any
 from dfkd_cli.config import plain
 from dfkd_cli.settings import Settings, assigned_layer, resolve, typed_layer
 from dfkd_cli.stages.grid.commands import Grid
+from dfkd_cli.urls import named
 
 _HEAD = """#!/bin/sh
 # Hands a grid to SLURM: each command is a job that starts when those that it waits for have succeeded, and is cancelled
@@ -28,7 +29,7 @@ def script(grid: Grid, name: str) -> str:
         jobs[run.out] = f"${{job{number}%%;*}}"  # sbatch may add a cluster's name
         after = ":".join(jobs[out] for out in sorted(run.waits_for, key=list(jobs).index))
         waits = f" --kill-on-invalid-dep=yes --dependency=afterok:{after}" if after else ""
-        command = shlex.quote(shlex.join(command_line(run.settings)))
+        command = shlex.quote(shlex.join(named(command_line(run.settings))))  # URLs: the copies are this machine's
         title = shlex.quote(str(run).partition(" -> ")[0])
         lines.append(f'job{number}=$(sbatch --parsable --job-name={title}{waits} "$@" --wrap={command})\n')
     return _HEAD.format(name=shlex.quote(name), directory=shlex.quote(os.getcwd())) + "".join(lines)

@@ -12,9 +12,11 @@ from pathlib import Path
 import pytest
 from tiny_comparisons import results_in, students
 
+from dfkd_cli import urls
 from dfkd_cli.catalog import recipes
 from dfkd_cli.cli import app
-from dfkd_cli.settings import recipe_layer, resolve
+from dfkd_cli.errors import ConfigError
+from dfkd_cli.settings import Layer, assigned_layer, recipe_layer, resolve
 from dfkd_cli.stages.grid.planner import plan
 from dfkd_cli.stages.grid.script import command_line, script
 
@@ -118,3 +120,29 @@ def test_a_job_waits_for_what_it_reads_whatever_its_name(tmp_path, monkeypatch, 
     assert len(list(slurm.glob("*.done"))) == len(made.runs)
     (tmp_path / "jobs.sh").write_text(text.replace("--wrap='dfkd ", "--wrap='false "))
     assert subprocess.run(["sh", tmp_path / "jobs.sh"], capture_output=True).returncode == 1
+
+
+def test_what_lies_at_a_url_is_one_word_of_a_job(monkeypatch):
+    """A URL is a stranger's text, and a script runs what is not quoted."""
+    url = "https://host/x';touch$IFS/tmp/there;'y z"
+    monkeypatch.setenv(urls.COPIES, json.dumps({url: "/cache/urls/12"}))
+    rows = {"noise": {"synthesize": {"method": "noise"}}}
+    settings = resolve("compare", [("", {"grid": {"teacher": "/cache/urls/12", "rows": rows}})])
+    text = script(plan(settings, Path("out")), "jobs.sh")
+    assert "/cache/urls" not in text
+    (line, *_) = [line for line in text.splitlines() if line.startswith("job1=")]
+    (wrapped,) = [
+        word for word in shlex.split(line.partition("=$(")[2].removesuffix(")")) if word.startswith("--wrap=")
+    ]
+    assert f"inputs.teacher={url}" in shlex.split(wrapped.removeprefix("--wrap="))
+
+
+def test_a_job_may_run_the_code_that_the_plan_named():
+    settings = resolve("distill", [assigned_layer(['inputs.teacher=["./net.py:build"]'])])
+    assert settings.code.may_run("./net.py:build")
+
+
+@pytest.mark.parametrize("key", ["script", "engine", "address", "estimate", "gpus_per_run"])
+def test_no_recipe_says_where_a_grid_runs_or_what_is_written(key):
+    with pytest.raises(ConfigError, match=key.replace("_", "[_-]")):
+        resolve("compare", [Layer("their.yaml: ", {key: {"engine": "ray", "gpus_per_run": 1}.get(key, "x")})])
