@@ -1,10 +1,11 @@
 """Copy a recipe, to change it; or a finished directory to a URL, and back.
 
-dfkd cp NAME FILE.yaml copies a recipe. dfkd cp DIR URL copies a model, shard, metadata, export or comparison directory
-to s3://, hf://, sftp:// or whatever fsspec speaks, and dfkd cp URL DIR back. Every file's hash is checked on both ways;
-the same command goes on where it was stopped, and copies nothing again that is there. Paths of this machine are left
-out of the records where they stand alone, not within sentences. A directory is not there until all of it is: then
-files.json names every file with its hash. At hf://USER/MODEL each file is a commit, and a model gets a README.md too.
+dfkd cp NAME FILE.yaml copies a recipe. dfkd cp DIR URL copies a model, shard, metadata, export or comparison
+directory to s3://, hf://, sftp:// or other places that fsspec knows, and dfkd cp URL DIR back. Every file's hash is
+checked on both ways; the same command goes on where it was stopped, and copies nothing again that is there. Paths of
+this machine are left out of the records where they stand alone, not within sentences. A directory is not there until
+all of it is: then files.json names every file with its hash. At hf://USER/MODEL each file is a commit, and a model
+gets a README.md too.
 
 Wherever a directory is read, its URL may stand: --transfer-set s3://bucket/shards, --teacher hf://user/model. What is
 read there is copied to $DFKD_CACHE (default ~/.cache/dfkd) once, by its hash. Servers and credentials are said as their
