@@ -16,7 +16,7 @@ CONFIG = "config.yaml"  # what every artifact calls its recipe
 # The keys of recipes that name what is read.
 PATHS = (
     "teacher", "student", "model", "weights", "metadata", "transfer_set", "dataset", "data_dir", "paths", "path",
-    "recipe",
+    "unlabelled", "recipe",
 )  # fmt: skip
 
 

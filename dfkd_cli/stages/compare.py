@@ -59,7 +59,7 @@ class Inputs(SeenTeacher):
     )
     engine: Literal["local", "ray"] = option(
         "local",
-        "where a grid's commands run: here, --devices at a time; or on a Ray cluster, as many as it has room for",
+        "where a grid's commands run: here, or on a Ray cluster, as many at a time as it has room for",
         volatile=True,
         typed=True,
     )

@@ -140,8 +140,9 @@ def test_shards_and_models_mix(here, cli):
     assert set(shards) == {
         "path", "kind", "method", "uses", "count", "confidence", "class_balance", "class_histogram", "target_match",
         "target_divergence", "diversity", "value_range", "bn_distance", "bn_distance_layers", "bn_divergence",
-        "bn_divergence_layers", "logits_ok",
+        "bn_divergence_layers", "logits_ok", "agreement",
     }  # fmt: skip
+    assert shards["agreement"] is None  # it is their own teacher
     assert (shards["path"], shards["kind"], shards["method"], shards["count"]) == ("shards", "shards", "zskd", 13)
     assert shards["logits_ok"] is True
     assert len(shards["bn_distance_layers"]) == len(load_model(here / "resnet")[0].batch_norms())

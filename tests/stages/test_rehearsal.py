@@ -64,7 +64,7 @@ def typed(command: catalog.Command, choice: catalog.Choice | None, entry: catalo
     # What is measured of distill's terms before its rehearsal takes whole batches of the images.
     keep = ("num_images", "batch_size") if command.name == "distill" else ()
     has_student = entry is None or command.name != "synthesize" or "student" in entry.needs
-    left_out = (*keep, *["images_per_class"] * bool(keep), *["snapshots"] * (not has_student))
+    left_out = (*keep, *["images_per_class", "accumulate"] * bool(keep), *["snapshots"] * (not has_student))
     values: dict[str, Any] = longer(command.inputs, more, left_out) | dict.fromkeys(keep, 8)
     chosen = []
     if choice is not None:

@@ -244,11 +244,11 @@ import sys
 import torch
 from dfkd_cli.synthesizers.base import Synthesizer
 
-made = Synthesizer._store
+made = Synthesizer._stored
 def told(self, *arguments):
     print(f"computes with {torch.get_num_threads()} threads", file=sys.stderr)
     return made(self, *arguments)
-Synthesizer._store = told
+Synthesizer._stored = told
 from dfkd_cli.__main__ import main
 
 main()
