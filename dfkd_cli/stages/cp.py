@@ -34,8 +34,10 @@ from dfkd_cli.urls import is_url
 class Inputs:
     """What is copied."""
 
-    source: str | None = option(None, "recipe (dfkd ls recipes), finished directory, or URL", argument="SOURCE")
-    dest: str | None = option(None, "file, URL or directory to write", argument="DEST")
+    source: str | None = option(
+        None, "recipe (dfkd ls recipes), finished directory, or URL", argument="SOURCE", typed=True
+    )
+    dest: str | None = option(None, "file, URL or directory to write", argument="DEST", typed=True)
 
 
 COMMAND = Command(
