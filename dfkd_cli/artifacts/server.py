@@ -250,8 +250,6 @@ class Server:
             if re.search("auth|credential", type(error).__name__, re.IGNORECASE):
                 raise denied from None
             said = re.sub(r"\s+", " ", without_secrets(str(error))) or type(error).__name__
-            if isinstance(error, ValueError) and said.startswith("Protocol not known"):
-                raise ConfigError(f"{self.url}: fsspec knows no such protocol", _protocols()) from None
             if isinstance(error, OSError) and error.errno in FULL:
                 raise RunFailed("the disk is full", f"free some space: {AGAIN}") from None
             raise RunFailed(f"{self.url}: {said[:300]}", AGAIN) from None
@@ -294,9 +292,3 @@ def _begins(copy: Path, content: Path | bytes) -> bool:
 def _written(path: Path, content: bytes) -> Path:
     write_atomic(path, content)
     return path
-
-
-def _protocols() -> str:
-    from fsspec import available_protocols
-
-    return f"it knows {', '.join(sorted({'s3', 'hf', 'sftp', 'gs', 'https', 'file'} & {*available_protocols()}))} ..."
