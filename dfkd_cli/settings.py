@@ -157,7 +157,7 @@ def resolve(command: str, sources: Sequence[tuple[Any, ...]]) -> Settings:
                 raise ConfigError(f"{source}{'.'.join(path)}: unknown key", did_you_mean(path[-1], keys))
             for key in targets:
                 if source not in ("", TYPED, ASSIGNED) and config.options(types[key])[path[-1]].get("typed"):
-                    _refuse(source, path, value)
+                    _refuse(source, path, value, config.defaults(types[key])[path[-1]])
                 values[key][path[-1]] = value
                 labels[key][path[-1]] = source + (path[-1].replace("_", "-") if source == TYPED else path[-1])
     built = {key: config.build(cls, values[key], labels[key]) for key, cls in types.items()}
@@ -170,11 +170,11 @@ def resolve(command: str, sources: Sequence[tuple[Any, ...]]) -> Settings:
     return Settings(command, run, built["inputs",], components, sections, code)
 
 
-def _refuse(source: str, path: tuple[str, ...], value: Any) -> None:
-    """Refuse what only the command line may say, unless it says no."""
-    if value not in (None, False, "false", "no", "off", "none"):
+def _refuse(source: str, path: tuple[str, ...], value: Any, default: Any) -> None:
+    """Refuse what only the command line may say, unless it says no, or what holds in any case."""
+    if value not in (None, False, "false", "no", "off", "none", default):
         flag = "--" + path[-1].replace("_", "-")
-        raise ConfigError(f"{source}no recipe may {path[-1].replace('_', ' ')}", f"leave it out, and type {flag}")
+        raise ConfigError(f"{source}no recipe may say {flag}", f"leave it out, and type {flag}")
 
 
 def choose(command: str, layers: list[Layer]) -> dict[str, list[tuple[catalog.Entry, float]]]:

@@ -511,7 +511,9 @@ def test_no_recipe_allows_code(here: Path, cli) -> None:
     assert cli("distill", "--steps", "1", "--allow-code")[0] == 0
     assert "allow_code" not in Path("student/config.yaml").read_text()
     Path("stranger.yaml").write_text("student: lenet5\nallow_code: true\n")
-    one_line(cli("distill", "--recipe", "stranger.yaml"), 2, "stranger.yaml: no recipe may allow code", "--allow-code")
+    one_line(
+        cli("distill", "--recipe", "stranger.yaml"), 2, "stranger.yaml: no recipe may say --allow-code", "--allow-code"
+    )
 
 
 def test_artifacts_among_datasets_are_refused_and_no_bug(here: Path, cli) -> None:

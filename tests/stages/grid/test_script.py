@@ -144,5 +144,8 @@ def test_a_job_may_run_the_code_that_the_plan_named():
 
 @pytest.mark.parametrize("key", ["script", "engine", "address", "estimate", "gpus_per_run"])
 def test_no_recipe_says_where_a_grid_runs_or_what_is_written(key):
-    with pytest.raises(ConfigError, match=key.replace("_", "[_-]")):
-        resolve("compare", [Layer("their.yaml: ", {key: {"engine": "ray", "gpus_per_run": 1}.get(key, "x")})])
+    with pytest.raises(ConfigError, match=f"no recipe may say --{key}".replace("_", "-")):
+        resolve(
+            "compare",
+            [Layer("their.yaml: ", {key: {"engine": "ray", "gpus_per_run": 1, "estimate": True}.get(key, "x")})],
+        )
