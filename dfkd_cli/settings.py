@@ -106,6 +106,14 @@ class Settings:
         """The same settings with some inputs changed."""
         return dataclasses.replace(self, inputs=dataclasses.replace(self.inputs, **changes))
 
+    def shortened(self) -> Settings:
+        """The same settings with all lengths cut to what a rehearsal takes."""
+        components = {
+            flag: tuple(dataclasses.replace(c, config=config.shortened(c.config)) for c in chosen)
+            for flag, chosen in self.components.items()
+        }
+        return dataclasses.replace(self, inputs=config.shortened(self.inputs), components=components)
+
     def each_read(self, change: Callable[[str], str]) -> Settings:
         """The same settings with every text changed that says what is read."""
         components = {

@@ -125,7 +125,7 @@ class Batches:
         def wanted() -> bool:
             return not reading.cancelled() and main_thread().is_alive()
 
-        with contextlib.suppress(CancelledError, InvalidStateError):
+        with contextlib.suppress(InvalidStateError):
             try:
                 reading.set_result(self._load(chunks, wanted))
             except Exception as error:

@@ -183,13 +183,14 @@ class Examiner:
     @torch.no_grad()
     def _answers(self, model: LoadedModel, name: str, source: Source) -> Examination:
         """What a model answers to images without labels."""
-        classifier, key = model.classifier.eval().to(self.device), (model.sha256, model.classifier.info.classes, name)
+        classifier, key = model.classifier, (model.sha256, model.classifier.info.classes, name)
         if key not in self._answered:
+            classifier.eval().to(self.device)
             shown = batches(source, self.batch_size, self.device)
             answers = torch.cat([classifier(images.pixels).argmax(1).cpu() for images in shown])
             names = classifier.info.classes or range(classifier.info.num_classes)
             self._answered[key] = Examination({}, answers, [*map(str, names)])
-        classifier.cpu()
+            classifier.cpu()
         return self._answered[key]
 
     def measure(self, model: LoadedModel, teacher: LoadedModel | None, dataset: str | None) -> dict[str, Any]:

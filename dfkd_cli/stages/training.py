@@ -15,7 +15,7 @@ from dfkd_cli.artifacts.files import write_atomic
 from dfkd_cli.artifacts.integrity import intact, read_run
 from dfkd_cli.artifacts.run import RunDirectory, check_free
 from dfkd_cli.artifacts.shards import MANIFEST, ShardWriter
-from dfkd_cli.config import dump_yaml, plain, shortened
+from dfkd_cli.config import dump_yaml, plain
 from dfkd_cli.data.seal import check_kept, kept
 from dfkd_cli.data.sources import ANSWERS, Images
 from dfkd_cli.errors import ConfigError
@@ -277,12 +277,8 @@ def rehearse(settings: Settings, stage: Callable[..., Any], terminal: Terminal) 
         check_free(settings.out, settings)
     with tempfile.TemporaryDirectory() as directory:
         run = dataclasses.replace(settings.run, out=str(Path(directory, "out")), device="cpu", devices=1, num_nodes=1)
-        components = {
-            flag: tuple(dataclasses.replace(c, config=shortened(c.config)) for c in chosen)
-            for flag, chosen in settings.components.items()
-        }
         quiet = Terminal(silent=True)
-        stage(dataclasses.replace(settings, run=run, inputs=shortened(settings.inputs), components=components), quiet)
+        stage(dataclasses.replace(settings.shortened(), run=run), quiet)
     terminal.answer(dump_yaml(settings.plain()).rstrip())
     terminal.say("dry run: everything fits; nothing was written")
     return {"dry_run": True, "config": settings.plain()}

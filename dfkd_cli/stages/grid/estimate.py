@@ -23,7 +23,6 @@ from typing import Any
 from dfkd_cli.artifacts.files import digest
 from dfkd_cli.artifacts.integrity import read_run
 from dfkd_cli.artifacts.shards import ShardReader
-from dfkd_cli.config import shortened
 from dfkd_cli.data.access import access
 from dfkd_cli.errors import ConfigError, DfkdError
 from dfkd_cli.options import Assisted
@@ -140,7 +139,7 @@ class _Pilots:
         if key not in self.known:
             if isinstance(_method(settings), Assisted):
                 raise ConfigError("the hops of a chain are not timed")
-            _carry_out(_at(_short(settings), run.out), carry_out)
+            _carry_out(_at(settings.shortened(), run.out), carry_out)
             self.known[key] = run.out, self._time(settings)
         self.stand_ins[run.out], taken = self.known[key]
         if settings.command == "synthesize":
@@ -184,15 +183,6 @@ def _method(settings: Settings) -> Any:
 
 def _at(settings: Settings, out: Path) -> Settings:
     return dataclasses.replace(settings, run=dataclasses.replace(settings.run, out=str(out)))
-
-
-def _short(settings: Settings) -> Settings:
-    """The same with all lengths cut."""
-    parts = {
-        flag: tuple(dataclasses.replace(part, config=shortened(part.config)) for part in chosen)
-        for flag, chosen in settings.components.items()
-    }
-    return dataclasses.replace(settings, inputs=shortened(settings.inputs), components=parts)
 
 
 def _carry_out(settings: Settings, call: Callable[..., None], *more: Any) -> None:
