@@ -45,7 +45,7 @@ class Inputs(PerClass, Training, SeenTeacher):
     combine: Literal["probabilities", "logits"] = option("probabilities", "what of several teachers is averaged")
     queries: int | None = option(None, "most images that a black box is asked about, each once", low=1, volatile=True)
     transfer_set: tuple[str, ...] = option(
-        ("shards",), "shard or generator directory, real, real:N, noise:N, folder of images"
+        ("shards",), "shard or generator directory, real, real:N, a dataset's name, NAME:N, noise:N, folder of images"
     )
     num_images: int | None = option(
         None, "take the first so many images of the transfer sets (default: all)", low=1, rehearsal=2
@@ -59,7 +59,7 @@ class Inputs(PerClass, Training, SeenTeacher):
     rotate: float = 10.0
     translate: float = 0.1
     scale: float = 0.1
-    data_dir: str | None = option(None, "where the real images lie, for real and real:N", volatile=True)
+    data_dir: str | None = option(None, "where datasets lie, for real images", volatile=True)
     holdout: float = option(0.02, "share of the images that only measures agreement")
 
     def __post_init__(self) -> None:

@@ -280,7 +280,7 @@ class _Opener:
             check_foreign(Path(path))
             return self._images(path)
         what = "neither a model directory nor a shard directory" if Path(path).exists() else "no such directory"
-        raise ArtifactError(f"{path}: {what}", "give a directory that dfkd train-teacher, synthesize or distill made")
+        raise ArtifactError(f"{path}: {what}", "give a directory that dfkd made, or a network of your own as --teacher")
 
     def _model(self, path: str, model: LoadedModel) -> Evaluation:
         _, *line = model.ancestry

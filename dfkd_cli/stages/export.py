@@ -55,7 +55,7 @@ class Inputs(ForeignModel):
     min_agreement: float | None = option(
         None, "gate: exit 5 when agreement with the float model is below (0 to 1)", low=0, high=1
     )
-    data_dir: str | None = option(None, "where the real images lie, for real and real:N", volatile=True)
+    data_dir: str | None = option(None, "where datasets lie, for real images", volatile=True)
 
 
 def data_free(inputs: Inputs) -> bool:

@@ -13,6 +13,7 @@ import torch
 from dfkd_cli.artifacts.integrity import check_foreign
 from dfkd_cli.artifacts.shards import MANIFEST, ShardReader
 from dfkd_cli.data import datasets
+from dfkd_cli.data.datasets import DATASETS  # by itself: for what is read without importing
 from dfkd_cli.data.sources import FolderSource, GeneratorSource, NoiseSource, RealSource, ShardSource, Source
 from dfkd_cli.errors import ArtifactError, ConfigError
 from dfkd_cli.models import generators
@@ -28,7 +29,7 @@ LOG = logging.getLogger(__name__)
 def real_data(model: Location, data_dir: str | None = None) -> list[str]:
     """Directories that hold real images, as far as a model's record and the command know: nothing is built for it."""
     # A dataset's name is no directory, even where one happens to be called like it.
-    recorded = None if model.dataset in datasets.DATASETS else model.dataset
+    recorded = None if model.dataset in DATASETS else model.dataset
     return [place for place in (data_dir, recorded) if place and Path(place).is_dir()]
 
 
@@ -73,14 +74,16 @@ def balanced(images: datasets.Dataset, count: int | None, seed: int) -> RealSour
 
 def may_be_real(name: str) -> bool:
     """Whether a transfer set holds real images, or images that nobody says are not: a folder."""
-    made_by_dfkd = any((Path(name) / record).exists() for record in (MANIFEST, GENERATORS))
-    return name.partition(":")[0] == "real" or (Path(name).is_dir() and not made_by_dfkd)
+    path, kind = Path(name), name.partition(":")[0]
+    made_by_dfkd = any((path / record).exists() for record in (MANIFEST, GENERATORS))
+    is_dataset = kind in DATASETS and not path.exists()
+    return kind == "real" or is_dataset or (path.is_dir() and not made_by_dfkd)
 
 
 def _counted(name: str) -> tuple[str, int | None]:
     """``real:200`` as ``("real", 200)``, ``real`` as ``("real", None)``."""
     kind, colon, count = name.partition(":")
-    if kind not in ("real", "noise", *datasets.DATASETS) or not colon or Path(name).exists():
+    if kind not in ("real", "noise", *DATASETS) or not colon or Path(name).exists():
         return name, None
     if not (count.isdecimal() and len(count) < 10 and 0 < int(count) <= MOST_IMAGES):
         raise ConfigError(f"{name}: {count!r} is not a number of images", f"e.g. {kind}:200")
@@ -103,7 +106,7 @@ def wanted_images(inputs: Any, info: ModelInfo) -> Any:
 
 def is_images(name: str) -> bool:
     """Whether :func:`open_images` may know the name."""
-    return _counted(name)[0] in ("real", "noise", *datasets.DATASETS) or Path(name).is_dir()
+    return _counted(name)[0] in ("real", "noise", *DATASETS) or Path(name).is_dir()
 
 
 def open_images(
@@ -123,7 +126,7 @@ def open_images(
         ArtifactError: Missing or damaged.
     """
     dataset, count = _counted(name)
-    if dataset not in datasets.DATASETS or Path(name).exists():
+    if dataset not in DATASETS or Path(name).exists():
         impressions = _impressions(name, teacher.classifier.info, seed, wanted)
         return impressions or open_transfer_set(name, teacher, data_dir, seed)
     images = datasets.load(dataset, "train", data_dir=data_dir, image_shape=teacher.classifier.info.input_size)
@@ -133,7 +136,9 @@ def open_images(
 def open_transfer_set(
     name: str, teacher: LoadedModel, data_dir: str | None, seed: int, wanted: Collection[str] = ()
 ) -> TransferSet:
-    """Open ``real``, ``real:N``, ``noise:N``, shards (with wanted answers), a generator, or a folder of images.
+    """Open ``real``, a dataset by name, ``noise``, shards (with wanted answers), a generator, or a folder of images.
+
+    ``real`` is the dataset that the teacher's record names; all three may end in ``:N``, so many images.
 
     Raises:
         ConfigError: Not a transfer set.
@@ -141,16 +146,18 @@ def open_transfer_set(
     """
     kind, count = _counted(name)
     info = teacher.classifier.info
-    if kind in ("real", "noise") and not Path(name).exists():
+    if kind in ("real", "noise", *DATASETS) and not Path(name).exists():
         if kind == "noise":
             if not count:
                 raise ConfigError("transfer set noise needs a number of images", "e.g. noise:1000")
             return TransferSet(NoiseSource(count, info.input_size, seed), {"role": "transfer-set", "spec": name})
-        if teacher.dataset is None:
-            raise ConfigError(f"transfer set {name}: the teacher's record names no dataset", "use shards or a folder")
-        real = real_images(teacher, teacher.dataset, data_dir, count, seed)
-        parent = {"role": "transfer-set", "spec": f"{name} {teacher.dataset}"}
-        for content in datasets.contents(teacher.dataset):
+        dataset = teacher.dataset if kind == "real" else kind
+        if dataset is None:
+            hint = "name it, such as cifar10 or cifar10:200, or use shards or a folder"
+            raise ConfigError(f"transfer set {name}: the teacher's record names no dataset", hint)
+        real = real_images(teacher, dataset, data_dir, count, seed)
+        parent = {"role": "transfer-set", "spec": f"{name} {dataset}" if kind == "real" else name}
+        for content in datasets.contents(dataset):
             parent["sha256"] = content["sha256"]
         return TransferSet(real, parent)
     path = Path(name)

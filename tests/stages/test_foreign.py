@@ -66,6 +66,18 @@ def test_a_users_network_teaches_through_the_whole_pipeline(here, cli, name):
     assert json.loads(Path("student/run.json").read_text())["status"] == "done"
 
 
+def test_a_dataset_by_its_name_where_the_teacher_names_none(here, cli):
+    few = ["distill", *teacher("plain"), "--method", "supervised", "--epochs", "1"]
+    code, _, err = cli(*few, "--transfer-set", "real:50", "--out", "none")
+    assert code == 2
+    assert "name it, such as" in err
+    code, _, err = cli(*few, "--transfer-set", "digits:50")
+    assert code == 0, err
+    record = json.loads(Path("student/run.json").read_text())
+    assert [parent["spec"] for parent in record["parents"] if parent["role"] == "transfer-set"] == ["digits:50"]
+    assert not json.loads(Path("student/model.json").read_text())["provenance"]["data_free"]
+
+
 def test_frozen_statistics_and_none_at_all(here, cli):
     arguments = ["synthesize", "--method", "deepinversion", *SMALL]
     code, _, err = cli(*arguments, *teacher("frozen", "frozen.bin"))
