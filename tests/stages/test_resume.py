@@ -150,27 +150,40 @@ def test_two_processes_make_the_shards_of_one(method: str, make_teacher, tmp_pat
         assert (tmp_path / "two" / name).read_bytes() == (tmp_path / "one" / name).read_bytes(), name
 
 
-def test_two_machines_make_the_shards_of_one(make_teacher, tmp_path: Path, monkeypatch, cli) -> None:
-    """--num-nodes 2: the same command twice, each with its number; the first writes the records."""
+@pytest.mark.parametrize("lost", [0, 1, None])
+def test_two_machines_make_the_shards_of_one(make_teacher, tmp_path: Path, monkeypatch, cli, lost: int | None) -> None:
+    """--num-nodes 2: the same command twice, each with its number; the first writes the records.
+
+    Where a machine is lost, the other one's command fails, and the same commands go on.
+    """
     with socket.socket() as free:
         free.bind(("127.0.0.1", 0))
         monkeypatch.setenv("MASTER_ADDR", "127.0.0.1")
         monkeypatch.setenv("MASTER_PORT", str(free.getsockname()[1]))
-    command = ["synthesize", "--method", "zskd", "--teacher", str(make_teacher("lenet5")), "--num-images", "6"]
+    names = [f"shard-0000{index}.safetensors" for index in range(4)]
+    command = ["synthesize", "--method", "zskd", "--teacher", str(make_teacher("lenet5")), "--num-images", "8"]
     command += ["--batch-size", "2", "--iterations", "2", "--device", "cpu", "--out"]
     assert cli(*command, tmp_path / "one")[0] == 0
     both = [*command, "two", "--num-nodes", "2"]
 
-    def machine(number: str) -> Fork:
-        monkeypatch.setenv("NODE_RANK", number)
-        return start(both, tmp_path)
+    def machine(number: int, signal_at: tuple[Path, int] | None = None) -> Fork:
+        monkeypatch.setenv("NODE_RANK", str(number))
+        return Fork(both, tmp_path, signal_at)
 
-    for process in [machine("1"), machine("0")]:
+    if lost is not None:
+        first_of_it = tmp_path / "two" / names[lost]
+        machines = [machine(number, (first_of_it, signal.SIGKILL) if number == lost else None) for number in (1, 0)]
+        ends = {1 - index: process.communicate(timeout=HANGS)[1] for index, process in enumerate(machines)}
+        assert machines[1 - lost].returncode == -signal.SIGKILL
+        assert machines[lost].returncode == 4
+        assert "error: a process was killed" in ends[1 - lost]
+        assert not (tmp_path / "two" / names[2 + lost]).exists()
+    for process in [machine(1), machine(0)]:
         _, err = process.communicate(timeout=HANGS)
         assert process.returncode == 0, err
-    for name in ("shard-00000.safetensors", "shard-00001.safetensors", "shard-00002.safetensors", "manifest.json"):
+    for name in (*names, "manifest.json"):
         assert (tmp_path / "two" / name).read_bytes() == (tmp_path / "one" / name).read_bytes(), name
-    late = machine("1")  # all is done: it waits for nobody
+    late = machine(1)  # all is done: it waits for nobody
     assert "already complete" in late.communicate(timeout=HANGS)[1]
 
 
