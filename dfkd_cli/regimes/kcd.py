@@ -1,6 +1,6 @@
 """Knowledge Condensation Distillation: a set that shrinks to what the student is unsure of, and takes in the rest.
 
-Li, Tan, Yang, Lin, Chen. ECCV 2022. arXiv:2207.05409.
+Li, Lin, Ding, Lin, Zhuang, Huang, Ding, Cao. ECCV 2022. arXiv:2207.05409.
 
     V_F(x) = (F - 1) / F V_(F-1)(x) + 1 / F H(softmax(z_student(a(x))))      the F-th time that x is learned from
     R(x)   = rank of V_F(x) F^0.03, the highest first

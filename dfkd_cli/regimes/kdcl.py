@@ -10,7 +10,7 @@ Guo, Wang, Wu, Yu, Liang, Hu, Luo. CVPR 2020, pages 11020-11029.
     general    p = sum_i w_i softmax(z_i / tau), w = argmin w^T C w, sum_i w_i = 1
                C_ij = mean_n (f_i(x_n) - t_n)^T (f_j(x_n) - t_n)                          on images held out
 
-The distance D is the objective's, with the paper's values for ImageNet ``--objective response --temperature 2``. Each
+The distance D is the objective's, as others report the paper ``--objective response --temperature 2`` on ImageNet. Each
 student sees its own random view of the same images. No code was released, and only the abstract could be read: the
 formulas are as others report them, and these choices are ours.
 

@@ -1,6 +1,6 @@
 """Data-Free Learning of Student Networks: a generator of images that the teacher is sure of, all classes alike.
 
-Chen, Wang, Xu, Yang, Liu, Shi, Xu, Xu, Tian, Xu. ICCV 2019. arXiv:1904.01186.
+Chen, Wang, Xu, Yang, Liu, Shi, Xu, Xu, Tian. ICCV 2019. arXiv:1904.01186.
 
     L_G = a_oh CE(z, argmax z) + a_ie sum_k m_k log10 m_k - a_a mean |f|
     z = T(G(n)),  m = batch mean of softmax(z),  f = the teacher's features

@@ -21,7 +21,7 @@ Differences from the released code:
 
 - Images are mirrored one by one with probability 1/2 instead of the whole batch.
 - Images are rolled by up to ``jitter`` pixels either way, as in its Tiny-ImageNet script; for ImageNet it rolls by 0 to
-  32 pixels one way.
+  32 pixels one way, for CIFAR by 0 to 4.
 - The smoothness priors, which its scripts switch off and CDA's left out, are there with weight 0.
 - Its images are JPEG files; ours are stored as numbers.
 """

@@ -28,6 +28,7 @@ from dfkd_cli.regimes.base import Regime
 from dfkd_cli.settings import recipe_layer, resolve
 from dfkd_cli.stages.distill import opened
 from dfkd_cli.stages.distill import run as run_distill
+from dfkd_cli.stages.grid.planner import plan
 from dfkd_cli.ui import Terminal
 
 # -- the steps ---------------------------------------------------------------------------------------------------------
@@ -204,7 +205,19 @@ CONDENSED = "distill/sre2l-cifar100", "synthesize/sre2l-cifar100"
 )
 def test_recipes_fall_after_the_epochs_of_the_protocol(recipe):
     command, name = recipe.split("/")
-    settings = resolve(command, [recipe_layer(name, command)])
+    assert falls(resolve(command, [recipe_layer(name, command)])) == [-90, -60, -30]
+
+
+def test_rows_of_a_condensing_grid_fall_after_the_same_epochs(tmp_path):
+    grid = plan(resolve("compare", [recipe_layer("kcd-cifar100", "compare")]), tmp_path)
+    students = [run.settings for run in grid.runs if run.settings.command == "distill"]
+    assert {settings.method.entry.name for settings in students} == {"offline", "kcd"}
+    for settings in students:
+        assert falls(settings) == [-90, -60, -30]
+
+
+def falls(settings):
+    """The epochs after which the learning rate falls to a tenth, from the end, as CIFAR-100's recipes have it."""
     training, method = settings.inputs, settings.method
     images = [50_000] * training.epochs
     if method.entry.name == "kcd":  # whose later epochs have fewer images
@@ -212,9 +225,9 @@ def test_recipes_fall_after_the_epochs_of_the_protocol(recipe):
         left = kcd.sizes(50_000, method.config.keep, rankings)
         images = [left[epoch // method.config.period] for epoch in range(training.epochs)]
     starts = np.cumsum([count // training.batch_size for count in images])
-    falls = [np.searchsorted(starts, round(share * starts[-1])) + 1 for share in training.milestones]
-    assert [epoch - training.epochs for epoch in falls] == [-90, -60, -30]
     assert (training.schedule, training.gamma, training.nesterov) == ("step", 0.1, False)
+    epochs = [np.searchsorted(starts, round(share * starts[-1])) + 1 for share in training.milestones]
+    return [epoch - training.epochs for epoch in epochs]
 
 
 @pytest.mark.parametrize(
@@ -229,6 +242,7 @@ def test_recipes_of_condensed_images_have_the_released_protocols(recipe, length,
     settings = resolve("distill", [recipe_layer(recipe, "distill")])
     c, response = settings.inputs, settings.components["objective"][0].config
     assert ((c.epochs, c.batch_size), c.schedule) == (length, "cosine")
+    assert c.student.endswith("resnet18")
     assert (c.optimizer, c.lr, c.weight_decay, c.warmup) == optimizer
     assert (c.crop, c.resized_crop, c.cutmix, c.mixup) == images and c.flip
     assert (response.temperature, response.teacher_mode) == loss
