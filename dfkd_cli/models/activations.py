@@ -36,8 +36,10 @@ def values_at(taps: Mapping[K, Tap], summary: Callable[[Tensor], Tensor] = torch
 
     def watch(name: K, tap: Tap) -> Any:
         if tap.before:
-            return tap.layer.register_forward_pre_hook(lambda _, inputs: seen.update({name: summary(inputs[0])}))
-        return tap.layer.register_forward_hook(lambda _, __, output: seen.update({name: summary(output)}))
+            return tap.layer.register_forward_pre_hook(
+                lambda _, inputs, named: seen.update({name: summary(first(*inputs, *named.values()))}), with_kwargs=True
+            )
+        return tap.layer.register_forward_hook(lambda _, __, output: seen.update({name: summary(first(output))}))
 
     with contextlib.ExitStack() as hooks:
         for name, tap in taps.items():
@@ -66,6 +68,15 @@ def batch_statistics(classifier: Classifier) -> Iterator[None]:
             layer.training, layer.track_running_stats = training, True
 
 
+def first(*values: Any) -> Any:
+    """The first tensor, perhaps in a tuple, of what a layer takes or gives. None where there is none."""
+    for value in values:
+        found = first(*value) if isinstance(value, (tuple, list)) else value
+        if isinstance(found, Tensor):
+            return found
+    return None
+
+
 @dataclass
 class Call:
     """One run of a layer. The tensors are kept: their identity tells who reads what, and freed memory is reused.
@@ -73,12 +84,12 @@ class Call:
     Attributes:
         path: The layer's name in ``net``.
         layer: The layer.
-        input, output: Its first argument, and what came out.
+        input, output: The first tensor that went in, and that came out.
     """
 
     path: str
     layer: nn.Module
-    input: Any
+    input: Tensor
     output: Tensor
 
 
@@ -87,13 +98,14 @@ def calls_of(classifier: Classifier) -> list[Call]:
     calls: list[Call] = []
     paths = {layer: path for path, layer in classifier.net.named_modules()}
 
-    def remember(layer: nn.Module, inputs: tuple[Any, ...], output: Any) -> None:
-        if isinstance(output, Tensor) and inputs:
-            calls.append(Call(paths[layer], layer, inputs[0], output))
+    def remember(layer: nn.Module, inputs: tuple[Any, ...], named: dict[str, Any], output: Any) -> None:
+        taken, given = first(*inputs, *named.values()), first(output)
+        if taken is not None and given is not None:
+            calls.append(Call(paths[layer], layer, taken, given))
 
     with contextlib.ExitStack() as hooks:
         for layer in paths:
-            hooks.enter_context(layer.register_forward_hook(remember))
+            hooks.enter_context(layer.register_forward_hook(remember, with_kwargs=True))
         probe(classifier.net, classifier.info.input_size)
     return calls
 

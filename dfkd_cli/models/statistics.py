@@ -12,6 +12,7 @@ import torch
 from torch import Tensor, nn
 from torch.autograd.function import once_differentiable
 
+from dfkd_cli.models.activations import first
 from dfkd_cli.models.classifier import Classifier, probe
 
 DEAD = 1e-5  # recorded variance of a channel that never told images apart
@@ -202,11 +203,11 @@ def _inputs(classifier: Classifier, take: Callable[[str, Tensor], None]) -> Iter
     """Call ``take`` with the name of a BatchNorm layer and what goes into it."""
 
     def watch(name: str) -> Any:
-        return lambda _, inputs: take(name, inputs[0])
+        return lambda _, inputs, named: take(name, first(*inputs, *named.values()))
 
     with contextlib.ExitStack() as hooks:
         for name, layer in _layers(classifier).items():
-            hooks.enter_context(layer.register_forward_pre_hook(watch(name)))
+            hooks.enter_context(layer.register_forward_pre_hook(watch(name), with_kwargs=True))
         yield
 
 

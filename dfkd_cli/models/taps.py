@@ -50,7 +50,8 @@ class Taps:
         for call in self._calls:
             if call.output.ndim == 4:
                 size = tuple(call.output.shape[2:])
-                maps[size] = call.path
+                if self._latest[call.path] is call:  # what runs again gives its last value
+                    maps[size] = call.path
                 if isinstance(call.layer, nn.Conv2d):
                     convolved.add(size)
         return [path for size, path in maps.items() if size in convolved and size != (1, 1)]
@@ -104,6 +105,9 @@ class Taps:
         tap = self.find(name)
         at = next(i for i in reversed(range(len(self._calls))) if self._calls[i].layer is tap.layer)
         norm: _BatchNorm | None = None
+        around = (c.layer for c in self._calls if is_batch_norm(c.layer) and tap.layer in c.layer.modules())
+        if (holds := next(around, None)) is not None and holds.weight is not None:
+            return holds  # a BatchNorm that activates what it gives
         for call in reversed(self._calls[:at]):
             if _activates(call):
                 break

@@ -13,6 +13,7 @@ from dfkd_cli.errors import ArtifactError, ConfigError
 from dfkd_cli.models.activations import Tap, batch_statistics, values_at
 from dfkd_cli.models.classifier import Classifier, ModelInfo
 from dfkd_cli.models.registry import build
+from dfkd_cli.models.statistics import batch_moments
 from dfkd_cli.models.taps import Taps, find_taps
 from dfkd_cli.objectives.base import ask
 
@@ -228,3 +229,67 @@ def test_batch_statistics_are_used_and_not_learned():
     assert torch.equal(made(pixels), calm)
     assert all(torch.equal(value, before[key]) for key, value in made.state_dict().items())
     assert not any(module.training for module in made.modules())
+
+
+class Shared(nn.Module):
+    """One activation module for all layers."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.convs = nn.ModuleList(nn.Conv2d(3 if i == 0 else 4, 4, 3, padding=1) for i in range(3))
+        self.relu, self.pool, self.fc = nn.ReLU(), nn.MaxPool2d(2), nn.Linear(4, 2)
+
+    def forward(self, x):
+        for conv in self.convs:
+            x = self.pool(self.relu(conv(x)))
+        return self.fc(x.mean((2, 3)))
+
+
+def test_stages_of_a_network_with_one_activation_are_different_values():
+    made = of(Shared(), (3, 16, 16))
+    taps = Taps(made)
+    features = ask(made, torch.rand(2, 3, 16, 16), find_taps(made, taps.stages)).features
+    assert [features[name].shape[2] for name in taps.stages] == [16, 8, 4]
+
+
+class Blocks(nn.Module):
+    """Blocks that give a tuple, and a norm that is called by keyword."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.conv, self.bn, self.fc = nn.Conv2d(3, 4, 3), nn.BatchNorm2d(4), nn.Linear(4, 2)
+        self.block = nn.Identity()
+        self.block.forward = lambda x: (x * 2, None)
+
+    def forward(self, x):
+        return self.fc(self.block(self.bn(input=self.conv(x)))[0].mean((2, 3)))
+
+
+def test_tuples_and_keywords_are_read_too():
+    made = of(Blocks(), (3, 8, 8))
+    images = torch.rand(2, 3, 8, 8)
+    taps = {**find_taps(made, ["block"]), "norm": Tap(made.net.bn, before=True)}
+    with values_at(taps) as values, batch_moments(made) as seen:
+        made(images)
+    normed = made.net.bn(made.net.conv(images))
+    torch.testing.assert_close(values["block"], 2 * normed)
+    torch.testing.assert_close(values["norm"], made.net.conv(images))
+    torch.testing.assert_close(seen["bn"].mean, made.net.conv(images).mean((0, 2, 3)))
+
+
+class ActivatedNorm(nn.BatchNorm2d):
+    def __init__(self, channels: int) -> None:
+        super().__init__(channels)
+        self.act = nn.ReLU()
+
+    def forward(self, x):
+        return self.act(super().forward(x))
+
+
+def test_a_norm_that_holds_its_activation():
+    net = nn.Sequential(
+        nn.Conv2d(3, 4, 3), ActivatedNorm(4), nn.Conv2d(4, 5, 3, stride=2), ActivatedNorm(5),
+        nn.AdaptiveAvgPool2d(1), nn.Flatten(), nn.Linear(5, 2),
+    )  # fmt: skip
+    taps = Taps(of(net, (3, 16, 16)))
+    assert [taps.batch_norm(f"{stage}.pre") for stage in taps.stages] == [net[1], net[3]]
