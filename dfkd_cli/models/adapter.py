@@ -28,15 +28,19 @@ class Habits:
     Attributes:
         writes: Whether it changes its input.
         outputs: What it returns for two images, by whether it is in training mode. Not every network can be trained.
+        alone: What it returns for the first of them by itself, in evaluation mode.
+        bounded: Whether all that it returns is from 0 to 1, whatever the images.
     """
 
     writes: bool
     outputs: Mapping[bool, Any]
+    alone: Any
+    bounded: bool
 
 
 def watch(net: nn.Module, input_size: tuple[int, int, int]) -> Habits:
     """Run a network on two images (C, H, W), in evaluation mode and, where that does not fail, in training mode."""
-    images, writes, outputs = noise(net, input_size, 2), False, {}
+    images, writes, outputs = noise(net, input_size, 2), False, dict[bool, Any]()
     for training in (False, True):
         passed = images.clone()
         try:
@@ -46,7 +50,17 @@ def watch(net: nn.Module, input_size: tuple[int, int, int]) -> Habits:
             if not training:
                 raise
         writes |= passed._version > 0 or not torch.equal(passed, images)
-    return Habits(writes, outputs)
+    with undisturbed(net):
+        torch.manual_seed(1)  # other numbers than before
+        alone = net(images[:1].clone())
+        bounded = _bounded(outputs[False]) and _bounded(net(1e3 * images))
+    return Habits(writes, outputs, alone, bounded)
+
+
+def _bounded(output: Any) -> bool:
+    """Whether the logits are what a sigmoid or a softmax gives."""
+    values = logits_in(output)
+    return isinstance(values, Tensor) and bool(((values >= 0) & (values <= 1)).all())
 
 
 def adapt(net: nn.Module, spec: str, num_classes: int, habits: Habits) -> None:
@@ -76,6 +90,11 @@ def adapt(net: nn.Module, spec: str, num_classes: int, habits: Habits) -> None:
             if several
             else "check --num-classes",
         )
+    if _size(alone := logits_in(habits.alone)) != (1, num_classes):
+        raise ArtifactError(
+            f"{spec}: gives {_shown(habits.alone)} for one image by itself instead of logits {(1, num_classes)}",
+            "keep the dimension of the batch: flatten(1) instead of squeeze()",
+        )
     probable = {training for training, values in logits.items() if _sums_to_one(values, num_classes)}
     packed = [training for training, output in habits.outputs.items() if not isinstance(output, Tensor)]
     if packed:
@@ -84,6 +103,10 @@ def adapt(net: nn.Module, spec: str, num_classes: int, habits: Habits) -> None:
                     _shown(habits.outputs[packed[0]]), when)  # fmt: skip
     if probable:
         LOG.warning("%s: ends in probabilities; their logarithms are taken as the logits", spec)
+    elif habits.bounded:
+        LOG.warning("%s: all outputs are from 0 to 1, whatever the image: leave out a sigmoid at its end", spec)
+    if not torch.allclose(alone[0].float(), logits[False][0].float(), rtol=0.01, atol=0.01 * float(alone.abs().max())):
+        LOG.warning("%s: answers change with chance or with the other images of a batch, in evaluation too", spec)
     if habits.writes:
         net.register_forward_pre_hook(lambda _, inputs: (inputs[0].clone(), *inputs[1:]))
     if packed or probable:

@@ -16,6 +16,7 @@ from pathlib import Path
 from types import ModuleType
 from typing import Any
 
+import torch
 from torch import nn
 
 from dfkd_cli import models
@@ -60,11 +61,11 @@ def build(spec: str, num_classes: int, input_size: Size, allow_code: bool = Fals
             raise ConfigError(f"{spec}: unknown model", hint)
         net = build_one(spec, num_classes, input_size)
     elif source == "torchvision":
-        net = _torchvision(name, num_classes)
+        net = _torchvision(name, num_classes, input_size)
     elif source == "timm":
         net = _timm(name, num_classes, input_size)
     elif allow_code:
-        net = _user_code(spec, num_classes, input_size)
+        net = _user_code(spec, num_classes, input_size).float()  # as pixels are
     else:
         raise ArtifactError(f"{spec}: this model is code, which is not run", "pass --allow-code if you trust it")
     shown = "x".join(map(str, input_size))
@@ -105,14 +106,19 @@ def code_file(spec: str) -> Path | None:
     return Path(source) if colon and source.endswith(".py") else None
 
 
-def _torchvision(name: str, num_classes: int) -> nn.Module:
+def _torchvision(name: str, num_classes: int, input_size: Size) -> nn.Module:
     import torchvision.models as zoo
 
     if name not in (names := zoo.list_models(module=zoo)):  # this module: classifiers only
         raise ConfigError(f"torchvision:{name}: unknown model", _closest("torchvision", name, names))
     # With auxiliary classifiers these two would have more weights; they also warn about their initialisation.
-    options = {"aux_logits": False, "init_weights": True} if name in ("googlenet", "inception_v3") else {}
-    return zoo.get_model(name, weights=None, num_classes=num_classes, **options)
+    options: dict[str, Any] = {}
+    if name in ("googlenet", "inception_v3"):
+        options = {"aux_logits": False, "init_weights": True}
+    elif name.startswith("vit_"):
+        options = {"image_size": input_size[1]}  # its position embedding has the image's size
+    with _as_config_error(f"torchvision:{name}: cannot be built"):
+        return zoo.get_model(name, weights=None, num_classes=num_classes, **options)
 
 
 def _timm(name: str, num_classes: int, input_size: Size) -> nn.Module:
@@ -162,9 +168,14 @@ def _user_code(spec: str, num_classes: int, input_size: Size) -> nn.Module:
     with _as_config_error(f"{spec}: failed"), _beside(spec.partition(":")[0]):
         declared = inspect.signature(make).parameters
         offered = {"num_classes": num_classes, "input_size": input_size}
-        net = make(**{key: value for key, value in offered.items() if key in declared})
-    if not isinstance(net, nn.Module):
-        raise ConfigError(f"{spec}: returned {type(net).__name__}", "the factory must return a torch.nn.Module")
+        named = {key: value for key, value in offered.items() if key in declared}
+        if any(parameter.kind is parameter.VAR_KEYWORD for parameter in declared.values()):
+            named["num_classes"] = num_classes  # as torchvision's factories pass it on
+        net = make(**named)
+    if not isinstance(net, nn.Module) or isinstance(net, torch.jit.ScriptModule):
+        raise ConfigError(
+            f"{spec}: returned {type(net).__name__}", "the factory must return a torch.nn.Module in Python"
+        )
     return net
 
 

@@ -73,8 +73,8 @@ def run(settings: Settings, terminal: Terminal, dry_run: bool = False) -> dict[s
     results = sorted(timed(teacher.freeze().to(device), settings, device), key=lambda result: result["seconds"])
     terminal.answer(evaluation.rows(results, COLUMNS))
     # Commands choose the layout by the network: of their settings, the quickest.
-    own = "channels last" if teacher.batch_norms() else "contiguous"
-    best = next(result for result in results if result["layout"] == own)
+    own = teacher.layout()
+    best = next(result for result in results if LAYOUTS[result["layout"]] == own)
     flags = {"threads": best["threads"], "precision": best["precision"]}
     terminal.answer(f"{device}: " + " ".join(f"--{name} {value}" for name, value in flags.items() if value != "-"))
     return {"metrics": {"best": flags, "device": str(device)}, "results": results}
@@ -90,7 +90,8 @@ def timed(teacher: Classifier, settings: Settings, device: torch.device) -> Iter
     counts = sorted({1, *(2**n for n in range(most.bit_length())), most}) if device.type == "cpu" else [0]
     with machine_can_fail():
         images = torch.randn(settings.inputs.batch_size, *teacher.info.input_size, device=device).requires_grad_()
-        for threads, precision, (layout, memory_format) in itertools.product(counts, PRECISIONS, LAYOUTS.items()):
+        layouts = [*LAYOUTS.items()] if teacher.takes_channels_last() else [*LAYOUTS.items()][:1]
+        for threads, precision, (layout, memory_format) in itertools.product(counts, PRECISIONS, layouts):
             teacher.to(memory_format=memory_format)
             step = functools.partial(inner_step, teacher.net, images, PRECISIONS[precision])
             took = seconds(step, threads or 1, min_run_time=settings.inputs.min_time) / len(images)

@@ -259,3 +259,52 @@ def test_networks_of_torchvision_with_auxiliary_heads_answer_alike_in_both_modes
     net = build("torchvision:googlenet", CLASSES, (3, 64, 64))
     assert isinstance(net, torchvision.models.GoogLeNet)
     assert net.train()(torch.rand(2, 3, 64, 64)).shape == (2, CLASSES)
+
+
+def test_an_image_by_itself_has_logits_too(adapted):
+    with pytest.raises(ArtifactError, match=r"gives \(\d*,?\) for one image by itself") as refused:
+        adapted(Net(end=lambda net, y, x: y.squeeze()))
+    assert "flatten(1)" in refused.value.hint
+
+
+@pytest.mark.parametrize(
+    ("end", "words"),
+    [
+        (lambda net, y, x: y.sigmoid(), "leave out a sigmoid"),
+        (lambda net, y, x: F.dropout(y), "answers change with chance"),
+        (lambda net, y, x: y - y.mean(0), "with the other images of a batch"),
+        (lambda net, y, x: y, None),
+        (lambda net, y, x: y.abs() / 100, None),  # from 0 to 1 for small images alone
+    ],
+)
+def test_answers_that_are_none_are_told(adapted, caplog, end, words):
+    with caplog.at_level(logging.WARNING):
+        adapted(Net(end=end))
+    assert (words in caplog.text) if words else not caplog.text
+
+
+@pytest.mark.parametrize("kind", [torch.float16, torch.bfloat16, torch.float64])
+def test_networks_of_other_numbers_take_pixels(adapted, kind):
+    model = adapted(Net().to(kind))
+    assert model(torch.rand(3, *SIZE)).dtype == torch.float32
+
+
+def test_a_script_is_refused(adapted):
+    with pytest.raises(ConfigError, match="returned RecursiveScriptModule"):
+        adapted(torch.jit.script(nn.Sequential(nn.Flatten(), nn.Linear(64, CLASSES))))
+
+
+def test_what_a_factory_passes_on_is_offered(tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    (tmp_path / "net.py").write_text(
+        "from torch import nn\n"
+        "def inner(num_classes=1000): return nn.Sequential(nn.Flatten(), nn.Linear(64, num_classes))\n"
+        "def make(*, weights=None, **more): return inner(**more)\n"
+    )
+    assert build(SPEC, CLASSES, SIZE, allow_code=True)[1].out_features == CLASSES
+
+
+def test_a_torchvision_transformer_has_the_images_size():
+    assert build("torchvision:vit_b_32", 3, (3, 64, 64)).image_size == 64
+    with pytest.raises(ConfigError, match="torchvision:vit_b_32: cannot be built"):
+        build("torchvision:vit_b_32", 3, (3, 65, 65))

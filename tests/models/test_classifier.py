@@ -121,3 +121,75 @@ def test_probe_keeps_the_random_state_of_a_random_network():
     random = torch.random.get_rng_state()
     assert probe(Noisy(), (1, 4, 4)).shape == (1, 3)
     assert torch.equal(torch.random.get_rng_state(), random)
+
+
+class Viewed(nn.Module):
+    """What comes out of its layers must lie contiguously: always, in training, or never."""
+
+    def __init__(self, when=lambda net: True) -> None:
+        super().__init__()
+        self.conv, self.bn, self.fc = nn.Conv2d(3, 6, 3, padding=1), nn.BatchNorm2d(6), nn.Linear(6 * 8 * 8, 4)
+        self.when = when
+
+    def forward(self, x):
+        x = self.bn(self.conv(x))
+        return self.fc(x.view(len(x), -1) if self.when(self) else x.flatten(1))
+
+
+class Volumes(nn.Module):
+    def __init__(self) -> None:
+        super().__init__()
+        self.conv, self.bn, self.fc = nn.Conv3d(1, 6, 3, padding=1), nn.BatchNorm3d(6), nn.Linear(6, 4)
+
+    def forward(self, x):
+        return self.fc(self.bn(self.conv(x[:, None])).mean((2, 3, 4)))
+
+
+@pytest.mark.parametrize(
+    ("net", "moves"),
+    [
+        (Viewed(), False),
+        (Viewed(lambda net: net.training), False),
+        (Viewed(lambda net: False), True),
+        (Volumes(), False),
+        (nn.Sequential(nn.Conv2d(3, 4, 8), nn.Flatten()), False),
+    ],
+)
+def test_weights_are_laid_out_as_the_network_can_run(net, moves):
+    model = classifier(net, "net", (3, 8, 8), 4)
+    before = {name: value.clone() for name, value in net.state_dict().items()}
+    assert model.lay_out() is model
+    weight = next(net.parameters())
+    assert weight.ndim == 5 or weight.is_contiguous(memory_format=torch.channels_last) == moves
+    for training in (True, False):
+        model.train(training)
+        model(torch.rand(2, 3, 8, 8)).sum().backward()
+        if training:
+            net.load_state_dict(before)
+    assert all(torch.equal(value, before[name]) for name, value in net.state_dict().items())
+
+
+def test_head_may_be_a_convolution_that_is_averaged():
+    net = nn.Sequential(nn.Conv2d(3, 6, 3), nn.ReLU(), nn.Conv2d(6, 4, 1), nn.AdaptiveAvgPool2d(1), nn.Flatten())
+    assert classifier(net, "net", (3, 8, 8), 4).head() is net[2]
+
+
+class Remembering(nn.Module):
+    """Puts another tensor, of the batch's size, in a buffer's place; another buffer is one number in many places."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.fc = nn.Linear(48, 4)
+        self.register_buffer("latest", torch.zeros(1, 4))
+        self.register_buffer("shift", torch.tensor(float("inf")).expand(4))
+
+    def forward(self, x):
+        self.latest = self.fc(x.flatten(1))
+        return self.latest
+
+
+def test_probe_puts_back_what_took_a_buffers_place():
+    net = Remembering()
+    latest, shift = net.latest, net.shift
+    assert probe(net, (3, 4, 4), 2).shape == (2, 4)
+    assert net.latest is latest and not latest.any() and net.shift is shift

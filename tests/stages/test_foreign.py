@@ -22,7 +22,12 @@ class Net(nn.Module):
     def forward(self, x):
         return self.end(self.fc(self.body(self.start(x))))
 
+class View(nn.Module):
+    def forward(self, x):
+        return x.view(-1, 6 * 7 * 7)
+
 plain = lambda: Net()
+viewed = lambda: nn.Sequential(nn.Conv2d(1, 6, 5, 4), nn.BatchNorm2d(6), View(), nn.Linear(6 * 7 * 7, 10))
 writes = lambda: Net(start=lambda x: x.sub_(0.5))
 rectified = lambda: Net(start=nn.ReLU(inplace=True))
 probable = lambda: Net(end=nn.Softmax(1))
@@ -44,7 +49,7 @@ def here(tmp_path, monkeypatch) -> Path:
     spec = importlib.util.spec_from_file_location("net", "net.py")
     module = importlib.util.module_from_spec(spec)
     spec.loader.exec_module(module)
-    for name in ("plain", "frozen", "unkept", "single"):
+    for name in ("plain", "viewed", "frozen", "unkept", "single"):
         net = getattr(module, name)()
         torch.save({"net": net.state_dict(), "ema": getattr(module, name)().state_dict()}, f"{name}.bin")
     return tmp_path
@@ -64,6 +69,20 @@ def test_a_users_network_teaches_through_the_whole_pipeline(here, cli, name):
     code, _, err = cli("distill", *teacher(name), *student)
     assert code == 0, err
     assert json.loads(Path("student/run.json").read_text())["status"] == "done"
+
+
+def test_a_network_whose_values_must_lie_contiguously(here, cli):
+    """``view`` of what comes out of a convolution, as in textbooks, after BatchNorm."""
+    arguments = teacher("viewed", "viewed.bin")
+    for command in (
+        ["synthesize", "--method", "deepinversion", *arguments, *SMALL],
+        ["distill", *arguments, "--student", "w8a8:net.py:viewed", "--epochs", "1"],
+        ["train-teacher", "--model", "net.py:viewed", "--steps", "1"],
+        ["bench", *arguments[1:], "--min-time", "0.01", "--batch-size", "2"],
+    ):
+        code, out, err = cli(*command)
+        assert code == 0, err
+    assert "channels last" not in out
 
 
 def test_a_dataset_by_its_name_where_the_teacher_names_none(here, cli):
