@@ -6,8 +6,7 @@ results.json, table.md and report.html.
 
 from __future__ import annotations
 
-import functools
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any, Literal
@@ -15,7 +14,7 @@ from typing import Any, Literal
 import torch
 
 from dfkd_cli.artifacts.copies import on_this_machine
-from dfkd_cli.artifacts.files import digest, utf8, write_atomic, write_json, write_text
+from dfkd_cli.artifacts.files import utf8, write_atomic, write_json, write_text
 from dfkd_cli.artifacts.integrity import intact, read_run
 from dfkd_cli.artifacts.records import read_json
 from dfkd_cli.artifacts.run import RunDirectory, check_free
@@ -23,10 +22,9 @@ from dfkd_cli.artifacts.shards import MANIFEST
 from dfkd_cli.catalog import Command
 from dfkd_cli.config import option
 from dfkd_cli.data import datasets
-from dfkd_cli.data.sources import RealSource
 from dfkd_cli.errors import ArtifactError, ConfigError, RunFailed
 from dfkd_cli.models.directory import read_info
-from dfkd_cli.models.names import LoadedModel, Location, locate
+from dfkd_cli.models.names import locate
 from dfkd_cli.options import SeenTeacher
 from dfkd_cli.report import html, table
 from dfkd_cli.report.entries import Model, ShardSet, read_model, read_models, read_shards
@@ -39,8 +37,8 @@ from dfkd_cli.stages.grid.planner import plan
 from dfkd_cli.stages.grid.scheduler import launcher, run_grid
 from dfkd_cli.stages.grid.script import script
 from dfkd_cli.stages.inputs import pick_device
-from dfkd_cli.stages.measures import Examiner, check_gate, finite, top1
-from dfkd_cli.stages.snapshots import look_back
+from dfkd_cli.stages.measures import Examiner, check_gate
+from dfkd_cli.stages.meter import Meter
 from dfkd_cli.trust import CONFIG, Code
 from dfkd_cli.ui import Progress, Terminal
 from dfkd_cli.urls import named
@@ -105,7 +103,7 @@ COMMAND = Command(
 )
 
 
-RESULTS, TABLE, REPORT, MEASUREMENTS = "results.json", "table.md", "report.html", "measurements.json"
+RESULTS, TABLE, REPORT = "results.json", "table.md", "report.html"
 
 
 def run(settings: Settings, terminal: Terminal, dry_run: bool = False) -> dict[str, Any]:
@@ -327,38 +325,6 @@ def _results(
         "shards": list(galleries.values()),
     }
     return named(results)
-
-
-class Meter:
-    """Measures every model with the same code, once: a continued run takes the numbers that were kept."""
-
-    def __init__(self, run: RunDirectory, examiner: Examiner, code: Code, progress: Progress) -> None:
-        self.run, self.file, self.examiner, self.progress = run, run.path / MEASUREMENTS, examiner, progress
-        self.open: Callable[[Location], LoadedModel] = lambda location: location.open(code)
-        self.open_teacher = functools.lru_cache(1)(self.open)
-        self.taken = {} if run.kept(self.file) is None else read_json(self.file, dict[str, dict[str, Any]])
-        self.done = 0
-
-    def measure(self, model: Model, teacher: Model, dataset: str) -> dict[str, Any]:
-        """What is measured of a model on test images, its agreement with the teacher included."""
-        contents = [content["sha256"] for content in datasets.contents(dataset)]
-        names = digest([model.record.get("classes"), teacher.record.get("classes")])
-        key = " ".join([model.sha256, teacher.sha256, names, dataset, *contents])
-        if key not in self.taken:
-            opened = self.open(model.location)
-            measures = self.examiner.measure(opened, self.open_teacher(teacher.location), dataset)
-            self.taken[key] = finite(measures | {"snapshots": self._look_back(model.path, opened, dataset)})
-            self.run.keep(self.file, write_json(self.file, self.taken))
-            self.run.save()
-        self.done += 1
-        self.progress.update(self.done)
-        return self.taken[key]
-
-    def _look_back(self, path: Path, model: LoadedModel, dataset: str) -> list[dict[str, Any]]:
-        """Top-1 of the model at each round that it kept, ``{"round": ..., "top1": ...}``."""
-        classifier = model.classifier.to(self.examiner.device)
-        source = RealSource(self.examiner.images(dataset, classifier.info, model.path))
-        return [{"round": index, "top1": top1(classifier, source)} for index in look_back(path, classifier)]
 
 
 # -- what is said about it ---------------------------------------------------------------------------------------------
