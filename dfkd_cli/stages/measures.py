@@ -177,13 +177,14 @@ class Examiner:
         return self._examinations[key]
 
     def agreement(self, model: LoadedModel, teacher: LoadedModel, name: str, source: Source) -> float:
-        """Share of images, which have a name, to which a model and its teacher give the same class."""
-        return self._answers(model, name, source).agreement(self._answers(teacher, name, source))
+        """Share of images, which are opened for the teacher by name, to which a model and it give the same class."""
+        opened = name, teacher.sha256
+        return self._answers(model, opened, source).agreement(self._answers(teacher, opened, source))
 
     @torch.no_grad()
-    def _answers(self, model: LoadedModel, name: str, source: Source) -> Examination:
+    def _answers(self, model: LoadedModel, opened: tuple[str, str], source: Source) -> Examination:
         """What a model answers to images without labels."""
-        classifier, key = model.classifier, (model.sha256, model.classifier.info.classes, name)
+        classifier, key = model.classifier, (model.sha256, model.classifier.info.classes, opened)
         if key not in self._answered:
             classifier.eval().to(self.device)
             shown = batches(source, self.batch_size, self.device)

@@ -61,7 +61,9 @@ class Opener:
         self.examiner = Examiner(pick_device(settings.run.device), inputs.data_dir, inputs.batch_size)
         self.passes = self.examiner.device, inputs.batch_size  # how images are shown to a model
         self.where = inputs.data_dir, self.seed  # images come from
-        self.sets: dict[str, TransferSet] = {}  # those without labels
+        self.sets: dict[
+            tuple[str, str], TransferSet
+        ] = {}  # without labels, by name and teacher, who says what `real` is
         self.orphans: list[str] = []
         self.ends: list[End] = []
         self.teacher: LoadedModel | None = None
@@ -102,7 +104,7 @@ class Opener:
         if dataset is not None:
             *_, images = [self.examiner.images(dataset, m.classifier.info, m.path) for m in (*teachers, model)]
             facts["count"], parents = len(images), [*parents, *datasets.contents(dataset)]
-        shown = [(name, self._unlabelled(name, path, teacher)) for name in self.inputs.unlabelled or ()]
+        shown = [(name, self._unlabelled(name, model, teacher)) for name in self.inputs.unlabelled or ()]
         parents += [opened.parent for _, opened in shown]
         measure = functools.partial(self._measure, model, teacher, dataset, shown)
         if dataset is not None and (self.inputs.sharpness or self.inputs.line):
@@ -127,13 +129,17 @@ class Opener:
             measures[AGREEMENTS] = agreed
         return measures
 
-    def _unlabelled(self, name: str, path: str, teacher: LoadedModel | None) -> TransferSet:
-        """Images without labels, which are shown to a model and its teacher; each set is opened once."""
+    def _unlabelled(self, name: str, model: LoadedModel, teacher: LoadedModel | None) -> TransferSet:
+        """Images without labels, which are shown to a model and its teacher; each set is opened once for a teacher."""
         if teacher is None:
-            raise ConfigError(f"--unlabelled {name}: {path} has no teacher that is known here", "give --teacher")
-        if name not in self.sets:
-            self.sets[name] = open_images(name, teacher, *self.where)
-        return self.sets[name]
+            raise ConfigError(f"--unlabelled {name}: {model.path} has no teacher that is known here", "give --teacher")
+        key, takes = (name, teacher.sha256), model.classifier.info.input_size
+        if key not in self.sets:
+            self.sets[key] = open_images(name, teacher, *self.where)
+        if (shape := self.sets[key].source.shape) != takes:
+            what = f"--unlabelled {name}: its teacher is shown images of {shape}, {model.path} takes {takes}"
+            raise ArtifactError(what, "leave out --unlabelled, or give a --teacher that takes the same")
+        return self.sets[key]
 
     def _end(self, path: str, model: LoadedModel, dataset: str) -> End:
         """A model with the training images that it is shown, on the CPU."""

@@ -561,6 +561,40 @@ def test_classes_in_another_order_are_the_same_classes_without_labels_too(here, 
     assert one["agreement_on"] == other["agreement_on"] != {"shards": 1}
 
 
+def model_of(path: str, seed: int, size: int, dataset: str, **provenance) -> str:
+    """A random model of square grey images. Returns its sha256."""
+    info = ModelInfo("resnet8", 2, (1, size, size), (0.3,), (0.4,), ("a", "b"))
+    torch.manual_seed(seed)
+    model = Classifier(build(info.spec, 2, info.input_size), info).eval()
+    with torch.no_grad():
+        model.head().bias -= model(torch.rand(50, *info.input_size)).mean(0)
+    return save_model(Path(path), model, metrics={}, provenance={"dataset": dataset, **provenance})
+
+
+def test_images_without_labels_are_opened_for_each_teacher(tmp_path, monkeypatch, cli):
+    """What ``real`` is, and of which size noise is, a model's own teacher says."""
+    monkeypatch.chdir(tmp_path)
+    for size, count in ((32, 2), (64, 3)):
+        for place in ("train/a", "train/b", "test/a", "test/b"):
+            Path(f"photos{size}", place).mkdir(parents=True)
+            for index in range(count):
+                save_image(torch.rand(1, size, size), f"photos{size}/{place}/{index}.png")
+        teacher = model_of(f"{size}/teacher", 0, size, f"photos{size}")
+        model_of(f"{size}/pupil", 1, size, f"photos{size}", teacher=teacher)
+    model_of("64/odd", 1, 32, "photos64", teacher=teacher)
+
+    def agreed(*models: str) -> dict:
+        code, out, err = cli("evaluate", *models, "--unlabelled", "real", "noise:40", "--json")
+        assert code == 0, err
+        return {result["path"]: result["agreement_on"] for result in json.loads(out)["results"]}
+
+    alone = agreed("32/pupil") | agreed("64/pupil")
+    assert alone["32/pupil"] != alone["64/pupil"], "equal shares would hide a mistake"
+    assert agreed("32/pupil", "64/pupil") == alone
+    code, _, err = cli("evaluate", "64/odd", "--unlabelled", "noise:40", "--dataset", "photos32")
+    assert (code, "--unlabelled noise:40: its teacher is shown images of (1, 64, 64), 64/odd takes" in err) == (3, True)
+
+
 @pytest.mark.parametrize(
     ("args", "code", "message"),
     [
