@@ -133,6 +133,13 @@ def test_out_again_and_replayed(here, cli):
     assert [result["path"] for result in json.loads(replayed)["results"]] == ["shards", "student"]
 
 
+def test_what_is_named_twice_is_measured_once(here, cli):
+    code, out, _ = cli("evaluate", "student", "shards", "student", "--out", "out", "--json")
+    assert (code, [result["path"] for result in json.loads(out)["results"]]) == (0, ["student", "shards"])
+    code, _, err = cli("evaluate", "student", "shards", "--out", "out")
+    assert (code, "already complete" in err) == (0, True), err
+
+
 def test_shards_and_models_mix(here, cli):
     code, out, err = cli("evaluate", "shards", "student/", "--teacher", "resnet", "--json")
     assert code == 0, err
