@@ -8,6 +8,8 @@ from typing import Any
 from rich.table import Table
 from rich.text import Text
 
+from dfkd_cli.urls import named
+
 Column = tuple[str, str, Callable[[Any], str]]  # heading, key of a result, how its value is shown
 
 
@@ -42,12 +44,15 @@ TABLES: dict[tuple[str, ...], list[Column]] = {  # by the kinds of results
 
 
 def tables(unlabelled: Sequence[str]) -> dict[tuple[str, ...], list[Column]]:
-    """The columns, with those of agreement on images without labels, by the kinds of results."""
+    """The columns, with those of agreement on images without labels, by the kinds of results.
+
+    In results, URLs stand for their copies.
+    """
 
     def shown(name: str) -> Callable[[Any], str]:
         return lambda shares: f"{shares[name]:.2%}"
 
-    more = [(f"AGREEMENT ON {name}", "agreement_on", shown(name)) for name in unlabelled]
+    more = [(f"AGREEMENT ON {name}", "agreement_on", shown(name)) for name in named(unlabelled)]
     return TABLES | {("model",): [*TABLES["model",], *more]}
 
 
@@ -76,7 +81,7 @@ def rows(results: Sequence[Mapping[str, Any]], columns: Sequence[Column]) -> Tab
     columns = [column for column in columns if any(result.get(column[1]) not in (None, []) for result in results)]
     for heading, key, _ in columns:
         path = key == "path"
-        table.add_column(heading, justify="left" if path else "right", no_wrap=not path, overflow="fold")
+        table.add_column(Text(heading), justify="left" if path else "right", no_wrap=not path, overflow="fold")
     for result in results:
         table.add_row(*(Text("-" if result.get(key) in (None, []) else show(result[key])) for _, key, show in columns))
     return table
@@ -89,5 +94,5 @@ def layers(results: Sequence[Mapping[str, Any]]) -> Table:
     for result in results:
         table.add_column(Text(result["path"]), justify="right", overflow="fold")
     for layer in results[0]["bn_divergence_layers"]:
-        table.add_row(layer, *(f"{result['bn_divergence_layers'][layer]:.4g}" for result in results))
+        table.add_row(Text(layer), *(f"{result['bn_divergence_layers'][layer]:.4g}" for result in results))
     return table

@@ -21,7 +21,9 @@ from dfkd_cli.data import datasets
 from dfkd_cli.models.classifier import Classifier, ModelInfo
 from dfkd_cli.models.directory import identity, load_model, save_model
 from dfkd_cli.models.registry import build
+from dfkd_cli.report import evaluation
 from dfkd_cli.stages.measures import Examination
+from dfkd_cli.urls import COPIES
 
 DIGITS = tuple("0123456789")
 
@@ -533,6 +535,22 @@ def test_models_are_compared_on_images_without_labels(here, cli):
     assert student["top1"] == top1_of(here / "student")[0]
     code, out, _ = cli("evaluate", "student", "--unlabelled", "shards")
     assert code == 0 and "AGREEMENT ON shards" in " ".join(out.split())
+
+
+@pytest.mark.parametrize("name", ["shards[v2]", "sh[/x]"])
+def test_the_heading_of_images_without_labels_is_their_name(name, here, cli):
+    shutil.copytree("shards", name)
+    code, out, err = cli("evaluate", "student", "--unlabelled", name)
+    assert code == 0, err
+    assert f"AGREEMENT ON {name}" in out
+
+
+def test_the_heading_of_a_copy_is_its_url(monkeypatch):
+    monkeypatch.setenv(COPIES, json.dumps({"s3://bucket/shards": "/copies/1"}))
+    (columns,) = (columns for kinds, columns in evaluation.tables(["/copies/1"]).items() if "model" in kinds)
+    table = evaluation.rows([{"path": "student", "agreement_on": {"s3://bucket/shards": 0.5}}], columns)
+    assert [str(column.header) for column in table.columns][-1] == "AGREEMENT ON s3://bucket/shards"
+    assert [str(cell) for cell in table.columns[-1].cells] == ["50.00%"]
 
 
 def test_nobody_has_to_have_test_images(here, cli):
