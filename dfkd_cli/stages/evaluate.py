@@ -50,7 +50,8 @@ class Inputs(SeenTeacher):
         False, "also loss and top-1 on the straight line between the weights of each two models of one architecture"
     )
     train_images: int = option(
-        1000, "images whose loss is meant by --sharpness and --line: of the training set, balanced over the classes",
+        1000, "images whose loss is meant by --sharpness and --line: of the training set, balanced over the classes; "
+        "by default all where there are fewer",
         low=2, rehearsal=2,
     )  # fmt: skip
     min_top1: float | None = option(
@@ -207,7 +208,7 @@ def prepare(settings: Settings, terminal: Terminal) -> Plan:
     if opener.examiner.caveat:
         terminal.say(opener.examiner.caveat)
     loss = " and ".join(flag for flag in ("sharpness", "line") if getattr(inputs, flag))
-    for dataset in dict.fromkeys(end.dataset for end in opener.ends):
-        terminal.say(f"{loss}: of the loss on {inputs.train_images:,} training images of {dataset}")
+    for dataset, count in {end.dataset: len(end.images.pixels) for end in opener.ends}.items():
+        terminal.say(f"{loss}: of the loss on {count:,} training images of {dataset}")
     lines = [opener.line(*pair) for pair in pairs(opener.ends)] if inputs.line else []
     return Plan(evaluations, lines)

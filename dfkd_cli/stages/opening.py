@@ -10,6 +10,7 @@ from typing import Any
 
 from dfkd_cli.artifacts.integrity import check_foreign
 from dfkd_cli.artifacts.shards import MANIFEST, ShardReader
+from dfkd_cli.config import defaults
 from dfkd_cli.data import datasets
 from dfkd_cli.data.sources import ANSWERS
 from dfkd_cli.errors import ArtifactError, ConfigError
@@ -109,8 +110,8 @@ class Opener:
         parents += [opened.parent for _, opened in shown]
         measure = functools.partial(self._measure, model, teacher, dataset, shown)
         if dataset is not None and (self.inputs.sharpness or self.inputs.line):
-            facts["train_images"] = self.inputs.train_images
             self.ends.append(self._end(path, model, dataset))
+            facts["train_images"] = len(self.ends[-1].images.pixels)
         if self.inputs.sharpness:
             require_hessian(model, self.ends[-1].images)
             measure = functools.partial(self._with_sharpness, measure, self.ends[-1])
@@ -143,9 +144,14 @@ class Opener:
         return self.sets[key]
 
     def _end(self, path: str, model: LoadedModel, dataset: str) -> End:
-        """A model with the training images that it is shown, on the CPU."""
-        images = self.examiner.images(dataset, model.classifier.info, path, "train")
-        return End(model, dataset, balanced(images, self.inputs.train_images, self.seed).all().to(CPU))
+        """A model with the training images that it is shown, on the CPU: all, where the default is more."""
+        images, count = self.examiner.images(dataset, model.classifier.info, path, "train"), self.inputs.train_images
+        if len(images) < count:
+            if count != defaults(type(self.inputs))["train_images"]:
+                what = f"--train-images {count}: dataset {dataset} has {len(images)} training images"
+                raise ConfigError(what, f"choose 2 to {len(images)}")
+            count = len(images)
+        return End(model, dataset, balanced(images, count, self.seed).all().to(CPU))
 
     def _with_sharpness(self, measure: Callable[[], dict[str, Any]], end: End) -> dict[str, Any]:
         device, batch_size = self.passes
@@ -158,7 +164,7 @@ class Opener:
         """The line between two models."""
         paths = first.model.path, second.model.path
         facts = {"path": " -> ".join(paths), "from": paths[0], "to": paths[1], "dataset": first.dataset}
-        facts |= {"train_images": self.inputs.train_images}
+        facts |= {"train_images": len(first.images.pixels)}
         return Evaluation(facts, [], functools.partial(line, first, second, *self.passes))
 
     def _shards(self, path: str) -> Evaluation:

@@ -15,6 +15,7 @@ from tiny_objectives import CLASSES, images, network
 from torch import Tensor, nn
 from torch.autograd.function import once_differentiable
 from torch.func import functional_call
+from torchvision.io import write_png
 
 from dfkd_cli.data import datasets
 from dfkd_cli.data.sources import Images
@@ -190,11 +191,23 @@ def test_what_has_no_weights_is_refused():
         require_hessian(LoadedModel(model, "", {}, "oracle"), Images(images(2).pixels, torch.arange(2)))
 
 
+def test_all_training_images_where_there_are_fewer_than_by_default(cli, model, tmp_path, quick_latency):
+    train = datasets.load("digits", "train")
+    for half, count in (("train", 2), ("test", 1)):
+        for index in range(10 * count):
+            place = tmp_path / "few" / half / str(index % 10)
+            place.mkdir(parents=True, exist_ok=True)
+            write_png(train.images(torch.tensor([index]))[0], str(place / f"{index}.png"))
+    code, out, err = cli("evaluate", model, "--allow-code", "--sharpness", "--dataset", tmp_path / "few", "--json")
+    assert (code, json.loads(out)["results"][0]["train_images"]) == (0, 20), err
+    assert "of the loss on 20 training images of" in err
+
+
 @pytest.mark.parametrize(
     ("arguments", "code", "message"),
     [
         (["noise:30", "--sharpness", "--teacher", "MODEL"], 2, "--sharpness needs a model, these are images"),
-        (["MODEL", "--sharpness", "--train-images", "5000"], 2, "the dataset has 1437"),
+        (["MODEL", "--sharpness", "--train-images", "5000"], 2, "--train-images 5000: dataset digits has 1437"),
         (["MODEL", "--sharpness", "--train-images", "1"], 2, "at least 2"),
     ],
 )
