@@ -13,16 +13,11 @@ from dfkd_cli.errors import ArtifactError
 
 RECORDS = ("run.json", "model.json", "manifest.json")  # any of them makes an artifact of the directory that holds it
 CONFIG = "config.yaml"  # what every artifact calls its recipe
-# The keys of recipes that name what is read.
-PATHS = (
-    "teacher", "student", "model", "weights", "metadata", "transfer_set", "dataset", "data_dir", "paths", "path",
-    "unlabelled", "recipe",
-)  # fmt: skip
-
-
 # The keys of settings that name models or images, which may lie at a URL.
 READ = ("teacher", "student", "students", "assistants", "model", "metadata", "transfer_set", "paths", "path",
         "calibrate", "check", "unlabelled")  # fmt: skip
+# The keys of recipes that name what is read.
+PATHS = (*READ, "weights", "dataset", "data_dir", "recipe")
 
 
 @dataclasses.dataclass(frozen=True)

@@ -14,7 +14,7 @@ import yaml
 from dfkd_cli import catalog
 from dfkd_cli.config import options
 from dfkd_cli.models.registry import build
-from dfkd_cli.trust import PATHS, of_artifact, placed
+from dfkd_cli.trust import PATHS, READ, of_artifact, placed, read_recipe
 
 NET = """
 from pathlib import Path
@@ -224,6 +224,16 @@ def test_relative_paths_are_those_beside_who_names_them(here):
     for name in ("digits", "absent.py:build", "package.module:build", "noise:8", "", str(here / "net.py")):
         assert placed(name, there) == name
     assert placed("./net.py:build", [here]) == "./net.py:build"  # the same from here: a spelling is an identity
+
+
+@pytest.mark.parametrize("key", READ)
+def test_what_may_lie_at_a_url_may_lie_beside_the_recipe(key, here):
+    network("there", 4)
+    write("there/r.yaml", {key: "net.py:build"})
+    write("there/list.yaml", {"grid": {"rows": {"a": {key: ["net.py:build", "noise:8"]}}}})
+    assert read_recipe(Path("there/r.yaml")) == {key: "there/net.py:build"}
+    rows = read_recipe(Path("there/list.yaml"))["grid"]["rows"]
+    assert rows == {"a": {key: ["there/net.py:build", "noise:8"]}}
 
 
 def test_own_code_is_found_when_all_is_moved(here, cli, monkeypatch):
