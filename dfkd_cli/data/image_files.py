@@ -172,7 +172,8 @@ def _decode(path: str, shape: Shape) -> Tensor:
 
 def _eight_bits(image: Image.Image) -> Image.Image:
     """An image whose pixels are 0 to 255. Pillow itself would cut off what is larger."""
-    if image.mode.startswith("I;16") or (image.mode == "I" and image.format == "PNG"):  # PNG has no more than 16 bits
+    # PNG has no more than 16 bits; of PPM and its kin, Pillow makes 0 to 65,535 of whatever the file's maximum is.
+    if image.mode.startswith("I;16") or (image.mode == "I" and image.format in ("PNG", "PPM")):
         return Image.fromarray(((np.asarray(image).astype(np.int64) + 128) // 257).astype(np.uint8))
     if image.mode in ("I", "F"):
         raise ValueError(f"pixels of mode {image.mode} have no known range; convert them to 8 or 16 bits")

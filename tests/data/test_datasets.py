@@ -215,6 +215,16 @@ def test_sixteen_bits_are_brought_to_eight(tmp_path):
         load(str(tmp_path), "train")
 
 
+@pytest.mark.parametrize("most", [4095, 65535])
+def test_grey_maps_of_more_than_eight_bits_are_brought_to_eight(tmp_path, most):
+    deep = np.arange(48).reshape(6, 8) * most // 47
+    (tmp_path / "train" / "a").mkdir(parents=True)
+    head = b"P5\n8 6\n%d\n" % most
+    (tmp_path / "train" / "a" / "0.pgm").write_bytes(head + deep.astype(">u2").tobytes())
+    found = everything(load(str(tmp_path), "train"))[0, 0].numpy()
+    np.testing.assert_array_equal(found, np.rint(np.rint(deep / most * 65535) / 257))
+
+
 def test_other_sizes_are_resized_and_cropped_in_the_centre(tmp_path):
     root = make_tree(tmp_path, (4, 4))
     wide = np.zeros((8, 24))
