@@ -138,7 +138,8 @@ def load(
 
     Args:
         name: A key of ``DATASETS``, or a directory with ``train/<class>/*`` and ``test/<class>/*``, of which only the
-            split has to be there. Test images may also lie in ``val/``, or in folders of classes alone.
+            split has to be there. Test images may also lie in ``val/``, where ``test/`` is not there or has no folders
+            of classes, or in folders of classes alone.
         split: Which half.
         data_dir: Where to look first, and where to download to.
         image_shape: (C, H, W) to convert to; the dataset's own by default.
@@ -265,10 +266,17 @@ def _quiet_network() -> Iterator[None]:
         socket.setdefaulttimeout(before)
 
 
+def _halves(root: Path) -> dict[str, Path]:
+    """Where the splits of a dataset directory lie, as far as it has them."""
+    tests = [place for place in (root / "test", root / "val") if place.is_dir()]
+    labelled = [place for place in tests if class_names(place)]  # test/ may be what a contest asks to be labelled
+    halves = {"train": root / "train", "test": (labelled or tests or [root / "test"])[0]}
+    return {half: place for half, place in halves.items() if place.is_dir()}
+
+
 def _list_tree(root: Path, split: Split) -> tuple[list[str], Tensor, tuple[str, ...]]:
     """The image files of a split of a dataset directory, mixed, with their labels (N,) and the classes."""
-    places = {"train": root / "train", "test": root / ("test" if (root / "test").is_dir() else "val")}
-    halves = {half: place for half, place in places.items() if place.is_dir()}
+    halves = _halves(root)
     if not halves and split == "test":
         halves["test"] = root
     if split not in halves:

@@ -174,6 +174,8 @@ def test_test_images_alone_will_do(photos, tmp_path):
         assert torch.equal(dataset.images(torch.arange(6)), expected.images(torch.arange(6)))
         with pytest.raises(ArtifactError, match=r"has no train/|no folders of classes|no image files of class cat"):
             load(str(root), "train")
+    write(root / "test" / "0.png")  # without labels
+    assert torch.equal(load(str(root), "test").images(torch.arange(6)), dataset.images(torch.arange(6)))
     with pytest.raises(ArtifactError, match="has no train/"):
         load(str(photos), "train")
     (tmp_path / "loose").mkdir()
