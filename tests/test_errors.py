@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import errno
 import json
 import os
 import pickle
@@ -209,6 +210,15 @@ def test_two_processes_one_output(here: Path, cli, dfkd) -> None:
     finally:
         slow.kill()
         slow.communicate()
+
+
+def test_a_file_system_without_locks_is_written_with_a_warning(here: Path, cli, monkeypatch) -> None:
+    def flock(*_: object) -> None:
+        raise OSError(errno.ENOLCK, os.strerror(errno.ENOLCK))
+
+    monkeypatch.setattr("fcntl.flock", flock)
+    code, _, err = cli("synthesize", "--method", "noise", "--num-images", "4", "--out", "network")
+    assert (code, err.count("this file system has no locks")) == (0, 1), err
 
 
 @pytest.mark.skipif(os.name != "posix", reason="POSIX permissions")

@@ -167,10 +167,13 @@ class RunDirectory:
             return
         try:
             fcntl.flock(self._lock, fcntl.LOCK_EX | fcntl.LOCK_NB)  # freed by the system however the process ends
-        except OSError:
+        except BlockingIOError:
             raise ConfigError(
                 f"{self.path}: another process is writing here", "wait for it, or choose another --out"
             ) from None
+        except OSError as error:  # some file systems of networks
+            why = error.strerror
+            LOG.warning("%s: this file system has no locks (%s); let no other process write here", self.path, why)
 
     def save(self) -> None:
         """Write ``run.json``, with the time worked so far."""
