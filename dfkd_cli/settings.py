@@ -14,6 +14,7 @@ from dfkd_cli.trust import Code
 from dfkd_cli.urls import named
 
 INSTEAD = "num_images", "images_per_class"  # two ways to say one thing
+ABOUT = "summary", "claim", "paper", "needs", "published"  # what the head of a recipe may say
 TYPED, ASSIGNED = "--", "--set "  # where typed flags come from, and what ``--set`` says
 
 
@@ -255,6 +256,11 @@ def recipe_layer(name: str, command: str) -> Layer:
     values = trust.read_recipe(path)
     if values.get("command", command) != command:
         raise ConfigError(f"{path} is a recipe for {values['command']}, not for {command}")
+    if not trust.of_artifact(path):  # a record of an earlier version is read as it is
+        about = values.get("about") or {}
+        for key in about if isinstance(about, Mapping) else [about]:
+            if key not in ABOUT:
+                raise ConfigError(f"{path}: about.{key}: unknown key", did_you_mean(str(key), ABOUT))
     return Layer(f"{path}: ", values, trust.typed_words(path, values))
 
 

@@ -312,6 +312,9 @@ def test_recipe_files(tmp_path):
         recipe_layer(str(tmp_path / "absent.yaml"), "distill")
     with pytest.raises(ConfigError, match="unknown recipe"):
         recipe_layer("absent", "distill")
+    path.write_text("command: compare\nabout: {publishd: {zskd: 98.77}}\n", encoding="utf-8")
+    with pytest.raises(ConfigError, match=r"about\.publishd: unknown key -- did you mean 'published'"):
+        recipe_layer(str(path), "compare")
     path.write_bytes(b"\xff\xfe\x00")
     with pytest.raises(ConfigError, match="not a readable recipe"):
         recipe_layer(str(path), "distill")
