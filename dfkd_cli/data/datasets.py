@@ -161,7 +161,7 @@ def load(
     elif name in _PUBLISHED:
         pixels, labels, classes = _load_published(name, split, seal.dataset_roots(data_dir), download)
         native_shape = (_PUBLISHED[name][1], 32, 32)
-    elif Path(name).is_dir():
+    elif name and Path(name).is_dir():
         paths, labels, classes = _list_tree(Path(name), split)
         native_shape, note = (image_shape, "") if image_shape else common_shape(paths)
         pixels = ImageFiles(paths, native_shape)

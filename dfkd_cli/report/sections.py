@@ -118,7 +118,7 @@ def _fits(baseline: Model, section: Section, dataset: str | None) -> bool:
 
 
 def _dataset_of(model: Model, dataset: str | None) -> str:
-    name = dataset or model.provenance.get("dataset")
+    name = model.provenance.get("dataset") if dataset is None else dataset
     if name is None:
         raise ConfigError(f"{model.path}: its record names no dataset to test on", "give --dataset")
     return name

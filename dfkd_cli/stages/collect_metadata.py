@@ -61,7 +61,7 @@ def run(settings: Settings, terminal: Terminal, dry_run: bool = False) -> dict[s
         return rehearse(settings, run, terminal)
     inputs = settings.inputs
     teacher = locate(inputs.teacher, inputs).open(settings.code).network()
-    dataset = inputs.dataset or teacher.dataset
+    dataset = teacher.dataset if inputs.dataset is None else inputs.dataset
     if dataset is None:
         raise ConfigError(f"{inputs.teacher}: the teacher's record names no dataset", "give --dataset NAME or DIR")
     images = real_images(teacher, dataset, inputs.data_dir, inputs.num_images, settings.run.seed)

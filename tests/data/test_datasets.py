@@ -290,12 +290,15 @@ def test_bad_directories(tmp_path, damage, split, message):
         assert load(str(root), "test" if split == "train" else "train"), "only what is read has to be there"
 
 
-def test_unknown_name(tmp_path):
+def test_unknown_name(tmp_path, monkeypatch):
     with pytest.raises(ConfigError) as caught:
         load("cifar-10", "train")
     assert caught.value.exit_code == 2 and "cifar10" in caught.value.hint
-    with pytest.raises(ConfigError):
-        load(str(tmp_path / "absent"), "train")
+    make_tree(tmp_path)
+    monkeypatch.chdir(tmp_path)
+    for name in ("", str(tmp_path / "absent")):
+        with pytest.raises(ConfigError):
+            load(name, "train")
 
 
 # -- statistics and choices --------------------------------------------------------------------------------------------

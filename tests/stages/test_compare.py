@@ -267,6 +267,7 @@ def test_students_in_the_loop_are_what_their_shards_say(tmp_path, monkeypatch, c
         ([], 2, "no models to compare"),
         (["shards0"], 2, "no models to compare"),
         (["student0", "--dataset", "digitz"], 2, "did you mean 'digits'"),
+        (["student0", "--dataset", ""], 2, "dataset '': neither a known name nor a directory"),
     ],
 )
 def test_what_cannot_be_compared_is_refused(here, cli, arguments, code, words):

@@ -463,6 +463,7 @@ def test_a_teacher_alone(here, cli):
         (["student", "--teacher", "absent"], 3, "no teacher at absent"),
         (["nameless"], 2, "give --dataset"),
         (["student", "--dataset", "digitz"], 2, "did you mean 'digits'"),
+        (["student", "--dataset", ""], 2, "dataset '': neither a known name nor a directory"),
         (["shards", "--min-top1", "0.5"], 2, "--min-top1 needs a model"),
         (["student", "--min-top1", "95"], 2, "at most 1"),
         pytest.param(
