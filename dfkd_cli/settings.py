@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Collection, Mapping, Sequence
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -148,6 +148,7 @@ def resolve(command: str, sources: Sequence[tuple[Any, ...]]) -> Settings:
     labels: dict[tuple[str, ...], dict[str, str]] = {key: {} for key in types}
     fields = {key: config.hints(cls) for key, cls in types.items()}
     sections: dict[str, Any] = dict.fromkeys(record.sections)
+    weights = {(c.flag, entry.name, "weight") for c in record.choices if c.several for entry, _ in chosen[c.flag]}
     for source, layer, _ in layers:
         sections |= {name: layer[name] for name in record.sections if name in layer}
         if "teacher" in layer and layer["teacher"] != values["inputs",].get("teacher"):
@@ -156,12 +157,16 @@ def resolve(command: str, sources: Sequence[tuple[Any, ...]]) -> Settings:
         for one, other in (INSTEAD, INSTEAD[::-1]):  # the later word counts
             if one in layer and other not in layer:
                 values["inputs",].pop(other, None)
-        flat = _flatten(layer, chosen)
+        flat = _flatten(layer, chosen, weights)
         for path, value in sorted(flat.items(), key=lambda item: len(item[0])):  # short forms first: specifics win
             if path[0] in record.sections and len(path) == 1:
                 continue
             targets = [key for key in fields if (path[:-1] in ((), key)) and path[-1] in fields[key]]
             if not targets:
+                if len(path) == 3 and path[0] in chosen and path[:2] not in types:
+                    names = [entry.name for entry, _ in chosen[path[0]]]
+                    what = f"{source}{'.'.join(path)}: {path[0]} {path[1]} is not chosen"
+                    raise ConfigError(what, did_you_mean(path[1], names) if names else "leave it out")
                 keys = {name for names in fields.values() for name in names} | {c.flag for c in record.choices}
                 raise ConfigError(f"{source}{'.'.join(path)}: unknown key", did_you_mean(path[-1], keys))
             for key in targets:
@@ -196,15 +201,18 @@ def choose(command: str, layers: list[Layer]) -> dict[str, list[tuple[catalog.En
                 raise ConfigError(f"--method {method.name} takes no --{flag}", "leave it out")
             chosen[flag] = []
             continue
-        named = next((layer[flag] for _, layer, _ in reversed(layers) if layer.get(flag)), choice.default)
+        naming = max((index for index, (_, layer, _) in enumerate(layers) if layer.get(flag)), default=None)
+        named = choice.default if naming is None else layers[naming].values[flag]
         if named is None:
             methods = ", ".join(catalog.entries(package))
             raise ConfigError(f"{command} needs a --{flag}", f"choose from: {methods}")
         picked = {name: (catalog.find(package, name, flag), weight) for name, weight in _named(named, choice)}
-        weights = {name: entry.weight if weight is None else weight for name, (entry, weight) in picked.items()}
-        for source, layer, _ in layers:  # `--set objective.NAME.weight=2`
-            for name in weights:
-                label = f"{flag}.{name}.weight"
+        weights = {}
+        for name, (entry, said) in picked.items():
+            weights[name] = entry.weight if said is None else said
+            label = f"{flag}.{name}.weight"
+            later = layers if said is None else layers[naming:]
+            for source, layer, _ in later if choice.several else ():  # `--set objective.NAME.weight=2`
                 weights[name] = config.convert(layer.get(label, weights[name]), float, source + label)
         for name, weight in weights.items():
             if weight < 0:
@@ -225,8 +233,10 @@ def _named(named: Any, choice: catalog.Choice) -> list[tuple[str, float | None]]
     return [(str(n), None if w is None else config.convert(w, float, f"{choice.flag} {n}")) for n, w in pairs]
 
 
-def _flatten(layer: Mapping[str, Any], chosen: Mapping[str, Any]) -> dict[tuple[str, ...], Any]:
-    """The layer's values by path, without its head and without the choices themselves."""
+def _flatten(
+    layer: Mapping[str, Any], chosen: Mapping[str, Any], weights: Collection[tuple[str, ...]]
+) -> dict[tuple[str, ...], Any]:
+    """The layer's values by path, without its head, the choices themselves and their weights."""
     flat: dict[tuple[str, ...], Any] = {}
     for key, value in layer.items():
         if key in ("about", "command"):
@@ -241,7 +251,7 @@ def _flatten(layer: Mapping[str, Any], chosen: Mapping[str, Any]) -> dict[tuple[
                         flat |= {(key, name, k): v for k, v in inner.items() if k != "weight"}
             continue
         path = tuple(key.split("."))
-        if path[0] not in chosen or path[-1] != "weight":
+        if path not in weights:
             flat[path] = value
     return flat
 

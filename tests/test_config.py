@@ -252,6 +252,28 @@ def test_weights_of_objectives(objective, weight):
     assert (chosen.entry.name, chosen.weight) == ("response", weight)
 
 
+@pytest.mark.parametrize(
+    ("recipe", "assigned", "typed", "weight"),
+    [
+        (2, None, "response=1", 1), (None, 2, "response=1", 1), (2, 3, "response=1", 1),
+        (2, None, "response", 2), (None, 2, "response", 2), (2, 3, "response", 3), (2, 3, None, 3),
+    ],
+)  # fmt: skip
+def test_the_weight_that_is_said_last_counts(recipe, assigned, typed, weight):
+    said = (("my.yaml: ", recipe), ("--set ", assigned))
+    layers = [(source, {} if value is None else {"objective.response.weight": value}) for source, value in said]
+    (chosen,) = resolve("distill", [*layers, ("--", {"objective": [typed]} if typed else {})]).components["objective"]
+    assert chosen.weight == weight
+
+
+def test_a_weight_of_what_is_not_chosen_is_refused():
+    typed = ("--", {"objective": ["response", "at"]})
+    with pytest.raises(ConfigError, match=r"objective\.att\.weight: objective att is not chosen -- did you mean 'at'"):
+        resolve("distill", [("--set ", {"objective.att.weight": 5}), typed])
+    with pytest.raises(ConfigError, match=r"method\.offline\.weight: unknown key"):
+        resolve("distill", [("--set ", {"method.offline.weight": 5})])
+
+
 def test_a_bad_weight_is_refused():
     with pytest.raises(ConfigError, match="objective response: 'x' is not a number"):
         resolve("distill", [("", {"objective": ["response=x"]})])
