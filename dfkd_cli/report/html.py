@@ -8,13 +8,13 @@ from __future__ import annotations
 import base64
 import hashlib
 from collections.abc import Iterable, Mapping, Sequence
-from pathlib import Path
 from typing import Any
 from xml.etree.ElementTree import Element, tostring
 
 from dfkd_cli.artifacts.integrity import present
 from dfkd_cli.report import charts, table
 from dfkd_cli.report.entries import read_curves
+from dfkd_cli.report.places import opened
 from dfkd_cli.report.results import curves
 
 _CLASSES_OPEN = 20  # a longer table of classes is folded
@@ -147,7 +147,7 @@ def _mean_share(values: Sequence[float | None]) -> str:
 
 
 def _curves(row: Mapping[str, Any]) -> list[Element]:
-    columns = [read_curves(Path(run["path"], "metrics.csv")) for run in row["runs"]]
+    columns = [read_curves(opened(run["path"]) / "metrics.csv") for run in row["runs"]]
     drawn = charts.curves([run for run in columns if run])
     if drawn is None:
         return []
@@ -166,7 +166,7 @@ def _warnings(concerns: Iterable[str], of: str = "") -> list[Element | str]:
 def _galleries(shards: Iterable[Mapping[str, Any]]) -> list[Element]:
     cards = []
     for facts in shards:
-        if (preview := present(Path(facts["path"], "preview.png"))) is None:
+        if (preview := present(opened(facts["path"]) / "preview.png")) is None:
             continue
         confidence = "" if facts["confidence"] is None else f", mean teacher confidence {facts['confidence']:.3f}"
         seed = "" if facts["seed"] is None else f", seed {facts['seed']}"
@@ -184,7 +184,7 @@ def _galleries(shards: Iterable[Mapping[str, Any]]) -> list[Element]:
 
 def _terms(facts: Mapping[str, Any]) -> list[Element]:
     """The loss terms that the images of each round ended with, below them; nothing where none were optimised."""
-    drawn = charts.curves([read_curves(Path(facts["path"], "metrics.csv"))])
+    drawn = charts.curves([read_curves(opened(facts["path"]) / "metrics.csv")])
     caption = "Its loss terms, unweighted, and what is watched, over the rounds"
     return [_figure(drawn, f"loss terms of {facts['path']}", caption)] if drawn else []
 

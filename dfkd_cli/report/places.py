@@ -11,6 +11,7 @@ from dfkd_cli.artifacts.files import sha256_file
 from dfkd_cli.artifacts.integrity import LEVELS, RUN, made_by, read_run
 from dfkd_cli.errors import ArtifactError
 from dfkd_cli.models.directory import RECORD, identity, read_record
+from dfkd_cli.urls import copies
 
 
 def where(parent: Mapping[str, Any], child: Path) -> list[Path]:
@@ -22,6 +23,15 @@ def where(parent: Mapping[str, Any], child: Path) -> list[Path]:
     around = (child.resolve(), *child.resolve().parents)[:LEVELS]
     beside = [place.parent for place in around if place == around[0] or (place / RUN).exists()]
     return [base / parent["path"] for base in (Path(), *beside)] if "path" in parent else []
+
+
+def opened(name: str) -> Path:
+    """Where a directory lies that a comparison names: what lies at a URL, or in a directory there, in its copy."""
+    for url, directory in copies().items():
+        place = url.rstrip("/")
+        if f"{name}/".startswith(f"{place}/"):
+            return Path(directory + name.removeprefix(place))
+    return Path(name)
 
 
 def find(parent: Mapping[str, Any], child: Path, file: str) -> Path | None:

@@ -22,8 +22,10 @@ from tiny_comparisons import SMALL, accuracy, check_self_contained, results_in, 
 
 from dfkd_cli.models.classifier import Classifier
 from dfkd_cli.models.directory import load_model, save_model
+from dfkd_cli.report import html
 from dfkd_cli.report.readme import fill
 from dfkd_cli.report.results import spread
+from dfkd_cli.urls import COPIES
 
 pytestmark = pytest.mark.usefixtures("quick_latency")
 EVERYTHING = ("student0", "student1", "real", "baseline", "shards0")
@@ -99,6 +101,19 @@ def test_directories_become_table_json_markdown_and_page(made, compared):
     assert len(page.addresses) == 1 + 4 + 4  # the chart, curves of four rows, images and terms of shards0 and shards1
     for text in ("zskd -> response", "data-free", "loss terms", cells[2], runs["student0"]["versions"]["torch"]):
         assert any(text in shown for shown in page.texts), text
+
+
+def test_what_lies_at_a_url_is_drawn_from_its_copy(made, compared, tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    known = {f"s3://bucket/{name}": str(made / name) for name in ("student0", "student1", "shards0", "shards1")}
+    monkeypatch.setenv(COPIES, json.dumps(known | {"s3://other/": str(made)}))
+    text = (made / "all" / "results.json").read_text()
+    for name in ("student0", "student1", "shards0", "shards1"):
+        text = text.replace(f'"path": "{name}"', f'"path": "s3://bucket/{name}"')
+    for name in ("teacher", "real", "baseline"):
+        text = text.replace(f'"path": "{name}"', f'"path": "s3://other/{name}"')
+    page = check_self_contained(html.page(json.loads(text)))
+    assert len(page.addresses) == 1 + 4 + 4 and "s3://bucket/shards0" in page.texts
 
 
 def test_snapshots_tell_what_other_stopping_points_would_have_given(here, compared, tmp_path, cli):
