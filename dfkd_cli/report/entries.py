@@ -278,9 +278,12 @@ def _owner(parent: Mapping[str, Any], shards: Sequence[ShardSet]) -> ShardSet | 
 
 
 def _origin(parent: Mapping[str, Any], shards: Sequence[ShardSet]) -> Any:
-    """A transfer set but for its seed; one that was not found is only equal to itself."""
+    """A transfer set but for its seed; one that was not found, or real images in a directory, only equal to itself."""
+    if "spec" in parent:
+        spec, sha256 = parent["spec"], parent.get("sha256")
+        return spec if sha256 is None else {"spec": spec, "sha256": sha256[:12]}
     owner = _owner(parent, shards)
-    return parent.get("spec") or (owner.settings if owner else parent["sha256"])
+    return owner.settings if owner else parent["sha256"]
 
 
 def _name(parent: Mapping[str, Any], shards: Sequence[ShardSet]) -> str:
