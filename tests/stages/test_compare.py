@@ -68,6 +68,7 @@ def test_directories_become_table_json_markdown_and_page(made, compared):
     assert row["top1"]["sd"] == pytest.approx(np.std(zskd, ddof=1))
     assert row["gap"]["mean"] == pytest.approx(np.mean(zskd) - teacher)
     assert (row["data_free"], row["num_images"], row["parameters"]) == (True, 32, 35820)
+    assert row["latency_ms"]["sd"] is None, "it is measured once"
     names = ("shards0", "shards1", "student0", "student1")
     runs = {name: json.loads((made / name / "run.json").read_text()) for name in names}
     synthesis = [runs["shards0"]["seconds"], runs["shards1"]["seconds"]]
