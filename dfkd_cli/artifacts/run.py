@@ -8,7 +8,7 @@ import os
 import secrets
 import sys
 import time
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any, BinaryIO
 
@@ -42,7 +42,8 @@ class RunDirectory:
     Args:
         path: The directory.
         settings: The command's settings.
-        parents: What the command reads: ``{"role": ..., "path": ..., "sha256": ...}`` each.
+        parents: What the command reads: ``{"role": ..., "path": ..., "sha256": ...}`` each, some with the hash that it
+            had ``formerly``, when earlier versions recorded it.
         facts: More for ``run.json`` that does not decide identity, e.g. ``{"data_free": True}``. A finished run with
             other facts is continued: the rows of a comparison may have become more.
         sealed: What keeps data out meanwhile, ``landlock`` or ``python``; None where nothing does.
@@ -57,14 +58,14 @@ class RunDirectory:
         sealed: str | None = None,
     ) -> None:
         self.path, self.settings, self.facts = path, settings, facts
-        hashed = [{k: v for k, v in parent.items() if k != "path"} for parent in parents]
-        self.identity = {**_own(settings), "parents": hashed}
+        self.parents = parents
+        self.identity = {**_own(settings), "parents": _as_recorded(parents, [])}
         self.record: dict[str, Any] = {
             "schema": 1,
             "command": settings.command,
             "status": "running",
             "identity": self.identity,
-            "parents": parents,
+            "parents": [{k: v for k, v in parent.items() if k != "formerly"} for parent in parents],
             **facts,
             **({} if sealed is None else {"sealed": sealed}),
             "argv": ["dfkd", *sys.argv[1:]],
@@ -93,7 +94,9 @@ class RunDirectory:
         afresh = self.settings.run.overwrite
         previous = _previous(self.path, afresh)
         if previous is not None and not afresh:
-            afresh = _is_another(self.path, previous.get("identity", {}), self.settings, self.identity)
+            recorded = previous.get("identity", {})
+            parents = _as_recorded(self.parents, recorded.get("parents") or [])
+            afresh = _is_another(self.path, recorded, self.settings, self.identity | {"parents": parents})
             same = not afresh and all(previous.get(name, fact) == fact for name, fact in self.facts.items())
             finished = previous.get("status") == "done" and not previous.get("cut_at")
             if same and finished and _whole(self.path, previous):
@@ -303,6 +306,16 @@ def _is_another(path: Path, recorded: Mapping[str, Any], settings: Settings, ide
         hint = "choose another --out, or remove this directory, as --overwrite does"
         raise ConfigError(f"{path} holds another run: {'; '.join(decisive or different)}", hint)
     return bool(different)
+
+
+def _as_recorded(parents: Sequence[Mapping[str, Any]], recorded: Sequence[Any]) -> list[dict[str, Any]]:
+    """What stands for parents in an identity: what did in an earlier version's, where they are the same by that."""
+    found = []
+    for parent in parents:
+        own = {key: value for key, value in parent.items() if key not in ("path", "formerly")}
+        before = own | {"sha256": parent["formerly"]} if "formerly" in parent else own
+        found.append(before if before in recorded else own)
+    return found
 
 
 def differences(old: Mapping[str, Any], new: Mapping[str, Any], prefix: str = "") -> list[str]:

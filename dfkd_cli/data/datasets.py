@@ -5,6 +5,7 @@ from __future__ import annotations
 import contextlib
 import io
 import math
+import os
 import pickle
 import socket
 from collections.abc import Iterator
@@ -27,6 +28,8 @@ from dfkd_cli.data.image_files import (
     check_channels,
     class_names,
     common_shape,
+    fingerprint,
+    image_paths,
     labelled_files,
     mixed,
 )
@@ -161,24 +164,41 @@ def load(
     elif name in _PUBLISHED:
         pixels, labels, classes = _load_published(name, split, seal.dataset_roots(data_dir), download)
         native_shape = (_PUBLISHED[name][1], 32, 32)
-    elif name and Path(name).is_dir():
-        paths, labels, classes = _list_tree(Path(name), split)
+    else:
+        paths, labels, classes = _list_tree(_directory(name), split)
         native_shape, note = (image_shape, "") if image_shape else common_shape(paths)
         pixels = ImageFiles(paths, native_shape)
-    else:
-        raise ConfigError(f"dataset {name!r}: neither a known name nor a directory", did_you_mean(name, DATASETS))
     if isinstance(pixels, ImageFiles) and len(labels) * math.prod(pixels.shape) <= _MEMORY_BUDGET:
         pixels = pixels[torch.arange(len(labels))]
     return Dataset(name, split, classes, image_shape or native_shape, labels, pixels, note)
 
 
 def contents(name: str) -> list[dict[str, Any]]:
-    """What a dataset is read from, as a run's parents: of a directory the names and sizes of its files."""
+    """What a dataset is read from, as a run's parents; nothing of what is known by its name.
+
+    Of a directory the images that are read: their names, and what :func:`fingerprint` sees of each. ``formerly`` is
+    what earlier versions had for a hash, of the names and sizes of all files.
+
+    Raises:
+        ConfigError: No such dataset.
+        ArtifactError: A file cannot be read.
+    """
     if name in DATASETS:
         return []
-    files = sorted(path for path in Path(name).rglob("*") if path.is_file())
-    sizes = [[path.relative_to(name).as_posix(), path.stat().st_size] for path in files]
-    return [{"role": "dataset", "path": name, "sha256": digest(sizes)}]
+    root = _directory(name)
+    labelled = [place / label for place in (_halves(root) or {"": root}).values() for label in class_names(place)]
+    images = sorted(path for place in labelled for path in image_paths(place))
+    seen = [[os.path.relpath(path, root), *fingerprint(path)] for path in images]  # threads would take thrice as long
+    files = sorted(path for path in root.rglob("*") if path.is_file())
+    sizes = [[path.relative_to(root).as_posix(), path.stat().st_size] for path in files]
+    return [{"role": "dataset", "path": name, "sha256": digest(seen), "formerly": digest(sizes)}]
+
+
+def _directory(name: str) -> Path:
+    """The directory of a dataset that is not known by its name."""
+    if name and Path(name).is_dir():
+        return Path(name)
+    raise ConfigError(f"dataset {name!r}: neither a known name nor a directory", did_you_mean(name, DATASETS))
 
 
 def class_balanced(labels: Tensor, count: int, seed: int) -> Tensor:

@@ -8,6 +8,7 @@ import statistics
 from collections.abc import Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
+from hashlib import sha256
 from pathlib import Path
 from typing import TypeVar
 
@@ -26,6 +27,7 @@ MODES = {1: "L", 3: "RGB", 4: "RGBA"}  # by the number of channels
 # Pillow would tell more formats by their content, whatever a file is called, and hand some to other programs.
 FORMATS = ("BMP", "JPEG", "PNG", "PPM", "TIFF", "WEBP")
 SUPPORTED = f"images are {', '.join(FORMATS)}: files named {' '.join(IMG_EXTENSIONS)}"
+_BLOCK = 16 << 10  # bytes of a large file that are looked at in one place
 _LOOKED_AT = 1000  # files whose headers say of which shape a set is
 
 
@@ -58,7 +60,7 @@ def image_files(folder: Path, shape: Shape) -> ImageFiles:
         ArtifactError: There is none, or images cannot have that shape.
     """
     check_channels(str(folder), shape)
-    paths = sorted(_image_paths(folder))
+    paths = sorted(image_paths(folder))
     if not paths:
         raise ArtifactError(f"{folder}: no image files in it", f"give a folder of images or shards; {SUPPORTED}")
     return ImageFiles(mixed(paths), shape)
@@ -78,7 +80,7 @@ def labelled_files(folder: Path, classes: Sequence[str]) -> list[tuple[str, int]
     """
     files = []
     for label, name in enumerate(classes):
-        paths = sorted(_image_paths(folder / name), key=os.path.split)
+        paths = sorted(image_paths(folder / name), key=os.path.split)
         if not paths:
             raise ArtifactError(f"{folder}: no image files of class {name}", SUPPORTED)
         files += [(path, label) for path in paths]
@@ -118,7 +120,7 @@ def check_channels(name: str, shape: Shape, files: bool = True) -> None:
         raise ArtifactError(f"{name}: images can have {'1, 3 or 4' if files else '1 or 3'} channels, not {shape[0]}")
 
 
-def _image_paths(folder: Path) -> Iterator[str]:
+def image_paths(folder: Path) -> Iterator[str]:
     """Every image file below a folder. Links are followed, but to no folder twice, nor to one that it lies in."""
     start = folder.resolve()
     seen, folders = {*start.parents}, [str(folder)]
@@ -138,6 +140,23 @@ def _entries(folder: str) -> list[os.DirEntry[str]]:
     """What lies in a folder, without what is hidden, as copies and indices of systems and editors are."""
     with os.scandir(folder) as entries:
         return [entry for entry in entries if not entry.name.startswith((".", "__MACOSX"))]
+
+
+def fingerprint(path: str) -> tuple[int, str]:
+    """The size of a file, and the sha256 of what is in it.
+
+    Of more than 64 KiB only the first, the middle and the last 16 count, so that a large set takes seconds. In formats
+    that compress, other pixels make another file there too, or one of another size.
+    """
+    with _readable(path), open(path, "rb") as file:
+        size = os.fstat(file.fileno()).st_size
+        if size <= 4 * _BLOCK:
+            return size, sha256(file.read()).hexdigest()
+        digest = sha256()
+        for start in (0, (size - _BLOCK) // 2, size - _BLOCK):
+            file.seek(start)
+            digest.update(file.read(_BLOCK))
+        return size, digest.hexdigest()
 
 
 @contextlib.contextmanager

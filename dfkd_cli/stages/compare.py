@@ -240,7 +240,9 @@ def _parents(models: Sequence[Model], shards: Sequence[ShardSet], sections: Sequ
     """What decides the result, by hash; a grid's runs have identities of their own."""
     parents = [{"role": "model", "path": str(m.path), "sha256": m.sha256} for m in models]
     parents += [{"role": "shards", "path": str(s.path), "sha256": s.sha256} for s in shards]
-    return parents + [content for section in sections for content in datasets.contents(section.dataset)]
+    return parents + [
+        content for name in dict.fromkeys(s.dataset for s in sections) for content in datasets.contents(name)
+    ]
 
 
 def _check_plan_only(settings: Settings, dry_run: bool) -> None:

@@ -158,7 +158,7 @@ def open_transfer_set(
         real = real_images(teacher, dataset, data_dir, count, seed)
         parent = {"role": "transfer-set", "spec": f"{name} {dataset}" if kind == "real" else name}
         for content in datasets.contents(dataset):
-            parent["sha256"] = content["sha256"]
+            parent |= {key: content[key] for key in ("sha256", "formerly")}
         return TransferSet(real, parent)
     path = Path(name)
     if not path.is_dir():

@@ -30,11 +30,12 @@ class Meter:
         self.open: Callable[[Location], LoadedModel] = lambda location: location.open(code)
         self.open_teacher = functools.lru_cache(1)(self.open)
         self.taken = {} if run.kept(self.file) is None else read_json(self.file, dict[str, dict[str, Any]])
+        self.contents = functools.cache(datasets.contents)  # once for all models
         self.done = 0
 
     def measure(self, model: Model, teacher: Model, dataset: str) -> dict[str, Any]:
         """What is measured of a model on test images, its agreement with the teacher included."""
-        contents = [content["sha256"] for content in datasets.contents(dataset)]
+        contents = [content["sha256"] for content in self.contents(dataset)]
         names = digest([model.record.get("classes"), teacher.record.get("classes")])
         key = " ".join([model.sha256, teacher.sha256, names, dataset, *contents])
         if key not in self.taken:

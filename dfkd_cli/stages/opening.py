@@ -65,6 +65,7 @@ class Opener:
         self.sets: dict[
             tuple[str, str], TransferSet
         ] = {}  # without labels, by name and teacher, who says what `real` is
+        self.contents = functools.cache(datasets.contents)  # once for all models
         self.orphans: list[str] = []
         self.ends: list[End] = []
         self.teacher: LoadedModel | None = None
@@ -105,7 +106,7 @@ class Opener:
         parents = [*(m.parent("teacher") for m in teachers), model.parent("model")]
         if dataset is not None:
             *_, images = [self.examiner.images(dataset, m.classifier.info, m.path) for m in (*teachers, model)]
-            facts["count"], parents = len(images), [*parents, *datasets.contents(dataset)]
+            facts["count"], parents = len(images), [*parents, *self.contents(dataset)]
         shown = [(name, self._unlabelled(name, model, teacher)) for name in self.inputs.unlabelled or ()]
         parents += [opened.parent for _, opened in shown]
         measure = functools.partial(self._measure, model, teacher, dataset, shown)

@@ -2,12 +2,18 @@
 
 from __future__ import annotations
 
+import json
 from pathlib import Path
 
 import numpy as np
 import pytest
 from PIL import Image
+from pipeline import edit
 from tiny_comparisons import results_in
+
+from dfkd_cli.artifacts.files import digest
+from dfkd_cli.artifacts.integrity import read_run
+from dfkd_cli.data.datasets import contents
 
 pytestmark = pytest.mark.usefixtures("quick_latency")
 STEP = ("--steps", "1", "--batch-size", "2")
@@ -40,3 +46,58 @@ def test_students_of_other_real_images_are_no_repeats(here, cli):
     rows = results_in(here / "comparison")["sections"][0]["rows"]
     assert sorted(row["seeds"] for row in rows if row["role"] == "student") == [[0, 1], [2]]
     assert len({row["label"] for row in rows}) == 3
+
+
+def seen() -> str:
+    (parent,) = contents("photos")
+    return parent["sha256"]
+
+
+def test_only_what_is_read_counts_and_all_of_it(here):
+    """Pixels, in files of the same size and behind links too; nothing that is hidden, or no image, or not labelled."""
+    for place in ("elsewhere/0.bmp", "elsewhere/1.bmp"):
+        photo(place)
+    (here / "photos/train/b/more").symlink_to(here / "elsewhere")
+    known = [seen()]
+    photo("photos/train/a/.thumbnails/0.bmp")
+    for place in (".DS_Store", "train/.DS_Store", "train/a/.0.bmp", "train/a/notes.txt", "train/0.bmp", "README"):
+        (here / "photos" / place).write_bytes(b"not read")
+    photo("photos/val/a/0.bmp")  # test/ is taken
+    assert seen() == known[0]
+    for place in ("train/a/0.bmp", "test/b/0.bmp", "train/b/more/1.bmp"):
+        size = (here / "photos" / place).stat().st_size
+        photo(f"photos/{place}")
+        assert (here / "photos" / place).stat().st_size == size
+        known.append(seen())
+    (here / "photos/train/a/0.bmp").rename(here / "photos/train/a/1.bmp")
+    known.append(seen())
+    large = np.zeros((400, 400), dtype=np.uint8)
+    for row in (0, 200, 399):  # the first, the middle and the last of a large file
+        large[row] += 1
+        Image.fromarray(large).save(here / "photos/test/a/0.bmp")
+        known.append(seen())
+    assert len(set(known)) == len(known)
+
+
+def test_what_an_earlier_version_recorded_is_still_the_same(here, cli):
+    """It had a hash of names and sizes."""
+    (here / "photos" / "train" / "README").write_text("hidden files and others counted too")
+    files = sorted(path for path in (here / "photos").rglob("*") if path.is_file())
+    before = digest([[path.relative_to(here / "photos").as_posix(), path.stat().st_size] for path in files])
+    runs = {
+        "teacher": ("train-teacher", "--dataset", "photos", *STEP),
+        "student": ("distill", "--transfer-set", "real", *STEP),
+        "measured": ("evaluate", "student", "--out", "measured"),
+    }
+    for name, command in runs.items():
+        assert cli(*command)[0] == 0
+        record, now = read_run(here / name), seen()
+        assert json.dumps(record).count(now) >= 2 and "formerly" not in json.dumps(record)
+        record = json.loads(json.dumps(record).replace(now, before))
+        edit(here / name / "run.json", **record)
+        code, _, err = cli(*command)
+        assert (code, "already complete" in err) == (0, True), err
+    photo("photos/train/a/1.bmp")
+    for command in runs.values():
+        code, _, err = cli(*command)
+        assert (code, "holds another run: another" in err) == (2, True), err
