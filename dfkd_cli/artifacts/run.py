@@ -257,12 +257,14 @@ class RunDirectory:
             self.save()
 
 
-def check_free(path: Path, settings: Settings) -> None:
-    """Raise :class:`ConfigError` where a directory cannot be this run's, whatever it will read."""
+def check_free(path: Path, settings: Settings, parents: Sequence[Mapping[str, Any]] = ()) -> None:
+    """Raise :class:`ConfigError` where a directory cannot be this run's, whatever else than these parents it reads."""
     previous = _previous(path, settings.run.overwrite)
     if previous and not settings.run.overwrite:
-        recorded = {key: value for key, value in previous.get("identity", {}).items() if key != "parents"}
-        _is_another(path, recorded, settings, _own(settings))
+        recorded, roles = previous.get("identity", {}), {parent["role"] for parent in parents}
+        alike = [parent for parent in recorded.get("parents") or [] if parent.get("role") in roles]
+        identity = _own(settings) | {"parents": _as_recorded(parents, alike)}
+        _is_another(path, recorded | {"parents": alike}, settings, identity)
 
 
 def _previous(path: Path, afresh: bool) -> dict[str, Any] | None:

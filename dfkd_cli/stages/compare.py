@@ -6,6 +6,7 @@ results.json, table.md and report.html.
 
 from __future__ import annotations
 
+import functools
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
@@ -124,11 +125,14 @@ def run(settings: Settings, terminal: Terminal, dry_run: bool = False) -> dict[s
     # What does not fit is found before anything is written.
     sections = arrange(models, settings.inputs.dataset, settings.code)
     check_free(out, settings)
+    contents = functools.cache(_contents)
     for planned in () if grid is None or settings.run.overwrite else grid.runs:
-        check_free(planned.out, planned.settings)
+        check_free(planned.out, planned.settings, contents(getattr(planned.settings.inputs, "dataset", None)))
     if settings.inputs.rows is not None:
         terminal.say("only the rows that --rows names are shown; without it all are, and those are not run again")
-    facts = {} if grid is None else {"grid": grid.sha256}
+    facts: dict[str, Any] = {} if grid is None else {"grid": grid.sha256}
+    if grid is not None and (tested := contents(settings.inputs.dataset)):
+        facts["dataset_sha256"] = tested[0]["sha256"]  # a grid may have made no model yet that is tested on it
     directory = RunDirectory(out, settings, _parents(models, shards, sections), facts)
     if dry_run:
         return _rehearse(directory, models, grid, terminal)
@@ -243,6 +247,11 @@ def _parents(models: Sequence[Model], shards: Sequence[ShardSet], sections: Sequ
     return parents + [
         content for name in dict.fromkeys(s.dataset for s in sections) for content in datasets.contents(name)
     ]
+
+
+def _contents(dataset: str | None) -> list[dict[str, Any]]:
+    """What a dataset is read from; nothing where none is named, or it is not on this machine."""
+    return [] if dataset is None or not Path(dataset).is_dir() else datasets.contents(dataset)
 
 
 def _check_plan_only(settings: Settings, dry_run: bool) -> None:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import shutil
 from pathlib import Path
 
 import numpy as np
@@ -101,3 +102,33 @@ def test_what_an_earlier_version_recorded_is_still_the_same(here, cli):
     for command in runs.values():
         code, _, err = cli(*command)
         assert (code, "holds another run: another" in err) == (2, True), err
+
+
+def test_a_grid_notices_that_its_datasets_changed(here, cli):
+    """Its own teacher's, before anything is written; that of ``--dataset`` is measured again."""
+    shutil.copytree("photos", "others")
+    rows = {"noise": {"distill": {"transfer_set": ["noise:4"], "steps": 1, "batch_size": 2}}}
+    teacher = {"dataset": "photos", "steps": 1, "batch_size": 2}
+    Path("grid.yaml").write_text(json.dumps({"grid": {"seeds": [0], "teacher": teacher, "rows": rows}}))
+    command = ("compare", "--recipe", "grid.yaml", "--dataset", "others")
+    results = here / "comparison" / "results.json"
+    assert cli(*command)[0] == 0
+    code, _, err = cli(*command)
+    assert (code, "comparison is already complete" in err) == (0, True), err
+
+    photo("others/test/a/1.bmp")
+    code, _, err = cli(*command)
+    assert (
+        code,
+        "comparison is already complete" in err,
+        results_in(results.parent)["sections"][0]["test_images"],
+    ) == (0, False, 3)
+    written = results.read_bytes()
+    photo("photos/train/a/0.bmp")
+    for _ in range(2):
+        code, _, err = cli(*command)
+        assert (code, "teacher holds another run: another dataset" in err, results.read_bytes()) == (2, True, written)
+    assert cli(*command, "--overwrite")[0] == 0
+    Path("photos").rename("gone")
+    code, _, err = cli(*command)
+    assert (code, "comparison is already complete" in err) == (0, True), err
