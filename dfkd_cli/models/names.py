@@ -167,14 +167,28 @@ class ForeignWeights:
 
     @property
     def sha256(self) -> str:
-        """Stands for its weights and how they are used.
+        """Stands for its weights and how they are used, and for the file of its code, wherever that lies.
 
         Raises:
-            ArtifactError: The file is missing.
+            ArtifactError: A file is missing.
         """
+        file, (bits, rest) = code_file(self.info.spec), few_bits(self.info.spec)
+        if file is None:
+            return self._hash({})
+        if not file.is_file():
+            raise ArtifactError(f"no file {file}", "check the SPEC")
+        return self._hash({"spec": bits + rest.partition(":")[2], "code": sha256_file(file)})
+
+    @property
+    def older_sha256(self) -> str | None:
+        """What older versions recorded of one with code: the SPEC as it was typed stood for that."""
+        return None if code_file(self.info.spec) is None else self._hash({})
+
+    def _hash(self, code: dict[str, str]) -> str:
         if not self.weights.is_file():
             raise ArtifactError(f"no weights file {self.weights}", "check --weights")
-        return digest([sha256_file(self.weights), dataclasses.asdict(self.info), *([self.key] if self.key else [])])
+        facts = dataclasses.asdict(self.info) | code
+        return digest([sha256_file(self.weights), facts, *([self.key] if self.key else [])])
 
     def open(self, code: Code) -> LoadedModel:
         """Build it and load the weights.
@@ -187,7 +201,9 @@ class ForeignWeights:
             net = build(self.info.spec, self.info.num_classes, self.info.input_size, code.may_run(self.name))
         sha256, size = self.sha256, self.weights.stat().st_size
         load_weights(net, self.weights, self.key)
-        record = dataclasses.asdict(self.info) | {"provenance": {}}
+        # Its older hash is in its line, which its students go on with: images that were made then fit all of them.
+        provenance = {"line": [older]} if (older := self.older_sha256) else {}
+        record = dataclasses.asdict(self.info) | {"provenance": provenance}
         return LoadedModel(Classifier(net, self.info), sha256, record, self.name, size=size)
 
 

@@ -14,7 +14,7 @@ from dfkd_cli.artifacts.files import digest, sha256_file
 from dfkd_cli.errors import ArtifactError, ConfigError
 from dfkd_cli.models.classifier import ModelInfo
 from dfkd_cli.models.directory import identity, load_model
-from dfkd_cli.models.names import Architecture, ForeignWeights, ModelDirectory, architecture, locate
+from dfkd_cli.models.names import Architecture, ForeignWeights, LoadedModel, ModelDirectory, architecture, locate
 from dfkd_cli.options import ForeignModel
 from dfkd_cli.stages.training import fresh
 from dfkd_cli.trust import Code
@@ -80,6 +80,28 @@ def test_a_users_own_code_is_run_and_its_spelling_does_not_count(here):
         locate("net.py:net", said).open(Code(frozenset({"./net.py:net"})))
     assert plain.sha256 == dotted.sha256
     assert plain.classifier.info.spec == "net.py:net"
+
+
+def test_the_code_of_a_teacher_counts_and_where_it_lies_does_not(here, monkeypatch):
+    torch.save({"1.weight": torch.zeros(10, 1024), "1.bias": torch.zeros(10)}, "net.pt")
+    said = ForeignModel(**DIGITS | {"weights": str(here / "net.pt")})
+
+    def opened(name: str) -> LoadedModel:
+        return locate(name, said).open(Code(frozenset({name})))
+
+    first = opened("net.py:net")
+    assert opened(f"{here}/net.py:net").sha256 == first.sha256
+    Path("below").mkdir()
+    monkeypatch.chdir("below")
+    assert opened("../net.py:net").sha256 == first.sha256
+    monkeypatch.chdir(here)
+    Path("net.py").write_text(CODE + "other = net\n")
+    changed = opened("net.py:net")
+    assert not changed.knows(first.sha256)
+    assert opened("net.py:other").sha256 != changed.sha256
+    facts = dataclasses.asdict(ModelInfo("net.py:net", 10, (1, 32, 32), (0.0,), (1.0,)))
+    older = digest([sha256_file(Path("net.pt")), facts])  # as it was recorded before the code counted
+    assert changed.knows(older) and not opened("net.py:other").knows(older)
 
 
 @pytest.mark.parametrize(
