@@ -2,11 +2,39 @@
 
 from __future__ import annotations
 
+import contextlib
+import re
+import warnings
 import zipfile
+from collections import OrderedDict
+from collections.abc import Iterable
 from pathlib import Path
-from typing import Any
+from typing import Any, NoReturn
 
 import torch
+
+from dfkd_cli.errors import ArtifactError
+
+PROTOCOL = 2  # of pickle, in which torch.save writes: the only one that PyTorch reads without running code
+ALONE = (
+    "save the state_dict alone, best as .safetensors, such as, where you trust the file, "
+    'torch.save(torch.load(FILE, weights_only=False)["state_dict"], NEW)'
+)
+_CLASSES = 100  # of metadata, that a file may have
+_LISTED = 3  # names in a message
+# Of what the items of a class that is not PyTorch's own are put in, by the word for it in the error. An OrderedDict can
+# have attributes too.
+_FILLED = {"SETITEM": OrderedDict, "lists": list}
+
+
+class Unread:
+    """Stands for what a file has of a class that is not PyTorch's own: nothing of that class is run, or imported."""
+
+    name: str
+
+    def __init__(self, *_: Any) -> None: ...
+
+    def __setstate__(self, _: Any) -> None: ...
 
 
 def read_pickle(path: Path, device: str) -> Any:
@@ -19,17 +47,97 @@ def read_pickle(path: Path, device: str) -> Any:
     return torch.load(path, map_location=device, weights_only=True)
 
 
+def read_foreign(path: Path) -> Any:
+    """Tensors, on the CPU, and what is around them. Objects are :class:`Unread`; what holds items is a dict or a list.
+
+    Raises:
+        ArtifactError: It is damaged, is none of PyTorch's, or cannot be read without running code.
+    """
+    unread: dict[str, type[Unread]] = {}
+    while True:
+        try:
+            check_sums(path)
+            allowed: list[Any] = [(stand_in, name) for name, stand_in in unread.items()]
+            with path.open("rb") as stream, torch.serialization.safe_globals(allowed), warnings.catch_warnings():
+                warnings.simplefilter("ignore")  # of protocols and layouts, which are refused with words of our own
+                return torch.load(stream, map_location="cpu", weights_only=True)  # of a path, it looks at the name
+        except Exception as error:  # a damaged pickle can raise anything
+            if not _learn(str(error), unread):
+                _refuse(error, list(unread), path)
+
+
+def _learn(error: str, unread: dict[str, type[Unread]]) -> bool:
+    """Take from an error how the file can be read further: what class it has, or how it fills one. Whether it said."""
+    if name := next(iter(re.findall(r"Unsupported global: GLOBAL (\S+)", error)), None):
+        name = name if "." in name else f"builtins.{name}"  # which the message leaves out
+        if name in unread or len(unread) == _CLASSES:
+            return False
+        unread[name] = _stand_in(name, len(unread))
+        return True
+    for what, index in re.findall(r"Can only .*?(SETITEM|lists).* but got .*Unread(\d+)'>", error):
+        name = next((name for name, stand_in in unread.items() if stand_in.__name__ == f"Unread{index}"), None)
+        if name is None or "__new__" in vars(unread[name]):
+            return False
+        unread[name] = _stand_in(name, int(index), _FILLED[what])
+        return True
+    return False
+
+
+def _stand_in(name: str, index: int, kind: type | None = None) -> type[Unread]:
+    """A class in the place of one: calls give an object of nothing or, where items are put into it, an empty holder."""
+    made = {} if kind is None else {"__new__": lambda *_: kind()}
+    return type(f"Unread{index}", (Unread,), {"name": name, **made})
+
+
+def _refuse(error: Exception, unread: list[str], path: Path) -> NoReturn:
+    """Say what is the matter with a file that cannot be read, perhaps for what it holds beside tensors."""
+    name = next(iter(re.findall(r"GLOBAL (\S+)", str(error))), None)
+    protocol = _protocol(path)
+    if protocol not in (None, PROTOCOL):
+        what = f"written with pickle_protocol={protocol}, which is never read: it would run code"
+        raise ArtifactError(f"{path}: {what}", ALONE) from None
+    if name or unread or "TorchScript" in str(error):
+        refuse_code([name] if name else unread or ["TorchScript"], path)
+    raise ArtifactError(
+        f"{path}: not readable as weights of PyTorch or safetensors", "damaged, or another type of file"
+    ) from None
+
+
+def refuse_code(names: Iterable[str], path: Path) -> NoReturn:
+    """Refuse a file for the classes, by their names, that it has where weights should be."""
+    raise ArtifactError(f"{path}: carries code ({some(dict.fromkeys(names))}), which is never run", ALONE) from None
+
+
+def some(names: Iterable[str]) -> str:
+    """The first of names, and how many more there are."""
+    names = list(names)
+    more = f" and {len(names) - _LISTED} more" if len(names) > _LISTED else ""
+    return ", ".join(names[:_LISTED]) + more
+
+
+def _protocol(path: Path) -> int | None:
+    """The version of pickle in which a file is written; None where it is damaged, or no pickle."""
+    with contextlib.suppress(Exception), path.open("rb") as stream:  # a damaged archive can raise anything
+        start = stream.read(2)
+        if zipfile.is_zipfile(stream):
+            with zipfile.ZipFile(stream) as file:
+                start = file.open(next(name for name in file.namelist() if name.endswith("data.pkl"))).read(2)
+        return start[1] if start[:1] == b"\x80" else None
+    return None
+
+
 def check_sums(path: Path) -> None:
     """Check what ``torch.load`` does not.
 
     It looks at no checksum, and unpacks what is packed. ``torch.save`` packs nothing: what comes to more than the file
-    is none of its.
+    is none of its. Told to compute no checksums, it writes zeros.
 
     Raises:
         Exception: Of any kind: the file is damaged.
     """
     if zipfile.is_zipfile(path):  # or of a format from before PyTorch 1.6, without checksums
         with zipfile.ZipFile(path) as file:
-            size = sum(entry.file_size for entry in file.infolist())
-            if size > path.stat().st_size or file.testzip() is not None:
+            entries = file.infolist()
+            summed = any(entry.CRC for entry in entries)
+            if sum(entry.file_size for entry in entries) > path.stat().st_size or (summed and file.testzip()):
                 raise ValueError(f"{path}: checksums or sizes do not agree")

@@ -6,43 +6,31 @@ import difflib
 import logging
 import re
 from collections import Counter
-from collections.abc import Iterable, Iterator, Mapping, Sequence
+from collections.abc import Iterable, Iterator, Mapping
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any, NoReturn
+from typing import Any
 
 import safetensors.torch
-import torch
 from safetensors import SafetensorError
 from torch import Tensor, nn
 
-from dfkd_cli.artifacts.pickles import check_sums
+from dfkd_cli.artifacts.pickles import Unread, read_foreign, refuse_code, some
 from dfkd_cli.errors import ArtifactError, ConfigError, did_you_mean
 
 LOG = logging.getLogger(__name__)
 _PREFERRED = ("state_dict", "model_state_dict", "model", "net", "weights", "teacher")  # of what fits equally well
 _AUXILIARY = re.compile(r"aux", re.IGNORECASE)  # heads that only help in training, as of Inception
 _UNCOUNTED = "num_batches_tracked"  # inference does not use it; files from before PyTorch 0.4.1 lack it
-_ALONE = "save the state_dict alone, best as .safetensors"
 _LISTED = 3  # keys named in a message
-_DEPTH, _CLASSES = 20, 100  # containers within containers, and classes of metadata, that a file may have
-
-
-class _Unread:
-    """Stands for what a file has of a class that is not PyTorch's own: nothing of that class is run, or imported."""
-
-    name: str
-
-    def __init__(self, *_: Any) -> None: ...
-
-    def __setstate__(self, _: Any) -> None: ...
+_DEPTH = 20  # containers within containers that a file may have
 
 
 @dataclass(frozen=True)
 class _Entry:
     """What a file has at the end of a path: a tensor, or what was not read; and the path of the mapping it is in."""
 
-    value: Tensor | _Unread
+    value: Tensor | Unread
     container: str
 
 
@@ -68,7 +56,7 @@ def load_weights(net: nn.Module, file: Path, key: str | None = None) -> None:
     entries = dict(_entries(content))
     if not any(isinstance(entry.value, Tensor) for entry in entries.values()):
         _refuse_code([content, *(entry.value for entry in entries.values())], file)
-        keys = f"keys {_some(map(str, content))}" if isinstance(content, Mapping) and content else None
+        keys = f"keys {some(map(str, content))}" if isinstance(content, Mapping) and content else None
         raise ArtifactError(
             f"{file}: holds no state_dict, found {keys or type(content).__name__}", "save net.state_dict()"
         )
@@ -92,35 +80,13 @@ def _read(file: Path) -> Any:
             return safetensors.torch.load(file.read_bytes())  # its own reader takes no name that is not UTF-8
         except (SafetensorError, OSError) as error:
             raise ArtifactError(f"{file}: not readable as safetensors: {error}", "the file is damaged") from None
-    unread: dict[str, type[_Unread]] = {}
-    while True:
-        try:
-            check_sums(file)
-            # A stream: of a path, torch.load looks at the name.
-            with file.open("rb") as stream, torch.serialization.safe_globals([(c, name) for name, c in unread.items()]):
-                return torch.load(stream, map_location="cpu", weights_only=True)
-        except Exception as error:  # a damaged pickle can raise anything
-            name = next(iter(re.findall(r"Unsupported global: GLOBAL (\S+)", str(error))), None)
-            if name is None or name in unread or len(unread) == _CLASSES:
-                _refuse(error, list(unread), file)
-            unread[name] = type("_Unread", (_Unread,), {"name": name})
-
-
-def _refuse(error: Exception, unread: Sequence[str], file: Path) -> NoReturn:
-    """Say what is the matter with a file that cannot be read, perhaps for what it holds beside tensors."""
-    name = next(iter(re.findall(r"GLOBAL (\S+)", str(error))), None)
-    if name or unread or "TorchScript" in str(error):
-        shown = _some([name] if name else unread) or "TorchScript"
-        raise ArtifactError(f"{file}: carries code ({shown}), which is never run", _ALONE) from None
-    raise ArtifactError(
-        f"{file}: not readable as weights of PyTorch or safetensors", "damaged, or another type of file"
-    ) from None
+    return read_foreign(file)
 
 
 def _refuse_code(values: Iterable[Any], file: Path) -> None:
     """Refuse values in the place of weights that are of some class."""
-    if names := [value.name for value in values if isinstance(value, _Unread)]:
-        raise ArtifactError(f"{file}: carries code ({_some(names)}), which is never run", _ALONE)
+    if names := [value.name for value in values if isinstance(value, Unread)]:
+        refuse_code(names, file)
 
 
 def _entries(content: Any) -> Iterator[tuple[str, _Entry]]:
@@ -134,7 +100,7 @@ def _entries(content: Any) -> Iterator[tuple[str, _Entry]]:
         seen.add(id(mapping))
         for key, value in mapping.items():
             path = f"{container}.{key}" if container else key
-            if isinstance(key, str) and isinstance(value, Tensor | _Unread):
+            if isinstance(key, str) and isinstance(value, Tensor | Unread):
                 yield path, _Entry(value, container)
             elif isinstance(key, str):  # those of optimisers are numbers
                 todo.append((path, depth + 1, value))
@@ -175,7 +141,7 @@ def _fitting(entries: Mapping[str, _Entry], expected: Mapping[str, Tensor], file
         return {key: path for key, path in named.items() if key in expected}
 
     if others := list(dict.fromkeys(pair[0] for pair in best if sources(pair) != sources((prefix, lacking)))):
-        choices = _some(other[:-1] or "the outermost" for other in others)
+        choices = some(other[:-1] or "the outermost" for other in others)
         LOG.warning("%s: took %s; %s would fit too: --weights-key", file, prefix[:-1] or "the outermost", choices)
     taken = {lacking + path[len(prefix) :]: entry for path, entry in entries.items() if path.startswith(prefix)}
     homes = {entry.container for key, entry in taken.items() if key in expected}
@@ -204,7 +170,7 @@ def _check_fit(state: dict[str, Tensor], expected: Mapping[str, Tensor], file: P
     ]  # fmt: skip
     unexpected = [key for key in state if key not in expected]
     if auxiliary := [key for key in unexpected if _AUXILIARY.match(key)]:
-        LOG.warning("%s: auxiliary heads are left out: %s", file, _some(_outermost(auxiliary)))
+        LOG.warning("%s: auxiliary heads are left out: %s", file, some(_outermost(auxiliary)))
         unexpected = [key for key in unexpected if key not in auxiliary]
     shapes = [
         f"{key} {tuple(state[key].shape)} instead of {tuple(expected[key].shape)}"
@@ -213,7 +179,7 @@ def _check_fit(state: dict[str, Tensor], expected: Mapping[str, Tensor], file: P
     ]
     beside = [_beside(key, expected[key], {other: state[other] for other in unexpected}) for key in missing[:_LISTED]]
     problems = {"missing": [*beside, *missing[_LISTED:]], "unexpected": unexpected, "wrong shape": shapes}
-    if diff := [f"{title} {_some(keys)}" for title, keys in problems.items() if keys]:
+    if diff := [f"{title} {some(keys)}" for title, keys in problems.items() if keys]:
         raise ArtifactError(
             f"{file}: the weights do not fit the model: {'; '.join(diff)}",
             "check the model SPEC, the number of classes and the input size",
@@ -237,11 +203,5 @@ def _check_finite(state: Mapping[str, Tensor], parameters: Mapping[str, nn.Param
     bad = [key for key, value in state.items() if value.isnan().any() or (key in parameters and value.isinf().any())]
     if bad:
         raise ArtifactError(
-            f"{file}: not finite: {_some(bad)}", "the training that made them failed; take an earlier file"
+            f"{file}: not finite: {some(bad)}", "the training that made them failed; take an earlier file"
         )
-
-
-def _some(keys: Iterable[str]) -> str:
-    keys = list(keys)
-    more = f" and {len(keys) - _LISTED} more" if len(keys) > _LISTED else ""
-    return ", ".join(keys[:_LISTED]) + more

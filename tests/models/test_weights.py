@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import argparse
+import collections
+import contextlib
 import os
 import zipfile
 from datetime import date
@@ -238,6 +240,83 @@ def test_metadata_beside_the_weights_is_not_read(tmp_path, source, zipped):
     load_weights(net, tmp_path / "w")
     assert same_weights(net, source)
     assert not (tmp_path / "ran").exists()
+
+
+class OwnDict(dict):
+    """Has attributes too, once they are set, as configurations do."""
+
+
+class OwnList(list):
+    pass
+
+
+def own_dict(items) -> OwnDict:
+    made = OwnDict(items)
+    made.frozen = True
+    return made
+
+
+KINDS = [
+    OwnList([1]), collections.defaultdict(list, {"a": [1]}), collections.deque([1]), frozenset([1]), range(3), slice(1),
+    int, own_dict({"b": OwnList([1])}), collections.UserDict(a=1), os.path.join,
+]  # fmt: skip
+
+
+@pytest.mark.parametrize("value", KINDS, ids=lambda value: getattr(value, "__name__", type(value).__name__))
+@pytest.mark.parametrize("zipped", [True, False])
+def test_classes_beside_the_weights_are_not_read(tmp_path, source, value, zipped):
+    torch.save({"model": source.state_dict(), "x": value}, tmp_path / "w", _use_new_zipfile_serialization=zipped)
+    net = target()
+    load_weights(net, tmp_path / "w")
+    assert same_weights(net, source)
+
+
+@pytest.mark.parametrize("kind", [own_dict, lambda state: collections.defaultdict(int, state)])
+def test_weights_in_a_dictionary_of_another_class(tmp_path, source, kind):
+    torch.save({"model": kind(source.state_dict())}, tmp_path / "w")
+    net = target()
+    load_weights(net, tmp_path / "w")
+    assert same_weights(net, source)
+
+
+class Appending(Malicious):
+    """Code whose result would be filled like a list and a dictionary."""
+
+    def __reduce__(self):
+        return (*super().__reduce__(), None, iter([1]), iter([(1, 2)]))
+
+
+class Evaluating(Malicious):
+    def __reduce__(self):
+        return eval, (f"open({str(self.path)!r}, 'w')",), None, iter([1])
+
+
+@pytest.mark.parametrize("kind", [Appending, Evaluating])
+def test_code_whose_result_takes_items_is_never_run(tmp_path, source, kind):
+    torch.save({"model": source.state_dict(), "x": kind(tmp_path / "ran")}, tmp_path / "w")
+    with contextlib.suppress(ArtifactError):
+        load_weights(target(), tmp_path / "w")
+    assert not (tmp_path / "ran").exists()
+
+
+@pytest.mark.parametrize("zipped", [True, False])
+def test_a_protocol_that_is_not_read_is_named_and_how_to_mend_it(tmp_path, source, zipped, recwarn):
+    options = {"pickle_protocol": 4, "_use_new_zipfile_serialization": zipped}
+    torch.save({"model": source.state_dict()}, tmp_path / "w", **options)
+    with pytest.raises(ArtifactError, match=r"written with pickle_protocol=4.*torch\.save\(torch\.load\(FILE"):
+        load_weights(target(), tmp_path / "w")
+    assert not recwarn
+
+
+def test_a_file_without_checksums(tmp_path, source):
+    torch.serialization.set_crc32_options(False)
+    try:
+        torch.save(source.state_dict(), tmp_path / "w")
+    finally:
+        torch.serialization.set_crc32_options(True)
+    net = target()
+    load_weights(net, tmp_path / "w")
+    assert same_weights(net, source)
 
 
 @pytest.mark.parametrize("value", [torch.nan, torch.inf, -torch.inf])
