@@ -2,10 +2,12 @@
 
 from __future__ import annotations
 
+import contextlib
+import copy
 import difflib
 import logging
 import re
-from collections import Counter
+from collections import Counter, OrderedDict
 from collections.abc import Iterable, Iterator, Mapping
 from dataclasses import dataclass
 from pathlib import Path
@@ -23,6 +25,7 @@ _PREFERRED = ("state_dict", "model_state_dict", "model", "net", "weights", "teac
 _AUXILIARY = re.compile(r"aux", re.IGNORECASE)  # heads that only help in training, as of Inception
 _UNCOUNTED = "num_batches_tracked"  # inference does not use it; files from before PyTorch 0.4.1 lack it
 _LISTED = 3  # keys named in a message
+_DENSENET = re.compile(r"(denselayer\d+\.(?:norm|conv))\.([12])(?=\.)")  # torchvision's names before PyTorch 0.4
 _DEPTH = 20  # containers within containers that a file may have
 
 
@@ -66,10 +69,16 @@ def load_weights(net: nn.Module, file: Path, key: str | None = None) -> None:
             raise ConfigError(f"--weights-key {key}: not in {file}", did_you_mean(key, _outermost(entries)))
         entries = within
     expected = net.state_dict()
-    state = _fitting(entries, expected, file)
-    _check_fit(state, expected, file)
+    state = _check_fit(_fitting(entries, expected, file), net, file)
     _check_finite(state, dict(net.named_parameters()), file)
-    net.load_state_dict(state, strict=False)  # strictness is checked above, with shorter messages
+    net.load_state_dict(_of_versions(state, expected), strict=False)  # strictness is checked above, in fewer words
+
+
+def _of_versions(state: Mapping[str, Tensor], like: Mapping[str, Tensor] | None = None) -> OrderedDict[str, Tensor]:
+    """A state of the same versions of layers as another, which some layers ask for; or of none, as in old files."""
+    made: Any = OrderedDict(state)
+    made._metadata = getattr(like, "_metadata", OrderedDict())
+    return made
 
 
 def _read(file: Path) -> Any:
@@ -160,18 +169,22 @@ def _shared_prefixes(keys: Iterable[str]) -> Iterator[str]:
     return (prefix for prefix in _prefixes(keys[0] if keys else "") if all(key.startswith(prefix) for key in keys))
 
 
-def _check_fit(state: dict[str, Tensor], expected: Mapping[str, Tensor], file: Path) -> None:
-    """Refuse what does not fit; leave out auxiliary heads that the network does not have, and say so."""
+def _check_fit(state: dict[str, Tensor], net: nn.Module, file: Path) -> dict[str, Tensor]:
+    """What fits, in place of names that layers had before by those that they have.
+
+    Refuses what does not; leaves out auxiliary heads that the network does not have, and says so.
+    """
+    expected = net.state_dict()
     # Tied weights are one tensor under several keys, of which a file may have one.
     there = {_place(expected[key]) for key in state if key in expected}
     missing = [
         key for key, value in expected.items()
         if key not in state and not key.endswith(_UNCOUNTED) and _place(value) not in there
     ]  # fmt: skip
-    unexpected = [key for key in state if key not in expected]
-    if auxiliary := [key for key in unexpected if _AUXILIARY.match(key)]:
+    if auxiliary := [key for key in state if key not in expected and _AUXILIARY.match(key)]:
         LOG.warning("%s: auxiliary heads are left out: %s", file, some(_outermost(auxiliary)))
-        unexpected = [key for key in unexpected if key not in auxiliary]
+        state = {key: value for key, value in state.items() if key not in auxiliary}
+    unexpected = [key for key in state if key not in expected]
     shapes = [
         f"{key} {tuple(state[key].shape)} instead of {tuple(expected[key].shape)}"
         for key in expected
@@ -179,11 +192,25 @@ def _check_fit(state: dict[str, Tensor], expected: Mapping[str, Tensor], file: P
     ]
     beside = [_beside(key, expected[key], {other: state[other] for other in unexpected}) for key in missing[:_LISTED]]
     problems = {"missing": [*beside, *missing[_LISTED:]], "unexpected": unexpected, "wrong shape": shapes}
-    if diff := [f"{title} {some(keys)}" for title, keys in problems.items() if keys]:
+    diff = [f"{title} {some(keys)}" for title, keys in problems.items() if keys]
+    renamed = _renamed(state, net) if diff else state
+    if renamed is None:
         raise ArtifactError(
             f"{file}: the weights do not fit the model: {'; '.join(diff)}",
             "check the model SPEC, the number of classes and the input size",
         )
+    return renamed
+
+
+def _renamed(state: Mapping[str, Tensor], net: nn.Module) -> dict[str, Tensor] | None:
+    """The state of a copy of the network that has taken one with other names, as far as its layers know these."""
+    state = {_DENSENET.sub(r"\1\2", key): value for key, value in state.items()}
+    for like in (None, net.state_dict()):
+        with contextlib.suppress(Exception):  # it cannot be copied, does not fit, or code of its own fails
+            twin = copy.deepcopy(net)
+            twin.load_state_dict(_of_versions(state, like))
+            return dict(twin.state_dict())
+    return None
 
 
 def _beside(key: str, value: Tensor, others: Mapping[str, Tensor]) -> str:

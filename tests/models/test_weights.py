@@ -5,7 +5,9 @@ from __future__ import annotations
 import argparse
 import collections
 import contextlib
+import copy
 import os
+import re
 import zipfile
 from datetime import date
 from pathlib import Path
@@ -20,6 +22,7 @@ from torch import nn
 
 from dfkd_cli.errors import ArtifactError, ConfigError
 from dfkd_cli.models import cifar_resnet, lenet
+from dfkd_cli.models.directory import save_weights
 from dfkd_cli.models.names import locate
 from dfkd_cli.models.registry import build
 from dfkd_cli.models.weights import load_weights
@@ -428,3 +431,46 @@ def test_a_flipped_bit_of_a_weight_is_noticed(tmp_path):
     (tmp_path / "w.pt").write_bytes(data)
     with pytest.raises(ArtifactError, match="not readable as weights"):
         load_weights(torch.nn.Linear(64, 64, bias=False), tmp_path / "w.pt")
+
+
+def test_layers_that_ask_for_their_version_are_read_as_they_are_saved(tmp_path):
+    net, other = (torchvision.models.mnasnet0_5(num_classes=2).eval() for _ in range(2))
+    save_weights(tmp_path / "w", net)
+    load_weights(other, tmp_path / "w")
+    assert same_weights(net, other)
+
+
+def old_names(layer: str, new: nn.Module) -> dict[str, torch.Tensor]:
+    """What a file has of a network whose layers had other names before."""
+    state = new.state_dict()
+    if layer == "vit":
+        return {k.replace("mlp.0.", "mlp.linear_1.").replace("mlp.3.", "mlp.linear_2."): v for k, v in state.items()}
+    if layer == "densenet":
+        return {re.sub(r"(denselayer\d+\.(?:norm|conv))", r"\1.", key): v for key, v in state.items()}
+    names = {"parametrizations.weight.original0": "weight_g", "parametrizations.weight.original1": "weight_v"}
+    return {re.sub("|".join(names), lambda match: names[match.group()], key): v for key, v in state.items()}
+
+
+NETWORKS = {
+    "vit": lambda: torchvision.models.VisionTransformer(8, 4, 2, 2, 4, 6, num_classes=3),
+    "densenet": lambda: torchvision.models.DenseNet(2, (1, 2), 4, num_classes=3),
+    "weight-norm": lambda: nn.Sequential(nn.utils.parametrizations.weight_norm(nn.Linear(3, 4)), nn.BatchNorm1d(4)),
+}
+
+
+@pytest.mark.parametrize("layer", NETWORKS)
+def test_names_that_layers_had_before(tmp_path, layer):
+    saved, net = NETWORKS[layer](), NETWORKS[layer]()
+    with torch.no_grad():
+        for parameter in saved.parameters():
+            parameter.normal_()
+    state = old_names(layer, saved)
+    assert state.keys() != saved.state_dict().keys()
+    torch.save({"state_dict": prefixed(state, "module.")}, tmp_path / "w")
+    load_weights(net, tmp_path / "w")
+    assert same_weights(net, saved)
+    torch.save({key: value for key, value in state.items() if "bias" not in key}, tmp_path / "w")
+    before = copy.deepcopy(net)
+    with pytest.raises(ArtifactError, match="do not fit the model: missing"):
+        load_weights(net, tmp_path / "w")
+    assert same_weights(net, before)
