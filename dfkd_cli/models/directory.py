@@ -18,7 +18,7 @@ from dfkd_cli.catalog import few_bits
 from dfkd_cli.errors import ArtifactError, ConfigError, RunFailed
 from dfkd_cli.models.classifier import Classifier, ModelInfo
 from dfkd_cli.models.registry import build, family
-from dfkd_cli.models.weights import load_weights
+from dfkd_cli.models.weights import load_weights, not_finite
 from dfkd_cli.trust import Code
 
 SCHEMA = 1
@@ -71,14 +71,14 @@ def save_weights(path: Path, net: nn.Module) -> str:
     """Write a network's weights as safetensors. Returns their sha256.
 
     Raises:
-        RunFailed: They are not finite. Buffers may hold infinity, as masks do.
+        RunFailed: They are not finite: :func:`~dfkd_cli.models.weights.not_finite`.
     """
     # Copies of their own: safetensors refuses tensors that share memory, such as tied weights.
     state = {
         key: value.detach().to("cpu", copy=True, memory_format=torch.contiguous_format)
         for key, value in net.state_dict().items()
     }
-    if not all(p.isfinite().all() for p in net.parameters()) or any(b.isnan().any() for b in net.buffers()):
+    if not_finite(state, net):
         raise RunFailed(
             f"{path}: the weights are not finite",
             "lower --lr, or --student-lr of a student in the loop; with --overwrite",

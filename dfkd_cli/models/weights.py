@@ -14,11 +14,13 @@ from pathlib import Path
 from typing import Any
 
 import safetensors.torch
+import torch
 from safetensors import SafetensorError
 from torch import Tensor, nn
 
 from dfkd_cli.artifacts.pickles import Unread, read_foreign, refuse_code, some
 from dfkd_cli.errors import ArtifactError, ConfigError, did_you_mean
+from dfkd_cli.models.classifier import is_batch_norm
 
 LOG = logging.getLogger(__name__)
 _PREFERRED = ("state_dict", "model_state_dict", "model", "net", "weights", "teacher")  # of what fits equally well
@@ -49,9 +51,9 @@ def load_weights(net: nn.Module, file: Path, key: str | None = None) -> None:
         key: Where in the file they are, such as ``ema``, instead.
 
     Raises:
-        ConfigError: There is nothing under ``key``.
-        ArtifactError: The file is missing, damaged, carries code, has values that are not finite, or does not fit
-            ``net``, which is then unchanged.
+        ConfigError: There is nothing under ``key``, or the state of ``net`` is more than tensors.
+        ArtifactError: The file is missing, damaged, carries code, has weights that are not finite or no dense floats,
+            or does not fit ``net``, which is then unchanged.
     """
     if not file.is_file():
         raise ArtifactError(f"{file}: no such file")
@@ -68,9 +70,14 @@ def load_weights(net: nn.Module, file: Path, key: str | None = None) -> None:
         if not within:
             raise ConfigError(f"--weights-key {key}: not in {file}", did_you_mean(key, _outermost(entries)))
         entries = within
+    require_tensors(net)
     expected = net.state_dict()
-    state = _check_fit(_fitting(entries, expected, file), net, file)
-    _check_finite(state, dict(net.named_parameters()), file)
+    found = _fitting(entries, expected, file)
+    _check_kinds(found, net, file)
+    state = _check_fit(found, net, file)
+    if bad := not_finite(state, net):
+        hint = "the training that made them failed; take an earlier file"
+        raise ArtifactError(f"{file}: not finite: {some(bad)}", hint)
     net.load_state_dict(_of_versions(state, expected), strict=False)  # strictness is checked above, in fewer words
 
 
@@ -226,9 +233,45 @@ def _place(value: Tensor) -> tuple[Any, ...]:
     return value.data_ptr() or id(value), value.shape, value.stride()
 
 
-def _check_finite(state: Mapping[str, Tensor], parameters: Mapping[str, nn.Parameter], file: Path) -> None:
-    bad = [key for key, value in state.items() if value.isnan().any() or (key in parameters and value.isinf().any())]
-    if bad:
-        raise ArtifactError(
-            f"{file}: not finite: {some(bad)}", "the training that made them failed; take an earlier file"
-        )
+def _check_kinds(state: Mapping[str, Tensor], net: nn.Module, file: Path) -> None:
+    """Refuse what can be no network's weights as it is: sparse, without values, complex, or whole numbers."""
+    expected, parameters = net.state_dict(), dict(net.named_parameters(remove_duplicate=False))
+
+    def fits(value: Tensor, parameter: Tensor | None) -> bool:
+        floating = parameter is None or value.is_floating_point() or not parameter.is_floating_point()
+        return plain(value) and floating and value.is_complex() <= (parameter is not None and parameter.is_complex())
+
+    odd = [
+        f"{key} ({value.device.type}, {value.layout}, {value.dtype})".replace("torch.", "")
+        for key, value in state.items() if key in expected and not fits(value, parameters.get(key))
+    ]  # fmt: skip
+    if odd:
+        raise ArtifactError(f"{file}: not weights as they are: {some(odd)}", "save them dense, in floating point")
+
+
+def plain(value: Any) -> bool:
+    """Whether a value in a state is a dense tensor that has its values, as safetensors can store."""
+    return isinstance(value, Tensor) and value.layout is torch.strided and not (value.is_meta or value.is_quantized)
+
+
+def require_tensors(net: nn.Module) -> None:
+    """Check that a network's state can be stored, before it is trained.
+
+    Raises:
+        ConfigError: There is more in it than dense tensors.
+    """
+    if others := [key for key, value in net.state_dict().items() if not plain(value)]:
+        what = f"{type(net).__name__}: its state is more than dense tensors: {some(others)}"
+        raise ConfigError(what, "keep it in buffers, or out of the state_dict: without get_extra_state")
+
+
+def not_finite(state: Mapping[str, Tensor], net: nn.Module) -> list[str]:
+    """Of a network's state, the keys of parameters and of BatchNorm's statistics that are not finite.
+
+    Other buffers may hold anything: infinity as masks do, NaN where nothing has been seen yet.
+    """
+    vital = {key for key, _ in net.named_parameters(remove_duplicate=False)}
+    for path, layer in net.named_modules(remove_duplicate=False):
+        if is_batch_norm(layer):
+            vital |= {f"{path}.{name}" if path else name for name, _ in layer.named_buffers(recurse=False)}
+    return [key for key, value in state.items() if key in vital and not value.float().isfinite().all()]

@@ -20,7 +20,7 @@ import torchvision
 from comparisons import same_weights
 from torch import nn
 
-from dfkd_cli.errors import ArtifactError, ConfigError
+from dfkd_cli.errors import ArtifactError, ConfigError, RunFailed
 from dfkd_cli.models import cifar_resnet, lenet
 from dfkd_cli.models.directory import save_weights
 from dfkd_cli.models.names import locate
@@ -474,3 +474,68 @@ def test_names_that_layers_had_before(tmp_path, layer):
     with pytest.raises(ArtifactError, match="do not fit the model: missing"):
         load_weights(net, tmp_path / "w")
     assert same_weights(net, before)
+
+
+class Stateful(nn.Linear):
+    """Keeps something beside its weights."""
+
+    def get_extra_state(self) -> dict[str, int]:
+        return {"step": 3}
+
+    def set_extra_state(self, _) -> None: ...
+
+
+def test_a_state_that_is_more_than_tensors_is_refused(tmp_path):
+    torch.save(nn.Sequential(Stateful(4, 2)).state_dict(), tmp_path / "w")
+    with pytest.raises(ConfigError, match=r"Sequential: its state is more than dense tensors: 0\._extra_state -- keep"):
+        load_weights(nn.Sequential(Stateful(4, 2)), tmp_path / "w")
+
+
+class Watching(nn.Sequential):
+    """Has a buffer that nothing was seen for yet."""
+
+    def __init__(self) -> None:
+        super().__init__(nn.Linear(4, 2), nn.BatchNorm1d(2))
+        self.register_buffer("seen", torch.tensor([torch.nan, torch.inf]))
+
+
+def test_buffers_may_hold_anything_but_those_of_batchnorm(tmp_path):
+    net, other = Watching(), Watching()
+    other.seen.zero_()
+    save_weights(tmp_path / "w", net)
+    load_weights(other, tmp_path / "w")
+    assert other.seen.isnan().tolist() == [True, False]
+    for key, value in (("1.running_var", torch.nan), ("1.running_mean", torch.inf), ("0.bias", -torch.inf)):
+        bad = Watching()
+        bad.state_dict()[key].fill_(value)
+        with pytest.raises(RunFailed, match="the weights are not finite"):
+            save_weights(tmp_path / "bad", bad)
+        torch.save(bad.state_dict(), tmp_path / "bad")
+        with pytest.raises(ArtifactError, match=f"not finite: {key}"):
+            load_weights(other, tmp_path / "bad")
+
+
+@pytest.mark.parametrize(
+    ("change", "words"),
+    [
+        (lambda weight: weight.to_sparse(), r"0\.weight \(cpu, sparse_coo, float32\)"),
+        (lambda weight: (weight * 99).to(torch.int8), r"0\.weight \(cpu, strided, int8\)"),
+        (lambda weight: weight.to(torch.complex64), r"0\.weight \(cpu, strided, complex64\)"),
+        (lambda weight: weight.to("meta"), r"0\.weight \(meta, strided, float32\)"),
+    ],
+)
+def test_tensors_that_are_no_weights_as_they_are(tmp_path, change, words):
+    state = Watching().state_dict()
+    torch.save({**state, "0.weight": change(state["0.weight"])}, tmp_path / "w")
+    with pytest.raises(ArtifactError, match=words):
+        load_weights(Watching(), tmp_path / "w")
+
+
+def test_floats_of_other_widths_are_weights(tmp_path):
+    state = {
+        key: value.bfloat16() if "weight" in key else value.double() for key, value in Watching().state_dict().items()
+    }
+    torch.save(state, tmp_path / "w")
+    net = Watching()
+    load_weights(net, tmp_path / "w")
+    assert torch.equal(net[0].weight, state["0.weight"].float()) and net[0].bias.dtype == torch.float32
