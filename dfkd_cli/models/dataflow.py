@@ -23,6 +23,11 @@ _FOLLOW = (*_NORMS, _ATEN.relu, _ATEN.relu_, _ATEN.hardtanh, _ATEN.hardtanh_, _A
 _PRODUCTS = (_ATEN.convolution, _ATEN.mm, _ATEN.addmm, _ATEN.bmm, _ATEN.baddbmm)
 
 
+def _can_round(module: nn.Module) -> bool:
+    """Whether it is a layer with a weight of its own: not one that is computed, as by weight and spectral norm."""
+    return isinstance(module, LAYERS) and module._parameters.get("weight") is not None
+
+
 def _value(tensor: Tensor, changed: bool = False) -> Value:
     return id(tensor), tensor._version + changed
 
@@ -63,7 +68,7 @@ class Dataflow(TorchDispatchMode):  # type: ignore[no-untyped-call]
     def joints(self) -> list[nn.Module]:
         """The modules that are to give integers: to sums, and to other modules than layers from convolutions."""
         runs = [
-            value for layer, value in self._results if isinstance(layer, CONVOLUTIONS) and layer is not self.layers[-1]
+            value for layer, value in self._results if isinstance(layer, CONVOLUTIONS) and layer in self.layers[:-1]
         ]
         ends = list(map(self._end, runs))
         adding = (_ATEN.add, _ATEN.add_)
@@ -79,7 +84,7 @@ class Dataflow(TorchDispatchMode):  # type: ignore[no-untyped-call]
         return value
 
     def _leaves(self, value: Value) -> bool:
-        return any(not isinstance(read.where, LAYERS) for read in self._reads.get(value, ()))
+        return any(not _can_round(read.where) for read in self._reads.get(value, ()))
 
     def _place(self, value: Value) -> nn.Module | None:
         """The innermost module that gives the value and runs once."""
@@ -89,7 +94,7 @@ class Dataflow(TorchDispatchMode):  # type: ignore[no-untyped-call]
     def _enter(self, module: nn.Module, _: Any) -> None:
         self._running.append(module)
         self._runs[module] += 1
-        if isinstance(module, LAYERS) and module not in self.layers:
+        if _can_round(module) and module not in self.layers:
             self.layers.append(module)
 
     def _leave(self, module: nn.Module, _: Any, output: Any) -> None:
@@ -109,6 +114,6 @@ class Dataflow(TorchDispatchMode):  # type: ignore[no-untyped-call]
                 self._reads.setdefault(value, []).append(_Read(where, operator, given))
             by_product = operator in _PRODUCTS or "attention" in str(operator)
             path = self.paths[where]
-            if by_product and not isinstance(where, LAYERS) and path not in self.elsewhere:
+            if by_product and not _can_round(where) and path not in self.elsewhere:
                 self.elsewhere.append(path)
         return output

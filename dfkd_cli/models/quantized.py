@@ -203,14 +203,16 @@ def quantize(net: nn.Module, weights: int, activations: int, input_size: tuple[i
         spec: What the network is called.
 
     Returns:
-        The modules in which something is computed that stays float: other layers, attention, functional convolutions.
+        The modules in which something is computed that stays float: other layers, those whose weight is computed
+        (weight and spectral norm), attention, functional convolutions.
 
     Raises:
         ConfigError: Nothing in it can be quantised.
     """
     seen = Dataflow(net, input_size)
     if not seen.layers:
-        raise ConfigError(f"{spec}: nothing in it can be quantised", "it has no convolution or linear layer that runs")
+        hint = "it has no convolution or linear layer that runs and has a weight of its own"
+        raise ConfigError(f"{spec}: nothing in it can be quantised", hint)
     ends = (seen.layers[0], seen.layers[-1])
     for layer in seen.layers:
         w, a = (JOINT, JOINT) if layer in ends else (weights, activations)

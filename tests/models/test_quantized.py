@@ -227,6 +227,34 @@ def test_what_stays_float_is_named():
     assert {name for name, module in net.named_modules() if isinstance(module, RoundingLayer)} == {"patches", "head"}
 
 
+@pytest.mark.parametrize(
+    "norm",
+    [
+        nn.utils.weight_norm,
+        nn.utils.spectral_norm,
+        nn.utils.parametrizations.weight_norm,
+        nn.utils.parametrizations.spectral_norm,
+    ],
+)
+def test_layers_whose_weight_is_computed_stay_float(norm):
+    torch.manual_seed(0)
+    layers = [nn.Conv2d(3, 8, 3), nn.ReLU(), norm(nn.Conv2d(8, 8, 3)), nn.ReLU(), nn.Flatten(), nn.Linear(1152, 10)]
+    made = Classifier(nn.Sequential(*layers), ModelInfo("test", 10, SIZE, (0.0,) * 3, (1.0,) * 3)).eval()
+    pixels = torch.rand(2, *SIZE)
+    plain = made(pixels).detach()
+    assert quantize(made.net, 8, 8, SIZE, "test") == ["2"]
+    find_ranges(made, [pixels])
+    kinds = {"0": RoundingLayer, "1": Rounding, "5": RoundingLayer}  # what goes to a float layer leaves the integers
+    assert {name: type(made.net.get_submodule(name)).__mro__[1] for name in kinds} == kinds
+    assert [*map(made.net.get_submodule, kinds)] == quantisers(made.net)
+    assert 0 < (made(pixels) - plain).norm() < 0.1 * plain.norm()
+    made.train()(pixels).sum().backward()
+    assert all(parameter.grad is not None for parameter in made.parameters())
+    layers = nn.Sequential(nn.Flatten(), norm(nn.Linear(768, 10)))
+    with pytest.raises(ConfigError, match=r"nothing in it can be quantised -- .* a weight of its own"):
+        quantize(layers, 8, 8, SIZE, "test")
+
+
 class Functional(nn.Module):
     def __init__(self) -> None:
         super().__init__()

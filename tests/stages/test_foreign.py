@@ -36,6 +36,7 @@ packed = lambda: Net(end=lambda y: {"logits": y})
 frozen = lambda: Net(norm=FrozenBatchNorm2d)
 unkept = lambda: Net(norm=lambda c: nn.BatchNorm2d(c, track_running_stats=False))
 single = lambda: Net(classes=1)
+normed = lambda: nn.Sequential(nn.utils.weight_norm(nn.Conv2d(1, 6, 5, 4)), nn.Flatten(), nn.Linear(294, 10))
 deep = lambda: nn.Sequential(nn.Flatten(), nn.Linear(1024, 10), nn.BatchNorm1d(10))
 """
 SMALL = ["--num-images", "20", "--batch-size", "20", "--iterations", "2"]
@@ -49,7 +50,7 @@ def here(tmp_path, monkeypatch) -> Path:
     spec = importlib.util.spec_from_file_location("net", "net.py")
     module = importlib.util.module_from_spec(spec)
     spec.loader.exec_module(module)
-    for name in ("plain", "viewed", "frozen", "unkept", "single"):
+    for name in ("plain", "viewed", "frozen", "unkept", "single", "normed"):
         net = getattr(module, name)()
         torch.save({"net": net.state_dict(), "ema": getattr(module, name)().state_dict()}, f"{name}.bin")
     return tmp_path
@@ -144,3 +145,34 @@ def test_batches_of_one_image_where_batchnorm_sees_one_value(here, cli, more):
     assert "net.py:deep: cannot be trained on 1 images at once" in err
     code, _, err = cli(*few, "--student", "lenet5-half", "--out", "other")
     assert code == 0, err
+
+
+def test_a_teacher_is_known_by_its_code_from_anywhere(here, cli, monkeypatch):
+    arguments = ["--method", "noise", *SMALL[:4], "--out", str(here / "shards")]
+    code, _, err = cli("synthesize", *teacher("plain", str(here / "plain.bin")), *arguments)
+    assert code == 0, err
+    named = teacher("plain", str(here / "plain.bin"))
+    student = ["--student", "lenet5-half", "--epochs", "1", "--transfer-set", str(here / "shards")]
+    Path("below").mkdir()
+    monkeypatch.chdir("below")
+    code, _, err = cli("distill", "--teacher", "../net.py:plain", *named[2:], *student)
+    assert code == 0, err
+    monkeypatch.chdir(here)
+    Path("net.py").write_text(CODE.replace("nn.ReLU(), nn.Ada", "nn.Sigmoid(), nn.Ada"))
+    code, _, err = cli("synthesize", *named, *arguments)
+    assert code == 2, err
+    assert "shards holds another run: another teacher" in err
+    code, _, err = cli("distill", *named, *student)
+    assert code == 3
+    assert "was made from another teacher" in err
+
+
+def test_few_bits_of_a_network_with_weights_that_are_computed(here, cli):
+    named = teacher("normed", "normed.bin")
+    few = ["--student", "w8a8:", "--epochs", "1", "--transfer-set", "noise:40", "--holdout", "0"]
+    code, _, err = cli("distill", *named, *few)
+    assert code == 0, err
+    assert "computed in float" in err
+    code, _, err = cli("export", *named[1:], "--bits", "8", "--calibrate", "noise:20")
+    assert code == 0, err
+    assert json.loads(Path("export/export.json").read_text())["computed_in_float"] == ["0"]
