@@ -164,7 +164,7 @@ class Opener:
     def line(self, first: End, second: End) -> Evaluation:
         """The line between two models."""
         paths = first.model.path, second.model.path
-        facts = {"path": " -> ".join(paths), "from": paths[0], "to": paths[1], "dataset": first.dataset}
+        facts: dict[str, Any] = {"path": " -> ".join(paths), "from": paths[0], "to": paths[1], "dataset": first.dataset}
         facts |= {"train_images": len(first.images.pixels)}
         return Evaluation(facts, [], functools.partial(line, first, second, *self.passes))
 
