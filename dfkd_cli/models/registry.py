@@ -25,6 +25,7 @@ from dfkd_cli.catalog import few_bits, stands_for
 from dfkd_cli.errors import ArtifactError, ConfigError, did_you_mean
 from dfkd_cli.models.adapter import adapt, watch
 from dfkd_cli.models.quantized import quantize
+from dfkd_cli.models.weights import require_tensors
 
 Size = tuple[int, int, int]
 
@@ -72,6 +73,7 @@ def build(spec: str, num_classes: int, input_size: Size, allow_code: bool = Fals
     with _as_config_error(f"{spec}: cannot run on {shown} images", "check --input-size"):
         habits = watch(net, input_size)
     adapt(net, spec, num_classes, habits)
+    require_tensors(net)
     return net
 
 

@@ -7,7 +7,7 @@ from dataclasses import dataclass, field
 from pathlib import Path
 
 from dfkd_cli.errors import ArtifactError, ConfigError
-from dfkd_cli.models.names import ModelDirectory
+from dfkd_cli.models.names import ForeignWeights, ModelDirectory
 from dfkd_cli.report.entries import Model, read_model
 from dfkd_cli.report.places import find_teacher
 from dfkd_cli.trust import Code
@@ -58,6 +58,9 @@ def arrange(models: Sequence[Model], dataset: str | None, code: Code) -> list[Se
     sections: dict[str, Section] = {}
     teacher_hashes = {model.teacher for model in models}
     by_hash = {model.sha256: model for model in reversed(models)}
+    for model in models:  # what students of older versions record of a foreign one
+        if isinstance(model.location, ForeignWeights) and (older := model.location.older_sha256):
+            by_hash.setdefault(older, model)
     for model in models:
         if model.teacher is not None and not model.is_grid_teacher:
             teacher = _teacher_of(model, by_hash, code)
