@@ -306,8 +306,8 @@ def _info(name: str, said: ForeignModel) -> ModelInfo:
         missing = [f"--{key.replace('_', '-')}" for key in ("input_size", "num_classes") if getattr(said, key) is None]
         raise ConfigError(f"teacher {name}: its file does not say its input", f"give {' and '.join(missing)}")
     channels = said.input_size[0]
-    file, (_, colon, factory) = code_file(name), name.partition(":")
-    spec = name if file is None else f"{file}{colon}{factory}"  # without a leading ./
+    file, (bits, rest) = code_file(name), few_bits(name)
+    spec = name if file is None else f"{bits}{file}:{rest.partition(':')[2]}"  # without a leading ./
     mean, std = said.mean or (0.0,) * channels, said.std or (1.0,) * channels
     if max(map(abs, mean + std)) > 1:
         LOG.warning("teacher %s: mean %s, std %s are of pixels in [0,255]; here pixels are in [0,1], divide by 255",

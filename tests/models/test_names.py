@@ -80,6 +80,7 @@ def test_a_users_own_code_is_run_and_its_spelling_does_not_count(here):
         locate("net.py:net", said).open(Code(frozenset({"./net.py:net"})))
     assert plain.sha256 == dotted.sha256
     assert plain.classifier.info.spec == "net.py:net"
+    assert locate("w8a8:./net.py:net", said).info.spec == "w8a8:net.py:net"
 
 
 def test_the_code_of_a_teacher_counts_and_where_it_lies_does_not(here, monkeypatch):
