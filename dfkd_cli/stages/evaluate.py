@@ -95,7 +95,8 @@ def run(settings: Settings, terminal: Terminal, dry_run: bool = False) -> dict[s
     if settings.run.out is None:
         found = measure(plan, terminal)
     else:
-        directory = RunDirectory(Path(settings.run.out), settings, _parents(plan.evaluations), {})
+        count = {"evaluated": len(plan.evaluations)}  # what is named again has no parents of its own
+        directory = RunDirectory(Path(settings.run.out), settings, _parents(plan.evaluations), count)
         file, picture = directory.path / RESULTS, directory.path / LINE
         artifacts = {"results": str(file), **({"line": str(picture)} if plan.lines else {})}
         if directory.claim():

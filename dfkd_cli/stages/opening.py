@@ -51,7 +51,7 @@ class Opener:
     """Opens paths; every model is read once.
 
     Attributes:
-        paths: What is evaluated: the paths that were named, each once, else teacher and student, where they are.
+        paths: What is evaluated: the paths that were named, else the teacher and the student, where they are.
         orphans: Paths that record a teacher which is not to be found.
         ends: The models so far that are shown training images, too.
     """
@@ -72,8 +72,7 @@ class Opener:
         if inputs.teacher is not None or Path(TEACHER, RECORD).is_file():
             self.teacher = locate(inputs.teacher or TEACHER, inputs).open(self.code)
         self.models = {} if self.teacher is None else {self.teacher.path: self.teacher}
-        named = inputs.paths or [*self.models, *([STUDENT] if Path(STUDENT).exists() else [])]
-        self.paths = [*dict.fromkeys(named)]
+        self.paths = inputs.paths or [*self.models, *([STUDENT] if Path(STUDENT).exists() else [])]
         for path in self.paths:
             if path not in self.models and any(Path(path, record).is_file() for record in (RECORD, EXPORT)):
                 self.models[path] = made_by_dfkd(path).open(self.code)
