@@ -68,6 +68,8 @@ class Command:
         shared: Whether several devices and machines can share the work.
         sections: Keys of a recipe that are no options and reach ``Settings.sections`` as they are.
         copies: Whether URLs reach it as copies of what lies there; else as they are typed.
+        ignores: What every other command can be told of how it runs, and would mean nothing to this one. Without a
+            ``device`` it needs no torch.
         name: What the user types. The file's name.
         help: What the command does, in paragraphs, the first of one line. The file's docstring.
     """
@@ -80,6 +82,7 @@ class Command:
     shared: bool = False
     sections: tuple[str, ...] = ()
     copies: bool = True
+    ignores: tuple[str, ...] = ()
     name: str = ""
     help: str = ""
 
@@ -269,7 +272,7 @@ def find_recipe(name: str, command: str | None = None) -> Path:
     if elsewhere:
         raise ConfigError(f"{name} is a recipe for {' and '.join(elsewhere)}, not for {command}")
     names = [key.split("/")[1] if command else key for key in paths if command in (None, key.split("/")[0])]
-    raise ConfigError(f"unknown recipe {name!r}", did_you_mean(name, names))
+    raise ConfigError(f"unknown recipe {name!r}", did_you_mean(name, names, "dfkd ls recipes lists them"))
 
 
 def read_recipe(path: Path) -> dict[str, Any]:

@@ -100,12 +100,15 @@ def machine_can_fail() -> Iterator[None]:
         raise RunFailed(f"{name}{error.strerror}", "what was finished is kept; the same command continues") from error
 
 
-def did_you_mean(name: str, choices: Iterable[str]) -> str:
-    """A hint naming the closest of the names that there are, several where they are equally close, or all of them."""
+def did_you_mean(name: str, choices: Iterable[str], otherwise: str | None = None) -> str:
+    """A hint naming the closest of the names that there are, several where they are equally close, or all of them.
+
+    Instead of all of them it is what is said ``otherwise``, where that is given.
+    """
     choices = sorted(choices)
     close = difflib.get_close_matches(name, choices, n=3)
     if not close:
-        return f"choose from: {', '.join(choices)}"
+        return otherwise or f"choose from: {', '.join(choices)}"
     alike = [difflib.SequenceMatcher(a=other, b=name).ratio() for other in close]
     best = [repr(other) for other, ratio in zip(close, alike, strict=True) if ratio > alike[0] - 1e-9]
     return f"did you mean {' or '.join(best)}?"

@@ -215,7 +215,7 @@ class Run:
     """How a command runs: flags that every command has."""
 
     out: str | None = option(None, "directory to write", volatile=True)
-    overwrite: bool = option(False, "replace what --out holds", volatile=True, typed=True)
+    overwrite: bool = option(False, "replace what is there", volatile=True, typed=True)
     seed: int = option(0, "seed of everything random", low=0)
     device: Literal["auto", "cpu", "cuda", "mps"] = option("auto", "device", volatile=True)
     devices: int = option(1, "number of devices (processes)", low=1, volatile=True)

@@ -170,6 +170,8 @@ def resolve(command: str, sources: Sequence[tuple[Any, ...]]) -> Settings:
                 keys = {name for names in fields.values() for name in names} | {c.flag for c in record.choices}
                 raise ConfigError(f"{source}{'.'.join(path)}: unknown key", did_you_mean(path[-1], keys))
             for key in targets:
+                if key == ("run",) and source and path[-1] in record.ignores:
+                    _must_be_default(source, path[-1], value, command)
                 if source not in ("", TYPED, ASSIGNED) and config.options(types[key])[path[-1]].get("typed"):
                     _refuse(source, path, value, config.defaults(types[key])[path[-1]])
                 values[key][path[-1]] = value
@@ -182,6 +184,13 @@ def resolve(command: str, sources: Sequence[tuple[Any, ...]]) -> Settings:
     run: Run = built["run",]
     code = Code(frozenset().union(*(layer.typed for layer in layers)), run.allow_code, run.code_dir)
     return Settings(command, run, built["inputs",], components, sections, code)
+
+
+def _must_be_default(source: str, name: str, value: Any, command: str) -> None:
+    """Refuse what means nothing to a command; records of earlier versions have its default."""
+    kind, default = config.hints(Run)[name], config.defaults(Run)[name]
+    if config.convert(value, kind, source + name) != default:
+        raise ConfigError(f"{source}{name}: means nothing to {command}", "leave it out")
 
 
 def _refuse(source: str, path: tuple[str, ...], value: Any, default: Any) -> None:

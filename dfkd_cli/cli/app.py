@@ -8,6 +8,7 @@ import signal
 import sys
 import time
 import traceback
+from contextlib import AbstractContextManager
 from inspect import Parameter, Signature
 from typing import Annotated, Any
 
@@ -191,7 +192,8 @@ def _stage(command: catalog.Command, classes: list[tuple[str, type]], terminal: 
     parameters: dict[str, Parameter] = {}
     for title, cls in classes:
         for name, parameter in arguments.parameters(cls, title).items():
-            parameters.setdefault(name, parameter)  # one flag reaches every section that has the key
+            if cls is not Run or name not in command.ignores:
+                parameters.setdefault(name, parameter)  # one flag reaches every section that has the key
 
     def extra(name: str, annotation: Any, *decls: str, help: str, panel: str = "Run", **more: Any) -> None:
         info = typer.Option(*decls, help=help, rich_help_panel=panel, show_default=False, **more)
@@ -225,16 +227,29 @@ def _stage(command: catalog.Command, classes: list[tuple[str, type]], terminal: 
     return stage
 
 
+def _computing(command: catalog.Command, how: Run) -> AbstractContextManager[None]:
+    """The threads that a command computes with. Torch is imported here.
+
+    Raises:
+        ConfigError: There is no such device, or it does not compute so.
+    """
+    from dfkd_cli.stages.inputs import pick_device
+
+    processes = how.devices if command.shared else 1
+    device = pick_device(how.device, processes)
+    if device.type == "cpu" and how.precision == "16":
+        raise ConfigError("--precision 16: not on a CPU", "give --precision bf16, or 32, which is faster on most")
+    return computing_with(how.threads or share_of_threads(processes))
+
+
 def run_stage(settings: Settings, terminal: Terminal, dry_run: bool) -> None:
-    """Carry out a command; torch is imported here, not before."""
+    """Carry out a command."""
     start = time.monotonic()
     try:
         os.getcwd()
     except FileNotFoundError:
         raise ConfigError("the working directory was removed", "change into one that exists") from None
     command, how = catalog.command(settings.command), settings.run
-    if how.num_nodes > 1 and not command.shared:
-        raise ConfigError(f"{command.name} runs on one machine", "leave out --num-nodes")
     if how.num_nodes > 1 and how.overwrite:
         raise ConfigError("--overwrite: several machines begin at different times", "remove the directory first")
     join_machines(1 if dry_run else how.num_nodes)
@@ -243,13 +258,8 @@ def run_stage(settings: Settings, terminal: Terminal, dry_run: bool) -> None:
     reach = access(settings, dry_run) if dedicated() else None
     with Notes(terminal).heard(), contextlib.nullcontext() if reach is None else reach.confined():
         run = command.load()
-        from dfkd_cli.stages.inputs import pick_device
-
         stop_on_signals()
-        device = pick_device(how.device, how.devices if command.shared else 1)
-        if device.type == "cpu" and how.precision == "16":
-            raise ConfigError("--precision 16: not on a CPU", "give --precision bf16, or 32, which is faster on most")
-        with computing_with(how.threads or share_of_threads(how.devices if command.shared else 1)):
+        with contextlib.nullcontext() if "device" in command.ignores else _computing(command, how):
             answer = run(settings, terminal, dry_run=dry_run)
     answer = {"ok": True, "command": command.name, **answer, "seconds": round(time.monotonic() - start, 3)}
     terminal.document(answer)

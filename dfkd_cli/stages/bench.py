@@ -47,6 +47,7 @@ def data_free(_: Inputs) -> bool:
 
 COMMAND = Command(
     position=52,
+    ignores=("out", "overwrite", "seed", "devices", "num_nodes", "precision", "logger"),
     examples=("dfkd bench teacher/ --min-time 0.1",),
     next="dfkd synthesize --method zskd --threads 1",
 )

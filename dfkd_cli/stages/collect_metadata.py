@@ -50,6 +50,7 @@ class Inputs(ForeignModel):
 COMMAND = Command(
     position=20,
     out="metadata",
+    ignores=("devices", "num_nodes", "precision", "logger"),
     examples=("dfkd collect-metadata", "dfkd collect-metadata --teacher teacher/ --data-dir data/"),
     next="dfkd synthesize --method lopes --metadata metadata/",
 )

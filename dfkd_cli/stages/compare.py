@@ -98,6 +98,7 @@ class Inputs(SeenTeacher):
 COMMAND = Command(
     position=60,
     out="comparison",
+    ignores=("num_nodes",),
     sections=("about", "grid"),
     examples=("dfkd compare student/", "dfkd compare --recipe digits --out grid/", "dfkd compare grid/ --out so-far/"),
     next="open comparison/report.html",

@@ -43,6 +43,18 @@ class Inputs:
 COMMAND = Command(
     position=80,
     copies=False,
+    ignores=(
+        "out",
+        "seed",
+        "device",
+        "devices",
+        "num_nodes",
+        "threads",
+        "precision",
+        "logger",
+        "allow_code",
+        "code_dir",
+    ),
     examples=("dfkd cp zskd-digits my.yaml", "dfkd cp shards/ s3://bucket/shards", "dfkd cp student/ hf://user/model"),
     next="give the URL where a directory is read: --transfer-set s3://bucket/shards",
 )

@@ -64,6 +64,7 @@ class Inputs(SeenTeacher):
 
 COMMAND = Command(
     position=50,
+    ignores=("devices", "num_nodes", "precision", "logger"),
     examples=(
         "dfkd evaluate",
         "dfkd evaluate student/ --min-top1 0.97",

@@ -71,6 +71,7 @@ def _sets(inputs: Inputs) -> list[str]:
 COMMAND = Command(
     position=55,
     out="export",
+    ignores=("devices", "num_nodes", "precision", "logger"),
     examples=("dfkd export", "dfkd export student/ --bits 8 --calibrate shards/ --min-agreement 0.98"),
     next="dfkd evaluate student/ export/",
 )

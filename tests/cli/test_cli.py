@@ -45,6 +45,7 @@ def test_help_and_listings_never_import_torch(tmp_path):
         for choice in command.choices:
             argvs += [[command.name, f"--{choice.flag}", name, "--help"] for name in catalog.entries(choice.package)]
     argvs += [["ls", kind, *more] for kind in KINDS for more in ([], ["--json"])]
+    argvs += [["cp", "zskd-digits", "my.yaml", "--dry-run"]]
     program = (
         "import sys, json\n"
         "from dfkd_cli.cli.app import main\n"
@@ -74,15 +75,42 @@ def test_help_shows_every_flag_with_meaning_and_default(command, cli, monkeypatc
             classes.append(entry.config)
             assert f"{entry.name}: {entry.summary}" in text and entry.paper in text
         for cls in classes:
-            for key in hints(cls):
+            keys = [key for key in hints(cls) if cls is not Run or key not in command.ignores]
+            for key in keys:
                 if "argument" not in options(cls)[key]:
                     assert f"--{key.replace('_', '-')} " in text
             for key, value in defaults(cls).items():
-                if isinstance(value, (int, float)) and not isinstance(value, bool):
+                if key in keys and isinstance(value, (int, float)) and not isinstance(value, bool):
                     line = next(part for part in out.splitlines() if f"--{key.replace('_', '-')} " in part)
                     assert f"(default: {value})" in line
         for other in command.choices:
             assert f"--{other.flag}: {', '.join(catalog.entries(other.package))}" in text
+
+
+@pytest.mark.parametrize(
+    "command", [command for command in catalog.commands().values() if command.ignores], ids=lambda command: command.name
+)
+def test_what_means_nothing_to_a_command_is_refused_wherever_it_is_said(command, cli, tmp_path):
+    _, text, _ = cli(command.name, "--help")
+    for key in command.ignores:
+        name = f"--{key.replace('_', '-')}"
+        assert name not in [word for line in text.splitlines() for word in line.replace("│", " ").split()[:1]]
+        values = {
+            "precision": "bf16",
+            "logger": "tensorboard",
+            "device": "cpu",
+            "overwrite": "yes",
+            "allow_code": "yes",
+        }
+        code, _, err = cli(command.name, name, values.get(key, "2"))
+        assert code == 2 and one_line(err).startswith(f"error: No such option: {name} ")
+        code, _, err = cli(command.name, "--set", f"{key}={values.get(key, '2')}")
+        assert (code, one_line(err)) == (2, f"error: --set {key}: means nothing to {command.name} -- leave it out")
+    record = tmp_path / "config.yaml"  # of an earlier version, which wrote all of them
+    lines = [f"{key}: {json.dumps(defaults(Run)[key])}" for key in command.ignores]
+    record.write_text("\n".join([*lines, "nothing: 1"]))
+    code, _, err = cli(command.name, "--recipe", record)
+    assert code == 2 and "nothing: unknown key" in one_line(err)
 
 
 def test_help_in_a_pipe_has_no_escape_codes(dfkd, tmp_path):
