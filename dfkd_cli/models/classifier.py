@@ -71,6 +71,7 @@ class Classifier(nn.Module):
 
     Attributes:
         opaque: Whether nothing is seen of it but answers: it has neither gradients nor layers.
+        keeps_statistics: Whether its BatchNorm layers normalise with the statistics that they have in training too.
     """
 
     opaque: ClassVar[bool] = False
@@ -81,7 +82,7 @@ class Classifier(nn.Module):
         super().__init__()
         self.net = net
         self.info = info
-        self.frozen = False
+        self.frozen = self.keeps_statistics = False
         self.recorded: dict[str, int] = {}  # what of its cost is on record
         self._before: list[tuple[Any, str, bool]] = []  # what freezing changed: of what, its attribute, its value
         self.register_buffer("mean", torch.tensor(info.mean).view(1, -1, 1, 1), persistent=False)
@@ -121,8 +122,11 @@ class Classifier(nn.Module):
         return self
 
     def train(self, mode: bool = True) -> Classifier:
-        """Set the mode; a frozen classifier stays in evaluation mode."""
-        return super().train(mode and not self.frozen)
+        """Set the mode; a frozen classifier stays in evaluation mode, as BatchNorm does that keeps its statistics."""
+        super().train(mode and not self.frozen)
+        for layer in self.batch_norms() if self.keeps_statistics else ():
+            layer.eval()
+        return self
 
     def lay_out(self) -> Classifier:
         """Its weights in the layout in which passes are quicker."""

@@ -60,7 +60,6 @@ class Task:
         training: The options of optimiser, schedule and augmentation.
         seed: The run's seed.
         peers: More networks to train, where a regime has several students.
-        frozen: Whether the BatchNorm layers of what is trained keep their statistics, and normalise with them.
     """
 
     student: Classifier
@@ -70,7 +69,6 @@ class Task:
     training: Training
     seed: int
     peers: Sequence[Classifier] = ()
-    frozen: bool = False
 
 
 class Regime(Learner):
@@ -97,7 +95,6 @@ class Regime(Learner):
                 "leave out --cutmix and --mixup",
             )
         self.config, self.training_config, self.seed, self.source = config, task.training, task.seed, task.source
-        self.frozen = task.frozen
         self.student = task.student.lay_out()
         self.peers = nn.ModuleList(peer.lay_out() for peer in task.peers)
         self.teacher = None if task.teacher is None else task.teacher.freeze().lay_out()
@@ -259,8 +256,6 @@ class Regime(Learner):
         counts: Counter[str] = Counter()
         for student in self.students:
             student.train()
-            for layer in student.batch_norms() if self.frozen else ():
-                layer.eval()
         for step, images in enumerate(self.draw(start, stop), start):
             terms = self._step(step, images)
             self.first |= {name: float(term.detach()) for name, term in terms.items() if name not in self.first}

@@ -65,18 +65,19 @@ def shown(source: Source) -> Iterator[Tensor]:
     return (images.pixels for images in batches(source, AT_ONCE, torch.device("cpu")))
 
 
-def calibrated(task: Task, terminal: Terminal) -> Task:
-    """The task with the ranges of its students' activations found on its images, and BatchNorm frozen or free."""
-    students = [student for student in (task.student, *task.peers) if quantisers(student.net)]
+def calibrate_copies(task: Task, terminal: Terminal) -> None:
+    """Find the ranges of the activations of a task's students on its images, and freeze or free their BatchNorm."""
     images = calibration(task.source)
-    frozen, said = task.training.batch_norm == "frozen", ""
-    for student in students:
+    for student in (task.student, *task.peers):
+        student.keeps_statistics = task.training.batch_norm == "frozen"
+        if not quantisers(student.net):
+            continue
+        said = ""
         if task.training.batch_norm == "auto" and (far := _divergence(student, images)) is not None:
-            frozen |= far > FAR
+            student.keeps_statistics = far > FAR
             said = f"; BatchNorm is {'frozen' if far > FAR else 'free'}, {far:.2g} nats from what it remembers"
         find_ranges(student, shown(images))
         terminal.say(f"{student.info.spec}: ranges from {len(images)} images{said}")
-    return dataclasses.replace(task, frozen=frozen)
 
 
 @torch.no_grad()

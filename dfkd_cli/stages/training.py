@@ -32,8 +32,8 @@ from dfkd_cli.rounds.trainer import fit
 from dfkd_cli.seeds import derive
 from dfkd_cli.settings import Component, Settings
 from dfkd_cli.stages.inputs import pick_device
-from dfkd_cli.stages.quantization import calibrated, check_steps, copy_weights
-from dfkd_cli.stages.snapshots import Snapshots
+from dfkd_cli.stages.quantization import calibrate_copies, check_steps, copy_weights
+from dfkd_cli.stages.snapshots import SNAPSHOTS, Snapshots
 from dfkd_cli.trust import Code
 from dfkd_cli.ui import Terminal
 
@@ -197,10 +197,9 @@ def train(work: Work, run: RunDirectory, terminal: Terminal, begin: Callable[[],
 def _make(work: Work, run: RunDirectory, terminal: Terminal) -> tuple[list[Path], dict[str, Any]]:
     """Train and write what is made. Returns the files, and what is measured."""
     if work.finished is not None:
-        for name in WRITTEN:
-            write_atomic(run.path / name, intact(work.finished / name).read_bytes())
-        return [run.path / name for name in WRITTEN], read_run(work.finished)["metrics"]
-    task = calibrated(work.task, terminal)
+        return _taken(work.finished, run, terminal)
+    task = work.task
+    calibrate_copies(task, terminal)
     learner = run.settings.method.entry.load()(task, run.settings.method.config)
     snapshots = Snapshots(run, task.student, run.path, task.training.snapshots, learner.rounds)
     fit(learner, run, terminal, [snapshots])
@@ -222,6 +221,20 @@ def _make(work: Work, run: RunDirectory, terminal: Terminal) -> tuple[list[Path]
     for name, images in learner.made().items():
         files += _write_set(run.path / name, images, work, run.settings)
     return files, metrics
+
+
+def _taken(finished: Path, run: RunDirectory, terminal: Terminal) -> tuple[list[Path], dict[str, Any]]:
+    """Copy a model that was trained elsewhere. Returns the files, and what was measured, as where it is trained."""
+    record, files = read_run(finished), list[Path]()
+    for name in (file["path"] for file in record["artifacts"]):
+        if name in WRITTEN or Path(name).parent.name == SNAPSHOTS:
+            (run.path / name).parent.mkdir(exist_ok=True)
+            write_atomic(run.path / name, intact(finished / name).read_bytes())
+            files.append(run.path / name)
+    for concern in record["concerns"]:
+        if run.record_concern(concern):
+            terminal.say(f"warning: {concern}")
+    return files, record["metrics"]
 
 
 def manifest_head(

@@ -86,6 +86,39 @@ def test_batch_norm_is_free_or_frozen(cli, residual, tmp_path, mode, moves):
     assert not torch.equal(before["stage1.0.bn1.weight"], after["stage1.0.bn1.weight"])
 
 
+@pytest.mark.parametrize(
+    "method",
+    [
+        ("pseudo-examples", "--pseudo-images", 4, "--iterations", 1),
+        ("active-mixup", "--answers", "label", "--rounds", 1, "--mixups", 4, "--candidates", 4),
+        ("kdcl", "--ensemble", "general", "--holdout", 0.1),
+    ],
+    ids=lambda method: method[0],
+)
+def test_batch_norm_stays_frozen_whatever_a_regime_does_between_its_steps(method, cli, residual, tmp_path):
+    args = ("--transfer-set", "real:64", "--steps", 3, "--batch-norm", "frozen", "--method", *method)
+    if method[0] == "kdcl":
+        args = (*args, "--students", f"w8a8:{residual}", f"w8a8:{residual}")
+    code, _, err = cli(*distill(residual, f"w8a8:{residual}", tmp_path / "s", *args))
+    assert code == 0, err
+    before, after = (load_file(place / "model.safetensors") for place in (residual, tmp_path / "s"))
+    names = [name for name in before if name.endswith(("running_mean", "running_var"))]
+    assert names and all(torch.equal(before[name], after[name]) for name in names)
+
+
+def test_each_of_several_students_has_batch_norm_of_its_own(cli, tmp_path, monkeypatch):
+    """A copy that the images are far from does not keep another student from learning its statistics."""
+    monkeypatch.chdir(tmp_path)
+    assert cli("train-teacher", "--model", "resnet8", "--steps", 60, "--batch-size", 32, "--device", "cpu")[0] == 0
+    args = ("--transfer-set", "noise:64", "--steps", 2, "--method", "kdcl", "--students", "w8a8:teacher", "resnet8")
+    code, _, err = cli(*distill("teacher", "resnet8", "s", *args))
+    assert code == 0 and "BatchNorm is frozen" in err, err
+    before, copy, other = (load_file(f"{place}/model.safetensors") for place in ("teacher", "s", "s/peer-1"))
+    names = [name for name in before if name.endswith("running_mean")]
+    assert names and all(torch.equal(before[name], copy[name]) for name in names)
+    assert all(other[name].any() for name in names)
+
+
 def test_batch_norm_is_frozen_where_images_are_not_its_own(cli, tmp_path, monkeypatch):
     monkeypatch.chdir(tmp_path)
     learn = ["--steps", 60, "--batch-size", 32, "--device", "cpu"]
