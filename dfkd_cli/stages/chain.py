@@ -15,6 +15,7 @@ from dfkd_cli.settings import Component, Settings
 from dfkd_cli.ui import Terminal
 
 ASSISTANTS = "assistants"
+STUDENT = "student"  # the role of what a search trains for the student's place
 
 
 @dataclasses.dataclass(frozen=True)
@@ -50,12 +51,14 @@ class Chain:
         """A network of that SPEC, taught by a teacher: an assistant, or something else by its role."""
         path = (*teacher.path, spec)
         place = self.settings.out / ASSISTANTS / "--".join(re.sub(r"[^\w.-]+", "_", name) for name in path)
-        offline = catalog.find("regimes", "offline", "method")
+        offline, own = catalog.find("regimes", "offline", "method"), self.settings.method.config
+        taught = offline.config(teacher_epochs=own.teacher_epochs, fade=own.fade)
+        snapshots = self.settings.inputs.snapshots if role == STUDENT else 0
         hop = dataclasses.replace(
             self.settings,
-            inputs=dataclasses.replace(self.settings.inputs, student=spec, snapshots=0),
+            inputs=dataclasses.replace(self.settings.inputs, student=spec, snapshots=snapshots),
             run=dataclasses.replace(self.settings.run, out=str(place), overwrite=False),
-            components=self.settings.components | {"method": (Component(offline, offline.config()),)},
+            components=self.settings.components | {"method": (Component(offline, taught),)},
         )
         self.teach(hop, teacher.model, role or f"assistant {len(path)}")
         agreement = read_run(place)["metrics"]["agreement_on_transfer_set"]
@@ -70,7 +73,7 @@ class Chain:
 
     def midway(self, assistants: Sequence[str], student: str) -> Hop:
         """Of assistants that the teacher has taught the one whose agreement lies midway to that of such a student."""
-        middle = (1 + self.hop(self.start, student, "student").agreement) / 2
+        middle = (1 + self.hop(self.start, student, STUDENT).agreement) / 2
         return min((self.hop(self.start, spec) for spec in assistants), key=lambda hop: abs(hop.agreement - middle))
 
     def best(self, assistants: Sequence[str], student: str) -> Hop:
@@ -78,7 +81,7 @@ class Chain:
         reached = [self.start]
         for spec in assistants:
             reached.append(self._best(reached, spec))
-        return self._best(reached, student, "student")
+        return self._best(reached, student, STUDENT)
 
     def _best(self, teachers: Sequence[Hop], spec: str, role: str | None = None) -> Hop:
         return max((self.hop(teacher, spec, role) for teacher in teachers), key=lambda hop: hop.agreement)

@@ -133,6 +133,33 @@ def test_a_killed_chain_goes_on_at_its_hops(here):
         assert sha256_file(here / "whole" / file) == sha256_file(here / "killed" / file), file
 
 
+@pytest.mark.parametrize("path", ["dense", "best"])
+def test_how_long_a_teacher_teaches_holds_for_every_hop(path, here, cli):
+    one = ("distill", "--method", "takd", "--student", "lenet5-half", "--assistants", "lenet5", "--path", path)
+    assert cli(*one, *SHORT, "--teacher-epochs", "0", "--out", "out")[0] == 0
+    curves = sorted((here / "out").rglob("metrics.csv"))
+    assert len(curves) == {"dense": 2, "best": 4}[path]
+    assert {curve.read_text().splitlines()[0] for curve in curves} == {"round,labels,agreement"}
+
+
+def test_a_student_of_the_best_way_is_as_one_that_was_trained_in_its_place(here, cli):
+    """With what it is warned of and its snapshots; a copy with few bits may learn nothing."""
+    one = ("distill", "--method", "takd", "--student", "lenet5-half", "--assistants", "lenet5", "--path", "best", *SETS)
+    code, _, err = cli(*one, "--steps", "1", "--batch-size", "2", "--snapshots", "1", "--out", "out", "--device", "cpu")
+    assert code == 0, err
+    hops = [place.parent for place in (here / "out" / "assistants").rglob("model.safetensors")]
+    (of,) = {hop for hop in hops if weights(hop) == weights(here / "out")}
+    assert record(of)["concerns"] == record(here / "out")["concerns"] != []
+    assert f"warning: {record(of)['concerns'][0]}" in err
+    names = [file["path"] for file in record(of)["artifacts"]]
+    assert names == [file["path"] for file in record(here / "out")["artifacts"]]
+    assert "snapshots/round-00000.safetensors" in names and (here / "out" / names[0]).is_file()
+    copy = ("--student", "w8a8:teacher", "--assistants", "w8a8:teacher", "--path", "best", "--steps", "0", *SETS)
+    code, _, err = cli("distill", "--method", "takd", *copy, "--batch-size", "2", "--out", "copy", "--device", "cpu")
+    assert code == 0, err
+    assert not (here / "copy" / "metrics.csv").exists()
+
+
 def test_hops_are_not_shared(here, cli):
     code, _, err = cli(*TAKD, *SHORT, "--devices", "2")
     assert (code, "trained by one process" in err) == (2, True), err
