@@ -87,6 +87,10 @@ class TaughtAtFirst:
         False, "over these epochs the teacher's share falls from all to nothing, and labels have the rest"
     )
 
+    def __post_init__(self) -> None:
+        if self.fade and self.teacher_epochs is None:
+            raise ConfigError("--fade: over how many epochs?", "give --teacher-epochs, or leave it out")
+
 
 @dataclass(frozen=True, kw_only=True)
 class Assisted(TaughtAtFirst):

@@ -10,7 +10,8 @@ from stand_ins import Given, check_interruption, work
 from tiny_regimes import CLASSES, inputs, linear, network, pixels, regime, response
 from torch import nn
 
-from dfkd_cli.regimes import base
+from dfkd_cli.errors import ConfigError
+from dfkd_cli.regimes import base, offline
 
 LABELS = torch.tensor([0, 1, 2, 3, 0, 2])
 PLAIN = {"schedule": "constant", "optimizer": "sgd", "lr": 0.5, "momentum": 0.9, "weight_decay": 0.01}
@@ -80,3 +81,8 @@ def test_an_interruption_does_not_change_when_the_teacher_leaves(fade, tmp_path,
         return work(learner, path, *callbacks)
 
     check_interruption(run, tmp_path)
+
+
+def test_a_share_that_fades_over_no_epochs_is_refused():
+    with pytest.raises(ConfigError, match="--fade: over how many epochs"):
+        offline.Config(fade=True)
