@@ -68,7 +68,9 @@ class ActiveMixup(Offline):
         if config.candidates is None and self.pairs > MOST_PAIRS:
             raise ConfigError(f"{count:,} images make {self.pairs:,} pairs", "give --candidates, or fewer images")
         if self.sizes[-1] < count + config.rounds * config.mixups:
-            self.note = f"{count} images make {self.pairs} pairs, no more can be asked about"
+            of = f"{count} images make {self.pairs} pairs, no more can be asked about"
+            few = config.candidates is not None and config.candidates < min(config.mixups, self.pairs)
+            self.note = f"--candidates {config.candidates}: no more are asked about in a round" if few else of
         lengths = [length(task.training, size)[1] for size in self.sizes]
         self.starts = [0, *itertools.accumulate(lengths)]
         self.steps = self.starts[-1]

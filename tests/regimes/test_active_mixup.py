@@ -139,6 +139,19 @@ def test_white_stays_white_and_eight_bits_are_kept():
         assert (same.mixtures(torch.arange(3), torch.full((3,), 0.42, dtype=torch.float64)).pixels == value).all()
 
 
+@pytest.mark.parametrize(
+    "config, said",
+    [
+        ({"rounds": 1, "mixups": 5, "candidates": 3}, "--candidates 3: no more are asked about in a round"),
+        ({"rounds": 9, "mixups": 5}, "pairs, no more can be asked about"),
+        ({"rounds": 1, "mixups": 3, "candidates": 3}, None),
+    ],
+)
+def test_what_limits_the_mixtures_is_said(config, said):
+    note = mixup(Given(pictures()), batch_size=3, epochs=1, config=config).note
+    assert note is None if said is None else said in note
+
+
 def test_some_candidates_are_drawn_without_those_that_are_taken(tmp_path):
     learner = mixup(Given(pictures()), batch_size=3, epochs=1, config={"rounds": 2, "mixups": 6, "candidates": 10})
     work(learner, tmp_path)
