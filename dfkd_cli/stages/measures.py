@@ -148,7 +148,7 @@ class Examiner:
         self._load = functools.cache(functools.partial(datasets.load, data_dir=data_dir))
         self._examinations: dict[Any, Examination] = {}
         self._answered: dict[Any, Examination] = {}
-        self._costs: dict[Any, dict[str, Any]] = {}  # of each architecture: repeats over seeds cost the same
+        self._costs: dict[Any, dict[str, Any]] = {}  # of each architecture
         self._by_position: dict[str, None] = {}
 
     def images(self, dataset: str, info: ModelInfo, model: str, split: datasets.Split = "test") -> datasets.Dataset:
@@ -199,16 +199,30 @@ class Examiner:
 
         Beside what :func:`cost` says ``bytes``, those of the file of its weights. Without test images, what it costs.
         """
-        measures, agreement, info = {}, None, model.classifier.info
+        measures, agreement = {}, None
         if dataset is not None:
             examination = self.examine(model, dataset)
             measures = examination.measures
             agreement = None if teacher is None else examination.agreement(self.examine(teacher, dataset))
-        architecture = info.spec, info.num_classes, info.input_size
+        architecture = _architecture(model)
         if architecture not in self._costs:
             self._costs[architecture] = cost(model.classifier, self.device)
         model.classifier.cpu()  # many models are measured, one after the other
         return {**measures, "agreement": agreement, "bytes": model.size, **self._costs[architecture]}
+
+
+def _architecture(model: LoadedModel) -> tuple[Any, ...]:
+    """What models have in common that cost the same, such as repeats over seeds.
+
+    Users' networks of the same SPEC need not be alike: it names a file, of which there may be another one elsewhere. Of
+    what only answers are seen of, each is one of its own.
+    """
+    net, info = model.classifier.net, model.classifier.info
+    if model.classifier.opaque:
+        return (model.sha256,)
+    shapes = tuple((name, tensor.shape) for name, tensor in net.state_dict().items())
+    code = frozenset(type(module).__module__ for module in net.modules())  # says in which file of a user it is
+    return info.spec, info.num_classes, info.input_size, str(net), shapes, code
 
 
 def check_gate(

@@ -14,7 +14,8 @@ from torch import nn
 from dfkd_cli.data.datasets import Dataset
 from dfkd_cli.data.sources import RealSource
 from dfkd_cli.models.classifier import Classifier, ModelInfo
-from dfkd_cli.stages.measures import agreement, cost, examine, finite, top1
+from dfkd_cli.models.names import LoadedModel
+from dfkd_cli.stages.measures import Examiner, agreement, cost, examine, finite, top1
 
 CPU = torch.device("cpu")
 
@@ -149,3 +150,46 @@ def test_cost():
     assert costs == {"parameters": 2 * 9 + 2 + 32 * 3 + 3, "macs": 2 * 4 * 4 * 9 + 32 * 3}
     assert 5 <= latency <= 1000 * np.diff(net.begun).max()  # how long it takes beyond the 5 ms is the machine's affair
     assert net.threads[-1] == 1
+
+
+class Opaque(Classifier):
+    """Says what it costs, as exports do."""
+
+    opaque = True
+
+    def __init__(self, parameters: int) -> None:
+        super().__init__(nn.Flatten(), INFO)
+        self.recorded = {"parameters": parameters}
+
+
+INFO = ModelInfo("./net.py:build", 16, (1, 4, 4), (0.0,), (1.0,))  # relative: each may be of another file
+
+
+def named(module: str, forward) -> nn.Module:
+    """A network without parameters, of a class ``Net`` of a user's file."""
+    return type("Net", (nn.Module,), {"__module__": module, "forward": forward})()
+
+
+@pytest.mark.parametrize(
+    ("one", "other", "what"),
+    [
+        (nn.Conv2d(1, 1, 4), nn.Conv2d(1, 16, 4), "parameters"),
+        (nn.Conv2d(1, 1, 1), nn.Conv2d(1, 1, 1, stride=2), "macs"),
+        (named("d1", lambda self, x: x), named("d2", lambda self, x: x @ x), "macs"),
+        (Opaque(3), Opaque(4), "parameters"),
+    ],
+    ids=["shapes", "stride", "code", "export"],
+)
+def test_each_network_of_a_spec_has_its_own_cost(one, other, what, quick_latency):
+    examiner = Examiner(CPU, None)
+    classifiers = [net if isinstance(net, Classifier) else Classifier(net, INFO) for net in (one, other)]
+    models = [LoadedModel(classifier, f"{n}", {}, f"d{n}") for n, classifier in enumerate(classifiers)]
+    measured = [examiner.measure(model, None, None)[what] for model in models]
+    assert measured == [cost(classifier, CPU)[what] for classifier in classifiers]
+    assert measured[0] != measured[1]
+
+
+def test_repeats_over_seeds_are_timed_once(quick_latency):
+    examiner, nets = Examiner(CPU, None), [nn.Conv2d(1, 16, 4) for _ in range(2)]
+    models = [LoadedModel(Classifier(net, INFO), f"{seed}", {}, f"seed{seed}") for seed, net in enumerate(nets)]
+    assert examiner.measure(models[0], None, None) == examiner.measure(models[1], None, None)
