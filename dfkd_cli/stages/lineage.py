@@ -24,6 +24,7 @@ RECORDS: dict[str, Any] = {
     generators.RECORD: generators.GeneratorRecord,
     RUN: RunRecord,
 }
+WEIGHTS = {directory.RECORD: directory.WEIGHTS, generators.RECORD: generators.WEIGHTS, exported.RECORD: exported.FILE}
 LONG = ("shards", "identity", "artifacts", "parents")  # what is left out of them
 
 
@@ -50,8 +51,7 @@ def describe(path: Path) -> dict[str, Any]:
 def hashes(records: dict[str, Any]) -> dict[str, str]:
     """The hash of every file of which the records of a directory have one."""
     named = [*records.get(MANIFEST, {}).get("shards", ())]
-    for kind in (directory, generators):
-        named += [{"file": kind.WEIGHTS, **records[kind.RECORD]["weights"]}] if kind.RECORD in records else []
+    named += [{"file": file, **records[name]["weights"]} for name, file in WEIGHTS.items() if name in records]
     if metadata.RECORD in records:
         named.append({"file": metadata.TENSORS, **records[metadata.RECORD]["tensors"]})
     hashes = {Path(item["file"]).name: item["sha256"] for item in named}

@@ -238,6 +238,27 @@ def test_a_trained_copy_is_exported_with_its_own_bits(cli, place, tmp_path):
     assert np.array_equal(constants["net.conv.weight.integers"], 18 * numbers * factor) and np.abs(numbers).max() == 7
 
 
+@pytest.fixture(scope="module")
+def finished(place, session_cli) -> Path:
+    """An export, beside the model that it is of."""
+    calibrate = ("--calibrate", "noise:64", "--allow-code", "--device", "cpu")
+    assert session_cli(place, "export", "small", *calibrate, "--out", "finished") == 0
+    return place / "finished"
+
+
+def test_what_is_exported_is_copied_and_checked_without_the_record_of_its_run(cli, finished, tmp_path):
+    bare = Path(shutil.copytree(finished, tmp_path / "bare"))
+    (bare / "run.json").unlink()
+    assert cli("cp", bare, f"file://{tmp_path}/server/bare")[0] == 0
+    assert cli("cp", f"file://{tmp_path}/server/bare", tmp_path / "back")[0] == 0
+    assert (tmp_path / "back" / "model.onnx").read_bytes() == (finished / "model.onnx").read_bytes()
+    assert cli("info", tmp_path / "back")[0] == 0
+    (bare / "model.onnx").write_bytes((bare / "model.onnx").read_bytes()[:-1])
+    for command in (("info", bare), ("cp", bare, f"file://{tmp_path}/server/damaged")):
+        code, _, err = cli(*command)
+        assert (code, "model.onnx is damaged" in err) == (3, True), err
+
+
 GRID = """
 grid:
   teacher: small
