@@ -96,9 +96,9 @@ def _identity(path: Path, role: str) -> str:
     """The hash by which runs record what lies there."""
     if role == "architecture":
         return architecture(str(path)).parents[0]["sha256"]
-    for kind in (directory, generators):
-        if (path / kind.RECORD).is_file():
-            record = read_json(intact(path / kind.RECORD), RECORDS[kind.RECORD])
-            intact(path / kind.WEIGHTS, record["weights"]["sha256"])
-            return kind.identity(record)
+    for name, file in WEIGHTS.items():
+        if (path / name).is_file():
+            record = read_json(intact(path / name), RECORDS[name])
+            intact(path / file, record["weights"]["sha256"])
+            return generators.identity(record) if name == generators.RECORD else directory.identity(record)
     return ShardReader(path).sha256 if (path / MANIFEST).is_file() else sha256_file(path / metadata.RECORD)

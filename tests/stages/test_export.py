@@ -259,6 +259,21 @@ def test_what_is_exported_is_copied_and_checked_without_the_record_of_its_run(cl
         assert (code, "model.onnx is damaged" in err) == (3, True), err
 
 
+def test_lineage_tells_whether_an_export_is_still_the_same(cli, finished, tmp_path, monkeypatch, quick_latency):
+    monkeypatch.chdir(tmp_path)
+    shutil.copytree(finished, "export")
+    code, _, err = cli("evaluate", "export", "--device", "cpu", "--out", "ev")
+    assert code == 0, err
+
+    def found() -> list[tuple[str, str]]:
+        lineage = json.loads(cli("info", "ev", "--json")[1])["info"]["lineage"]
+        return [(parent["role"], parent["found"]) for parent in lineage if "found" in parent]
+
+    assert found() == [("model", "same")]
+    Path("export/model.onnx").write_bytes(Path("export/model.onnx").read_bytes()[:-1])
+    assert found() == [("model", "another")]
+
+
 GRID = """
 grid:
   teacher: small
