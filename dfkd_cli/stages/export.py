@@ -112,6 +112,9 @@ def opened(settings: Settings) -> Iterator[tuple[LoadedModel, TransferSet, Trans
     """Open the model, and the images for the ranges and for the checks.
 
     Unless images may be real, no dataset can be opened inside the ``with`` block.
+
+    Raises:
+        ConfigError: Only answers are seen of the model, such as of an export.
     """
     inputs = settings.inputs
     location = locate(inputs.model, inputs)
@@ -119,7 +122,7 @@ def opened(settings: Settings) -> Iterator[tuple[LoadedModel, TransferSet, Trans
         if data_free(inputs):
             seals.enter_context(sealed("the transfer set is data-free", real_data(location, inputs.data_dir)))
             seals.enter_context(kept())
-        model = location.open(settings.code)
+        model = location.open(settings.code).network()
         sets = {name: open_transfer_set(name, model, inputs.data_dir, settings.run.seed) for name in _sets(inputs)}
         first, second = map(sets.__getitem__, _sets(inputs))
         yield model, first, second

@@ -274,6 +274,15 @@ def test_lineage_tells_whether_an_export_is_still_the_same(cli, finished, tmp_pa
     assert found() == [("model", "another")]
 
 
+def test_what_is_only_asked_is_not_exported(cli, finished, tmp_path):
+    small, noise = finished.parent / "small", ("--method", "noise", "--num-images", 4, "--device", "cpu")
+    assert cli("synthesize", "--teacher", small, "--allow-code", *noise, "--out", tmp_path / "s")[0] == 0
+    for model in (finished, tmp_path / "s"):
+        code, _, err = export(cli, model, tmp_path / "again")
+        assert (code, "only answers are seen of it" in err, err.count("\n")) == (2, True, 1), err
+    assert not (tmp_path / "again").exists()
+
+
 GRID = """
 grid:
   teacher: small
