@@ -16,7 +16,8 @@ formulas are as others report them, and these choices are ours.
 
 - The convex problem of ``linear`` is solved to a gap of 1e-4 nats, by steps from the worst student to the best one.
 - ``general`` needs ``--holdout``; C is measured anew at the start of each epoch, with 1e-4 added to its diagonal, and
-  weights below zero are set to zero. tau is the objective's temperature, or 1 where it has none.
+  weights below zero are set to zero. tau is the objective's temperature, or 1 where it has none. Where there are so few
+  images that the share to hold out is none of them, as in a rehearsal, the students keep equal weights.
 """
 
 from __future__ import annotations
@@ -60,7 +61,7 @@ class Collaborative(Labelled):
         super().__init__(task, config)
         if len(self.students) < 2:
             raise ConfigError("--method kdcl: one student cannot learn together", "give --students SPEC SPEC")
-        if config.ensemble == "general" and self.held_out is None:
+        if config.ensemble == "general" and not task.training.holdout:
             raise ConfigError("--ensemble general weighs students on images held out", "give --holdout 0.1")
         self.register_buffer("mixture", torch.full((len(self.students),), 1 / len(self.students)))
         self.measured = -1  # the epoch of the mixture
@@ -100,7 +101,7 @@ class Collaborative(Labelled):
 
     def _weigh(self) -> None:
         """Measure the mixture at the start of an epoch."""
-        if self.measured == int(self.epochs):
+        if self.held_out is None or self.measured == int(self.epochs):
             return
         self.measured = int(self.epochs)
         with torch.no_grad():

@@ -283,6 +283,15 @@ def test_what_collaborative_students_need(config, more, word):
         regime("kdcl", given(), config=config, **more)
 
 
+def test_general_of_images_too_few_to_hold_one_out_has_equal_weights(tmp_path, teacher, cli):
+    learner = regime("kdcl", given(), peers=[network(5)], holdout=0.01, steps=1, config={"ensemble": "general"})
+    assert learner.held_out is None
+    assert work(learner, tmp_path / "run").mixture.tolist() == [0.5, 0.5]
+    wanted = ("--transfer-set", "noise:50", "--method", "kdcl", "--ensemble", "general", "--holdout", "0.1")
+    code, _, err = cli("distill", "--teacher", teacher, *wanted, "--out", tmp_path / "out", "--dry-run")
+    assert code == 0, err
+
+
 @pytest.mark.parametrize("name", ["at", "bss", "crd"])
 def test_objectives_that_look_into_a_teacher_need_one(name):
     entry = entries("objectives")[name]
