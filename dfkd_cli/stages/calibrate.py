@@ -96,12 +96,14 @@ def _weights(task: Task, name: str) -> dict[str, float]:
 
 
 def calibrate(task: Task) -> list[MeasuredTerm]:
-    """Measure every term of a task on its first batches, not augmented, on the CPU.
+    """Measure every term of a task on its first batches, not augmented, on the CPU; none where nothing is learned.
 
     Raises:
         ConfigError: A term with a weight is missing, zero or not finite, or does not depend on the student.
     """
     learner = Offline(task, Config())
+    if not learner.steps:
+        return []
     samples = _sample(learner, task)
     measured = []
     for name, objective in learner.losses.items():

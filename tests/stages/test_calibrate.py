@@ -64,6 +64,13 @@ def test_a_term_that_teaches_nothing_is_an_error():
         calibrate(task({"rkd": None}, count=2)[0])
 
 
+def test_nothing_is_measured_where_nothing_is_learned(cli, teacher, tmp_path):
+    assert calibrate(task({"response": 1.0}, steps=0)[0]) == []
+    args = ("--transfer-set", "noise:20", "--student", "w8a8:", "--steps", 0, "--out", tmp_path / "copy", "--dry-run")
+    code, _, err = cli("distill", "--teacher", teacher, *args)
+    assert code == 0, err
+
+
 def test_pulls_are_means_over_the_first_batches():
     found, learner, _ = task({"response": 0.5}, count=15, batch_size=4)
     values, norms = [], []
