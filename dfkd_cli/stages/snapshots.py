@@ -26,12 +26,13 @@ class Snapshots(Callback):
         model: The model that is trained.
         directory: Where the model will be, in the run's directory or that itself. Its
             ``snapshots/round-00042.safetensors`` is the model after round 42, counted from 0.
-        count: How many; 0 for none.
+        count: How many; no more than there are rounds.
         rounds: Rounds of the training.
     """
 
     def __init__(self, run: RunDirectory, model: Classifier, directory: Path, count: int, rounds: int) -> None:
         self.run, self.model = run, model
+        count = min(count, rounds)
         chosen = {-(-rounds * (i + 1) // count) - 1 for i in range(count)}
         self.paths = {index: directory / SNAPSHOTS / f"round-{index:05d}.safetensors" for index in sorted(chosen)}
 

@@ -60,6 +60,12 @@ def test_no_steps_calibrate_a_copy_that_stands_by_itself(cli, residual, tmp_path
     assert (code, read_record(tmp_path / "again")["spec"]) == (0, "w3a5:resnet8"), err
 
 
+def test_no_steps_leave_no_snapshots(cli, residual, tmp_path):
+    code, _, err = cli(*distill(residual, "w8a8:", tmp_path / "copy", "--steps", 0, "--snapshots", 2))
+    assert code == 0, err
+    assert not (tmp_path / "copy" / "snapshots").exists()
+
+
 def test_ranges_are_those_of_the_transfer_set_and_stay_in_training(cli, residual, tmp_path):
     student = f"w4a4:{residual}"
     for out, steps in (("calibrated", 0), ("trained", 2)):
