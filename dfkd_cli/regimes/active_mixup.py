@@ -88,7 +88,8 @@ class ActiveMixup(Offline):
 
     @property
     def queries(self) -> int:
-        return len(self.source) + self.sizes[-1] - self.sizes[0]
+        added = self.sizes[-1] - self.sizes[0] if self.training_config.steps != 0 else 0
+        return len(self.source) + added
 
     def span(self, step: int) -> tuple[int, int]:
         which = self.which(step)
@@ -174,8 +175,8 @@ class ActiveMixup(Offline):
         schedule.load_state_dict(self.schedule(optimizer.optimizer, *self.span(step)).state_dict())
 
     def made(self) -> Mapping[str, Images]:
-        """All that was asked about but what was held out."""
-        return {"asked": self.mixed.all()}
+        """All that was asked about but what was held out; nothing without steps, which ask about no mixtures."""
+        return {"asked": self.mixed.all()} if self.rounds else {}
 
     def on_save_checkpoint(self, checkpoint: dict[str, Any]) -> None:
         """What was mixed: the pixels follow from the images."""

@@ -21,6 +21,7 @@ All images are held in memory.
 
 from __future__ import annotations
 
+import functools
 from collections.abc import Iterator, Mapping
 from dataclasses import dataclass, replace
 from typing import Any
@@ -57,24 +58,28 @@ class Condensation(Offline):
 
     def __init__(self, task: Task, config: Config) -> None:
         super().__init__(task, config)
-        count = len(self.train_source)
-        per_epoch, steps = length(task.training, count)
-        rankings = max(steps // per_epoch // config.period, 1)
-        self.sizes = sizes(count, config.keep, rankings)
-        if self.sizes[-1] < task.training.batch_size:
+        per_epoch, steps = length(task.training, len(self.train_source))
+        if steps and self.sizes[-1] < task.training.batch_size:
             raise ConfigError(
                 f"--keep {config.keep:g} leaves {self.sizes[-1]} images, no batch of {task.training.batch_size}",
                 "keep more, or lower --batch-size",
             )
         # The steps of each epoch: after the last ranking nothing shrinks any more.
         self.per_epoch = [
-            self.sizes[min(epoch // config.period, rankings)] // task.training.batch_size
+            self.sizes[min(epoch // config.period, len(self.sizes) - 1)] // task.training.batch_size
             for epoch in range(-(-steps // per_epoch))
         ]
         self.starts = [0, *torch.tensor(self.per_epoch).cumsum(0).tolist()]
         self.steps = self.starts[-1]
         self.rounds = -(-self.steps // STEPS_PER_ROUND)
         self.recorded: dict[str, Any] | None = None
+
+    @functools.cached_property
+    def sizes(self) -> list[int]:
+        """How many images are left before the first ranking and after each; without steps there is none."""
+        count = len(self.train_source)
+        per_epoch, steps = length(self.training_config, count)
+        return sizes(count, self.config.keep, max(steps // per_epoch // self.config.period, 1)) if steps else [count]
 
     def on_fit_start(self) -> None:
         """Load all images, and blend again what earlier processes have blended."""
@@ -135,7 +140,9 @@ class Condensation(Offline):
         store.condense(order[:left], falling, order[left - len(falling) : left], self.config.blend)
 
     def made(self) -> Mapping[str, Images]:
-        """The images that are left after the rankings that are still to come."""
+        """The images that are left after the rankings that are still to come; without steps none are written."""
+        if not self.rounds:
+            return {}
         while len(self.store.rankings) < len(self.sizes) - 1:
             self.rank()
         return {"condensed": self.store.chunk(0)}

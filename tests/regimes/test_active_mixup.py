@@ -173,6 +173,17 @@ def test_few_images_make_few_pairs(tmp_path):
     assert sorted(itertools.chain(*chosen)) == [*range(10)]
 
 
+def test_no_steps_ask_about_no_mixtures(tmp_path, teacher, cli):
+    learner = mixup(Given(pictures()), batch_size=3, steps=0)
+    assert (learner.queries, learner.rounds, learner.made()) == (COUNT, 0, {})
+    args = ("--transfer-set", "noise:20", "--student", "w8a8:", "--steps", "0", "--out", tmp_path / "copy")
+    for more in (["--dry-run"], ["--queries", "20"]):
+        asked = ("--method", "active-mixup", "--answers", "label")
+        code, _, err = cli("distill", "--teacher", teacher, *asked, *args, *more)
+        assert code == 0, err
+    assert not (tmp_path / "copy" / "asked").exists()
+
+
 def test_an_interruption_between_or_within_trainings_changes_nothing(tmp_path, monkeypatch):
     for steps in (4, 7):  # two rounds end within the first training, or within the second
         for module in (base, active_mixup):

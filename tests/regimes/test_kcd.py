@@ -150,6 +150,16 @@ def test_a_set_that_would_be_no_batch(config, word):
         regime("kcd", given(), batch_size=5, epochs=2, config=config)
 
 
+def test_no_steps_condense_nothing(tmp_path, teacher, cli):
+    learner = regime("kcd", given(), batch_size=50, steps=0)
+    assert (learner.sizes, learner.rounds, learner.made()) == ([COUNT], 0, {})
+    args = ("--transfer-set", "noise:20", "--student", "w8a8:", "--steps", "0", "--out", tmp_path / "copy")
+    for more in (["--dry-run"], []):
+        code, _, err = cli("distill", "--teacher", teacher, "--method", "kcd", *args, *more)
+        assert code == 0, err
+    assert not (tmp_path / "copy" / "condensed").exists()
+
+
 def test_an_interruption_between_rankings_changes_nothing(tmp_path, monkeypatch):
     for module in (base, kcd):
         monkeypatch.setattr(module, "STEPS_PER_ROUND", 9)
