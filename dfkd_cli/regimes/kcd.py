@@ -14,9 +14,9 @@ before the step, in training mode. What is left at the end is written into ``con
 As in the released code, images that fell out once are ranked again by what was recorded of them and can return
 (``reclaim``; the paper's text lets them go), the last ranking comes after the last epoch, and pixels that are whole
 numbers stay so, cut off. Entropies are computed from log-probabilities, which are never NaN, and count also where they
-are 0; images that were never seen rank first; the number of rankings follows from the epochs, where the code divides
-by 6. The paper's blend is a sum, the code's and ours a mean; of the n that fall out some may have fallen out before.
-All images are held in memory.
+are 0; images that were never seen rank first; the number of rankings follows from the epochs, with ``--steps`` from
+those that so many make of all images, where the code divides by 6. The paper's blend is a sum, the code's and ours a
+mean; of the n that fall out some may have fallen out before. All images are held in memory.
 """
 
 from __future__ import annotations
@@ -58,19 +58,19 @@ class Condensation(Offline):
 
     def __init__(self, task: Task, config: Config) -> None:
         super().__init__(task, config)
-        per_epoch, steps = length(task.training, len(self.train_source))
-        if steps and self.sizes[-1] < task.training.batch_size:
+        training = task.training
+        if training.steps != 0 and self.sizes[-1] < training.batch_size:
             raise ConfigError(
-                f"--keep {config.keep:g} leaves {self.sizes[-1]} images, no batch of {task.training.batch_size}",
+                f"--keep {config.keep:g} leaves {self.sizes[-1]} images, no batch of {training.batch_size}",
                 "keep more, or lower --batch-size",
             )
         # The steps of each epoch: after the last ranking nothing shrinks any more.
-        self.per_epoch = [
-            self.sizes[min(epoch // config.period, len(self.sizes) - 1)] // task.training.batch_size
-            for epoch in range(-(-steps // per_epoch))
-        ]
-        self.starts = [0, *torch.tensor(self.per_epoch).cumsum(0).tolist()]
-        self.steps = self.starts[-1]
+        self.per_epoch, self.starts = list[int](), [0]
+        while len(self.per_epoch) < training.epochs if training.steps is None else self.starts[-1] < training.steps:
+            ranked = min(len(self.per_epoch) // config.period, len(self.sizes) - 1)
+            self.per_epoch.append(self.sizes[ranked] // training.batch_size)
+            self.starts.append(self.starts[-1] + self.per_epoch[-1])
+        self.steps = self.starts[-1] if training.steps is None else training.steps
         self.rounds = -(-self.steps // STEPS_PER_ROUND)
         self.recorded: dict[str, Any] | None = None
 

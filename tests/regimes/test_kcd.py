@@ -150,6 +150,18 @@ def test_a_set_that_would_be_no_batch(config, word):
         regime("kcd", given(), batch_size=5, epochs=2, config=config)
 
 
+@pytest.mark.parametrize(("steps", "per_epoch"), [(5, [8]), (16, [8, 6, 4]), (40, [8, 7, 6, 5, 4, 4, 4, 4])])
+def test_steps_are_as_many_as_are_given_and_so_is_their_schedule(steps, per_epoch, tmp_path):
+    learner = regime("kcd", given(), batch_size=5, steps=steps, config={"period": 1, "keep": 0.5}, schedule="cosine")
+    assert (learner.steps, learner.span(0), learner.per_epoch) == (steps, (0, steps), per_epoch)
+    rates: list[float] = []  # after each step
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(type(learner), "after_step", lambda self: rates.append(self.optimizers().param_groups[0]["lr"]))
+        work(learner, tmp_path)
+    falling = 4e-3 * (1 + np.cos(np.pi * np.arange(1, steps + 1) / steps)) / 2
+    assert rates == pytest.approx(falling.tolist(), abs=1e-9)
+
+
 def test_no_steps_condense_nothing(tmp_path, teacher, cli):
     learner = regime("kcd", given(), batch_size=50, steps=0)
     assert (learner.sizes, learner.rounds, learner.made()) == ([COUNT], 0, {})
