@@ -25,6 +25,7 @@ from dfkd_cli.data.mixing import Mixing
 from dfkd_cli.data.sources import Images, Source, hold_out
 from dfkd_cli.errors import ConfigError
 from dfkd_cli.models.adapter import require_training
+from dfkd_cli.models.black_box import BlackBox
 from dfkd_cli.models.classifier import Classifier
 from dfkd_cli.objectives.base import Objective
 from dfkd_cli.options import Training
@@ -112,6 +113,16 @@ class Regime(Learner):
             raise ConfigError(what, "raise --batch-size, or lower --accumulate")
         _, self.steps = length(task.training, len(self.train_source))
         self.rounds = -(-self.steps // STEPS_PER_ROUND)
+        if isinstance(box := self.teacher, BlackBox) and self.queries > (box.ledger.budget or self.queries):
+            raise ConfigError(
+                f"--queries {box.ledger.budget}: {self.queries:,} images are to be asked about",
+                "raise it, or give fewer images (--num-images)",
+            )
+
+    @property
+    def queries(self) -> int:
+        """How many images a black box is asked about at most: by the method, or to measure agreement."""
+        return len(self.source)
 
     def done(self, rounds: int) -> int:
         return min(rounds * STEPS_PER_ROUND, self.steps)

@@ -22,6 +22,7 @@ mean; of the n that fall out some may have fallen out before. All images are hel
 from __future__ import annotations
 
 import functools
+import itertools
 from collections.abc import Iterator, Mapping
 from dataclasses import dataclass, replace
 from typing import Any
@@ -80,6 +81,12 @@ class Condensation(Offline):
         count = len(self.train_source)
         per_epoch, steps = length(self.training_config, count)
         return sizes(count, self.config.keep, max(steps // per_epoch // self.config.period, 1)) if steps else [count]
+
+    @property
+    def queries(self) -> int:
+        """All images, and all blends: of each ranking the first falling image changes nothing."""
+        falling = (before - after for before, after in itertools.pairwise(self.sizes))
+        return len(self.source) + (sum(max(count - 1, 0) for count in falling) if self.config.blend else 0)
 
     def on_fit_start(self) -> None:
         """Load all images, and blend again what earlier processes have blended."""

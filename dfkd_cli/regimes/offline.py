@@ -63,11 +63,6 @@ class Offline(Distillation):
                 "a black box is asked about each image once, not about mixtures of them",
                 "leave out --cutmix and --mixup; or --method active-mixup",
             )
-        if isinstance(box, BlackBox) and box.ledger.budget is not None and self.queries > box.ledger.budget:
-            raise ConfigError(
-                f"--queries {box.ledger.budget}: {self.queries:,} images are to be asked about",
-                "raise it, or give fewer images (--num-images)",
-            )
         self.teacher_taps = find_taps(self.teacher, (tap for o in self.losses.values() for _, tap in o.pairs))
 
     def on_train_start(self) -> None:
@@ -80,11 +75,6 @@ class Offline(Distillation):
             images = batches(self.train_source, self.training_config.batch_size, self.device)
             with torch.no_grad():
                 objective.observe(self.ask_teacher(part)[objective.teacher_mode] for part in images)
-
-    @property
-    def queries(self) -> int:
-        """How many images a black box is asked about."""
-        return len(self.source)
 
     @property
     def share(self) -> float:

@@ -179,6 +179,8 @@ def run(settings: Settings, terminal: Terminal, dry_run: bool = False) -> dict[s
             terminal.say(note)
         if not dry_run:
             return learn(settings, job, terminal)
+        if isinstance(task.teacher, BlackBox):
+            settings.method.entry.load()(task, settings.method.config)  # of all images: are there --queries enough?
         known = "teacher" in settings.method.entry.needs and not isinstance(task.teacher, BlackBox)  # which costs
         measured = calibrate(task) if known else []
 

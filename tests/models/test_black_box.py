@@ -346,6 +346,7 @@ FAR = ("--transfer-set", "noise:50", *SHORT, "--out", "out")
         (("--answers", "top0"), 2, "--answers top0: unknown"),
         (("--queries", "5"), 2, "only a black box counts"),
         (("--answers", "label", "--queries", "49"), 2, "--queries 49: 50 images are to be asked about"),
+        (("--answers", "label", "--queries", "49", "--dry-run"), 2, "--queries 49: 50 images are to be asked about"),
         (("--answers", "label", "--objective", "at"), 2, "--objective at looks into the teacher"),
         (("--answers", "label", "--objective", "crd"), 2, "--objective crd looks into the teacher"),
         (("--answers", "label", "--method", "pseudo-examples"), 2, "pseudo-examples needs gradients"),
@@ -361,6 +362,13 @@ FAR = ("--transfer-set", "noise:50", *SHORT, "--out", "out")
 def test_what_cannot_be_asked(flags, code, words, here, cli):
     got, _, err = cli("distill", *FAR, *flags)
     assert (got, words in err, err.count("\n")) == (code, True, 1), err
+
+
+@pytest.mark.parametrize("method", ["kdcl", "supervised"])
+def test_methods_without_a_teacher_ask_about_all_images_too(method, here, cli):
+    code, _, err = cli("distill", *FAR, "--answers", "label", "--queries", "49", "--method", method)
+    assert (code, "--queries 49: 50 images are to be asked" in err.splitlines()[-1]) == (2, True), err
+    assert not Path("out/queries").exists()
 
 
 def test_stored_answers_are_of_their_images_alone(here, cli):

@@ -162,6 +162,20 @@ def test_steps_are_as_many_as_are_given_and_so_is_their_schedule(steps, per_epoc
     assert rates == pytest.approx(falling.tolist(), abs=1e-9)
 
 
+def test_too_few_queries_for_all_blends_are_refused_before_the_first(tmp_path, teacher, cli):
+    counted = regime("kcd", given(), batch_size=5, epochs=3, holdout=0.25, config={"period": 1, "keep": 0.6})
+    assert (counted.sizes, counted.queries) == ([30, 26, 22, 18], 40 + 3 * 3)
+    learn = ("--transfer-set", "noise:40", "--batch-size", 5, "--epochs", 3, "--period", 1, "--keep", 0.6)
+    args = ("distill", "--teacher", teacher, "--method", "kcd", *learn, "--holdout", 0.25, "--answers", "label")
+    for more in (["--dry-run"], []):
+        code, _, err = cli(*args, "--queries", 48, "--out", tmp_path / "poor", *more)
+        assert (code, "--queries 48: 49 images are to be" in err, err.count("\n")) == (2, True, 1), err
+    assert not (tmp_path / "poor" / "queries").exists()
+    code, _, err = cli(*args, "--queries", 49, "--out", tmp_path / "rich")
+    assert code == 0, err
+    assert 40 < json.loads((tmp_path / "rich" / "run.json").read_text())["metrics"]["queries"] <= 49
+
+
 def test_no_steps_condense_nothing(tmp_path, teacher, cli):
     learner = regime("kcd", given(), batch_size=50, steps=0)
     assert (learner.sizes, learner.rounds, learner.made()) == ([COUNT], 0, {})
