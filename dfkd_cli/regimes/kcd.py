@@ -143,7 +143,7 @@ class Condensation(Offline):
         score = torch.where(self.seen > 0, self.entropy * self.seen.double() ** EXPONENT, torch.inf)
         candidates = torch.arange(len(score)) if self.config.reclaim else store.kept
         order = candidates[score[candidates].argsort(descending=True, stable=True)]
-        falling = order[left : self.sizes[ranked]]
+        falling = order[left : self.sizes[ranked]][:left]  # the rest finds no image to be blended into
         store.condense(order[:left], falling, order[left - len(falling) : left], self.config.blend)
 
     def made(self) -> Mapping[str, Images]:

@@ -41,6 +41,13 @@ def test_sizes_are_those_of_the_released_schedule():
     assert sizes(10, 1.0, 2) == [10, 10, 10]
 
 
+def test_more_images_may_fall_out_than_are_left(tmp_path):
+    learner = regime("kcd", given(), batch_size=5, epochs=1, config={"keep": 0.2, "period": 1}, **PLAIN)
+    work(learner, tmp_path)
+    (left,) = learner.made().values()
+    assert learner.sizes == [COUNT, 8] and len(left.pixels) == 8
+
+
 class Paper:
     """The set by the paper's formulas and the released code's choices, image by image, in float64."""
 
