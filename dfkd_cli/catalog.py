@@ -32,6 +32,8 @@ RECIPES = (".yaml", ".yml")  # how a recipe's file is told from a recipe's name
 # The part of a command's file that is read: up to the end of its record.
 _HEAD = re.compile(r".*?^COMMAND\b.*?(?=^[\w@#]|\Z)", re.MULTILINE | re.DOTALL)
 
+UNTRAINED = "devices", "num_nodes", "precision", "logger"  # what means nothing to a command that optimises nothing
+
 # -- commands ----------------------------------------------------------------------------------------------------------
 
 

@@ -149,6 +149,11 @@ class RunDirectory:
             self.record["concerns"].append(what)
         return new
 
+    def warn(self, what: str, terminal: Terminal) -> None:
+        """Record a concern, and say it where it is new."""
+        if self.record_concern(what):
+            terminal.say(f"warning: {what}")
+
     def say_complete(self, terminal: Terminal) -> None:
         """Say that the result is there already, and again what it was warned of."""
         terminal.say(f"{self.path} is already complete")

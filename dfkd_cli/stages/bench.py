@@ -16,7 +16,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from dfkd_cli.catalog import Command
+from dfkd_cli.catalog import UNTRAINED, Command
 from dfkd_cli.config import option
 from dfkd_cli.data.seal import sealed
 from dfkd_cli.errors import machine_can_fail
@@ -47,7 +47,7 @@ def data_free(_: Inputs) -> bool:
 
 COMMAND = Command(
     position=52,
-    ignores=("out", "overwrite", "seed", "devices", "num_nodes", "precision", "logger"),
+    ignores=("out", "overwrite", "seed", *UNTRAINED),
     examples=("dfkd bench teacher/ --min-time 0.1",),
     next="dfkd synthesize --method zskd --threads 1",
 )

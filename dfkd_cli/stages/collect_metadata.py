@@ -16,7 +16,7 @@ from torch import Tensor
 
 from dfkd_cli.artifacts.metadata import LayerStatistics, Metadata, write_metadata
 from dfkd_cli.artifacts.run import RunDirectory
-from dfkd_cli.catalog import Command
+from dfkd_cli.catalog import UNTRAINED, Command
 from dfkd_cli.config import option
 from dfkd_cli.data import datasets
 from dfkd_cli.data.sources import Source, batches
@@ -50,7 +50,7 @@ class Inputs(ForeignModel):
 COMMAND = Command(
     position=20,
     out="metadata",
-    ignores=("devices", "num_nodes", "precision", "logger"),
+    ignores=UNTRAINED,
     examples=("dfkd collect-metadata", "dfkd collect-metadata --teacher teacher/ --data-dir data/"),
     next="dfkd synthesize --method lopes --metadata metadata/",
 )

@@ -22,7 +22,7 @@ from typing import Any
 from dfkd_cli import catalog
 from dfkd_cli.artifacts.files import write_atomic
 from dfkd_cli.artifacts.server import Server, fits
-from dfkd_cli.catalog import Command
+from dfkd_cli.catalog import UNTRAINED, Command
 from dfkd_cli.config import option
 from dfkd_cli.errors import ConfigError
 from dfkd_cli.settings import Settings
@@ -43,18 +43,7 @@ class Inputs:
 COMMAND = Command(
     position=80,
     copies=False,
-    ignores=(
-        "out",
-        "seed",
-        "device",
-        "devices",
-        "num_nodes",
-        "threads",
-        "precision",
-        "logger",
-        "allow_code",
-        "code_dir",
-    ),
+    ignores=("out", "seed", "device", "threads", "allow_code", "code_dir", *UNTRAINED),
     examples=("dfkd cp zskd-digits my.yaml", "dfkd cp shards/ s3://bucket/shards", "dfkd cp student/ hf://user/model"),
     next="give the URL where a directory is read: --transfer-set s3://bucket/shards",
 )

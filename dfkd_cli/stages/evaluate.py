@@ -16,7 +16,7 @@ from typing import Any, NotRequired, TypedDict
 from dfkd_cli.artifacts.files import write_atomic, write_json
 from dfkd_cli.artifacts.records import read_json
 from dfkd_cli.artifacts.run import RunDirectory
-from dfkd_cli.catalog import Command
+from dfkd_cli.catalog import UNTRAINED, Command
 from dfkd_cli.config import option
 from dfkd_cli.errors import ArtifactError, ConfigError
 from dfkd_cli.options import SeenTeacher
@@ -64,7 +64,7 @@ class Inputs(SeenTeacher):
 
 COMMAND = Command(
     position=50,
-    ignores=("devices", "num_nodes", "precision", "logger"),
+    ignores=UNTRAINED,
     examples=(
         "dfkd evaluate",
         "dfkd evaluate student/ --min-top1 0.97",

@@ -22,7 +22,7 @@ from torch import Tensor
 
 from dfkd_cli.artifacts.files import write_atomic, write_json
 from dfkd_cli.artifacts.run import RunDirectory
-from dfkd_cli.catalog import Command, few_bits
+from dfkd_cli.catalog import UNTRAINED, Command, few_bits
 from dfkd_cli.config import option
 from dfkd_cli.data.seal import check_kept, kept, kept_by, sealed
 from dfkd_cli.data.sources import Source
@@ -71,7 +71,7 @@ def _sets(inputs: Inputs) -> list[str]:
 COMMAND = Command(
     position=55,
     out="export",
-    ignores=("devices", "num_nodes", "precision", "logger"),
+    ignores=UNTRAINED,
     examples=("dfkd export", "dfkd export student/ --bits 8 --calibrate shards/ --min-agreement 0.98"),
     next="dfkd evaluate student/ export/",
 )

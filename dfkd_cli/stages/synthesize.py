@@ -207,8 +207,8 @@ def _make(
     write_preview(directory.path / "preview.png", ShardReader(directory.path))
     histogram = manifest["class_histogram"]
     rare = rare_classes(histogram, teacher.classifier.info.classes)
-    if rare is not None and directory.record_concern(rare):
-        terminal.say(f"warning: {rare}")
+    if rare is not None:
+        directory.warn(rare, terminal)
     facts = {"command": "synthesize", "dataset": teacher.dataset, "teacher": teacher.sha256, "num_images": count}
     files = [MANIFEST, "metrics.csv", "preview.png", *(row["file"] for row in manifest["shards"])]
     files += _save_models(synthesizer.models(), directory.path, {**head, **facts})

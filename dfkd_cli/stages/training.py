@@ -209,8 +209,8 @@ def _make(work: Work, run: RunDirectory, terminal: Terminal) -> tuple[list[Path]
     metrics = dict(scores["student"])
     check_kept()
     concern = learner.concern(metrics)
-    if concern is not None and run.record_concern(concern):
-        terminal.say(f"warning: {concern}")
+    if concern is not None:
+        run.warn(concern, terminal)
     files = [*([run.path / "metrics.csv"] if learner.rounds else []), *snapshots.paths.values()]
     for role, model in models.items():
         place = run.path if role == "student" else run.path / role
@@ -232,8 +232,7 @@ def _taken(finished: Path, run: RunDirectory, terminal: Terminal) -> tuple[list[
             write_atomic(run.path / name, intact(finished / name).read_bytes())
             files.append(run.path / name)
     for concern in record["concerns"]:
-        if run.record_concern(concern):
-            terminal.say(f"warning: {concern}")
+        run.warn(concern, terminal)
     return files, record["metrics"]
 
 
