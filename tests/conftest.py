@@ -8,6 +8,7 @@ import signal
 import subprocess
 from collections.abc import Callable, Iterator, Mapping
 from pathlib import Path
+from types import CodeType
 
 import numpy as np
 import pytest
@@ -30,16 +31,22 @@ os.environ.setdefault("GOMP_SPINCOUNT", "20000")  # as `dfkd` has it: what is fo
 os.environ["ORT_DISABLE_TELEMETRY"] = "1"  # onnxruntime reads it when it is imported, which tests do by themselves
 
 
-# What runs whole commands: fixtures, and functions of `pipeline.py`.
+# What runs whole commands, or starts processes: fixtures, and functions.
 COMMANDS = {"cli", "session_cli", "dfkd", "reference", "repository", "extended"}
-COMMANDS |= {"Fork", "start_fresh", "run_in_turn", "finish", "kill_after_saving", "faults"}
+COMMANDS |= {"Fork", "start_fresh", "run_in_turn", "finish", "kill_after_saving", "faults", "shell", "subprocess"}
 
 
 def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
     """Tests of whole commands are slow: ``make quick`` leaves them out."""
     for item in items:
-        if isinstance(item, pytest.Function) and COMMANDS & {*item.fixturenames, *item.function.__code__.co_names}:
+        if isinstance(item, pytest.Function) and COMMANDS & {*item.fixturenames, *_names(item.function.__code__)}:
             item.add_marker(pytest.mark.slow)
+
+
+def _names(code: CodeType) -> set[str]:
+    """What a function calls by name, in comprehensions and functions within it too."""
+    within = (_names(constant) for constant in code.co_consts if isinstance(constant, CodeType))
+    return set(code.co_names).union(*within)
 
 
 @pytest.fixture(scope="session", autouse=True)
