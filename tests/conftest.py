@@ -37,9 +37,12 @@ COMMANDS |= {"Fork", "start_fresh", "run_in_turn", "finish", "kill_after_saving"
 
 
 def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
-    """Tests of whole commands are slow: ``make quick`` leaves them out."""
+    """Tests of whole commands, and of large networks, are slow: ``make quick`` leaves them out."""
     for item in items:
-        if isinstance(item, pytest.Function) and COMMANDS & {*item.fixturenames, *_names(item.function.__code__)}:
+        if not isinstance(item, pytest.Function):
+            continue
+        large = any(library in item.name for library in ("timm:", "torchvision:"))
+        if large or COMMANDS & {*item.fixturenames, *_names(item.function.__code__)}:
             item.add_marker(pytest.mark.slow)
 
 
