@@ -317,6 +317,11 @@ def _info(name: str, said: ForeignModel) -> ModelInfo:
             "%s: its official weights take ImageNet's mean and std only to undo them; taken are 0.5 and 0.5", spec
         )
         mean = std = (0.5,) * channels
+    if said.mean is said.std is None and rest.startswith(("torchvision:", "timm:")):
+        LOG.warning(
+            "teacher %s: pixels in [0,1] are not normalised; weights of such networks mostly take --mean %s --std %s",
+            name, *(" ".join(map(str, values)) for values in IMAGENET),
+        )  # fmt: skip
     return ModelInfo(spec, said.num_classes, said.input_size, mean, std)
 
 

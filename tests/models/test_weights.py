@@ -399,6 +399,20 @@ def test_pixels_in_0_to_255_are_told_by_their_mean(tmp_path, caplog):
     assert "divide by 255" in caplog.text
 
 
+@pytest.mark.parametrize(
+    ("spec", "mean", "told"),
+    [
+        ("torchvision:resnet18", None, True),
+        ("timm:resnet18", None, True),
+        ("torchvision:resnet18", (0.0, 0.0, 0.0), False),
+        ("resnet18", None, False),
+    ],
+)
+def test_pixels_that_nobody_normalises_are_told(spec, mean, told, caplog):
+    locate(spec, ForeignModel(weights="w", input_size=(3, 64, 64), num_classes=4, mean=mean))
+    assert ("--mean 0.485 0.456 0.406 --std 0.229 0.224 0.225" in caplog.text) == told
+
+
 def test_weights_that_do_not_fit_are_named_and_change_nothing(tmp_path, source):
     state = source.state_dict()
     del state["stem.0.weight"]
