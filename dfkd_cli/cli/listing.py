@@ -38,16 +38,14 @@ def register(app: typer.Typer, terminal: Terminal) -> None:
         ] = "methods",
         json: AsJson = False,
     ) -> None:
-        from rich.table import Table
+        from dfkd_cli.tables import Columns
 
         items = KINDS[kind]()
-        table = Table(box=None, header_style="bold")
-        columns = [c for c in ("name", "kind", "needs", "paper", "summary") if any(item[c] for item in items)]
-        for column in columns:
-            table.add_column(column.upper(), no_wrap=column != "summary")
-        for item in items:
-            table.add_row(*(" ".join(item[c]) if c == "needs" else item[c] for c in columns))
-        terminal.answer(table)
+        names = [name for name in ("name", "kind", "needs", "paper", "summary") if any(item[name] for item in items)]
+        columns = {
+            name.upper(): [" ".join(item[name]) if name == "needs" else item[name] for item in items] for name in names
+        }
+        terminal.answer(Columns(columns, [*columns], folds="SUMMARY", spare=("PAPER", "NEEDS", "KIND")))
         terminal.document({"ok": True, "items": items})
 
     @app.command("info", help="Show versions and devices, or (with PATH) an artifact and its lineage.")

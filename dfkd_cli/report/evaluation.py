@@ -5,11 +5,14 @@ from __future__ import annotations
 from collections.abc import Callable, Mapping, Sequence
 from typing import Any
 
-from rich.table import Table
-from rich.text import Text
-
+from dfkd_cli.tables import Columns
 from dfkd_cli.urls import named
 
+# Left out of a narrow terminal, in this order.
+_EXPENDABLE = (
+    "MACS", "PARAMS", "BYTES", "LATENCY", "USES", "TARGET MATCH", "BN DISTANCE", "DIVERSITY", "ECE", "NLL", "TOP-5",
+    "BALANCE", "CONFIDENCE",
+)  # fmt: skip
 Column = tuple[str, str, Callable[[Any], str]]  # heading, key of a result, how its value is shown
 
 
@@ -75,24 +78,24 @@ BETWEEN: list[Column] = [
 ]
 
 
-def rows(results: Sequence[Mapping[str, Any]], columns: Sequence[Column]) -> Table:
+def rows(results: Sequence[Mapping[str, Any]], columns: Sequence[Column]) -> Columns:
     """What was measured; a column in which no result has anything is left out."""
-    table = Table(box=None, header_style="bold")
-    columns = [column for column in columns if any(result.get(column[1]) not in (None, []) for result in results)]
-    for heading, key, _ in columns:
-        path = key == "path"
-        table.add_column(Text(heading), justify="left" if path else "right", no_wrap=not path, overflow="fold")
-    for result in results:
-        table.add_row(*(Text("-" if result.get(key) in (None, []) else show(result[key])) for _, key, show in columns))
-    return table
+    texts = {
+        heading: ["-" if result.get(key) in (None, []) else show(result[key]) for result in results]
+        for heading, key, show in columns
+        if any(result.get(key) not in (None, []) for result in results)
+    }
+    words = {heading for heading, key, _ in columns if key == "path"}
+    return Columns(texts, words, folds=next(iter(words), ""), spare=_EXPENDABLE)
 
 
-def layers(results: Sequence[Mapping[str, Any]]) -> Table:
-    """The divergence of every set in each BatchNorm layer."""
-    table = Table(box=None, header_style="bold")
-    table.add_column("BN DIVERGENCE")
-    for result in results:
-        table.add_column(Text(result["path"]), justify="right", overflow="fold")
-    for layer in results[0]["bn_divergence_layers"]:
-        table.add_row(Text(layer), *(f"{result['bn_divergence_layers'][layer]:.4g}" for result in results))
-    return table
+def layers(results: Sequence[Mapping[str, Any]]) -> Columns:
+    """The divergence of every set in each BatchNorm layer of its teacher."""
+    measured = {result["path"]: result["bn_divergence_layers"] for result in results}
+    names = list(dict.fromkeys(layer for of_one in measured.values() for layer in of_one))
+    columns = {path: [_divergence(of_one.get(layer)) for layer in names] for path, of_one in measured.items()}
+    return Columns({"BN DIVERGENCE": names, **columns}, ("BN DIVERGENCE",))
+
+
+def _divergence(value: float | None) -> str:
+    return "-" if value is None else f"{value:.4g}"

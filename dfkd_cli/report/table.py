@@ -4,12 +4,10 @@ from __future__ import annotations
 
 from collections.abc import Container, Iterable, Mapping, Sequence
 from datetime import timedelta
-from typing import Any, Literal
-
-from rich.table import Table
-from rich.text import Text
+from typing import Any
 
 from dfkd_cli.report.results import curves
+from dfkd_cli.tables import Columns
 
 LEFT = ("ROW", "STUDENT", "SEEDS", "DATA")  # columns of words
 # Left out of a narrow terminal, in this order.
@@ -104,36 +102,16 @@ def failures(section: Mapping[str, Any]) -> list[str]:
     return [f"{row}, seed {' '.join(failed)}: {why}" for (row, why), failed in seeds.items()]
 
 
-def terminal_table(section: Mapping[str, Any], width: int | None) -> Table:
-    """A section for a terminal of so many characters; None: for a file, which has room for all columns."""
-    columns = filled(section)
-    widths = {name: max(map(len, (name, *texts))) for name, texts in columns.items()}
-    dropped: list[str] = []
-    while width is not None and sum(widths.values()) + len(widths) > width and len(dropped) < len(_EXPENDABLE):
-        dropped.append(_EXPENDABLE[len(dropped)])
-        del widths[dropped[-1]]
-    note = f"table.md also has {', '.join(dropped)}" if dropped else None
-    table = Table(box=None, header_style="bold", pad_edge=False, caption=note, caption_justify="left")
-    for name in widths:
-        fixed = width is None or name != "ROW"
-        justify: Literal["left", "right"] = "left" if name in LEFT else "right"
-        table.add_column(name, justify=justify, min_width=widths[name] if fixed else None, overflow="fold")
-    for row in zip(*(columns[name] for name in widths), strict=True):
-        table.add_row(*map(Text, row))
-    return table
+def terminal_table(section: Mapping[str, Any]) -> Columns:
+    """A section for a terminal."""
+    return Columns(filled(section), LEFT, folds="ROW", spare=_EXPENDABLE, rest="table.md")
 
 
-def terminal_by_size(section: Mapping[str, Any]) -> Table | None:
+def terminal_by_size(section: Mapping[str, Any]) -> Columns | None:
     """:func:`by_size` for a terminal."""
     pivot = by_size(section)
-    if not pivot:
-        return None
-    table = Table(box=None, header_style="bold", pad_edge=False, title="top-1 % by images in the transfer set")
-    for number, head in enumerate(pivot[0]):
-        table.add_column(head, justify="right" if number else "left", overflow="fold")
-    for row in pivot[1:]:
-        table.add_row(*map(Text, row))
-    return table
+    columns = {head: texts for head, *texts in zip(*pivot, strict=True)}
+    return Columns(columns, ("IMAGES",), folds="IMAGES") if pivot else None
 
 
 def markdown(results: Mapping[str, Any], left_out: Container[str] = ()) -> str:

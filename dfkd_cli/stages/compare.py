@@ -345,9 +345,9 @@ def _results(
 def _show(results: Mapping[str, Any], terminal: Terminal) -> None:
     for section in results["sections"]:
         terminal.answer(table.headline(section))
-        width = terminal.out.width if terminal.out.is_terminal else None
-        terminal.answer(table.terminal_table(section, width))
+        terminal.answer(table.terminal_table(section))
         if (sizes := table.terminal_by_size(section)) is not None:
+            terminal.answer("top-1 % by images in the transfer set:")
             terminal.answer(sizes)
         for line in table.failures(section):
             terminal.answer(line)

@@ -54,7 +54,7 @@ def test_listings_know_the_examples(repository):
     listed = [python(repository, "-m", "dfkd_cli", *what) for what in (["ls", "methods"], ["ls", "objectives"], ["-h"])]
     page = "".join((repository / page).read_text(encoding="utf-8") for page in PAGES)
     for name in NAMES:
-        assert re.search(rf"^ +{name} ", "".join(listed), re.MULTILINE), name
+        assert re.search(rf"^ *{name} ", "".join(listed), re.MULTILINE), name
         assert name == "classes" or f"| `{name}` |" in page, name
     recipes = python(repository, "-m", "dfkd_cli", "ls", "recipes")
     assert all(f"{name}-digits " in recipes for name in NAMES[:-1])
