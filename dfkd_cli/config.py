@@ -12,6 +12,7 @@ import dataclasses
 import functools
 import itertools
 import math
+import re
 import types
 import typing
 from collections.abc import Mapping
@@ -21,6 +22,7 @@ import yaml
 
 from dfkd_cli.errors import ConfigError, did_you_mean
 
+MOST = 3.4e38  # of a number: float32 holds it
 MOST_YAML = 2**18  # characters of a recipe
 
 
@@ -124,6 +126,8 @@ def convert(value: Any, annotation: Any, where: str) -> Any:
         if str(value).lower() in words:
             return words[str(value).lower()]
     elif annotation is str:
+        if "\0" in str(value):
+            raise ConfigError(f"{where}: {value!r} has a NUL character in it")
         return str(value)
     elif not isinstance(value, bool):
         number = _number(value)
@@ -189,6 +193,7 @@ def _check_range(traits: Mapping[str, Any], value: Any, label: str) -> None:
             (low is not None and number < low, f"at least {low}"),
             (above is not None and number <= above, f"above {above}"),
             (high is not None and number > high, f"at most {high}"),
+            (isinstance(number, float) and abs(number) > MOST, f"within {MOST:g}"),
         ):
             if bad:
                 raise ConfigError(f"{label}: {number} is out of range, it must be {wish}")
@@ -232,6 +237,9 @@ def _number_of(kind: str) -> Any:
     def construct(loader: _UniqueKeys, node: yaml.ScalarNode) -> Any:
         if len(node.value) > 100:  # PyYAML takes minutes for long ones
             raise yaml.constructor.ConstructorError(None, None, "a number is too long", node.start_mark)
+        if ":" in node.value or (kind == "int" and re.match(r"[+-]?0[0-9_]", node.value)):
+            what = f"{node.value} would be read to base {60 if ':' in node.value else 8}: write a decimal number"
+            raise yaml.constructor.ConstructorError(None, None, what, node.start_mark)
         return getattr(loader, f"construct_yaml_{kind}")(node)
 
     return construct

@@ -9,6 +9,7 @@ from typing import Literal
 from dfkd_cli.config import option
 from dfkd_cli.errors import ConfigError
 
+MOST_THREADS = 4096
 TAPS = "features: stage1 ..., stages, last, penultimate, logits, a module's path"
 
 
@@ -20,7 +21,7 @@ class Augmentation:
     translate: float = option(0.0, "random shift, +- fraction of the side", low=0, high=1)
     scale: float = option(0.0, "random zoom, +- fraction: 0.1 zooms by 0.9 to 1.1", low=0, high=0.9)
     flip: bool = option(False, "mirror left-right with probability 1/2")
-    crop: int = option(0, "random crop after padding by this many pixels on each side", low=0)
+    crop: int = option(0, "random crop after padding by this many pixels on each side", low=0, high=2**13)
     noise: float = option(0.0, "Gaussian noise, standard deviation in pixel units", low=0)
     resized_crop: float = option(
         0.0, "enlarge a random window with at least this share of the area, up to all; 0: none", low=0, high=1
@@ -228,6 +229,7 @@ class Run:
         None,
         "CPU threads of each process (default: as many as the run began with; OMP_NUM_THREADS, or all cores)",
         low=1,
+        high=MOST_THREADS,
         volatile=True,
     )
     precision: Literal["32", "bf16", "16"] = option("32", "arithmetic")

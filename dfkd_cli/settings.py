@@ -13,7 +13,8 @@ from dfkd_cli.options import FOREIGN, Run
 from dfkd_cli.trust import Code
 from dfkd_cli.urls import named
 
-INSTEAD = "num_images", "images_per_class"  # two ways to say one thing
+# Of what is said in two ways the later word counts: it makes the other one be unsaid.
+INSTEAD = (("num_images", "images_per_class"), ("images_per_class", "num_images"), ("epochs", "steps"))
 ABOUT = "summary", "claim", "paper", "needs", "published"  # what the head of a recipe may say
 TYPED, ASSIGNED = "--", "--set "  # where typed flags come from, and what ``--set`` says
 
@@ -154,7 +155,7 @@ def resolve(command: str, sources: Sequence[tuple[Any, ...]]) -> Settings:
         if "teacher" in layer and layer["teacher"] != values["inputs",].get("teacher"):
             for name in FOREIGN:  # what was said of another teacher
                 values["inputs",].pop(name, None)
-        for one, other in (INSTEAD, INSTEAD[::-1]):  # the later word counts
+        for one, other in INSTEAD:
             if one in layer and other not in layer:
                 values["inputs",].pop(other, None)
         flat = _flatten(layer, chosen, weights)
@@ -232,11 +233,16 @@ def choose(command: str, layers: list[Layer]) -> dict[str, list[tuple[catalog.En
 
 def _named(named: Any, choice: catalog.Choice) -> list[tuple[str, float | None]]:
     """``zskd``, ``["response=0.9", "at"]`` or ``{response: {weight: 0.9}}`` as names with the weights that they say."""
+    if isinstance(named, str) and choice.several:  # of `--set`
+        named = config.items_of(named, spaces=False, where=choice.flag)
     if isinstance(named, Mapping):
         pairs = [(n, v.get("weight") if isinstance(v, Mapping) else v) for n, v in named.items()]
     else:
         items = named if isinstance(named, (list, tuple)) else [named]
-        pairs = [(n, w or None) for n, _, w in (str(item).partition("=") for item in items)]
+        pairs = [(n, w if equals else None) for n, equals, w in (str(item).partition("=") for item in items)]
+    names = [name for name, _ in pairs]
+    if twice := {name for name in names if names.count(name) > 1}:
+        raise ConfigError(f"{choice.flag}: {', '.join(sorted(twice))} stands twice", "once is enough")
     if not choice.several and len(pairs) != 1:
         raise ConfigError(f"{choice.flag}: needs one name, got {named!r}")
     return [(str(n), None if w is None else config.convert(w, float, f"{choice.flag} {n}")) for n, w in pairs]

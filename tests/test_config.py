@@ -141,6 +141,9 @@ def test_did_you_mean():
         ("a: [1", "not readable as YAML"),
         ("a: !!python/object/apply:os.system [id]", "not readable as YAML"),
         ("- a", "mapping"),
+        ("seed: 010", "010 would be read to base 8"),
+        ("steps: 1:30", "1:30 would be read to base 60"),
+        ("lr: 1:30.5", "base 60"),
         ("", "mapping"),
     ],
 )
@@ -149,6 +152,12 @@ def test_bad_yaml(text, message):
         parse_yaml(text, "my.yaml")
     assert caught.value.message.startswith("my.yaml: ")
     assert "\n" not in caught.value.message
+
+
+def test_numbers_that_begin_with_a_zero_are_numbers():
+    assert parse_yaml("{a: 0, b: 0.5, c: -0.01, d: 00a, e: '010'}", "") == {
+        "a": 0, "b": 0.5, "c": -0.01, "d": "00a", "e": "010",
+    }  # fmt: skip
 
 
 @pytest.mark.parametrize("text", ["[a]: 1", "1: 2", "on: 2"])
@@ -170,12 +179,38 @@ def config_of(command: str, *layers: dict, choice: str = "method"):
     return resolve(command, [(f"layer {i}: ", layer) for i, layer in enumerate(layers)]).components[choice][0].config
 
 
+@pytest.mark.parametrize("text", ["[response=2,at]", "response=2,at"])
+def test_objectives_can_be_assigned_like_any_list(text):
+    chosen = resolve("distill", [("--set ", {"objective": text})]).components["objective"]
+    assert [component.entry.name for component in chosen] == ["response", "at"] and chosen[0].weight == 2
+
+
+def test_no_text_has_a_nul_in_it():
+    with pytest.raises(ConfigError, match="NUL"):
+        resolve("distill", [("my.yaml: ", {"out": "a\0b"})])
+
+
 def test_precedence():
     recipe, assigned, typed = {"method": "zskd", "iterations": 1, "lr": 2, "beta": [3]}, {"lr": "4", "beta": "5"}, {}
     default = defaults(type(config_of("synthesize", recipe)))["temperature"]
     typed = {"beta": ["6", "7"]}
     made = config_of("synthesize", recipe, assigned, typed)
     assert (made.temperature, made.iterations, made.lr, made.beta) == (default, 1, 4.0, (6.0, 7.0))
+
+
+@pytest.mark.parametrize(
+    ("layers", "length"),
+    [
+        (({"steps": 4}, {"epochs": 2}), (2, None)),
+        (({"epochs": 2}, {"steps": 4}), (2, 4)),
+        (({"epochs": 2, "steps": 4},), (2, 4)),
+        (({"steps": 4}, {"epochs": 3}, {"steps": 5}), (3, 5)),
+        (({"steps": 4}, {"lr": 1}), (100, 4)),
+    ],
+)
+def test_the_length_that_is_said_last_counts(layers, length):
+    inputs = resolve("train-teacher", [("", layer) for layer in layers]).inputs
+    assert (inputs.epochs, inputs.steps) == length
 
 
 def test_the_last_layer_that_names_a_method_chooses_it():

@@ -18,7 +18,7 @@ from dfkd_cli.artifacts.integrity import RUN, intact, read_run, runs_within, wri
 from dfkd_cli.artifacts.records import read_json
 from dfkd_cli.config import dump_yaml, options
 from dfkd_cli.errors import ArtifactError, ConfigError, DfkdError, Interrupted
-from dfkd_cli.options import Run
+from dfkd_cli.options import MOST_THREADS, Run
 from dfkd_cli.processes import writes_records
 from dfkd_cli.settings import Settings
 from dfkd_cli.trust import CONFIG
@@ -27,7 +27,6 @@ from dfkd_cli.ui import Terminal
 LOCK = ".lock"
 AFRESH = "give --overwrite to start afresh"
 LOG = logging.getLogger(__name__)
-MOST_THREADS = 4096  # more in a record is damage
 
 
 class RunDirectory:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import contextlib
 import os
+import re
 import signal
 import sys
 import time
@@ -74,7 +75,8 @@ def main(argv: list[str] | None = None) -> int:
 
 
 def _terminal(argv: list[str]) -> Terminal:
-    verbosity = QUIET if {"-q", "--quiet"} & set(argv) else VERBOSE if {"-v", "--verbose"} & set(argv) else NORMAL
+    flags = set(argv) | {f"-{letter}" for word in argv if re.fullmatch("-[qv]+", word) for letter in word[1:]}
+    verbosity = QUIET if {"-q", "--quiet"} & flags else VERBOSE if {"-v", "--verbose"} & flags else NORMAL
     return Terminal(verbosity, as_json="--json" in argv, silent=not first_process())
 
 

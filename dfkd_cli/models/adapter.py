@@ -105,7 +105,8 @@ def adapt(net: nn.Module, spec: str, num_classes: int, habits: Habits) -> None:
         LOG.warning("%s: ends in probabilities; their logarithms are taken as the logits", spec)
     elif habits.bounded:
         LOG.warning("%s: all outputs are from 0 to 1, whatever the image: leave out a sigmoid at its end", spec)
-    if not torch.allclose(alone[0].float(), logits[False][0].float(), rtol=0.01, atol=0.01 * float(alone.abs().max())):
+    one, first = (values[0].float().nan_to_num() for values in (alone, logits[False]))
+    if not torch.allclose(one, first, rtol=0.01, atol=0.01 * float(one.abs().max())):
         LOG.warning("%s: answers change with chance or with the other images of a batch, in evaluation too", spec)
     if habits.writes:
         net.register_forward_pre_hook(lambda _, inputs: (inputs[0].clone(), *inputs[1:]))

@@ -26,8 +26,10 @@ def build(name: str, num_classes: int, input_size: tuple[int, int, int]) -> nn.M
     depth, width = map(int, name.split("-")[1:])
     channels, *sides = input_size
     patch = 4 if min(sides) >= 24 else 2
-    if width % 32 or not depth:
-        raise ConfigError(f"{name}: the width is of heads of 32 channels each", "for example vit-6-128")
+    if width % 32 or not width or not depth:
+        raise ConfigError(
+            f"{name}: at least one layer, and a width of heads of 32 channels each", "for example vit-6-128"
+        )
     if sides[0] != sides[1] or sides[0] % patch:
         raise ConfigError(f"{name} takes square images whose sides are multiples of {patch}", "choose another network")
     net = VisionTransformer(sides[0], patch, depth, width // 32, width, 2 * width, num_classes=num_classes)

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import io
 import math
+import warnings
 from collections.abc import Mapping, Sequence
 from typing import Any
 
@@ -147,8 +148,11 @@ def _widen(axes: Any, values: Sequence[float]) -> None:
 
 
 def _short(label: str, width: int = 40) -> str:
-    # A dollar sign would start a formula.
-    return (label if len(label) <= width else label[: width - 3] + "...").replace("$", r"\$")
+    # What tells labels apart may stand at their end. A dollar sign would start a formula; legends leave out what begins
+    # with an underscore.
+    half = (width - 3) // 2
+    short = label if len(label) <= width else f"{label[: width - 3 - half]}...{label[-half:]}"
+    return (" " if short.startswith("_") else "") + short.replace("$", r"\$")
 
 
 def _png(figure: Figure, panels: Sequence[Any]) -> bytes:
@@ -165,5 +169,7 @@ def _picture(figure: Figure, panels: Sequence[Any], form: str, metadata: Mapping
             spine.set_visible(side in ("left", "bottom"))
             spine.set_color(_GRID)
     buffer = io.BytesIO()
-    figure.savefig(buffer, format=form, dpi=140, metadata=metadata)
+    with warnings.catch_warnings():  # no font has the letters of every name: boxes stand for them
+        warnings.filterwarnings("ignore", "Glyph .* missing", UserWarning)
+        figure.savefig(buffer, format=form, dpi=140, metadata=metadata)
     return buffer.getvalue()

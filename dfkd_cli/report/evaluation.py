@@ -33,6 +33,7 @@ TABLES: dict[tuple[str, ...], list[Column]] = {  # by the kinds of results
     ],
     ("shards", "images"): [
         ("SET", "path", str),
+        ("TEACHER", "teacher", str),
         ("IMAGES", "count", "{:,}".format),
         ("CONFIDENCE", "confidence", "{:.3f}".format),
         ("BALANCE", "class_balance", "{:.3f}".format),
@@ -79,13 +80,15 @@ BETWEEN: list[Column] = [
 
 
 def rows(results: Sequence[Mapping[str, Any]], columns: Sequence[Column]) -> Columns:
-    """What was measured; a column in which no result has anything is left out."""
+    """What was measured; a column in which no result has anything is left out, and a teacher that all have."""
+    if len({result.get("teacher") for result in results}) == 1:
+        columns = [column for column in columns if column[1] != "teacher"]
     texts = {
         heading: ["-" if result.get(key) in (None, []) else show(result[key]) for result in results]
         for heading, key, show in columns
         if any(result.get(key) not in (None, []) for result in results)
     }
-    words = {heading for heading, key, _ in columns if key == "path"}
+    words = [heading for heading, key, _ in columns if key in ("path", "teacher")]
     return Columns(texts, words, folds=next(iter(words), ""), spare=_EXPENDABLE)
 
 

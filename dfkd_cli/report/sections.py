@@ -43,13 +43,14 @@ class Section:
         return self.measured_against.get(model.path) or next(iter(self.teachers.values()))
 
 
-def arrange(models: Sequence[Model], dataset: str | None, code: Code) -> list[Section]:
+def arrange(models: Sequence[Model], dataset: str | None, code: Code, judge: Model | None = None) -> list[Section]:
     """The sections of a comparison, in the order of the models.
 
     Args:
         models: Everything to compare. A teacher that is not among them is looked for where its students say.
         dataset: What to test on; by default what each teacher was tested on.
         code: Which code may run.
+        judge: The one of them that students outside of grids are measured against, whoever taught them.
 
     Raises:
         ArtifactError: A student's teacher is not to be found.
@@ -62,8 +63,8 @@ def arrange(models: Sequence[Model], dataset: str | None, code: Code) -> list[Se
         if isinstance(model.location, ForeignWeights) and (older := model.location.older_sha256):
             by_hash.setdefault(older, model)
     for model in models:
-        if model.teacher is not None and not model.is_grid_teacher:
-            teacher = _teacher_of(model, by_hash, code)
+        if model.teacher is not None and not model.is_grid_teacher and not _is(model, judge):
+            teacher = _teacher_of(model, by_hash, code) if judge is None or model.group is not None else judge
             if teacher is None and model.sha256 in teacher_hashes:
                 continue  # here as a teacher, whoever taught it
             if teacher is None:
@@ -77,7 +78,7 @@ def arrange(models: Sequence[Model], dataset: str | None, code: Code) -> list[Se
     taught = [*sections.values()]
     for model in models:
         placed = any(model.sha256 in section.teachers for section in sections.values())
-        if (model.teacher is None or model.is_grid_teacher) and not placed:
+        if (model.teacher is None or model.is_grid_teacher or _is(model, judge)) and not placed:
             if model.part:
                 fitting = [s for s in sections.values() if any(model.origin == other.origin for other in s.models)]
             else:
@@ -87,6 +88,10 @@ def arrange(models: Sequence[Model], dataset: str | None, code: Code) -> list[Se
             else:
                 _section(sections, model, model, dataset)
     return [*sections.values()]
+
+
+def _is(model: Model, other: Model | None) -> bool:
+    return other is not None and model.sha256 == other.sha256
 
 
 def _section(sections: dict[str, Section], model: Model, teacher: Model, dataset: str | None) -> Section:

@@ -20,13 +20,13 @@ from dfkd_cli.artifacts.integrity import intact, read_run
 from dfkd_cli.artifacts.records import read_json
 from dfkd_cli.artifacts.run import RunDirectory, check_free
 from dfkd_cli.artifacts.shards import MANIFEST
-from dfkd_cli.catalog import Command
-from dfkd_cli.config import option
+from dfkd_cli.catalog import UNTRAINED, Command
+from dfkd_cli.config import defaults, option
 from dfkd_cli.data import datasets
 from dfkd_cli.errors import ArtifactError, ConfigError, RunFailed
 from dfkd_cli.models.directory import read_info
 from dfkd_cli.models.names import locate
-from dfkd_cli.options import SeenTeacher
+from dfkd_cli.options import Run, SeenTeacher
 from dfkd_cli.report import html, table
 from dfkd_cli.report.entries import Model, ShardSet, read_model, read_models, read_shards
 from dfkd_cli.report.results import rows
@@ -119,12 +119,14 @@ def run(settings: Settings, terminal: Terminal, dry_run: bool = False) -> dict[s
         raise ConfigError(f"--seed {settings.run.seed}: the grid has seeds of its own", "change grid.seeds")
     if settings.sections["grid"] is None and settings.inputs.rows is not None:
         raise ConfigError("--rows: there is no grid to choose rows of", "give --recipe with a grid, or leave it out")
+    if settings.sections["grid"] is None:
+        _check_nothing_is_trained(settings.run)
     _check_plan_only(settings, dry_run)
     engine = launcher(settings)
     grid = None if settings.sections["grid"] is None else plan(settings, out)
-    models, shards = _open(settings, grid, terminal)
+    models, shards, judge = _open(settings, grid, terminal)
     # What does not fit is found before anything is written.
-    sections = arrange(models, settings.inputs.dataset, settings.code)
+    sections = arrange(models, settings.inputs.dataset, settings.code, judge)
     check_free(out, settings)
     contents = functools.cache(_contents)
     for planned in () if grid is None or settings.run.overwrite else grid.runs:
@@ -146,7 +148,7 @@ def run(settings: Settings, terminal: Terminal, dry_run: bool = False) -> dict[s
             failed = [] if grid is None else run_grid(grid, engine, terminal, directory.save)
             if grid is not None:
                 models = [*_models(_finished(grid), settings.code), *models]
-            sections = arrange(models, settings.inputs.dataset, settings.code)
+            sections = arrange(models, settings.inputs.dataset, settings.code, judge)
             results = _results(models, shards, sections, failed, directory, terminal)
             write_text(out / TABLE, table.markdown(results))
             write_text(out / REPORT, html.page(results))
@@ -165,8 +167,10 @@ def run(settings: Settings, terminal: Terminal, dry_run: bool = False) -> dict[s
 # -- what is compared --------------------------------------------------------------------------------------------------
 
 
-def _open(settings: Settings, grid: Grid | None, terminal: Terminal) -> tuple[list[Model], list[ShardSet]]:
-    """Read the models, and the shard directories, that were given by themselves.
+def _open(
+    settings: Settings, grid: Grid | None, terminal: Terminal
+) -> tuple[list[Model], list[ShardSet], Model | None]:
+    """Read the models, and the shard directories, that were given by themselves, and say which is ``--teacher``.
 
     Raises:
         ConfigError: No model was given.
@@ -193,11 +197,11 @@ def _open(settings: Settings, grid: Grid | None, terminal: Terminal) -> tuple[li
     if grid is not None:
         for group, name in grid.existing.items():
             models.append(replace(_teacher(name, settings), group=group))
-    elif inputs.teacher is not None:
-        models.append(_teacher(inputs.teacher, settings))
+    judge = None if grid is not None or inputs.teacher is None else _teacher(inputs.teacher, settings)
+    models += [] if judge is None else [judge]
     if grid is None and not models:
         raise ConfigError("no models to compare", "give directories (dfkd compare student/) or a grid (--recipe NAME)")
-    return models, shards
+    return models, shards, judge
 
 
 def _so_far(path: Path, code: Code, terminal: Terminal) -> list[Model]:
@@ -253,6 +257,14 @@ def _parents(models: Sequence[Model], shards: Sequence[ShardSet], sections: Sequ
 def _contents(dataset: str | None) -> list[dict[str, Any]]:
     """What a dataset is read from; nothing where none is named, or it is not on this machine."""
     return [] if dataset is None or not Path(dataset).is_dir() else datasets.contents(dataset)
+
+
+def _check_nothing_is_trained(how: Run) -> None:
+    """Raise :class:`ConfigError` where options are given that only the commands of a grid would take."""
+    usual = defaults(Run)
+    for name in (*UNTRAINED, "seed"):
+        if getattr(how, name) != usual[name]:
+            raise ConfigError(f"--{name} {getattr(how, name)}: there is no grid whose commands take it", "leave it out")
 
 
 def _check_plan_only(settings: Settings, dry_run: bool) -> None:

@@ -22,7 +22,7 @@ from typing import Any
 from dfkd_cli import catalog
 from dfkd_cli.artifacts.files import write_atomic
 from dfkd_cli.artifacts.server import Server, fits
-from dfkd_cli.catalog import UNTRAINED, Command
+from dfkd_cli.catalog import RECIPES, UNTRAINED, Command
 from dfkd_cli.config import option
 from dfkd_cli.errors import ConfigError
 from dfkd_cli.settings import Settings
@@ -69,6 +69,8 @@ def run(settings: Settings, terminal: Terminal, dry_run: bool = False) -> dict[s
 def _recipe(name: str, dest: Path, overwrite: bool, terminal: Terminal, dry_run: bool) -> dict[str, Any]:
     source = catalog.find_recipe(name)
     dest = dest / source.name if dest.is_dir() else dest
+    if dest.suffix not in RECIPES:  # by which `--recipe` tells a file from a name
+        raise ConfigError(f"{dest}: the file of a recipe ends in {' or '.join(RECIPES)}", f"call it {dest}.yaml")
     if dest.exists() and not overwrite:
         raise ConfigError(f"{dest} exists", "choose another name or give --overwrite")
     if not dry_run:

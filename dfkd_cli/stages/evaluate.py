@@ -113,8 +113,11 @@ def run(settings: Settings, terminal: Terminal, dry_run: bool = False) -> dict[s
                     write_atomic(picture, charts.lines(found["lines"]))
                 directory.finish([*map(Path, artifacts.values())], _headline(plan.evaluations, found["results"]))
     results, lines = found["results"], found.get("lines", [])
-    # Images are ranked by their divergence from the teacher's training data, smallest first.
-    ranked = sorted(results, key=lambda result: (result.get(DIVERGENCE) is None, result.get(DIVERGENCE)))
+    # Images are ranked by their divergence from their teacher's training data, smallest first.
+    ranked = sorted(
+        results,
+        key=lambda result: (result.get("teacher") or "", result.get(DIVERGENCE) is None, result.get(DIVERGENCE)),
+    )
     for kinds, columns in evaluation.tables(settings.inputs.unlabelled or ()).items():
         if rows := [result for result in ranked if result["kind"] in kinds]:
             terminal.answer(evaluation.rows(rows, columns))

@@ -181,7 +181,8 @@ class Opener:
         parents.append({"role": "shards", "path": path, "sha256": reader.sha256})
         classifier = None if teacher is None else teacher.classifier
         measure = functools.partial(measure_shards, reader, classifier, *self.passes)
-        return Evaluation({"path": path, "kind": "shards", "method": method, "uses": uses}, parents, measure)
+        facts = {"path": path, "kind": "shards", "method": method, "uses": uses}
+        return Evaluation(facts | {"teacher": None if teacher is None else teacher.path}, parents, measure)
 
     def _images(self, path: str, wanted: Collection[str] = ()) -> Evaluation:
         if self.teacher is None:
@@ -191,7 +192,8 @@ class Opener:
         shown, classifier = open_images(path, self.teacher, *self.where, wanted), self.teacher.classifier
         parents = [self.teacher.parent("teacher"), shown.parent]
         measure = functools.partial(measure_images, shown.source, classifier, *self.passes)
-        return Evaluation({"path": path, "kind": "images", "uses": list(shown.uses)}, parents, measure)
+        facts = {"path": path, "kind": "images", "uses": list(shown.uses), "teacher": self.teacher.path}
+        return Evaluation(facts, parents, measure)
 
     def _teacher_of(self, path: str, line: Sequence[str], own: str | None = None) -> LoadedModel | None:
         """The teacher to compare with: the one that was asked for, else the one on record, wherever it is found.

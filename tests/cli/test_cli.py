@@ -144,6 +144,18 @@ def test_help_in_a_pipe_has_no_escape_codes(dfkd, tmp_path):
         ("distill --epochs 0", "at least 1"),
         ("distill --holdout=-1", "at least 0"),
         ("distill --optimizer sdg", "'sgd'"),
+        ("distill --threads 3000000000", "at most 4096"),
+        ("distill --crop 1e12", "--crop"),
+        ("distill --weight-decay 1e300", "within 3.4e+38"),
+        ("train-teacher --model vit-1-0", "vit-1-0"),
+        ("distill --objective response=", "'' is not a number"),
+        ("distill --objective response response=2", "response stands twice"),
+        ("distill --set objective=[response,att]", "'at'"),
+        ("compare x --precision bf16", "--precision bf16: there is no grid"),
+        ("compare x --devices 2", "--devices 2: there is no grid"),
+        ("compare x --logger tensorboard", "--logger tensorboard: there is no grid"),
+        ("compare x --seed 3", "--seed 3: there is no grid"),
+        ("cp zskd-digits my", "call it my.yaml"),
         ("distill --recipe no-such", "no-such"),
         ("distill --recipe no-such.yaml", "no-such.yaml"),
         ("synthesize --method zskd --beta 1 -0.5", "above 0"),
@@ -347,6 +359,13 @@ def test_cp_copies_a_recipe_that_can_be_changed_and_run(cli, tmp_path, monkeypat
     (tmp_path / "dir").mkdir()
     code, out, _ = cli("cp", recipe, "dir", "--json")
     assert (code, json.loads(out)["artifacts"]) == (0, {"recipe": f"dir/{source.name}"})
+
+
+@pytest.mark.parametrize(("flags", "said"), [("-q", False), ("-qv", False), ("-vq", False), ("-v", True), ("", True)])
+def test_short_flags_may_stand_together(flags, said, cli, teacher, tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    code, _, err = cli("synthesize", "--method", "noise", "--teacher", teacher, "--dry-run", *flags.split())
+    assert (code, bool(err)) == (0, said)
 
 
 def test_info_names_versions_and_devices(cli):

@@ -5,6 +5,7 @@ from __future__ import annotations
 import collections
 import dataclasses
 import logging
+import math
 
 import pytest
 import torch
@@ -281,6 +282,11 @@ def test_answers_that_are_none_are_told(adapted, caplog, end, words):
     with caplog.at_level(logging.WARNING):
         adapted(Net(end=end))
     assert (words in caplog.text) if words else not caplog.text
+
+
+@pytest.mark.parametrize("value", [math.nan, math.inf])
+def test_answers_that_are_not_finite_are_none_to_compare(adapted, value):
+    assert not adapted(Net(end=lambda net, y, x: y + value))(torch.rand(2, *SIZE)).isfinite().any()
 
 
 @pytest.mark.parametrize("kind", [torch.float16, torch.bfloat16, torch.float64])

@@ -325,6 +325,36 @@ def test_equal_labels_are_told_apart_by_what_differs(here, cli):
     assert labels == {"teacher", "noise:8 -> response (temperature 20.0)", "noise:8 -> response (temperature 3.0)"}
 
 
+def test_equal_labels_of_two_networks_are_told_apart(here, cli):
+    for spec in ("lenet5", "lenet5-half"):
+        arguments = ("--transfer-set", "noise:8", "--student", spec, "--out", f"of-{spec}")
+        assert cli("distill", *SMALL, *arguments)[0] == 0
+    assert cli("compare", "of-lenet5", "of-lenet5-half", "--out", "networks")[0] == 0
+    labels = {row["label"] for row in results_in(here / "networks")["sections"][0]["rows"]}
+    assert {f"noise:8 -> response (student {spec})" for spec in ("lenet5", "lenet5-half")} < labels
+
+
+def test_a_typed_teacher_judges_whoever_taught(here, cli):
+    for name in (("student0", "--teacher", "baseline"), ("student0", "baseline", "--teacher", "baseline")):
+        assert cli("compare", *name, "--out", "judged", "--overwrite")[0] == 0
+        (section,) = results_in(here / "judged")["sections"]
+        head, row = section["rows"]
+        assert (head["role"], head["runs"][0]["path"], row["runs"][0]["path"]) == ("teacher", "baseline", "student0")
+        assert row["gap"]["mean"] == pytest.approx(accuracy(here / "student0") - accuracy(here / "baseline"))
+        assert row["runs"][0]["teacher"] == head["runs"][0]["sha256"]
+    assert cli("compare", "student0", "student1", "real", "--teacher", "student1", "--out", "by-a-student")[0] == 0
+    (section,) = results_in(here / "by-a-student")["sections"]
+    assert section["rows"][0]["runs"][0]["path"] == "student1"
+    assert {row["runs"][0]["path"] for row in section["rows"][1:]} == {"student0", "real"}
+
+
+def test_pictures_say_nothing_and_have_every_name(here, cli, recwarn):
+    shutil.copytree("student0", "_데이터$")
+    assert cli("compare", "_데이터$", "real", "--out", "pictures")[0] == 0
+    assert cli("evaluate", "_데이터$", "real", "--line", "--out", "lines")[0] == 0
+    assert not [str(warning.message) for warning in recwarn if issubclass(warning.category, UserWarning)]
+
+
 @pytest.mark.parametrize("values", [[0.5], [0.25, 0.75], [0.9, 0.8, 0.85, 0.1]])
 def test_spread_is_mean_and_sample_deviation(values):
     made = spread([*values, None])

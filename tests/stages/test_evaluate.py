@@ -18,7 +18,7 @@ from torchvision.utils import save_image
 from dfkd_cli.artifacts.shards import MANIFEST, ShardReader
 from dfkd_cli.cli.app import main
 from dfkd_cli.data import datasets
-from dfkd_cli.models.classifier import Classifier, ModelInfo
+from dfkd_cli.models.classifier import Classifier, ModelInfo, is_batch_norm
 from dfkd_cli.models.directory import identity, load_model, save_model
 from dfkd_cli.models.registry import build
 from dfkd_cli.report import evaluation
@@ -148,9 +148,9 @@ def test_shards_and_models_mix(here, cli):
     assert code == 0, err
     shards, student = json.loads(out)["results"]
     assert set(shards) == {
-        "path", "kind", "method", "uses", "count", "confidence", "class_balance", "class_histogram", "target_match",
-        "target_divergence", "diversity", "value_range", "bn_distance", "bn_distance_layers", "bn_divergence",
-        "bn_divergence_layers", "logits_ok", "agreement",
+        "path", "kind", "method", "uses", "teacher", "count", "confidence", "class_balance", "class_histogram",
+        "target_match", "target_divergence", "diversity", "value_range", "bn_distance", "bn_distance_layers",
+        "bn_divergence", "bn_divergence_layers", "logits_ok", "agreement",
     }  # fmt: skip
     assert shards["agreement"] is None  # it is their own teacher
     assert (shards["path"], shards["kind"], shards["method"], shards["count"]) == ("shards", "shards", "zskd", 13)
@@ -214,6 +214,26 @@ def test_ranks_are_shown_and_by_layer_where_more_is_asked_for(trained, monkeypat
     assert lines[5] == ["BN", "DIVERGENCE", "digits:40", "noise:40"]
     assert len(lines) == 6 + len(layers)
     assert len(cli("evaluate", *paths)[1].splitlines()) == 5
+
+
+def test_sets_of_several_teachers_are_ranked_by_teacher(trained, tmp_path, monkeypatch, cli):
+    monkeypatch.chdir(tmp_path)
+    shutil.copytree(trained / "teacher", "b")
+    make_model(tmp_path / "a", "resnet14", dataset="digits")
+    for number, name in enumerate(["b", "a", "b"]):
+        command = ["synthesize", "--method", "noise", "--num-images", "8", "--teacher", name, "--seed", str(number)]
+        assert cli(*command, "--out", f"s{number}")[0] == 0
+    code, out, err = cli("evaluate", "s0", "s1", "s2", "-v")
+    assert code == 0, err
+    lines = [line.split() for line in out.splitlines()]
+    assert lines[0][:3] == ["SET", "TEACHER", "IMAGES"]
+    assert [line[1] for line in lines[1:4]] == ["a", "b", "b"]
+    layers = {line[0]: line[1:] for line in lines[5:]}
+    nets = [load_model(Path(name))[0].net for name in ("a", "b")]
+    of_a, of_b = ({name for name, layer in net.named_modules() if is_batch_norm(layer)} for net in nets)
+    assert set(layers) == of_a | of_b
+    assert {layers[name].count("-") for name in of_a - of_b} == {2}
+    assert "TEACHER" not in cli("evaluate", "s0", "s2")[1]
 
 
 def test_images_without_batch_norm_or_without_a_teacher(pipeline, tmp_path, monkeypatch, cli):
