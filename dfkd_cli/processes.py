@@ -83,7 +83,7 @@ def first_process() -> bool:
     Lightning starts the others of this machine itself and numbers them. Other launchers' numbers mean nothing here:
     several commands, each with one device, may well run under one of them.
     """
-    return int(os.environ.get("LOCAL_RANK") or 0) == 0 or "WORLD_SIZE" not in os.environ
+    return os.environ.get("LOCAL_RANK", "0") in ("", "0") or "WORLD_SIZE" not in os.environ
 
 
 def end_with_parent() -> None:
@@ -129,7 +129,7 @@ def _stop(signum: int, _frame: Any) -> None:
 
 def ignore_signals() -> None:
     """Let none of them do anything any more."""
-    _handle(signal.SIG_IGN)
+    _handle(lambda *_: None)  # not SIG_IGN: Python complains of a signal that has come and is ignored meanwhile
 
 
 def _handle(handler: Any) -> None:

@@ -66,7 +66,7 @@ class Launcher(contextlib.AbstractContextManager["Launcher"], abc.ABC):
 class Workers(Launcher):
     """Processes of this machine; of one call at a time, this process does the work.
 
-    They share the threads of this process and take turns in the GPUs.
+    They share the threads of this process and take the GPUs that the fewest of them have.
 
     Args:
         count: How many calls at a time.
@@ -75,14 +75,15 @@ class Workers(Launcher):
 
     def __init__(self, count: int, threads: int | None = None) -> None:
         self.count, self.threads, self.alone = count, threads, count == 1
-        self.started = 0
-        self.working: dict[Connection, tuple[Any, Any]] = {}  # by the pipe of its answer: the name and process of each
+        # By the pipe of its answer: the name of each, its process, and its GPU.
+        self.working: dict[Connection, tuple[Any, Any, str | None]] = {}
         self.here: list[tuple[Any, Callable[..., Any], tuple[Any, ...]]] = []
 
     def __exit__(self, *_: object) -> None:
-        for _, process in self.working.values():
+        processes = [process for _name, process, _gpu in self.working.values()]
+        for process in processes:
             process.terminate()
-        for _, process in self.working.values():
+        for process in processes:
             process.join()
 
     @property
@@ -105,16 +106,16 @@ class Workers(Launcher):
         context.set_forkserver_preload(_PRELOADED)
         gpus = [gpu for gpu in os.environ.get("CUDA_VISIBLE_DEVICES", "").split(",") if gpu]
         gpus = gpus or [str(index) for index in range(torch.cuda.device_count())]
-        variables = dict(os.environ)
+        variables, gpu = dict(os.environ), None
         if gpus and self.count > 1:
-            variables["CUDA_VISIBLE_DEVICES"] = gpus[self.started % len(gpus)]
-        self.started += 1
+            used = [gpu for _, _, gpu in self.working.values()]
+            gpu = variables["CUDA_VISIBLE_DEVICES"] = min(gpus, key=used.count)
         ours, theirs = context.Pipe(duplex=False)
         threads = self.threads or max(1, torch.get_num_threads() // self.count)
         process = context.Process(target=_work, args=(theirs, call, arguments, inside, variables, threads))
         process.start()
         theirs.close()
-        self.working[ours] = name, process
+        self.working[ours] = name, process, gpu
 
     def next(self) -> tuple[Any, DfkdError | None]:
         if self.here:
@@ -127,7 +128,7 @@ class Workers(Launcher):
             failure = connection.recv()
         except (EOFError, ConnectionError):
             failure = RunFailed(*KILLED)
-        name, process = self.working.pop(connection)
+        name, process, _ = self.working.pop(connection)
         process.join()
         if isinstance(failure, str):
             raise RuntimeError(failure)

@@ -119,6 +119,9 @@ def run(settings: Settings, terminal: Terminal, dry_run: bool = False) -> dict[s
         raise ConfigError(f"--seed {settings.run.seed}: the grid has seeds of its own", "change grid.seeds")
     if settings.sections["grid"] is None and settings.inputs.rows is not None:
         raise ConfigError("--rows: there is no grid to choose rows of", "give --recipe with a grid, or leave it out")
+    if settings.run.overwrite and (settings.inputs.rows is not None or settings.inputs.script is not None):
+        flag = "rows" if settings.inputs.rows is not None else "script"
+        raise ConfigError(f"--{flag}: with --overwrite every row in {out} would be removed", "remove what is to go")
     if settings.sections["grid"] is None:
         _check_nothing_is_trained(settings.run)
     _check_plan_only(settings, dry_run)
@@ -129,8 +132,9 @@ def run(settings: Settings, terminal: Terminal, dry_run: bool = False) -> dict[s
     sections = arrange(models, settings.inputs.dataset, settings.code, judge)
     check_free(out, settings)
     contents = functools.cache(_contents)
-    for planned in () if grid is None or settings.run.overwrite else grid.runs:
-        check_free(planned.out, planned.settings, contents(getattr(planned.settings.inputs, "dataset", None)))
+    if grid is not None and not settings.run.overwrite:
+        for planned in grid.runs:
+            _check_own(grid, planned, contents(getattr(planned.settings.inputs, "dataset", None)))
     if settings.inputs.rows is not None:
         terminal.say("only the rows that --rows names are shown; without it all are, and those are not run again")
     facts: dict[str, Any] = {} if grid is None else {"grid": grid.sha256}
@@ -147,7 +151,9 @@ def run(settings: Settings, terminal: Terminal, dry_run: bool = False) -> dict[s
         with directory.guard():
             failed = [] if grid is None else run_grid(grid, engine, terminal, directory.save)
             if grid is not None:
-                models = [*_models(_finished(grid), settings.code), *models]
+                lost = {failure["out"] for failure in failed}  # what was made of such a row before is another
+                made = [run for run in _finished(grid) if str(run.out) not in lost]
+                models = [*_models(made, settings.code), *models]
             sections = arrange(models, settings.inputs.dataset, settings.code, judge)
             results = _results(models, shards, sections, failed, directory, terminal)
             write_text(out / TABLE, table.markdown(results))
@@ -222,8 +228,19 @@ def _so_far(path: Path, code: Code, terminal: Terminal) -> list[Model]:
     return [*teachers, *_models(finished, code)]
 
 
+def _check_own(grid: Grid, planned: PlannedRun, parents: Sequence[Mapping[str, Any]]) -> None:
+    """Raise :class:`ConfigError` where a directory of the grid holds another run than the one that is planned."""
+    hint = f"choose another --out, or remove {planned.out}"
+    try:
+        check_free(planned.out, planned.settings, parents)
+    except ConfigError as error:
+        raise ConfigError(error.message, hint) from None
+    if others := grid.other_sources(planned):
+        raise ConfigError(f"{planned.out} holds another run: {'; '.join(others)}", hint)
+
+
 def _finished(grid: Grid) -> list[PlannedRun]:
-    return [run for run in grid.runs if read_run(run.out).get("status") == "done"]
+    return [run for run in grid.runs if read_run(run.out).get("status") == "done" and not grid.other_sources(run)]
 
 
 def _teacher(name: str, settings: Settings) -> Model:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import contextlib
 import dataclasses
+import re
 import time
 from collections.abc import Mapping, Sequence
 from pathlib import Path
@@ -17,6 +18,7 @@ from dfkd_cli.errors import ConfigError, did_you_mean, machine_can_fail
 from dfkd_cli.options import FOREIGN, Run
 from dfkd_cli.processes import computing_with
 from dfkd_cli.settings import Layer, Settings, resolve
+from dfkd_cli.trust import CONFIG
 from dfkd_cli.ui import Terminal
 
 # The flags of `compare` that reach every command which has them.
@@ -68,6 +70,34 @@ class Grid:
     runs: tuple[PlannedRun, ...]  # teacher by teacher: itself, its metadata, its rows; each after those it waits for
     existing: Mapping[str, str]  # the path or SPEC of each teacher that was there before, by name
     sha256: str  # stands for all that decides the tables; where the directories lie does not
+    root: Path  # the directory of their directories
+
+    def other_sources(self, run: PlannedRun) -> list[str]:
+        """What a run that is there read instead of what is planned. Of what lies outside of the grid hashes tell."""
+        path, place = run.out / CONFIG, str(run.out.relative_to(self.root))
+        recorded = catalog.read_recipe(path) if path.is_file() else {}
+        if not str(recorded.get("out")).endswith(place):
+            return []
+        before = str(recorded["out"]).removesuffix(place)  # the grid may have been moved since
+        now = str(run.out).removesuffix(place)
+        changed = []
+        for name in ("teacher", "transfer_set", "model", "calibrate"):
+            planned = getattr(run.settings.inputs, name, None)
+            if planned and recorded.get(name):
+                then, own = _sources(recorded[name], before), _sources(planned, now)
+                if then != own:
+                    changed.append(f"{name.replace('_', '-')}: {' '.join(then)} instead of {' '.join(own)}")
+        return changed
+
+
+def _sources(value: str | Sequence[str], root: str) -> list[str]:
+    """What is read: what lies in a grid by its place there, ``real`` and ``NAME:N`` as they are, all else alike."""
+    texts = [value] if isinstance(value, str) else value
+    named = re.compile(r"real|[\w-]+:\d+")
+    return [
+        text.removeprefix(root) if text.startswith(root) or named.fullmatch(text) else "what lies elsewhere"
+        for text in texts
+    ]
 
 
 def qualified(teacher: str, row: str) -> str:

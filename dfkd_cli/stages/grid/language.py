@@ -267,6 +267,9 @@ def _row(name: str, row: Mapping[str, Any], common: Mapping[str, list[_Section]]
         if cotrained and key in row:
             hint = f"another row with `shards: {name}` distills from its shards"
             raise ConfigError(f"{where}: has both cotrained and {key}", hint)
+    for place, section in common["export"]:
+        if "model" in mapping(section, place):
+            raise ConfigError(f"{place}.model: a row says which model it exports", f"give it as {where}.export.model")
     said = mapping(row.get("export"), f"{where}.export")
     exports = config.convert(said.get("model", "student"), Literal["student", "teacher"], f"{where}.export.model")
     exports = exports if "export" in row else ""
@@ -278,7 +281,7 @@ def _row(name: str, row: Mapping[str, Any], common: Mapping[str, list[_Section]]
     if not given:
         raise ConfigError(f"{where}: nothing to distill from", "give synthesize, shards, or distill.transfer_set")
     sets, taught_by = distill[-1].values.get("transfer_set", []), str(row.get("taught_by", ""))
-    sets = sets if isinstance(sets, list) else [sets]
+    sets = list(config.convert(sets, tuple[str, ...], f"{where}.distill.transfer_set")) if sets else []
     sizes = sorted(set(config.convert(row["sizes"], tuple[int, ...], f"{where}.sizes"))) if "sizes" in row else []
     chosen = tuple(seed for seed in seeds if seed in chosen)
     return GridRow(

@@ -43,7 +43,7 @@ def plan(settings: Settings, out: Path) -> Grid:
     runs = runs_under(out / "runs")
     used = {run.teacher for run in runs}
     existing = {t.name: t.paths["teacher"] for t in teachers if t.name in used and "teacher" in t.paths}
-    return Grid(runs, existing, digest(identity))
+    return Grid(runs, existing, digest(identity), out / "runs")
 
 
 def _published(about: Mapping[str, Any], runs: Sequence[PlannedRun]) -> Iterator[PlannedRun]:
@@ -184,6 +184,9 @@ class _Planner:
         }
         own = Layer("", {**values, "overwrite": False}, self.settings.code.typed)
         settings = resolve(command, [*layers, own, (TYPED, flags)])
+        if settings.run.devices > 1 or settings.run.num_nodes > 1:
+            what = f"grid: {command} on {settings.run.devices * settings.run.num_nodes} devices"
+            raise ConfigError(f"{what}: each command has one", "several run at a time: dfkd compare --devices N")
         named = [getattr(settings.inputs, name, None) or () for name in ("teacher", "student", "model")]
         for spec in (spec for value in named for spec in ([value] if isinstance(value, str) else value)):
             if not Path(spec).is_dir():

@@ -3,13 +3,14 @@
 from __future__ import annotations
 
 from collections.abc import Callable
+from pathlib import Path
 from typing import Any
 
 from dfkd_cli.data.access import access
-from dfkd_cli.errors import ConfigError
+from dfkd_cli.errors import ConfigError, DfkdError, RunFailed
 from dfkd_cli.ray_tasks import RayTasks
 from dfkd_cli.settings import Settings
-from dfkd_cli.stages.grid.commands import Grid, carry_out
+from dfkd_cli.stages.grid.commands import Grid, PlannedRun, carry_out, qualified
 from dfkd_cli.ui import Terminal
 from dfkd_cli.urls import copies
 from dfkd_cli.workers import Launcher, Workers
@@ -49,16 +50,22 @@ def run_grid(
     Raises:
         DfkdError: A teacher failed.
     """
-    failed: dict[tuple[str, str, int], dict[str, Any]] = {}
+    failed: list[dict[str, Any]] = []
+    lost: dict[Path, PlannedRun] = {}  # what is not made: the run that failed, or one that waits for such a directory
     waiting = dict(enumerate(grid.runs, 1))
     unfinished = {run.out for run in grid.runs}
     silent = terminal.silent or not launcher.alone  # nobody could tell the lines of several commands apart
     with launcher:
         while waiting or launcher.busy:
             for number, run in list(waiting.items()):
-                if (run.teacher, run.row, run.seed) in failed:
-                    del waiting[number]  # no shards to distill from
+                if causes := [lost[out] for out in run.waits_for if out in lost]:
+                    del waiting[number]
                     unfinished.discard(run.out)  # nobody must wait for it
+                    lost[run.out] = cause = causes[0]
+                    if run.row != cause.row:  # else it is said already
+                        needed = qualified(cause.teacher, cause.label)
+                        failed.append(_failure(run, RunFailed(f"not run: it needs {needed}, which failed")))
+                        lost[run.out] = run
                 elif launcher.free and unfinished.isdisjoint(run.waits_for):
                     del waiting[number]
                     terminal.say(f"[{number}/{len(grid.runs)}] {run}")
@@ -76,10 +83,16 @@ def run_grid(
                 terminal.say(f"{run}: done, {done} of {len(grid.runs)} have ended")
             if error is not None:
                 if not run.row:
+                    terminal.say(f"{run} failed")
                     raise error
                 terminal.say(f"{run} failed: {error}")
-                facts = {"teacher": run.teacher, "row": run.label, "seed": run.seed, "command": run.settings.command}
-                reason = {"code": error.code, "message": error.message, "hint": error.hint}
-                failed[run.teacher, run.row, run.seed] = facts | reason
+                failed.append(_failure(run, error))
+                lost[run.out] = run
             save()
-    return list(failed.values())
+    return failed
+
+
+def _failure(run: PlannedRun, error: DfkdError) -> dict[str, Any]:
+    """What is known of a run that failed."""
+    facts = {"teacher": run.teacher, "row": run.label, "seed": run.seed, "command": run.settings.command}
+    return facts | {"out": str(run.out), "code": error.code, "message": error.message, "hint": error.hint}

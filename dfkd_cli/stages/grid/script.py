@@ -62,4 +62,4 @@ def _parts(settings: Settings) -> list[tuple[str, dict[str, Any]]]:
 
 def _text(value: Any) -> str:
     """A value as ``--set`` reads it."""
-    return "none" if value is None else json.dumps(value) if isinstance(value, list) else str(value)
+    return "none" if value is None else json.dumps(value, ensure_ascii=False) if isinstance(value, list) else str(value)

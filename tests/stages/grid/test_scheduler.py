@@ -10,8 +10,8 @@ from pathlib import Path
 
 import numpy as np
 import pytest
-from pipeline import start
-from tiny_comparisons import GRID, TEACHERS, accuracy, check_self_contained, results_in, students
+from pipeline import edit, start
+from tiny_comparisons import GRID, TEACHERS, accuracy, check_self_contained, results_in, students, tree
 
 from dfkd_cli.settings import recipe_layer, resolve
 from dfkd_cli.stages.grid.planner import plan
@@ -172,6 +172,79 @@ def test_a_row_that_fails_does_not_lose_the_others(here, cli):
     assert section["failed"] == []
 
 
+def test_rows_that_need_a_failed_one_are_not_run(here, cli):
+    grid = {"seeds": [0, 1], "student": {"steps": 2, "batch_size": 4}}
+    grid["rows"] = {
+        "bad": {"distill": {"transfer_set": "nowhere,real:20"}, "export": {"calibrate": "noise:8"}},
+        "second": {"taught_by": "bad", "distill": {"transfer_set": ["real:20"]}, "export": {}},
+        "third": {"taught_by": "second", "distill": {"transfer_set": ["real:20"]}},
+    }
+    (here / "needs.yaml").write_text(json.dumps({"command": "compare", "grid": grid}))
+    code, _, err = cli("compare", "--recipe", "needs.yaml", "--teacher", "teacher", "--out", "needs")
+    assert (code, "failed: bad, second, third" in err) == (4, True)
+    (section,) = results_in(here / "needs")["sections"]
+    said = {(f["row"], f["seed"]): f["message"] for f in section["failed"]}
+    assert len(said) == len(section["failed"]) == 6
+    for seed in (0, 1):
+        assert said["bad", seed].startswith("no transfer set at nowhere")
+        assert said["second", seed] == "not run: it needs bad, which failed"
+        assert said["third", seed] == "not run: it needs second, which failed"
+    assert not (here / "needs" / "runs" / "second").exists()
+
+
+def test_another_source_makes_another_run(here, tmp_path, cli, monkeypatch):
+    """Paths of sources are no part of what a run is; in a grid they are what tells its rows apart."""
+    shutil.copytree(here / "teacher", tmp_path / "teacher")
+    monkeypatch.chdir(tmp_path)
+    grid = {"seeds": [0], "student": {"steps": 1, "batch_size": 4}}
+    grid["synthesize"] = {"method": "noise", "num_images": 4}
+    grid["rows"] = {"a": {"synthesize": {"seed": None}}, "b": {"synthesize": {}}, "c": {"shards": "b"}}
+    grid["rows"]["a"] = {"distill": {"transfer_set": ["real:20"]}}
+    recipe, teacher = tmp_path / "own.yaml", "teacher"
+
+    def compare(*more: str) -> tuple[int, str]:
+        recipe.write_text(json.dumps({"command": "compare", "grid": grid}))
+        code, _, err = cli("compare", "--recipe", "own.yaml", "--teacher", teacher, *more)
+        return code, err
+
+    assert compare("--out", "own")[0] == 0
+    before = tree(tmp_path, "own")
+    for row, other, words in (
+        ("a", {"distill": {"transfer_set": ["real:10"]}}, "transfer-set: real:20 instead of real:10"),
+        ("c", {"taught_by": "b", "shards": "b"}, "teacher: what lies elsewhere instead of b/seed0/student"),
+        ("c", {"distill": {"transfer_set": ["noise:4"]}}, "transfer-set: b/seed0/shards instead of noise:4"),
+    ):
+        usual, grid["rows"][row] = grid["rows"][row], other
+        code, err = compare("--out", "own")
+        directory = f"own/runs/{row}/seed0/student"
+        assert (code, f"{directory} holds another run: {words}" in err, f"remove {directory}" in err) == (2, True, True)
+        grid["rows"][row] = usual
+    for more in (("--rows", "a", "--overwrite"), ("--dry-run", "--script", "jobs.sh", "--overwrite")):
+        code, err = compare("--out", "own", *more)
+        assert (code, "every row in own would be removed" in err) == (2, True)
+    assert tree(tmp_path, "own") == before
+    shutil.move("own", "elsewhere")  # and seen from there it is the same
+    teacher = str(tmp_path / "teacher")
+    code, err = compare("--out", str(tmp_path / "elsewhere"))
+    assert (code, "elsewhere is already complete" in err) == (0, True)
+
+
+def test_a_row_that_cannot_be_made_again_is_not_shown_as_it_was(here, tmp_path, cli, monkeypatch):
+    shutil.copytree(here / "teacher", tmp_path / "teacher")
+    shutil.copytree(here / "shards0", tmp_path / "shards")
+    monkeypatch.chdir(tmp_path)
+    rows = {"a": {"distill": {"transfer_set": ["./shards"]}}, "b": {"distill": {"transfer_set": ["noise:4"]}}}
+    grid = {"seeds": [0], "student": {"steps": 1, "batch_size": 4}, "rows": rows}
+    (tmp_path / "own.yaml").write_text(json.dumps({"command": "compare", "grid": grid}))
+    assert cli("compare", "--recipe", "own.yaml", "--teacher", "teacher", "--out", "own")[0] == 0
+    shutil.rmtree("shards")
+    shutil.copytree(here / "shards1", "shards")
+    edit(tmp_path / "own" / "run.json", status="failed")
+    code, _, err = cli("compare", "--recipe", "own.yaml", "--teacher", "teacher", "--out", "own")
+    assert (code, "failed: a" in err) == (4, True)
+    assert [row["label"] for row in results_in(tmp_path / "own")["sections"][0]["rows"]] == ["teacher", "b"]
+
+
 def test_a_foreign_teacher_needs_a_dataset_before_anything_runs(here, cli):
     (here / "foreign.yaml").write_text(
         '{"grid": {"rows": {"noise": {"distill": {"transfer_set": "noise:8", "steps": 2}}}}}'
@@ -274,4 +347,5 @@ def test_a_students_student_is_ranked_by_the_grids_teacher(tmp_path, monkeypatch
     assert loop.out in points.waits_for and points.out not in loop.waits_for  # its teacher lies in the loop's shards
     (tmp_path / "grid.yaml").write_text((tmp_path / "grid.yaml").read_text().replace('"first", "d', '"loop", "d'))
     code, _, err = cli("compare", "--recipe", "grid.yaml", "--teacher", "given", "--out", "grid")
-    assert code == 4 and "second/seed0/student holds another run: another teacher" in err, err
+    words = "second/seed0/student holds another run: teacher: first/seed0/student instead of loop/seed0/shards/student"
+    assert code == 2 and words in err, err
