@@ -115,16 +115,7 @@ def run(settings: Settings, terminal: Terminal, dry_run: bool = False) -> dict[s
     run, the others are kept.
     """
     out = settings.out
-    if settings.sections["grid"] is not None and settings.run.seed:
-        raise ConfigError(f"--seed {settings.run.seed}: the grid has seeds of its own", "change grid.seeds")
-    if settings.sections["grid"] is None and settings.inputs.rows is not None:
-        raise ConfigError("--rows: there is no grid to choose rows of", "give --recipe with a grid, or leave it out")
-    if settings.run.overwrite and (settings.inputs.rows is not None or settings.inputs.script is not None):
-        flag = "rows" if settings.inputs.rows is not None else "script"
-        raise ConfigError(f"--{flag}: with --overwrite every row in {out} would be removed", "remove what is to go")
-    if settings.sections["grid"] is None:
-        _check_nothing_is_trained(settings.run)
-    _check_plan_only(settings, dry_run)
+    _check_asked(settings, dry_run)
     engine = launcher(settings)
     grid = None if settings.sections["grid"] is None else plan(settings, out)
     models, shards, judge = _open(settings, grid, terminal)
@@ -276,18 +267,22 @@ def _contents(dataset: str | None) -> list[dict[str, Any]]:
     return [] if dataset is None or not Path(dataset).is_dir() else datasets.contents(dataset)
 
 
-def _check_nothing_is_trained(how: Run) -> None:
-    """Raise :class:`ConfigError` where options are given that only the commands of a grid would take."""
-    usual = defaults(Run)
-    for name in (*UNTRAINED, "seed"):
+def _check_asked(settings: Settings, dry_run: bool) -> None:
+    """Raise :class:`ConfigError` where what is typed does not fit together, or a grid that there is not."""
+    inputs, how, grid = settings.inputs, settings.run, settings.sections["grid"] is not None
+    rows, script, usual = inputs.rows is not None, inputs.script is not None, defaults(Run)
+    if grid and how.seed:
+        raise ConfigError(f"--seed {how.seed}: the grid has seeds of its own", "change grid.seeds")
+    if how.overwrite and (rows or script):
+        what = f"--{'rows' if rows else 'script'}: with --overwrite every row in {settings.out} would be removed"
+        raise ConfigError(what, "remove what is to go")
+    for name in () if grid else (*UNTRAINED, "seed"):
         if getattr(how, name) != usual[name]:
             raise ConfigError(f"--{name} {getattr(how, name)}: there is no grid whose commands take it", "leave it out")
-
-
-def _check_plan_only(settings: Settings, dry_run: bool) -> None:
-    """Raise :class:`ConfigError` where what looks at a plan has none to look at, or is to be run."""
-    for flag, asked in (("estimate", settings.inputs.estimate), ("script", settings.inputs.script is not None)):
-        if asked and (not dry_run or settings.sections["grid"] is None):
+    if rows and not grid:
+        raise ConfigError("--rows: there is no grid to choose rows of", "give --recipe with a grid, or leave it out")
+    for flag, asked in (("estimate", inputs.estimate), ("script", script)):
+        if asked and not (dry_run and grid):
             raise ConfigError(f"--{flag}: is of a grid's plan", "give --recipe with a grid, and --dry-run")
 
 
