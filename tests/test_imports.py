@@ -14,7 +14,7 @@ FILES = {path: ".".join((*path.relative_to(PACKAGE.parent).parts[:-1], path.stem
 # Each layer may import those before it, and what stands in its own folder. Single modules are named by themselves.
 LAYERS = (
     {"errors", "seeds", "urls"},
-    {"config", "processes", "streams", "ui", "unimported"},
+    {"config", "processes", "streams", "tables", "ui", "unimported"},
     {"options", "workers"},
     {"ray_tasks"},
     {"catalog", "synthesis_options"},

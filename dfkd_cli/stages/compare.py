@@ -143,8 +143,7 @@ def run(settings: Settings, terminal: Terminal, dry_run: bool = False) -> dict[s
             failed = [] if grid is None else run_grid(grid, engine, terminal, directory.save)
             if grid is not None:
                 lost = {failure["out"] for failure in failed}  # what was made of such a row before is another
-                made = [run for run in _finished(grid) if str(run.out) not in lost]
-                models = [*_models(made, settings.code), *models]
+                models[:0] = _models([run for run in _finished(grid) if str(run.out) not in lost], settings.code)
             sections = arrange(models, settings.inputs.dataset, settings.code, judge)
             results = _results(models, shards, sections, failed, directory, terminal)
             write_text(out / TABLE, table.markdown(results))
