@@ -40,6 +40,7 @@ FINISHED = {
     "agreement_on_transfer_set": "agreement with the teacher on the transfer set",
     "top1": "top-1 on test images",
 }
+ONE_CLASS, ENOUGH = 0.99, 100  # share of the images that is too much of one class, of so many at least
 STEPS_PER_ROUND = 200  # enough for Lightning's own cost not to show, few enough to lose little in a kill
 
 
@@ -179,7 +180,7 @@ class Regime(Learner):
         """Per held-out image (B,), whether the student answers as it should. The batch is not augmented."""
 
     def concern(self, measures: Mapping[str, float]) -> str | None:
-        """A loss that has exploded; or answers of the finished network, which are measured, hardly above chance."""
+        """A loss that has exploded; or, of the finished network, answers hardly above chance or to one class alone."""
         for name in measures.keys() & self.first.keys():
             if measures[name] > EXPLODED * max(self.first[name], 1):
                 return f"{name} was {self.first[name]:.2g} and has exploded to {measures[name]:.2g}: lower --lr"
@@ -188,6 +189,11 @@ class Regime(Learner):
             if measures[name] < 0.1 + 0.9 * chance:
                 what = f"{measures[name]:.2%} {FINISHED[name]} is hardly above chance ({chance:.2%})"
                 return f"{what}: {self.advice}"
+        most = measures.get("largest_class_of_transfer_set", 0.0)
+        if most > ONE_CLASS and len(self.source) >= ENOUGH:
+            return (
+                f"to the teacher {most:.2%} of the images are of one class: they teach little, agreement means little"
+            )
         return None
 
     @property

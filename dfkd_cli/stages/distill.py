@@ -209,9 +209,10 @@ def learn(settings: Settings, job: Job, terminal: Terminal) -> dict[str, Any]:
         task = (job if teacher is job.teacher else job.between(teacher, job.student, settings)).task(settings)
 
         def score(model: Classifier) -> dict[str, float]:
-            scores = {"agreement_on_transfer_set": agreement(model, job.first.classifier, task.source)}
+            alike, most = agreement(model, job.first.classifier, task.source)
+            scores = {"agreement_on_transfer_set": alike, "largest_class_of_transfer_set": most}
             if teacher is not job.first:
-                scores["agreement_with_last_teacher"] = agreement(model, teacher.classifier, task.source)
+                scores["agreement_with_last_teacher"], _ = agreement(model, teacher.classifier, task.source)
             return scores
 
         provenance = {

@@ -36,10 +36,17 @@ def top1(model: Classifier, source: Source) -> float:
     return _share_answered(model, source, lambda images: images.true_labels)
 
 
-def agreement(student: Classifier, teacher: Classifier, source: Source) -> float:
-    """Share of images on which two models give the same class."""
+def agreement(student: Classifier, teacher: Classifier, source: Source) -> tuple[float, float]:
+    """Share of images on which two models give the same class, and share of the teacher's most frequent class."""
     teacher.eval().to(student.mean.device)
-    return _share_answered(student, source, lambda images: teacher(images.pixels).argmax(1))
+    counts = torch.zeros(teacher.info.num_classes, dtype=torch.long)
+
+    def answer(images: Images) -> Tensor:
+        classes = teacher(images.pixels).argmax(1)
+        counts.add_(classes.bincount(minlength=len(counts)).cpu())
+        return classes
+
+    return _share_answered(student, source, answer), int(counts.max()) / len(source)
 
 
 @torch.no_grad()

@@ -150,6 +150,15 @@ def test_answers_hardly_above_chance_are_a_concern(objectives, training, advice)
     assert "top-1" in learner.concern({"top1": chance})
 
 
+@pytest.mark.parametrize(
+    ("share", "count", "told"), [(1.0, 100, True), (0.995, 200, True), (0.98, 100, False), (1.0, 99, False)]
+)
+def test_images_of_one_class_are_a_concern(share, count, told):
+    learner = regime("offline", source=Given(pixels(count)))
+    concern = learner.concern({"agreement_on_transfer_set": 1.0, "largest_class_of_transfer_set": share})
+    assert (concern is not None and f"{share:.2%} of the images are of one class" in concern) == told
+
+
 @pytest.mark.parametrize("smoothing", [0.0, 0.1, 1.0])
 def test_supervised_is_smoothed_cross_entropy(smoothing):
     images, labels = pixels(), torch.tensor([0, 1, 2, 3, 0, 1])

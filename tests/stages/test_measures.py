@@ -96,7 +96,8 @@ def test_a_share_is_exact_so_that_a_gate_at_it_is_met():
     assert examine(model, source, names, CPU).measures["top1"] == 0.95
     assert top1(model, source) == 0.95  # float32 says 0.9499999881
     other, *_ = exam(np.eye(2)[right], right)
-    assert agreement(model, other, source) == 0.95
+    assert agreement(model, other, source) == (0.95, 0.95)
+    assert agreement(other, model, source) == (0.95, 1.0)
 
 
 def test_shares_count_every_image_of_every_chunk():
