@@ -58,7 +58,7 @@ def run_grid(
     with launcher:
         while waiting or launcher.busy:
             for number, run in list(waiting.items()):
-                if causes := [lost[out] for out in run.waits_for if out in lost]:
+                if causes := [lost[out] for out in sorted(run.waits_for) if out in lost]:
                     del waiting[number]
                     unfinished.discard(run.out)  # nobody must wait for it
                     lost[run.out] = cause = causes[0]
