@@ -128,7 +128,7 @@ def run(settings: Settings, terminal: Terminal, dry_run: bool = False) -> dict[s
             _check_own(grid, planned, contents(getattr(planned.settings.inputs, "dataset", None)))
     if settings.inputs.rows is not None:
         terminal.say("only the rows that --rows names are shown; without it all are, and those are not run again")
-    facts: dict[str, Any] = {} if grid is None else {"grid": grid.sha256}
+    facts: dict[str, Any] = {"judge": judge and judge.sha256} if grid is None else {"grid": grid.sha256}
     if grid is not None and (tested := contents(settings.inputs.dataset)):
         facts["dataset_sha256"] = tested[0]["sha256"]  # a grid may have made no model yet that is tested on it
     directory = RunDirectory(out, settings, _parents(models, shards, sections), facts)

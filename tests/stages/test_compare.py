@@ -342,6 +342,14 @@ def test_a_typed_teacher_judges_whoever_taught(here, cli):
         assert (head["role"], head["runs"][0]["path"], row["runs"][0]["path"]) == ("teacher", "baseline", "student0")
         assert row["gap"]["mean"] == pytest.approx(accuracy(here / "student0") - accuracy(here / "baseline"))
         assert row["runs"][0]["teacher"] == head["runs"][0]["sha256"]
+    for named, judge in (
+        (("baseline",), "teacher"),
+        (("--teacher", "baseline"), "baseline"),
+        (("baseline",), "teacher"),
+    ):
+        code, _, err = cli("compare", "student0", *named, "--out", "judged-again")
+        (section,) = results_in(here / "judged-again")["sections"]
+        assert (code, section["rows"][0]["runs"][0]["path"]) == (0, judge), err
     assert cli("compare", "student0", "student1", "real", "--teacher", "student1", "--out", "by-a-student")[0] == 0
     (section,) = results_in(here / "by-a-student")["sections"]
     assert section["rows"][0]["runs"][0]["path"] == "student1"
