@@ -155,8 +155,10 @@ def resolve(command: str, sources: Sequence[tuple[Any, ...]]) -> Settings:
         if "teacher" in layer and layer["teacher"] != values["inputs",].get("teacher"):
             for name in FOREIGN:  # what was said of another teacher
                 values["inputs",].pop(name, None)
+        said = {key.removeprefix("inputs.") for key in layer}
         for one, other in INSTEAD:
-            if one in layer and other not in layer:
+            too = source == TYPED and labels["inputs",].get(other, "").startswith(ASSIGNED)  # both are typed
+            if one in said and other not in said and not too:
                 values["inputs",].pop(other, None)
         flat = _flatten(layer, chosen, weights)
         for path, value in sorted(flat.items(), key=lambda item: len(item[0])):  # short forms first: specifics win

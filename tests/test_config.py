@@ -213,6 +213,16 @@ def test_the_length_that_is_said_last_counts(layers, length):
     assert (inputs.epochs, inputs.steps) == length
 
 
+@pytest.mark.parametrize(
+    ("assigned", "typed", "steps"),
+    [({"steps": "10"}, {"epochs": 2}, 10), ({"inputs.epochs": "2"}, {}, None), ({}, {"epochs": 2}, None)],
+)
+def test_of_what_is_assigned_and_typed_both_counts(assigned, typed, steps):
+    layers = [("my.yaml: ", {"steps": 4000}), ("--set ", assigned), ("--", typed)]
+    inputs = resolve("train-teacher", layers).inputs
+    assert (inputs.epochs, inputs.steps) == (2, steps)
+
+
 def test_the_last_layer_that_names_a_method_chooses_it():
     chosen = resolve("synthesize", [("recipe: ", {"method": "noise"}), ("--", {"method": "zskd"})])
     assert chosen.method.entry.name == "zskd"

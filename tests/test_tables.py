@@ -5,13 +5,14 @@ from __future__ import annotations
 import io
 import json
 import os
-import pty
 import re
+import select
 import subprocess
 import sys
 from pathlib import Path
 
 import pytest
+from pipeline import HANGS
 from rich.console import Console
 
 from dfkd_cli.report.table import _EXPENDABLE, terminal_table
@@ -82,7 +83,7 @@ def test_commands_on_narrow_terminals(teacher, tmp_path, cli, monkeypatch):
 
 def typed(arguments: list[str], cwd, columns: int) -> str:
     """What a command prints on a terminal."""
-    ours, theirs = pty.openpty()
+    ours, theirs = pytest.importorskip("pty").openpty()
     environment = os.environ | {"COLUMNS": str(columns), "LINES": "40", "TERM": "xterm"}
     process = subprocess.Popen(
         [sys.executable, "-m", "dfkd_cli", *arguments], cwd=cwd, stdout=theirs, stderr=theirs, env=environment
@@ -90,6 +91,8 @@ def typed(arguments: list[str], cwd, columns: int) -> str:
     os.close(theirs)
     said = b""
     while True:
+        if not select.select([ours], [], [], HANGS)[0]:
+            process.kill()
         try:
             part = os.read(ours, 65536)
         except OSError:  # Linux: the other end is closed

@@ -26,6 +26,7 @@ from dfkd_cli.ui import Terminal
 
 LOCK = ".lock"
 AFRESH = "give --overwrite to start afresh"
+UNSAID = {"judge": None}  # what a record means that does not have this fact; of others it may be the same
 LOG = logging.getLogger(__name__)
 
 
@@ -96,7 +97,7 @@ class RunDirectory:
             recorded = previous.get("identity", {})
             parents = _as_recorded(self.parents, recorded.get("parents") or [])
             afresh = _is_another(self.path, recorded, self.settings, self.identity | {"parents": parents})
-            same = not afresh and all(previous.get(name, fact) == fact for name, fact in self.facts.items())
+            same = not afresh and all(previous.get(n, UNSAID.get(n, fact)) == fact for n, fact in self.facts.items())
             finished = previous.get("status") == "done" and not previous.get("cut_at")
             if same and finished and _whole(self.path, previous):
                 self.record = {"concerns": [], **previous}  # older records have none
@@ -304,14 +305,18 @@ def _is_another(path: Path, recorded: Mapping[str, Any], settings: Settings, ide
     """
     completed = settings.completed(recorded).items() if recorded else ()
     different = differences({key: value for key, value in completed if key in recorded or key in identity}, identity)
-    records_only = (RUN, CONFIG, "metrics.csv")
-    begun = any(not item.name.startswith(".") and item.name not in records_only for item in path.iterdir())
-    if different and begun:
+    if different and begun(path):
         # Of another command or method everything differs.
         decisive = [change for change in different if change.startswith(("command:", "method:"))]
         hint = "choose another --out, or remove this directory, as --overwrite does"
         raise ConfigError(f"{path} holds another run: {'; '.join(decisive or different)}", hint)
     return bool(different)
+
+
+def begun(path: Path) -> bool:
+    """Whether a directory has more in it than the records of a run that failed before its first round."""
+    records_only = (RUN, CONFIG, "metrics.csv")
+    return any(not item.name.startswith(".") and item.name not in records_only for item in path.iterdir())
 
 
 def _as_recorded(parents: Sequence[Mapping[str, Any]], recorded: Sequence[Any]) -> list[dict[str, Any]]:

@@ -90,8 +90,9 @@ def arrange(models: Sequence[Model], dataset: str | None, code: Code, judge: Mod
     return [*sections.values()]
 
 
-def _is(model: Model, other: Model | None) -> bool:
-    return other is not None and model.sha256 == other.sha256
+def _is(model: Model, judge: Model | None) -> bool:
+    """Whether a model is the judge, and no row of a grid that is the same one."""
+    return judge is not None and model.group is None and model.sha256 == judge.sha256
 
 
 def _section(sections: dict[str, Section], model: Model, teacher: Model, dataset: str | None) -> Section:

@@ -18,7 +18,7 @@ from dfkd_cli.artifacts.copies import on_this_machine
 from dfkd_cli.artifacts.files import utf8, write_atomic, write_json, write_text
 from dfkd_cli.artifacts.integrity import intact, read_run
 from dfkd_cli.artifacts.records import read_json
-from dfkd_cli.artifacts.run import RunDirectory, check_free
+from dfkd_cli.artifacts.run import RunDirectory, begun, check_free
 from dfkd_cli.artifacts.shards import MANIFEST
 from dfkd_cli.catalog import UNTRAINED, Command
 from dfkd_cli.config import defaults, option
@@ -140,10 +140,10 @@ def run(settings: Settings, terminal: Terminal, dry_run: bool = False) -> dict[s
         _show(results, terminal)
     else:
         with directory.guard():
-            failed = [] if grid is None else run_grid(grid, engine, terminal, directory.save)
+            failed: list[dict[str, Any]] = []
             if grid is not None:
-                lost = {failure["out"] for failure in failed}  # what was made of such a row before is another
-                models[:0] = _models([run for run in _finished(grid) if str(run.out) not in lost], settings.code)
+                failed, lost = run_grid(grid, engine, terminal, directory.save)
+                models[:0] = _models([run for run in _finished(grid) if run.out not in lost], settings.code)
             sections = arrange(models, settings.inputs.dataset, settings.code, judge)
             results = _results(models, shards, sections, failed, directory, terminal)
             write_text(out / TABLE, table.markdown(results))
@@ -225,7 +225,7 @@ def _check_own(grid: Grid, planned: PlannedRun, parents: Sequence[Mapping[str, A
         check_free(planned.out, planned.settings, parents)
     except ConfigError as error:
         raise ConfigError(error.message, hint) from None
-    if others := grid.other_sources(planned):
+    if (others := grid.other_sources(planned)) and begun(planned.out):
         raise ConfigError(f"{planned.out} holds another run: {'; '.join(others)}", hint)
 
 

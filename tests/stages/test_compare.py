@@ -20,6 +20,7 @@ from PIL import Image
 from pipeline import edit
 from tiny_comparisons import SMALL, accuracy, check_self_contained, results_in, tree
 
+from dfkd_cli.artifacts.integrity import write_run
 from dfkd_cli.models.classifier import Classifier
 from dfkd_cli.models.directory import load_model, save_model
 from dfkd_cli.report import html
@@ -350,6 +351,10 @@ def test_a_typed_teacher_judges_whoever_taught(here, cli):
         code, _, err = cli("compare", "student0", *named, "--out", "judged-again")
         (section,) = results_in(here / "judged-again")["sections"]
         assert (code, section["rows"][0]["runs"][0]["path"]) == (0, judge), err
+    record = json.loads((here / "judged-again" / "run.json").read_text())
+    write_run(here / "judged-again", {key: value for key, value in record.items() if key != "judge"})  # of an older one
+    assert cli("compare", "student0", "--teacher", "baseline", "--out", "judged-again")[0] == 0
+    assert results_in(here / "judged-again")["sections"][0]["rows"][0]["runs"][0]["path"] == "baseline"
     assert cli("compare", "student0", "student1", "real", "--teacher", "student1", "--out", "by-a-student")[0] == 0
     (section,) = results_in(here / "by-a-student")["sections"]
     assert section["rows"][0]["runs"][0]["path"] == "student1"

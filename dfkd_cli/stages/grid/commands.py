@@ -78,8 +78,7 @@ class Grid:
         recorded = catalog.read_recipe(path) if path.is_file() else {}
         if not str(recorded.get("out")).endswith(place):
             return []
-        before = str(recorded["out"]).removesuffix(place)  # the grid may have been moved since
-        now = str(run.out).removesuffix(place)
+        before, now = str(recorded["out"]).removesuffix(place), str(run.out).removesuffix(place)  # it may have moved
         changed = []
         for name in ("teacher", "transfer_set", "model", "calibrate"):
             planned = getattr(run.settings.inputs, name, None)
@@ -90,13 +89,12 @@ class Grid:
         return changed
 
 
-def _sources(value: str | Sequence[str], root: str) -> list[str]:
+def _sources(value: Any, root: str) -> list[str]:
     """What is read: what lies in a grid by its place there, ``real`` and ``NAME:N`` as they are, all else alike."""
-    texts = [value] if isinstance(value, str) else value
     named = re.compile(r"real|[\w-]+:\d+")
     return [
         text.removeprefix(root) if text.startswith(root) or named.fullmatch(text) else "what lies elsewhere"
-        for text in texts
+        for text in ([value] if isinstance(value, str) else map(str, value))
     ]
 
 

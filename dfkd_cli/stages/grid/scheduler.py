@@ -41,11 +41,12 @@ def launcher(settings: Settings) -> Launcher:
 
 def run_grid(
     grid: Grid, launcher: Launcher, terminal: Terminal, save: Callable[[], None] = lambda: None
-) -> list[dict[str, Any]]:
+) -> tuple[list[dict[str, Any]], set[Path]]:
     """Run what is not finished yet, each command as soon as those that it waits for are.
 
-    Returns what is known of each run that failed; the others are none the worse for it. ``save`` is called after every
-    run, so that the time it took is known whatever ends the next one.
+    Returns what is known of each run that failed, and the directories that were not made for it, whatever an earlier
+    call left in them; the others are none the worse. ``save`` is called after every run, so that the time it took is
+    known whatever ends the next one.
 
     Raises:
         DfkdError: A teacher failed.
@@ -89,10 +90,10 @@ def run_grid(
                 failed.append(_failure(run, error))
                 lost[run.out] = run
             save()
-    return failed
+    return failed, set(lost)
 
 
 def _failure(run: PlannedRun, error: DfkdError) -> dict[str, Any]:
     """What is known of a run that failed."""
     facts = {"teacher": run.teacher, "row": run.label, "seed": run.seed, "command": run.settings.command}
-    return facts | {"out": str(run.out), "code": error.code, "message": error.message, "hint": error.hint}
+    return facts | {"code": error.code, "message": error.message, "hint": error.hint}

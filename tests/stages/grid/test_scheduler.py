@@ -223,6 +223,22 @@ def test_another_source_makes_another_run(here, tmp_path, cli, monkeypatch):
         code, err = compare("--out", "own", *more)
         assert (code, "every row in own would be removed" in err) == (2, True)
     assert tree(tmp_path, "own") == before
+    record = tmp_path / "own" / "runs" / "a" / "seed0" / "student"
+    for left in record.iterdir():  # as if it had failed before it learned anything: there is nothing to lose
+        if left.is_dir():
+            shutil.rmtree(left)
+        elif left.name not in ("run.json", "config.yaml"):
+            left.unlink()
+    edit(record / "run.json", status="failed", artifacts=[])
+    grid["rows"]["a"] = {"distill": {"transfer_set": ["real:10"]}}
+    code, err = compare("--out", "own")
+    assert code == 0, err
+    shutil.copytree("own/runs/c/seed0/student", "outside")
+    judge = "own/runs/a/seed0/student"  # of what is no grid's
+    assert cli("compare", "own", "outside", "--teacher", judge, "--out", "both")[0] == 0
+    ranked, judged = results_in(tmp_path / "both")["sections"]
+    assert sorted(row["label"] for row in ranked["rows"]) == ["a", "b", "c", "teacher"]
+    assert [row["runs"][0]["path"] for row in judged["rows"]] == [judge, "outside"]
     shutil.move("own", "elsewhere")  # and seen from there it is the same
     teacher = str(tmp_path / "teacher")
     code, err = compare("--out", str(tmp_path / "elsewhere"))
@@ -233,7 +249,10 @@ def test_a_row_that_cannot_be_made_again_is_not_shown_as_it_was(here, tmp_path, 
     shutil.copytree(here / "teacher", tmp_path / "teacher")
     shutil.copytree(here / "shards0", tmp_path / "shards")
     monkeypatch.chdir(tmp_path)
-    rows = {"a": {"distill": {"transfer_set": ["./shards"]}}, "b": {"distill": {"transfer_set": ["noise:4"]}}}
+    rows = {
+        "a": {"distill": {"transfer_set": ["./shards"]}, "export": {}},
+        "b": {"distill": {"transfer_set": "noise:4"}},
+    }
     grid = {"seeds": [0], "student": {"steps": 1, "batch_size": 4}, "rows": rows}
     (tmp_path / "own.yaml").write_text(json.dumps({"command": "compare", "grid": grid}))
     assert cli("compare", "--recipe", "own.yaml", "--teacher", "teacher", "--out", "own")[0] == 0
