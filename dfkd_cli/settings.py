@@ -242,9 +242,9 @@ def _named(named: Any, choice: catalog.Choice) -> list[tuple[str, float | None]]
     else:
         items = named if isinstance(named, (list, tuple)) else [named]
         pairs = [(n, w if equals else None) for n, equals, w in (str(item).partition("=") for item in items)]
-    names = [name for name, _ in pairs]
-    if twice := {name for name in names if names.count(name) > 1}:
-        raise ConfigError(f"{choice.flag}: {', '.join(sorted(twice))} stands twice", "once is enough")
+        names = [name for name, _ in set(pairs)]
+        if twice := {name for name in names if names.count(name) > 1}:
+            raise ConfigError(f"{choice.flag}: {', '.join(sorted(twice))} has two weights", "give it once")
     if not choice.several and len(pairs) != 1:
         raise ConfigError(f"{choice.flag}: needs one name, got {named!r}")
     return [(str(n), None if w is None else config.convert(w, float, f"{choice.flag} {n}")) for n, w in pairs]

@@ -149,7 +149,7 @@ def test_help_in_a_pipe_has_no_escape_codes(dfkd, tmp_path):
         ("distill --weight-decay 1e300", "within 3.4e+38"),
         ("train-teacher --model vit-1-0", "vit-1-0"),
         ("distill --objective response=", "'' is not a number"),
-        ("distill --objective response response=2", "response stands twice"),
+        ("distill --objective response response=2", "response has two weights"),
         ("distill --set objective=[response,att]", "'at'"),
         ("compare x --precision bf16", "--precision bf16: there is no grid"),
         ("compare x --devices 2", "--devices 2: there is no grid"),
