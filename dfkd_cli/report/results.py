@@ -123,7 +123,8 @@ def _labels(models: Sequence[Model]) -> list[str]:
     for model in models:
         same = [_flat(other.settings) for other in models if other.label == model.label]
         own = _flat(model.settings)
-        own.pop("model" if "student" in own else "", None)  # which says the same
+        if "student" in own:
+            own.pop("model", None)  # which says the same
         varying = [k for k in own if any(own[k] != other.get(k) for other in same)]
         told = ", ".join(f"{key.rpartition('.')[2]} {own[key]}" for key in varying)
         labels.append(f"{model.label} ({told})" if told else model.label)

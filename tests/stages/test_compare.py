@@ -317,22 +317,17 @@ def test_hostile_names_are_only_text(tmp_path, monkeypatch, cli):
     assert len(re.findall(r"(?<!\\)\|", line)) == head.count("|")
 
 
-def test_equal_labels_are_told_apart_by_what_differs(here, cli):
-    for temperature in ("3", "20"):
-        arguments = ("--transfer-set", "noise:8", "--temperature", temperature, "--out", f"t{temperature}")
+@pytest.mark.parametrize(
+    ("option", "values", "told"),
+    [("temperature", ("3", "20"), ("3.0", "20.0")), ("student", ("lenet5", "lenet5-half"), ("lenet5", "lenet5-half"))],
+)
+def test_equal_labels_are_told_apart_by_what_differs(here, cli, option, values, told):
+    for value in values:
+        arguments = ("--transfer-set", "noise:8", f"--{option}", value, "--out", f"of-{value}")
         assert cli("distill", *SMALL, *arguments)[0] == 0
-    assert cli("compare", "t3", "t20", "--out", "labels")[0] == 0
-    labels = {row["label"] for row in results_in(here / "labels")["sections"][0]["rows"]}
-    assert labels == {"teacher", "noise:8 -> response (temperature 20.0)", "noise:8 -> response (temperature 3.0)"}
-
-
-def test_equal_labels_of_two_networks_are_told_apart(here, cli):
-    for spec in ("lenet5", "lenet5-half"):
-        arguments = ("--transfer-set", "noise:8", "--student", spec, "--out", f"of-{spec}")
-        assert cli("distill", *SMALL, *arguments)[0] == 0
-    assert cli("compare", "of-lenet5", "of-lenet5-half", "--out", "networks")[0] == 0
-    labels = {row["label"] for row in results_in(here / "networks")["sections"][0]["rows"]}
-    assert {f"noise:8 -> response (student {spec})" for spec in ("lenet5", "lenet5-half")} < labels
+    assert cli("compare", *(f"of-{value}" for value in values), "--out", f"labels-{option}")[0] == 0
+    labels = {row["label"] for row in results_in(here / f"labels-{option}")["sections"][0]["rows"]}
+    assert labels == {"teacher", *(f"noise:8 -> response ({option} {value})" for value in told)}
 
 
 def test_a_typed_teacher_judges_whoever_taught(here, cli):

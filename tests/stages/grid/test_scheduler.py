@@ -198,8 +198,8 @@ def test_another_source_makes_another_run(here, tmp_path, cli, monkeypatch):
     monkeypatch.chdir(tmp_path)
     grid = {"seeds": [0], "student": {"steps": 1, "batch_size": 4}}
     grid["synthesize"] = {"method": "noise", "num_images": 4}
-    grid["rows"] = {"a": {"synthesize": {"seed": None}}, "b": {"synthesize": {}}, "c": {"shards": "b"}}
-    grid["rows"]["a"] = {"distill": {"transfer_set": ["real:20"]}}
+    real = {"distill": {"transfer_set": ["real:20"]}}
+    grid["rows"] = {"a": real, "b": {"synthesize": {}}, "c": {"shards": "b"}}
     recipe, teacher = tmp_path / "own.yaml", "teacher"
 
     def compare(*more: str) -> tuple[int, str]:
