@@ -37,7 +37,7 @@ class PlannedRun:
     teacher: str  # its teacher's name among several, empty for the only one
     model: Path | None = None  # the directory of the model that it makes for its row
     series: str | None = None  # the curve that the row is a point of
-    taught_by: str = ""  # the row whose student is the teacher, or empty
+    taught_by: str = ""  # the rows whose students are its teachers, or empty
     published: float | None = None  # what a paper reports as top-1 of the model, a share
     part: str = ""  # what it makes of the row's model, in a row of the table of its own: ROW/PART
 

@@ -20,9 +20,14 @@
         second: {taught_by: zskd, shards: zskd}                               a student of the student of another row,
                                                                               measured against the grid's teacher all
                                                                               the same; its seconds are its own alone
+        both: {taught_by: [teacher, zskd], shards: zskd}                      a student of the grid's teacher and of
+                                                                              that student, together
         small: {shards: zskd, distill: {student: 'w8a8:'}, export: {}}        the student, and in a row of its own the
                                                                               ONNX model that is made of it
         float: {export: {model: teacher, calibrate: 'noise:500'}}             the ONNX model of the teacher itself
+
+What a row of one seed makes, its shards or a teacher, serves other rows' students of every seed, unless each seed has a
+teacher of its own; how these differ is then due to the students alone.
 
 A student in the loop has the architecture that the row would distill, unless ``synthesize`` names another. A command
 that leaves several models makes several rows of the table: ``kdcl``, ``kdcl/peer-1``; ``takd/assistants/resnet14``. So
@@ -93,7 +98,7 @@ class GridRow:
     shards: str | None  # the row whose shards its student learns from, perhaps itself
     synthesize: list[Layer]  # the settings of its own shards; empty where it makes none
     cotrained: bool  # whether its student is the one that its synthesis trains along
-    taught_by: str  # the row whose student is the teacher, or empty
+    taught_by: tuple[str, ...]  # the rows whose students are its teachers, `teacher` for the grid's own; or empty
     distill: list[Layer]  # the settings of its student
     transfer_set: list[str]  # what the row itself lets its student learn from, beside shards
     sizes: list[int]  # the numbers of images of a curve's points, ascending; empty for no curve
@@ -185,7 +190,7 @@ def _teacher(name: str, teachers: Mapping[str, Any], grid: Mapping[str, Any], se
     said = _rows_of(name, teachers, grid)
     rows = {row: _row(row, said[row], common, seeds) for row in sorted(said, key=lambda row: _depth(row, said))}
     for row in rows.values():
-        _check_sources(row, rows, name)
+        _check_sources(row, rows, name, per_seed)
     made_for = seeds if per_seed else seeds[:1]
     return GridTeacher(name, paths, training, metadata, per_seed, made_for, tuple(rows.values()))
 
@@ -244,8 +249,15 @@ def _depth(name: str, rows: Mapping[str, Mapping[str, Any]], above: tuple[str, .
     """How many rows stand between this one and a row that uses no other's results."""
     if name in above:
         raise ConfigError(f"grid.rows.{name}: rows that wait for each other: {', '.join(above)}", "break the circle")
-    sources = [str(rows[name][key]) for key in ("shards", "taught_by") if key in rows[name]]
+    sources = [str(rows[name]["shards"])] if "shards" in rows[name] else []
+    sources += _teachers_of(name, rows[name])
     return 1 + max((_depth(row, rows, (*above, name)) for row in sources if row in rows), default=-1)
+
+
+def _teachers_of(name: str, row: Mapping[str, Any]) -> tuple[str, ...]:
+    """The rows that a row is taught by."""
+    where = f"grid.rows.{name}.taught_by"
+    return config.convert(row["taught_by"], tuple[str, ...], where) if "taught_by" in row else ()
 
 
 def _row(name: str, row: Mapping[str, Any], common: Mapping[str, list[_Section]], seeds: tuple[int, ...]) -> GridRow:
@@ -280,7 +292,7 @@ def _row(name: str, row: Mapping[str, Any], common: Mapping[str, list[_Section]]
     given = exports == "teacher" or shards is not None or any("transfer_set" in layer.values for layer in distill)
     if not given:
         raise ConfigError(f"{where}: nothing to distill from", "give synthesize, shards, or distill.transfer_set")
-    sets, taught_by = distill[-1].values.get("transfer_set", []), str(row.get("taught_by", ""))
+    sets, taught_by = distill[-1].values.get("transfer_set", []), _teachers_of(name, row)
     sets = list(config.convert(sets, tuple[str, ...], f"{where}.distill.transfer_set")) if sets else []
     sizes = sorted(set(config.convert(row["sizes"], tuple[int, ...], f"{where}.sizes"))) if "sizes" in row else []
     chosen = tuple(seed for seed in seeds if seed in chosen)
@@ -289,20 +301,27 @@ def _row(name: str, row: Mapping[str, Any], common: Mapping[str, list[_Section]]
     )
 
 
-def _check_sources(row: GridRow, rows: Mapping[str, GridRow], teacher: str) -> None:
-    """Refuse a row from what other rows do not make."""
+def _check_sources(row: GridRow, rows: Mapping[str, GridRow], teacher: str, per_seed: bool) -> None:
+    """Refuse a row from what other rows do not make; ``per_seed`` if each seed has a teacher of its own."""
+
+    def unserved(source: GridRow) -> set[int]:
+        return set(row.seeds) - set(source.seeds) if len(source.seeds) > 1 or per_seed else set()
+
     where, owners = f"grid.rows.{row.name}", [name for name, other in rows.items() if other.synthesize]
     if row.shards is not None and row.shards not in owners:
         hint = did_you_mean(row.shards, owners) if owners else "no row has synthesize"
         which = f" and teacher {teacher}" if teacher else ""
         raise ConfigError(f"{where}.shards: no row {row.shards!r} with synthesize{which}", hint)
-    if row.shards is not None and (missing := set(row.seeds) - set(rows[row.shards].seeds)):
+    if row.shards is not None and (missing := unserved(rows[row.shards])):
         hint = f"give `seeds: {list(rows[row.shards].seeds)}` to {row.name}"
         raise ConfigError(f"{where}.shards: row {row.shards!r} has no shards of seed {min(missing)}", hint)
-    if row.taught_by and row.taught_by not in rows:
-        raise ConfigError(f"{where}.taught_by: no row {row.taught_by!r}", did_you_mean(row.taught_by, rows))
-    for seed in row.seeds if row.taught_by else ():
-        other = rows[row.taught_by]
-        if other.sizes or other.exports == "teacher" or seed not in other.seeds:
-            message = f"{where}.taught_by: row {row.taught_by!r} has no student of seed {seed}"
+    for name in row.taught_by:
+        if name == "teacher":
+            continue
+        if name not in rows:
+            raise ConfigError(f"{where}.taught_by: no row {name!r}", did_you_mean(name, rows))
+        other = rows[name]
+        no_student = other.sizes or other.exports == "teacher"
+        if missing := set(row.seeds) if no_student else unserved(other):
+            message = f"{where}.taught_by: row {name!r} has no student of seed {min(missing)}"
             raise ConfigError(message, "choose a row with one per seed")

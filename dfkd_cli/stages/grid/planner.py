@@ -62,10 +62,16 @@ def _published(about: Mapping[str, Any], runs: Sequence[PlannedRun]) -> Iterator
 
 
 class _Source(NamedTuple):
-    """The value of a setting that says what is read, and the directory of the run that makes it, if one does."""
+    """The value of a setting that says what is read, and the directories of the runs that make it."""
 
     value: str | list[str] | None
-    made_by: Path | None = None
+    made_by: tuple[Path, ...] = ()
+
+
+def _made_for(seed: int, runs: Mapping[tuple[str, int], PlannedRun], row: str) -> PlannedRun:
+    """The run of that row which serves the seed: the one with it, or the row's only one."""
+    of_row = {other: run for (name, other), run in runs.items() if name == row}
+    return of_row[seed] if seed in of_row else next(iter(of_row.values()))
 
 
 class _Planner:
@@ -84,10 +90,10 @@ class _Planner:
         for seed in self.teacher.seeds:
             teacher, metadata = self._shared("teacher", seed), self._shared("metadata", seed)
             own = {"seed": seed} if self.teacher.per_seed else {}
-            if (out := teacher.made_by) is not None:
+            for out in teacher.made_by:
                 command = self._command("train-teacher", self.teacher.training, {}, out=out, **own)
                 yield PlannedRun("", seed, *command, name, out)
-            if uses_metadata and (out := metadata.made_by) is not None:
+            for out in metadata.made_by if uses_metadata else ():
                 reads = {"teacher": teacher}
                 command = self._command("collect-metadata", self.teacher.metadata, reads, out=out, **own)
                 yield PlannedRun("", seed, *command, name)
@@ -100,7 +106,7 @@ class _Planner:
             self.syntheses[row.name, seed] = self._synthesis(row, seed, reads)
             yield self.syntheses[row.name, seed]
         if row.exports == "teacher":
-            sets = () if row.shards is None else (str(self.syntheses[row.shards, seed].out),)
+            sets = () if row.shards is None else (str(_made_for(seed, self.syntheses, row.shards).out),)
             out = self.root / row.name / f"seed{seed}" / "export"
             command = self._export(row, seed, out, reads["teacher"], sets)
             yield PlannedRun(row.name, seed, *command, self.teacher.name, out)
@@ -112,7 +118,7 @@ class _Planner:
             if row.exports:
                 sets = (str(run.out),) if row.cotrained else run.settings.inputs.transfer_set
                 out = self.root / run.row / f"seed{seed}" / "export"
-                settings, waits = self._export(row, seed, out, _Source(str(run.model), run.out), sets)
+                settings, waits = self._export(row, seed, out, _Source(str(run.model), (run.out,)), sets)
                 yield dataclasses.replace(
                     run, settings=settings, waits_for=waits, model=out, part="export", published=None
                 )
@@ -121,12 +127,13 @@ class _Planner:
         """The commands that make a row's student, or those of its curve."""
         images = None
         if row.taught_by:
-            run = self.students[row.taught_by, seed]
-            reads["teacher"] = _Source(str(run.model), run.out)
+            sources = [self._student(name, seed) if name != "teacher" else reads["teacher"] for name in row.taught_by]
+            made_by = tuple(path for source in sources for path in source.made_by)
+            reads["teacher"] = _Source([str(source.value) for source in sources], made_by)
         if row.shards is not None:
             # What the row itself names joins its shards; a transfer set from further away is a default.
-            run = self.syntheses[row.shards, seed]
-            reads["transfer_set"] = _Source([str(run.out), *row.transfer_set], run.out)
+            run = _made_for(seed, self.syntheses, row.shards)
+            reads["transfer_set"] = _Source([str(run.out), *row.transfer_set], (run.out,))
             made = run.settings.inputs
             images = None if row.transfer_set or made.images_per_class else made.num_images
         points = {f"{row.name}@{size}": {"num_images": size} for size in row.sizes} or {row.name: {}}
@@ -137,8 +144,13 @@ class _Planner:
             if None not in (images, wanted) and wanted > images:  # seen before the shards are made
                 where, hint = qualified(self.teacher.name, row.name), "synthesize more num_images"
                 raise ConfigError(f"row {where}: a student from {wanted} images, of {images}", hint)
-            series = row.name if row.sizes else None
-            yield PlannedRun(point, seed, *command, self.teacher.name, out, series, row.taught_by)
+            series, taught_by = row.name if row.sizes else None, " ".join(row.taught_by)
+            yield PlannedRun(point, seed, *command, self.teacher.name, out, series, taught_by)
+
+    def _student(self, row: str, seed: int) -> _Source:
+        """The student of that row."""
+        run = _made_for(seed, self.students, row)
+        return _Source(str(run.model), (run.out,))
 
     def _export(
         self, row: GridRow, seed: int, out: Path, model: _Source, sets: Sequence[str]
@@ -169,14 +181,15 @@ class _Planner:
         if what in self.teacher.paths:
             return _Source(self.teacher.paths[what])
         out = self.root / what / f"seed{seed}" if self.teacher.per_seed else self.root / what
-        return _Source(str(out), out)
+        return _Source(str(out), (out,))
 
     def _command(
         self, command: str, layers: list[Layer], reads: Mapping[str, _Source], **values: Any
     ) -> tuple[Settings, frozenset[Path]]:
         """What the recipe says of a command, with what it reads and more that the grid decides; what it waits for."""
         values |= {name: source.value for name, source in reads.items()}
-        foreign = values.get("teacher", values.get("model", "")) == self.teacher.paths.get("teacher")
+        read = values.get("teacher", values.get("model", ""))
+        foreign = self.teacher.paths.get("teacher") in (read if isinstance(read, list) else [read])
         flags = passed_flags(self.settings, command, foreign)
         kinds = config.hints(catalog.command(command).inputs)  # a path in a list of them may have commas
         values |= {
@@ -191,4 +204,4 @@ class _Planner:
         for spec in (spec for value in named for spec in ([value] if isinstance(value, str) else value)):
             if not Path(spec).is_dir():
                 settings.code.check(spec)  # here, and not when other rows have taken their hours
-        return settings, frozenset(source.made_by for source in reads.values() if source.made_by is not None)
+        return settings, frozenset(path for source in reads.values() for path in source.made_by)

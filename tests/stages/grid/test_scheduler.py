@@ -337,6 +337,8 @@ def test_a_students_student_is_ranked_by_the_grids_teacher(tmp_path, monkeypatch
             "synthesize": {"method": "dfad", "num_images": 4, **small, "width": 0.05, "latent": 4},
             "cotrained": True,
         },
+        "pool": {"synthesize": made, "seeds": [1]},
+        "both": {"taught_by": ["second", "teacher", "pool"], "shards": "pool"},
     }
     (tmp_path / "grid.yaml").write_text(json.dumps({"grid": {"seeds": [0, 1], "student": small, "rows": rows}}))
     assert cli("train-teacher", "--steps", "2", "--batch-size", "4", "--out", "root")[0] == 0
@@ -346,19 +348,24 @@ def test_a_students_student_is_ranked_by_the_grids_teacher(tmp_path, monkeypatch
     (section,) = results_in(tmp_path / "grid")["sections"]
     teacher, *students = section["rows"]
     assert [run["path"] for run in teacher["runs"]] == ["given"]
-    assert {row["label"] for row in students} == {"first", "second", "third", "loop", "points@2"}
+    assert {row["label"] for row in students} == {"first", "second", "third", "loop", "points@2", "pool", "both"}
     for row in students:
-        assert [run["teacher"] for run in row["runs"]] == [teacher["runs"][0]["sha256"]] * 2
+        seeds = 1 if row["label"] == "pool" else 2
+        assert [run["teacher"] for run in row["runs"]] == [teacher["runs"][0]["sha256"]] * seeds
     taught = {
-        "second": "first/seed{}/student",
-        "third": "second/seed{}/student",
-        "points@2": "loop/seed{}/shards/student",
+        "second": ["grid/runs/first/seed{}/student"],
+        "third": ["grid/runs/second/seed{}/student"],
+        "points@2": ["grid/runs/loop/seed{}/shards/student"],
+        "both": ["grid/runs/second/seed{}/student", "given", "grid/runs/pool/seed1/student"],
     }
-    for row, place in taught.items():
+    sets = {"points@2": "third/seed{}/shards", "both": "pool/seed1/shards"}  # what a row of one seed makes serves all
+    roles = ("teacher", "transfer-set")
+    for row, places in taught.items():
         for seed in range(2):
             record = json.loads(Path("grid", "runs", row, f"seed{seed}", "student", "run.json").read_text())
-            parent = next(parent for parent in record["parents"] if parent["role"] == "teacher")
-            assert parent["path"] == str(Path("grid", "runs", place.format(seed)))
+            read = {role: [p.get("path") for p in record["parents"] if p["role"] == role] for role in roles}
+            assert read["teacher"] == [place.format(seed) for place in places]
+            assert row not in sets or read["transfer-set"] == [f"grid/runs/{sets[row].format(seed)}"]
     assert cli("compare", "grid", "--out", "again")[0] == 0
     assert {row["label"] for row in results_in(tmp_path / "again")["sections"][0]["rows"]} > set(taught)
     planned = plan(resolve("compare", [recipe_layer("grid.yaml", "compare")]), Path("grid")).runs
