@@ -35,7 +35,7 @@ from dfkd_cli.options import ForeignModel
 from dfkd_cli.settings import Settings
 from dfkd_cli.stages.inputs import TransferSet, may_be_real, open_transfer_set, real_data
 from dfkd_cli.stages.measures import cost, share
-from dfkd_cli.stages.onnx_graph import OPSET, to_onnx
+from dfkd_cli.stages.onnx_graph import WITH_INT4, opset, to_onnx
 from dfkd_cli.stages.quantization import calibration, shown
 from dfkd_cli.stages.training import rehearse
 from dfkd_cli.ui import Terminal
@@ -147,6 +147,7 @@ def _make(
         made["integers"] = to_onnx(simulated, facts)
     metrics = _checked(made, simulated, plain, pixels) | _latencies(made, pixels[:1])
     name = next(reversed(made))
+    version = opset(made[name])
     metrics["bytes"] = len(made[name])
     answer = {"metrics": metrics}
     if inputs.min_agreement is not None and metrics["agreement"] < inputs.min_agreement:
@@ -159,13 +160,13 @@ def _make(
         "kind": "export",
         **dataclasses.asdict(info) | {"spec": f"onnx:{info.spec}"},
         "weights": {"file": FILE, "sha256": write_atomic(directory.path / FILE, made[name])},
-        "opset": OPSET,
+        "opset": version,
         "rounded": rounds,
         "computed_in_float": computed_in_float(simulated.net, info.input_size) if rounds else [],
         "parents": parents,
         "metrics": metrics,
         **{key: counted[key] for key in ("parameters", "macs")},
-        "use": _use(rounds),
+        "use": _use(rounds, version),
         "provenance": _provenance(model, directory.record if info.spec != model.classifier.info.spec else {}),
     }
     write_json(directory.path / RECORD, record)
@@ -276,11 +277,12 @@ def _latencies(made: dict[str, bytes], image: Tensor) -> dict[str, float]:
     return times
 
 
-def _use(rounds: bool) -> list[str]:
+def _use(rounds: bool, version: int) -> list[str]:
     """How the model is called in Python, without torch or dfkd."""
+    since = "  # 1.23 or later, for weights of 4 bits" if version == WITH_INT4 else ""
     options = [f"options.add_session_config_entry({json.dumps(EXACT[0])}, {json.dumps(EXACT[1])})"] if rounds else []
     return [
-        "import onnxruntime; options = onnxruntime.SessionOptions()",
+        f"import onnxruntime; options = onnxruntime.SessionOptions(){since}",
         *options,
         f"session = onnxruntime.InferenceSession({FILE!r}, options)",
         "logits = session.run(None, {'pixels': pixels})[0]  # float32 (B, C, H, W) in [0,1] to (B, K)",

@@ -19,6 +19,8 @@ onnx = pytest.importorskip("onnx")
 onnxruntime = pytest.importorskip("onnxruntime")
 pytest.importorskip("onnxscript")
 
+from ml_dtypes import int4  # noqa: E402  # which onnx needs
+
 import dfkd_cli  # noqa: E402
 from dfkd_cli.models.classifier import Classifier, ModelInfo  # noqa: E402
 from dfkd_cli.models.directory import identity, load_model, read_record, save_model  # noqa: E402
@@ -105,10 +107,11 @@ def test_exported_integers_are_those_that_are_trained(exported):
             alive = np.abs(factor) > 1e-6
             numbers = numbers * np.sign(factor).reshape(-1, 1, 1, 1).astype(np.int8)
             scale = scale * np.abs(factor)
-        times = {8: 1, 4: 18}[layer.weight_bits]  # so that a bias is finer, and the products fit into 16 bits
-        assert times == 1 or 2 * np.abs(found).astype(int).max() * (2**layer.input_bits - 1) < 2**15
-        assert found.dtype == np.int8
-        assert np.array_equal(found[alive], numbers[alive] * times), path
+        times = constants.get(f"net.{path}.weight.times", np.array(1))  # so that a bias is finer
+        assert times == {8: 1, 4: 18}[layer.weight_bits]
+        assert times == 1 or 2 * np.abs(times * found.astype(int)).max() * (2**layer.input_bits - 1) < 2**15
+        assert found.dtype == {8: np.int8, 4: int4}[layer.weight_bits]
+        assert np.array_equal(found[alive].astype(np.int8), numbers[alive]), path
         np.testing.assert_allclose(of_bit[alive] * times, scale[alive], rtol=1e-6)
     assert not [node for node in model.graph.node if node.op_type == "BatchNormalization"]
 
@@ -235,7 +238,9 @@ def test_a_trained_copy_is_exported_with_its_own_bits(cli, place, tmp_path):
     constants = initialisers(onnx.load(out / "model.onnx"))
     numbers, _ = integers(copy.net.conv)
     factor = copy.net.bn.weight.detach().sign().view(-1, 1, 1, 1).numpy().astype(np.int8)
-    assert np.array_equal(constants["net.conv.weight.integers"], 18 * numbers * factor) and np.abs(numbers).max() == 7
+    found = constants["net.conv.weight.integers"].astype(np.int8)
+    assert np.array_equal(found, numbers * factor) and np.abs(numbers).max() == 7
+    assert (constants["net.conv.weight.times"], record["opset"]) == (18, 21)
 
 
 @pytest.fixture(scope="module")
