@@ -149,7 +149,7 @@ class PerClass:
 
     images_per_class: int = option(
         0,
-        "so many times the classes, which take turns, instead of a number of images; 0: off",
+        "so many images of each class, which take turns, instead of a number of images; 0: off",
         low=0,
         rehearsal=0,
     )

@@ -158,6 +158,8 @@ def resolve(command: str, sources: Sequence[tuple[Any, ...]]) -> Settings:
         said = {key.removeprefix("inputs.") for key in layer}
         for one, other in INSTEAD:
             too = source == TYPED and labels["inputs",].get(other, "").startswith(ASSIGNED)  # both are typed
+            if source == TYPED and (other, one) in INSTEAD and layer.get(one) and layer.get(other):
+                raise ConfigError(f"--{one} and --{other} are two words on one thing".replace("_", "-"), "give one")
             if one in said and other not in said and not too:
                 values["inputs",].pop(other, None)
         flat = _flatten(layer, chosen, weights)

@@ -209,12 +209,16 @@ def class_balanced(labels: Tensor, count: int, seed: int) -> Tensor:
     if not 0 < count <= len(labels):
         raise ConfigError(f"{count} images wanted, but the dataset has {len(labels)}", f"choose 1 to {len(labels)}")
     order = torch.randperm(len(labels), generator=torch.Generator().manual_seed(seed))
-    by_class = labels[order].argsort(stable=True)
+    return order[rank_in_class(labels[order]).argsort(stable=True)[:count]]
+
+
+def rank_in_class(labels: Tensor) -> Tensor:
+    """How many of its class stand before each of the ``labels`` (N,)."""
     sizes = labels.bincount()
     first = sizes.cumsum(0) - sizes
-    turn = torch.empty_like(order)  # how many of its class stand before each image
-    turn[by_class] = torch.arange(len(labels)) - first.repeat_interleave(sizes)
-    return order[turn.argsort(stable=True)[:count]]
+    rank = torch.empty_like(labels)
+    rank[labels.argsort(stable=True)] = torch.arange(len(labels)) - first.repeat_interleave(sizes)
+    return rank
 
 
 def _fit(images: Tensor, shape: Shape) -> Tensor:

@@ -18,12 +18,14 @@ from torch import Tensor
 
 from dfkd_cli.artifacts.files import digest, sha256_file
 from dfkd_cli.artifacts.shards import ShardReader, as_pixels
-from dfkd_cli.data.datasets import Dataset
-from dfkd_cli.data.image_files import image_files
+from dfkd_cli.data.datasets import Dataset, rank_in_class
+from dfkd_cli.data.image_files import fingerprint, image_files
+from dfkd_cli.errors import ConfigError
 from dfkd_cli.models.generators import Generators
 from dfkd_cli.seeds import derive
 
 MEMORY = 512 << 20  # bytes of images held at once on a CPU: the same everywhere, as the order of images follows from it
+HASHED = 1 << 30  # bytes of a folder's images up to which each is hashed whole, and not only what a fingerprint sees
 ANSWERS = ("logits", "targets")  # what may be stored about the pixels of images
 
 
@@ -109,6 +111,10 @@ class Source(ABC):
     def chunk(self, index: int) -> Images:
         """Load one chunk."""
 
+    def classes(self) -> Tensor | None:
+        """The class (N,) int64 that each image is of, or was made for. None where nothing says."""
+        return None
+
     def use(self, device: torch.device) -> None:  # noqa: B027  # most read them
         """Compute images on this device from now on. Sources that read their images from somewhere ignore it."""
 
@@ -138,6 +144,11 @@ class ShardSource(Source):
     def chunk(self, index: int) -> Images:
         tensors = self.reader.read(index)
         return Images(tensors["images"], **{name: tensors[name].float() for name in self.answers})
+
+    def classes(self) -> Tensor | None:
+        targets = [self.reader.read(index).get("targets") for index in range(len(self.sizes))]
+        made_for = [target.argmax(1) for target in targets if target is not None]
+        return torch.cat(made_for) if len(made_for) == len(targets) else None
 
 
 class NoiseSource(Source):
@@ -195,6 +206,9 @@ class RealSource(Source):
         part = self.parts[index]
         return Images(self.dataset.images(part), self.dataset.labels[part])
 
+    def classes(self) -> Tensor:
+        return self.dataset.labels[torch.cat(self.parts)]
+
 
 class FolderSource(Source):
     """A folder of images of any depth, without labels, brought to one shape. Nobody says that they are not real."""
@@ -207,7 +221,9 @@ class FolderSource(Source):
         self.sizes = [len(part) for part in self.parts]
         self.shape, self.dtype = shape, torch.uint8
         paths = sorted(self.files.paths)
-        self.sha256 = digest([[os.path.relpath(path, folder), sha256_file(Path(path))] for path in paths])
+        whole = sum(os.path.getsize(path) for path in paths) <= HASHED
+        seen = [sha256_file(Path(path)) if whole else fingerprint(path) for path in paths]
+        self.sha256 = digest([[os.path.relpath(path, folder), what] for path, what in zip(paths, seen, strict=True)])
 
     def chunk(self, index: int) -> Images:
         return Images(self.files[self.parts[index]])
@@ -237,6 +253,11 @@ class Concat(Source):
         answers = {name: getattr(images, name) for name in self.answers}
         return Images(images.pixels, images.labels if self.labelled else None, **answers)
 
+    def classes(self) -> Tensor | None:
+        of_parts = [part.classes() for part in self.parts]
+        known = [classes for classes in of_parts if classes is not None]
+        return torch.cat(known) if len(known) == len(of_parts) else None
+
 
 class Subset(Source):
     """Some images of a source.
@@ -260,6 +281,10 @@ class Subset(Source):
     def chunk(self, index: int) -> Images:
         chunk, rows = self.rows[index]
         return self.source.chunk(chunk)[rows]
+
+    def classes(self) -> Tensor | None:
+        of_all, starts = self.source.classes(), np.cumsum([0, *self.source.sizes])
+        return None if of_all is None else torch.cat([of_all[starts[chunk] + rows] for chunk, rows in self.rows])
 
 
 class Classified(Source):
@@ -294,6 +319,28 @@ def batches(source: Source, size: int, device: torch.device) -> Iterator[Images]
 def first(source: Source, count: int) -> Source:
     """The first ``count`` images of a source."""
     return Subset(source, np.arange(len(source)) < count)
+
+
+def of_each_class(source: Source, count: int, names: Sequence[str]) -> Source:
+    """The first images of every class.
+
+    Args:
+        source: All images.
+        count: So many of each class.
+        names: Of the classes, for messages.
+
+    Raises:
+        ConfigError: It is not known which class images are of, or one has fewer.
+    """
+    classes, label = source.classes(), f"--images-per-class {count}"
+    if classes is None:
+        raise ConfigError(f"{label}: the images have no labels, nor were they made for classes", "give --num-images")
+    sizes = classes.bincount(minlength=len(names))
+    if sizes[fewest := int(sizes.argmin())] < count:
+        raise ConfigError(
+            f"{label}: of class {names[fewest]} the transfer sets have {sizes[fewest]} images", "give less"
+        )
+    return Subset(source, (rank_in_class(classes) < count).numpy())
 
 
 def hold_out(source: Source, share: float, seed: int) -> tuple[Source, Source | None]:

@@ -58,9 +58,10 @@ def watch(net: nn.Module, input_size: tuple[int, int, int]) -> Habits:
 
 
 def _bounded(output: Any) -> bool:
-    """Whether the logits are what a sigmoid or a softmax gives."""
+    """Whether the logits are what a sigmoid or a softmax gives, and not all alike, as of a head that begins with 0."""
     values = logits_in(output)
-    return isinstance(values, Tensor) and bool(((values >= 0) & (values <= 1)).all())
+    within = isinstance(values, Tensor) and bool(((values >= 0) & (values <= 1)).all())
+    return within and bool((values != values.flatten()[0]).any())
 
 
 def adapt(net: nn.Module, spec: str, num_classes: int, habits: Habits) -> None:

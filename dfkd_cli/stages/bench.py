@@ -35,7 +35,7 @@ from dfkd_cli.ui import Terminal
 class Inputs(ForeignModel):
     """What is timed."""
 
-    model: str = option("teacher", "teacher: model directory or SPEC", argument="TEACHER")
+    teacher: str = option("teacher", "teacher: model directory or SPEC", argument="TEACHER")
     batch_size: int = option(64, "images optimised together", low=1, rehearsal=2)
     min_time: float = option(0.5, "seconds that each setting is timed for, at least", above=0, high=3600)
 
@@ -67,7 +67,7 @@ def run(settings: Settings, terminal: Terminal, dry_run: bool = False) -> dict[s
     """Time every setting, print them from the fastest to the slowest, and what to type for the best that there is."""
     if dry_run:
         return rehearse(settings, run, terminal)
-    location = locate(settings.inputs.model, settings.inputs)
+    location = locate(settings.inputs.teacher, settings.inputs)
     with sealed("bench is data-free", real_data(location)):
         teacher = location.open(settings.code).network().classifier
     device = pick_device(settings.run.device)

@@ -20,7 +20,7 @@ from dfkd_cli.artifacts.run import RunDirectory
 from dfkd_cli.catalog import Choice, Command
 from dfkd_cli.config import build, option
 from dfkd_cli.data.seal import check_kept, kept, kept_by, sealed
-from dfkd_cli.data.sources import Classified, Concat, Source, first
+from dfkd_cli.data.sources import Classified, Concat, Source, first, of_each_class
 from dfkd_cli.errors import ConfigError
 from dfkd_cli.models.black_box import BlackBox
 from dfkd_cli.models.classifier import Classifier, undisturbed
@@ -31,7 +31,7 @@ from dfkd_cli.regimes.base import Task
 from dfkd_cli.settings import Component, Settings
 from dfkd_cli.stages.calibrate import calibrate, check
 from dfkd_cli.stages.chain import follow
-from dfkd_cli.stages.inputs import TransferSet, may_be_real, open_transfer_set, real_data, wanted_images
+from dfkd_cli.stages.inputs import TransferSet, may_be_real, open_transfer_set, real_data
 from dfkd_cli.stages.measures import agreement
 from dfkd_cli.stages.training import Work, architectures, connect, fresh, rehearse, students, train
 from dfkd_cli.ui import Terminal
@@ -117,10 +117,13 @@ class Job:
         """The networks, the losses, and as many of the images as the settings say."""
         inputs = settings.inputs
         source: Source = Concat([s.source for s in self.sets])
-        if (count := wanted_images(inputs, self.first.classifier.info)) is not None:
+        if inputs.images_per_class:
+            info = self.first.classifier.info
+            names = info.classes or [str(index) for index in range(info.num_classes)]
+            source = of_each_class(source, inputs.images_per_class, names)
+        elif (count := inputs.num_images) is not None:
             if count > len(source):
-                said = f"--images-per-class {inputs.images_per_class}" if inputs.images_per_class else "--num-images"
-                raise ConfigError(f"{said}: {count} images are wanted, the transfer sets have {len(source)}")
+                raise ConfigError(f"--num-images: {count} images are wanted, the transfer sets have {len(source)}")
             source = first(source, count)
         if self.needing and not source.labelled:
             source = Classified(source, self.classes)

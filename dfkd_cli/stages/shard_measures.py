@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Iterable, Mapping
+from collections.abc import Iterable, Mapping, Sequence
 from contextlib import AbstractContextManager, nullcontext
 from typing import Any
 
@@ -24,7 +24,7 @@ from dfkd_cli.models.statistics import (
 )
 from dfkd_cli.stages.measures import BATCH, CPU
 
-SAMPLE = 1000  # images, evenly spaced, for what is too slow for all of them
+SAMPLE, VALUES = 1000, 2**25  # images, evenly spaced, and their values at most, for what is too slow for all of them
 TOLERANCE = 1e-3  # of logits recomputed on another machine
 
 
@@ -44,7 +44,7 @@ def measure_shards(
     """
     shards = (reader.read(index) for index in range(len(reader.sizes)))
     temperature = reader.manifest.get("config", {}).get("temperature", 1.0)
-    tally = _Tally(sum(reader.sizes), reader.num_classes, temperature)
+    tally = _Tally(sum(reader.sizes), reader.shape, reader.num_classes, temperature)
     return _measure(shards, tally, teacher, device, batch_size)
 
 
@@ -59,7 +59,7 @@ def measure_images(
         return {"images": images.pixels} | {name: value for name, value in stored.items() if value is not None}
 
     chunks = map(read, range(len(source.sizes)))
-    return _measure(chunks, _Tally(len(source), teacher.info.num_classes), teacher, device, batch_size)
+    return _measure(chunks, _Tally(len(source), source.shape, teacher.info.num_classes), teacher, device, batch_size)
 
 
 @torch.no_grad()
@@ -117,13 +117,14 @@ class _Tally:
     Of the images: ``value_range``, ``diversity`` (mean distance of two images, root mean square over pixels).
     """
 
-    def __init__(self, count: int, num_classes: int, temperature: float | None = None) -> None:
+    def __init__(self, count: int, shape: Sequence[int], num_classes: int, temperature: float | None = None) -> None:
         self.count, self.temperature = count, temperature
         self.histogram = torch.zeros(num_classes, dtype=torch.int64)
         self.confidence = self.divergence = 0.0
         self.matches = self.aimed = self.seen = self.agreed = self.compared = 0
         self.low, self.high = math.inf, -math.inf
-        self.chosen = torch.arange(min(count, SAMPLE)) * count // min(count, SAMPLE)
+        sample = min(count, SAMPLE, max(VALUES // math.prod(shape), 2))
+        self.chosen = torch.arange(sample) * count // sample
         self.sample: list[Tensor] = []
 
     def add(self, pixels: Tensor, logits: Tensor, targets: Tensor | None, maker: Tensor | None = None) -> None:

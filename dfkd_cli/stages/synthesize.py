@@ -6,6 +6,7 @@ Reads a teacher, writes a shard directory (shards/). The flags of a method: dfkd
 from __future__ import annotations
 
 import dataclasses
+import math
 import tempfile
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
@@ -161,20 +162,23 @@ def check_needs(entry: catalog.Entry, teacher: Classifier, inputs: Any) -> None:
     if "attention" in entry.needs and not attention_layers(teacher):
         raise ArtifactError(
             f"--method {entry.name} needs a teacher with self-attention, {teacher.info.spec} has none that can be read",
-            f"these work without: {_without('attention')}",
+            f"these work without: {_fitting(teacher)}",
         )
     if "batchnorm" in entry.needs and not teacher.batch_norms():
         keeps_none = any(map(is_batch_norm, teacher.net.modules()))
         lack = "keeps no statistics in it (track_running_stats=False)" if keeps_none else "has none"
         raise ArtifactError(
             f"--method {entry.name} needs a teacher with BatchNorm, {teacher.info.spec} {lack}",
-            f"these work without: {_without('batchnorm')}",
+            f"these work without: {_fitting(teacher)}",
         )
 
 
-def _without(need: str) -> str:
-    """The methods that do not ask for something."""
-    return ", ".join(name for name, entry in catalog.entries("synthesizers").items() if need not in entry.needs)
+def _fitting(teacher: Classifier) -> str:
+    """The methods that do not look into what the teacher lacks."""
+    has = {"attention": attention_layers(teacher), "batchnorm": teacher.batch_norms()}
+    lacks = {need for need, layers in has.items() if not layers}
+    entries = catalog.entries("synthesizers").items()
+    return ", ".join(name for name, entry in entries if lacks.isdisjoint(entry.needs))
 
 
 def _make(
@@ -195,6 +199,10 @@ def _make(
     deadline = Deadline(settings.inputs.seconds) if settings.inputs.seconds is not None else None
     if deadline and not synthesizer.anytime:
         raise ConfigError("--deadline: this method makes its images at the very end", "give fewer --steps")
+    if deadline and config.of_a_shard > config.batch_size:
+        terminal.say(
+            f"--deadline: shards of {config.of_a_shard} images are finished; a smaller --shard-size ends sooner"
+        )
     fit(synthesizer, directory, terminal, [part for part in (snapshots, deadline) if part])
     check_kept()
     writer.collect()
@@ -267,19 +275,18 @@ def _save_models(models: Mapping[str, Classifier | Generators], path: Path, prov
 
 
 def rare_classes(histogram: Sequence[int], names: Sequence[str] | None = None) -> str | None:
-    """What to say of classes that hardly any image has, by the teacher's answers. None without any, or of few images.
+    """What to say of classes that hardly any image has, by the teacher's answers. None if no more than chance explains.
 
     Args:
         histogram: Images by class, for K classes.
         names: Of the classes.
     """
     count, classes = sum(histogram), len(histogram)
-    limit = RARE * count / classes
-    if limit < 1:
-        return None  # of so few images a class may have none by chance
+    limit = max(RARE * count / classes, 1)
     rare = [(images, names[index] if names else f"class {index}") for index, images in enumerate(histogram)]
     rare = sorted((images, name) for images, name in rare if images < limit)
-    if not rare:
+    chance = classes * math.exp(-count / classes)  # so many have none, if images fall on classes evenly
+    if len(rare) <= chance + 3 * math.sqrt(chance):
         return None
     shown = ", ".join(f"{name}: {images}" for images, name in rare[:5]) + (", ..." if len(rare) > 5 else "")
     return f"{len(rare)} of {classes} classes have hardly any of the {count} images ({shown}): a student may miss them"

@@ -163,7 +163,7 @@ class Synthesizer(Learner):
         shard = self.todo[position]
         batch, start = self.config.batch_size, shard * self.config.of_a_shard
         stop = start + self._count(shard)
-        parts, terms, shares = [], [], []
+        parts, terms, counts = [], [], []
         for first in range(start, stop, batch):
             seed_torch(self.device, "shard", self.seed, first // batch)
             impressions = self.make(first, count := min(batch, stop - first))
@@ -171,11 +171,14 @@ class Synthesizer(Learner):
             tensors, costs = self._stored(impressions, shard)
             parts.append(tensors)
             terms.append({**impressions.terms, **costs})
-            shares.append(count / (stop - start))
-        ended = {name: sum(s * row[name] for s, row in zip(shares, terms, strict=True)) for name in terms[0]}
+            counts.append(count)
+        ended = {
+            name: sum(n * float(row[name]) for n, row in zip(counts, terms, strict=True)) / (stop - start)
+            for name in terms[0]
+        }
         with torch.autocast("cpu", enabled=False):  # it would have all parts of one type
             tensors = {name: torch.cat([part[name] for part in parts]) for name in parts[0]}
-        self.writer.write(shard, tensors, {name: float(value) for name, value in ended.items()})
+        self.writer.write(shard, tensors, ended)
         return {name: torch.as_tensor(value) for name, value in ended.items()}
 
     def keep(self) -> None:

@@ -65,7 +65,7 @@ class Config(Inversion):
 
 
 class Targets(NamedTuple):
-    """What a batch aims at: one-hot classes (B, K), and a total variation, 0-d."""
+    """What a batch aims at: one-hot classes (B, K), and the total variation by the root of how many values, 0-d."""
 
     labels: Tensor
     variation: Tensor
@@ -85,8 +85,7 @@ class PSAQViT(Inverter):
     def targets(self, first: int, count: int) -> Targets:
         """The classes take turns; the total variation is drawn for the batch."""
         low, high = self.config.variation
-        values = count * math.prod(self.teacher.info.input_size)
-        return Targets(self.classes(first, count), (low + (high - low) * torch.rand(())) * values**0.5)
+        return Targets(self.classes(first, count), low + (high - low) * torch.rand(()))
 
     def soft_labels(self, targets: Targets) -> Tensor:
         """The classes."""
@@ -96,7 +95,8 @@ class PSAQViT(Inverter):
         """Those of DeepDream, the total variation as a distance from what is aimed at, and minus the entropy."""
         terms = super().terms(look, targets.labels)
         if "total_variation" in terms:
-            terms["total_variation"] = (terms["total_variation"] - targets.variation).abs()
+            aim = targets.variation * look.images.numel() ** 0.5
+            terms["total_variation"] = (terms["total_variation"] - aim).abs()
         if look.features:
             values = [self.layers[path].patches(seen) for path, seen in look.features.items()]
             terms["patch_entropy"] = -patch_entropy(values, self.config.bandwidth, self.config.points)
@@ -123,7 +123,8 @@ def patch_entropy(values: Sequence[Tensor], bandwidth: float, points: int) -> Te
     entropies = []
     for each in values:
         directions = F.normalize(each, dim=2)
-        similarities = (directions @ directions.transpose(1, 2)).flatten(1)  # (B, N * N)
+        with torch.autocast(each.device.type, enabled=False):  # it would round them by half a bandwidth
+            similarities = (directions @ directions.transpose(1, 2)).flatten(1)  # (B, N * N)
         low, high = similarities.detach().aminmax()
         places = torch.linspace(0, 1, points, device=each.device) * (high - low) + low
         distances = (places[:, None] - similarities[:, None]) / bandwidth  # (B, points, N * N)

@@ -30,8 +30,9 @@ from dfkd_cli.data.sources import (
     concatenated,
     first,
     hold_out,
+    of_each_class,
 )
-from dfkd_cli.errors import ArtifactError
+from dfkd_cli.errors import ArtifactError, ConfigError
 from dfkd_cli.models.directory import load_model
 from dfkd_cli.synthesizers.base import SynthesisTask
 
@@ -483,6 +484,37 @@ def test_folder_source_reads_any_depth_and_knows_its_content(tmp_path):
     assert FolderSource(tmp_path, (1, 6, 6)).sha256 == source.sha256
     (tmp_path / "b.png").rename(tmp_path / "a.png")
     assert FolderSource(tmp_path, (1, 6, 6)).sha256 != source.sha256
+
+
+def test_a_large_folder_is_known_without_being_read_whole(tmp_path, monkeypatch):
+    for number in range(2):
+        Image.fromarray(np.random.default_rng(number).integers(256, size=(300, 300), dtype=np.uint8)).save(
+            tmp_path / f"{number}.png"
+        )
+    whole = FolderSource(tmp_path, (1, 6, 6)).sha256
+    monkeypatch.setattr(sources, "HASHED", 100_000)
+    read = []
+    monkeypatch.setattr(sources, "sha256_file", read.append)
+    known = FolderSource(tmp_path, (1, 6, 6)).sha256
+    assert known == FolderSource(tmp_path, (1, 6, 6)).sha256 != whole
+    assert read == []
+    Image.fromarray(np.zeros((300, 300), dtype=np.uint8)).save(tmp_path / "1.png")
+    assert FolderSource(tmp_path, (1, 6, 6)).sha256 != known
+
+
+def test_images_by_the_class_are_those_of_their_labels():
+    """Of real images, whose classes do not take turns, and of several sets."""
+    digits = RealSource(datasets.load("digits", "train"), chunk=100)
+    source = Concat([digits, Subset(digits, np.arange(len(digits)) % 2 == 0)])
+    assert torch.equal(source.classes(), torch.cat([digits.dataset.labels, digits.dataset.labels[::2]]))
+    assert Concat([digits, NoiseSource(3, digits.shape, seed=0)]).classes() is None
+    chosen = of_each_class(source, 7, "0123456789").all()
+    labels = digits.dataset.labels.numpy()
+    rows = np.sort(np.concatenate([np.flatnonzero(labels == k)[:7] for k in range(10)]))
+    assert np.array_equal(chosen.labels.numpy(), labels[rows])
+    assert torch.equal(chosen.pixels, digits.dataset.images(torch.from_numpy(rows)))
+    with pytest.raises(ConfigError, match=r"of class \d the transfer sets have \d+ images"):
+        of_each_class(digits, 200, "0123456789")
 
 
 def test_memory_of_an_image_is_that_of_its_storage():

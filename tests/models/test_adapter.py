@@ -275,6 +275,7 @@ def test_an_image_by_itself_has_logits_too(adapted):
         (lambda net, y, x: F.dropout(y), "answers change with chance"),
         (lambda net, y, x: y - y.mean(0), "with the other images of a batch"),
         (lambda net, y, x: y, None),
+        (lambda net, y, x: y * 0, None),  # a head that begins with 0
         (lambda net, y, x: y.abs() / 100, None),  # from 0 to 1 for small images alone
     ],
 )

@@ -45,6 +45,12 @@ def test_it_says_what_to_type(cli, make_teacher):
     assert last == f"cpu: --threads 1 --precision {best[1]}"
 
 
+def test_the_teacher_stands_in_a_file_too(cli, make_teacher, tmp_path):
+    (tmp_path / "net.yaml").write_text(f"teacher: {make_teacher('lenet5')}\n")
+    code, out, err = cli("bench", "--recipe", tmp_path / "net.yaml", *QUICK)
+    assert code == 0 and out.strip().splitlines()[-1].startswith("cpu: --threads 1 "), err
+
+
 def test_more_than_fits_is_one_line(cli, make_teacher):
     code, _, err = cli("bench", make_teacher("lenet5"), "--batch-size", 10**12, "--device", "cpu")
     assert code == 4 and "out of memory" in err and len(err.strip().splitlines()) == 1

@@ -203,11 +203,16 @@ def test_images_by_the_class(cli, make_teacher, tmp_path):
         assert code == 0, err
     (tmp_path / "made.yaml").write_text("command: synthesize\nmethod: class-impressions\nimages_per_class: 3\n")
     assert cli(*made, "--num-images", 5, "--out", tmp_path / "five")[0] == 0
+    code, _, err = cli(*made, "--num-images", 5, "--images-per-class", 3, "--out", tmp_path / "both")
+    assert (code, "--num-images and --images-per-class are two words on one thing" in err) == (2, True)
     assert sum(ShardReader(tmp_path / "five").sizes) == 5
     taught = ["distill", "--teacher", teacher, "--transfer-set", tmp_path / "set", "--steps", 1, "--holdout", 0]
     assert cli(*taught, "--images-per-class", 2, "--out", tmp_path / "student")[0] == 0
     assert json.loads((tmp_path / "student" / "run.json").read_text())["num_images"] == 20
     code, _, err = cli(*taught, "--images-per-class", 4, "--out", tmp_path / "more")
-    assert code == 2 and "--images-per-class 4: 40 images are wanted, the transfer sets have 30" in err
+    assert code == 2 and "--images-per-class 4: of class 0 the transfer sets have 3 images" in err
+    taught[4] = "noise:100"
+    code, _, err = cli(*taught, "--images-per-class", 4, "--out", tmp_path / "more")
+    assert code == 2 and "--images-per-class 4: the images have no labels" in err
     code, _, err = cli(*made, "--images-per-class", 20_000_000, "--out", tmp_path / "many")
     assert code == 2 and "--images-per-class" in err

@@ -60,9 +60,10 @@ def prefix_outputs(teacher: Classifier, images: np.ndarray) -> list[np.ndarray]:
         return [teacher.net[:stop](normalised).double().numpy() for stop in (1, 3)]
 
 
-@pytest.mark.parametrize("sample", [1000, 4])
-def test_shard_measures(tmp_path, monkeypatch, sample):
+@pytest.mark.parametrize(("sample", "values"), [(1000, 2**25), (4, 2**25), (1000, 4 * 2 * 6 * 6 + 1)])
+def test_shard_measures(tmp_path, monkeypatch, sample, values):
     monkeypatch.setattr(shard_measures, "SAMPLE", sample)
+    monkeypatch.setattr(shard_measures, "VALUES", values)
     teacher = tiny_teacher()
     data = write_shards(tmp_path, teacher, "0" * 64)
     measures = measure_shards(ShardReader(tmp_path), teacher, CPU, batch_size=2)
@@ -71,7 +72,7 @@ def test_shard_measures(tmp_path, monkeypatch, sample):
     histogram = np.bincount(given, minlength=4)
     frequent = histogram[histogram > 0] / 13
     aimed, answered = data["targets"], oracles.softmax(data["logits"] / 3.0)
-    chosen = data["images"] if sample > 13 else data["images"][[0, 3, 6, 9]]
+    chosen = data["images"] if values * sample == 1000 * 2**25 else data["images"][[0, 3, 6, 9]]
     outputs = dict(zip((1, 3), prefix_outputs(teacher, data["images"]), strict=True))
     layers = {str(i): distance(teacher.net[i], x) for i, x in outputs.items()}
     divergences = {str(i): similarity(teacher.net[i], x) for i, x in outputs.items()}

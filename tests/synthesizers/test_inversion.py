@@ -525,3 +525,4 @@ def test_a_teacher_without_batch_norm_is_told_what_works(name, tmp_path, teacher
     assert f"--method {name} needs a teacher with BatchNorm, lenet5 has none" in err
     works = err.partition("these work without: ")[2].strip().split(", ")
     assert {"deepdream", "zskd", "class-impressions"} <= set(works) and not set(NEEDS_BATCH_NORM) & set(works)
+    assert "psaq-vit" not in works  # which looks into attention, that this teacher lacks as well

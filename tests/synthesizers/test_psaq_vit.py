@@ -13,6 +13,7 @@ from dfkd_cli.models.activations import values_at
 from dfkd_cli.models.attention import attention_layers
 from dfkd_cli.models.classifier import Classifier, ModelInfo
 from dfkd_cli.models.registry import build
+from dfkd_cli.synthesizers.base import Look
 from dfkd_cli.synthesizers.psaq_vit import patch_entropy
 
 RNG = np.random.default_rng(0)
@@ -148,8 +149,8 @@ def test_images_are_those_of_the_papers_optimisation(values, tmp_path):
     config = method.config
     torch.manual_seed(3)
     targets = method.targets(0, 2)
-    low, high = (edge * np.sqrt(2 * np.prod(SIZE)) for edge in config.variation)
-    assert low <= float(targets.variation) <= high
+    aim = float(targets.variation) * np.sqrt(2 * np.prod(SIZE))
+    assert config.variation[0] <= float(targets.variation) <= config.variation[1]
     torch.manual_seed(3)
     made = method.make(0, 2)
     torch.manual_seed(3)
@@ -170,7 +171,7 @@ def test_images_are_those_of_the_papers_optimisation(values, tmp_path):
         varies = oracles.image_priors(images)["total_variation"]
         return (
             oracles.impression_loss(logits, np.eye(3)[:2], config.temperature)
-            + config.total_variation * abs(varies - float(targets.variation))
+            + config.total_variation * abs(varies - aim)
             - config.patch_entropy * entropy([patches], config.bandwidth, config.points, [among])
         )
 
@@ -191,6 +192,23 @@ def test_images_are_those_of_the_papers_optimisation(values, tmp_path):
     difference = np.abs(made.pixels.double().numpy() - (expected * std + mean))
     assert np.mean(difference > 1e-3) < 0.01  # Adam's first steps follow the sign of gradients that are nearly nothing
     assert torch.equal(made.targets, torch.eye(3)[:2])
+
+
+@pytest.mark.parametrize("side", [8, 4])
+def test_what_is_aimed_at_goes_with_the_resolution(side, tmp_path):
+    """Images of half the side, which are made first, vary less."""
+    method = synthesizer("psaq-vit", tmp_path, transformer("vit-1-32"), patch_entropy=0.0)
+    targets, images = method.targets(0, 3), torch.rand(3, 2, side, side)
+    found = float(method.terms(Look(images, torch.zeros(3, 3)), targets)["total_variation"])
+    varies = oracles.image_priors(images.double().numpy())["total_variation"]
+    assert found == pytest.approx(abs(varies - float(targets.variation) * np.sqrt(images.numel())), rel=1e-5)
+
+
+def test_similarities_are_not_rounded_where_networks_are():
+    values = torch.randn(2, 6, 16, generator=torch.Generator().manual_seed(0)) + 2  # near each other
+    exact = patch_entropy([values], 0.01, 10)
+    with torch.autocast("cpu", torch.bfloat16):
+        assert torch.equal(patch_entropy([values], 0.01, 10), exact)
 
 
 def test_rolls_are_shorter_in_the_first_half(tmp_path):

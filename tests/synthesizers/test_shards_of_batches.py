@@ -49,6 +49,12 @@ def test_what_is_in_shards_does_not_depend_on_how_large_they_are(name, tmp_path)
             np.testing.assert_allclose(value, expected, rtol=1e-5, atol=1e-7, err_msg=term)
 
 
+def test_shares_of_many_batches_are_shares(tmp_path):
+    """Ten tenths in float32 are more than 1."""
+    work(synthesizer("zskd", tmp_path, num_images=20, batch_size=2, shard_size=20, dtype="uint8", clamp=True), tmp_path)
+    assert 0 < rows(tmp_path)[0]["terms"][AS_STORED] <= 1
+
+
 def test_a_set_of_such_shards_can_be_interrupted(tmp_path):
     work(synthesizer("zskd", tmp_path / "whole", num_images=22, batch_size=2, shard_size=4), tmp_path / "whole")
     work(synthesizer("zskd", tmp_path / "stopped", num_images=22, batch_size=2, shard_size=4), tmp_path / "stopped")

@@ -229,7 +229,10 @@ def test_what_a_run_leaves_can_be_used(tmp_path, make_teacher, cli, monkeypatch)
         ([197, 3] * 5, "5 of 10 classes have hardly any of the 1000 images (b: 3, d: 3, f: 3, h: 3, j: 3)"),
         ([250] * 4 + [0] * 6, "6 of 10 classes have hardly any of the 1000 images (e: 0, f: 0, g: 0, h: 0, i: 0, ...)"),
         ([995, 0, 5], "2 of 3 classes have hardly any of the 1000 images (b: 0, c: 5)"),
-        ([0] * 5 + [38] * 5, None),  # of 190 images a class may have none by chance
+        ([0] * 5 + [38] * 5, "5 of 10 classes have hardly any of the 190 images (a: 0, b: 0, c: 0, d: 0, e: 0)"),
+        ([0, 1] * 5, None),  # of so few images a class may have none by chance: 6.1 of ten
+        ([0, 0, 0] + [3] * 7, None),  # 1.2 by chance, and three deviations above
+        ([20] + [0] * 9, "9 of 10 classes have hardly any of the 20 images (b: 0, c: 0, d: 0, e: 0, f: 0, ...)"),
     ],
 )
 def test_classes_that_hardly_any_image_has_are_named(histogram, said):

@@ -161,6 +161,10 @@ class _Pilots:
         for name in READ & vars(settings.inputs).keys():
             value = getattr(settings.inputs, name)
             changes[name] = tuple(map(instead, value)) if isinstance(value, tuple) else value and instead(value)
+        made = [out for out in map(Path, getattr(settings.inputs, "transfer_set", ())) if out in self.images]
+        if made and (per_class := settings.inputs.images_per_class):  # of noise nothing is of a class
+            count = per_class * ShardReader(self.stand_ins[made[0]]).num_classes
+            changes |= {"images_per_class": 0, "num_images": count}
         return settings.replace(**changes)
 
     def _time(self, settings: Settings) -> float:
