@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import itertools
 import math
+import os
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
@@ -125,6 +126,7 @@ def collect(
         shapes = {name: tuple(outputs[name].shape[1:]) for name in layers}
         units = {name: math.prod(shape) for name, shape in shapes.items()}
         head, joint = list(layers)[-1], last_layers(units, covariance_units)
+        _check_size(len(classes), sum(units.values()), sum(units[name] for name in joint))
         moments = {name: [RunningMoments() for _ in classes] for name in layers if name not in joint}
         together = [Covariance(sum(units[name] for name in joint)) for _ in classes]
         for images in batches(source, batch_size, device):
@@ -154,6 +156,25 @@ def collect(
     if not all(tensor.isfinite().all() for pair in statistics.values() for tensor in pair):
         raise RunFailed("the teacher gives values that are not finite", "check its weights")
     return metadata
+
+
+def _check_size(classes: int, units: int, joint: int) -> None:
+    """Refuse statistics that do not fit into this machine, before the images are read; unknown where it does not say.
+
+    Raises:
+        RunFailed: They take more memory than there is.
+    """
+    try:
+        there = os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES")
+    except (AttributeError, ValueError, OSError):
+        return
+    moments, covariances = 2 * 8 * classes * units, 8 * classes * joint**2
+    if moments + covariances > there:
+        raise RunFailed(
+            f"statistics of {units:,} units by {classes:,} classes take {(moments + covariances) / 2**30:,.0f} GiB, "
+            f"{covariances / 2**30:,.0f} of them covariances; this machine has {there / 2**30:,.0f}",
+            "lower --covariance-units, or take a method that needs no metadata: dfkd ls synthesizers",
+        )
 
 
 def last_layers(units: Mapping[str, int], limit: int) -> list[str]:

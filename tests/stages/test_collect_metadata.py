@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import os
 import shutil
 from pathlib import Path
 
@@ -16,6 +17,7 @@ from torch import nn
 
 from dfkd_cli.artifacts.metadata import read_metadata
 from dfkd_cli.data import datasets
+from dfkd_cli.data.sources import RealSource
 from dfkd_cli.errors import RunFailed
 from dfkd_cli.models.activations import outputs_of, pre_activations
 from dfkd_cli.models.classifier import Classifier, ModelInfo
@@ -95,6 +97,17 @@ def test_values_that_are_not_finite_stop_the_collection():
         teacher.net[4].weight[0] = torch.inf
     with pytest.raises(RunFailed, match="not finite"):
         statistics_of(teacher)
+
+
+def test_statistics_that_cannot_fit_are_refused_before_an_image_is_read(monkeypatch):
+    teacher, read = small_teacher(), []
+    monkeypatch.setattr(RealSource, "chunk", lambda _, index: read.append(index))
+    said = {"SC_PAGE_SIZE": 1024, "SC_PHYS_PAGES": 1}
+    monkeypatch.setattr(os, "sysconf", said.__getitem__)
+    source = RealSource(datasets.load("digits", "train", image_shape=teacher.info.input_size))
+    with pytest.raises(RunFailed, match=r"statistics of [\d,]+ units by \d+ classes take .* GiB") as refused:
+        collect(teacher, source, torch.device("cpu"), 4, TEMPERATURE, 8)
+    assert "--covariance-units" in refused.value.hint and not read
 
 
 def test_layers_are_found_in_the_order_they_run_and_normalised_ones_by_their_batchnorm(make_teacher):
