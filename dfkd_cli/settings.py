@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
+import logging
 from collections.abc import Callable, Collection, Mapping, Sequence
 from pathlib import Path
 from typing import Any, NamedTuple
@@ -15,6 +16,7 @@ from dfkd_cli.urls import named
 
 # Of what is said in two ways the later word counts: it makes the other one be unsaid.
 INSTEAD = (("num_images", "images_per_class"), ("images_per_class", "num_images"), ("epochs", "steps"))
+LOG = logging.getLogger(__name__)
 ABOUT = "summary", "claim", "paper", "needs", "published"  # what the head of a recipe may say
 TYPED, ASSIGNED = "--", "--set "  # where typed flags come from, and what ``--set`` says
 
@@ -153,8 +155,9 @@ def resolve(command: str, sources: Sequence[tuple[Any, ...]]) -> Settings:
     for source, layer, _ in layers:
         sections |= {name: layer[name] for name in record.sections if name in layer}
         if "teacher" in layer and layer["teacher"] != values["inputs",].get("teacher"):
-            for name in FOREIGN:  # what was said of another teacher
-                values["inputs",].pop(name, None)
+            of_another = {name for name in FOREIGN if values["inputs",].pop(name, None) is not None} - layer.keys()
+            if source == TYPED and of_another:
+                LOG.warning("--teacher: the recipe speaks of another, so not of its %s", ", ".join(sorted(of_another)))
         said = {key.removeprefix("inputs.") for key in layer}
         for one, other in INSTEAD:
             too = source == TYPED and labels["inputs",].get(other, "").startswith(ASSIGNED)  # both are typed

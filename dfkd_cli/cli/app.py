@@ -222,7 +222,9 @@ def _stage(command: catalog.Command, classes: list[tuple[str, type]], terminal: 
         stack = [recipe_layer(recipe, command.name)] if recipe else []
         stack.append(assigned_layer(values.pop("set") or []))
         stack.append(typed_layer({name: value for name, value in values.items() if value not in (None, [])}))
-        run_stage(resolve(command.name, stack), terminal, dry_run)
+        with Notes(terminal).heard():
+            settings = resolve(command.name, stack)
+        run_stage(settings, terminal, dry_run)
 
     stage.__signature__ = Signature(list(parameters.values()))  # type: ignore[attr-defined]  # Typer reads it
     stage.__annotations__ = {name: parameter.annotation for name, parameter in parameters.items()}

@@ -186,7 +186,7 @@ def contents(name: str) -> list[dict[str, Any]]:
     if name in DATASETS:
         return []
     root = _directory(name)
-    labelled = [place / label for place in (_halves(root) or {"": root}).values() for label in class_names(place)]
+    labelled = [place / label for place in (halves_of(root) or {"": root}).values() for label in class_names(place)]
     images = sorted(path for place in labelled for path in image_paths(place))
     seen = [[os.path.relpath(path, root), *fingerprint(path)] for path in images]  # threads would take thrice as long
     files = sorted(path for path in root.rglob("*") if path.is_file())
@@ -290,7 +290,7 @@ def _quiet_network() -> Iterator[None]:
         socket.setdefaulttimeout(before)
 
 
-def _halves(root: Path) -> dict[str, Path]:
+def halves_of(root: Path) -> dict[str, Path]:
     """Where the splits of a dataset directory lie, as far as it has them."""
     tests = [place for place in (root / "test", root / "val") if place.is_dir()]
     labelled = [place for place in tests if class_names(place)]  # test/ may be what a contest asks to be labelled
@@ -300,7 +300,7 @@ def _halves(root: Path) -> dict[str, Path]:
 
 def _list_tree(root: Path, split: Split) -> tuple[list[str], Tensor, tuple[str, ...]]:
     """The image files of a split of a dataset directory, mixed, with their labels (N,) and the classes."""
-    halves = _halves(root)
+    halves = halves_of(root)
     if not halves and split == "test":
         halves["test"] = root
     if split not in halves:

@@ -104,7 +104,7 @@ def kept() -> Iterator[None]:
         cause = error.__cause__ if isinstance(error, DfkdError) else error
         denied = isinstance(cause, PermissionError) or "Permission denied" in str(cause)
         if denied and _by_kernel and _active:
-            hint = "it can read what the command names, modules beside its code, Python and the system, nothing else"
+            hint = "it can read what the command names, Python, the system and modules beside its code: make it one"
             raise DataSealed(f"{cause}: refused, as {_active[-1].reason}", hint) from error
         raise
 

@@ -73,7 +73,8 @@ class Function(nn.Module):
             parts = [torch.as_tensor(part) for part in (said if isinstance(said, tuple) else (said,))]
         except Exception as error:  # users' code can raise anything
             what = f"{self.spec} failed: {type(error).__name__}: {str(error)[:300]}"
-            raise RunFailed(what, "what it has answered is kept: the same command asks on") from error
+            given = "it gets a NumPy array; " if isinstance(error, (TypeError, AttributeError)) else ""
+            raise RunFailed(what, f"{given}what it has answered is kept: the same command asks on") from error
         return self._logits(parts, len(pixels)).to(pixels.device)
 
     def _logits(self, parts: list[Tensor], count: int) -> Tensor:

@@ -70,7 +70,7 @@ def build(spec: str, num_classes: int, input_size: Size, allow_code: bool = Fals
     else:
         raise ArtifactError(f"{spec}: this model is code, which is not run", "pass --allow-code if you trust it")
     shown = "x".join(map(str, input_size))
-    with _as_config_error(f"{spec}: cannot run on {shown} images", "check --input-size"):
+    with _as_config_error(f"{spec}: cannot run on {shown} images", "check --input-size; --debug shows where"):
         habits = watch(net, input_size)
     adapt(net, spec, num_classes, habits)
     require_tensors(net)
@@ -160,14 +160,18 @@ def load_code(spec: str) -> Callable[..., Any]:
         )
     with _as_config_error(f"{spec}: failed"), _beside(source):
         module = _import_file(Path(source)) if is_file else importlib.import_module(source)
-        found: Callable[..., Any] = getattr(module, name)
-        return found
+    if not callable(found := getattr(module, name, None)):
+        theirs = [each for each, value in vars(module).items() if callable(value) and not each.startswith("_")]
+        raise ConfigError(f"{spec}: no function {name} in {source}", did_you_mean(name, theirs) if theirs else "")
+    made: Callable[..., Any] = found
+    return made
 
 
 def _user_code(spec: str, num_classes: int, input_size: Size) -> nn.Module:
     """Call the factory of a SPEC with those of the two arguments that it declares."""
     make = load_code(spec)
-    with _as_config_error(f"{spec}: failed"), _beside(spec.partition(":")[0]):
+    hint = "it can be called with nothing, num_classes or input_size"
+    with _as_config_error(f"{spec}: failed", hint), _beside(spec.partition(":")[0]):
         declared = inspect.signature(make).parameters
         offered = {"num_classes": num_classes, "input_size": input_size}
         named = {key: value for key, value in offered.items() if key in declared}

@@ -187,7 +187,8 @@ class Regime(Learner):
         chance = 1 / self.student.info.num_classes
         for name in measures.keys() & FINISHED.keys():
             if measures[name] < 0.1 + 0.9 * chance:
-                what = f"{measures[name]:.2%} {FINISHED[name]} is hardly above chance ({chance:.2%})"
+                how = "hardly" if measures[name] > chance else "not"
+                what = f"{measures[name]:.2%} {FINISHED[name]} is {how} above chance ({chance:.2%})"
                 return f"{what}: {self.advice}"
         most = measures.get("largest_class_of_transfer_set", 0.0)
         if most > ONE_CLASS and len(self.source) >= ENOUGH:
@@ -204,7 +205,7 @@ class Regime(Learner):
         c = self.training_config
         on = {name.replace("_", "-"): value for name, value in vars(c).items() if name in CHANGES and value}
         changes = [f"--{name} {value:g}" for name, value in on.items()]
-        less = f"change the images less ({' '.join(changes)}), " if changes else ""
+        less = f"change the images less than by {' '.join(changes)}, " if changes else ""
         return f"{less}train for longer (--epochs, --steps), or try another --lr"
 
     def on_save_checkpoint(self, checkpoint: dict[str, Any]) -> None:

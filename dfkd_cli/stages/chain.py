@@ -50,7 +50,7 @@ class Chain:
     def hop(self, teacher: Hop, spec: str, role: str | None = None) -> Hop:
         """A network of that SPEC, taught by a teacher: an assistant, or something else by its role."""
         path = (*teacher.path, spec)
-        place = self.settings.out / ASSISTANTS / "--".join(re.sub(r"[^\w.-]+", "_", name) for name in path)
+        place = self.settings.out / ASSISTANTS / "--".join(re.sub(r"[^\w.-]+", "_", name).lstrip("._") for name in path)
         offline, own = catalog.find("regimes", "offline", "method"), self.settings.method.config
         taught = offline.config(teacher_epochs=own.teacher_epochs, fade=own.fade)
         snapshots = self.settings.inputs.snapshots if role == STUDENT else 0

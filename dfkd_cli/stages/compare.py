@@ -191,8 +191,8 @@ def _open(
     known = {(model.path.resolve(), model.group): model for model in sorted(models, key=lambda model: bool(model.part))}
     models = [model for model in models if any(model is other for other in known.values())]
     if grid is not None:
-        for group, name in grid.existing.items():
-            models.append(replace(_teacher(name, settings), group=group))
+        for group, (name, published) in grid.existing.items():
+            models.append(_teacher(name, settings, group, published))
     judge = None if grid is not None or inputs.teacher is None else _teacher(inputs.teacher, settings)
     models += [] if judge is None else [judge]
     if grid is None and not models:
@@ -214,7 +214,7 @@ def _so_far(path: Path, code: Code, terminal: Terminal) -> list[Model]:
     grid = plan(settings, path)
     finished = _finished(grid)
     terminal.say(f"{path}: {len(finished)} of {len(grid.runs)} steps are finished")
-    teachers = [replace(_teacher(name, settings), group=group) for group, name in grid.existing.items()]
+    teachers = [_teacher(name, settings, group, said) for group, (name, said) in grid.existing.items()]
     return [*teachers, *_models(finished, code)]
 
 
@@ -233,9 +233,9 @@ def _finished(grid: Grid) -> list[PlannedRun]:
     return [run for run in grid.runs if read_run(run.out).get("status") == "done" and not grid.other_sources(run)]
 
 
-def _teacher(name: str, settings: Settings) -> Model:
+def _teacher(name: str, settings: Settings, group: str = "", published: float | None = None) -> Model:
     """A teacher that was there before: a model directory, or a SPEC with ``--weights``."""
-    return read_model(locate(name, settings.inputs), settings.code)
+    return replace(read_model(locate(name, settings.inputs), settings.code), group=group, published=published)
 
 
 def _models(runs: Sequence[PlannedRun], code: Code) -> list[Model]:

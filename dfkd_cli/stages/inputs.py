@@ -168,6 +168,9 @@ def open_transfer_set(
         if not teacher.knows(impressions.made_from):
             raise ArtifactError(f"{name} was made from another teacher", "give the --teacher it was made from")
         return impressions
+    if len(halves := datasets.halves_of(path)) > 1:
+        train, test = (half.name for half in halves.values())
+        raise ConfigError(f"transfer set {name} has {train}/ and {test}/", f"give {name.rstrip('/')}/{train}")
     check_foreign(path)
     folder = FolderSource(path, info.input_size)
     return TransferSet(folder, {"role": "transfer-set", "path": name, "sha256": folder.sha256})

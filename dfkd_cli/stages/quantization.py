@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import dataclasses
 import logging
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 
 import numpy as np
 import torch
@@ -13,7 +13,7 @@ from torch import Tensor, nn
 from dfkd_cli.data.sources import Source, Subset, batches
 from dfkd_cli.errors import ArtifactError, ConfigError
 from dfkd_cli.models.classifier import Classifier, ModelInfo
-from dfkd_cli.models.names import LoadedModel
+from dfkd_cli.models.names import Architecture, LoadedModel
 from dfkd_cli.models.quantized import computed_in_float, find_ranges, quantisers
 from dfkd_cli.models.statistics import Moments, layer_divergence, recorded_moments, running_moments
 from dfkd_cli.regimes.base import Task
@@ -47,10 +47,11 @@ def copy_weights(net: nn.Module, copied: LoadedModel, info: ModelInfo) -> Classi
     return Classifier(net, dataclasses.replace(own, spec=info.spec))
 
 
-def check_steps(task: Task) -> None:
-    """Refuse to train for no steps what would stay as it was made."""
-    if task.training.steps == 0 and not quantisers(task.student.net):
-        raise ConfigError("--steps 0: nothing is learned", "it calibrates a copy: --student w8a8:teacher/")
+def check_steps(task: Task, networks: Sequence[Architecture]) -> None:
+    """Refuse to train for no steps what would stay as it was made: all but copies of ``networks`` with few bits."""
+    if task.training.steps == 0 and not (quantisers(task.student.net) and all(named.copied for named in networks)):
+        hint = "it calibrates a copy: --student w8a8:teacher/, or w8a8: of the teacher itself"
+        raise ConfigError("--steps 0: nothing is learned", hint)
 
 
 def calibration(source: Source, count: int = IMAGES) -> Source:

@@ -159,7 +159,8 @@ def train(work: Work, run: RunDirectory, terminal: Terminal, begin: Callable[[],
         The command's answer.
     """
     settings, task = run.settings, work.task
-    check_steps(task)
+    named = getattr(settings.inputs, "student", None) or settings.inputs.model
+    check_steps(task, architectures(settings, named))
     regime = settings.method.entry
     lacking = {*ANSWERS} - {*task.source.answers}
     for flag, chosen in settings.components.items():

@@ -354,7 +354,7 @@ FAR = ("--transfer-set", "noise:50", *SHORT, "--out", "out")
         (("--method", "active-mixup"), 2, "active-mixup asks a black box"),
         (("--teacher", "./api.py:ask", *OF_API[:-2]), 2, "--answers"),
         (("--teacher", "./api.py:ask", "--answers", "label"), 2, "--input-size and --num-classes"),
-        (("--teacher", "./api.py:nothing", *OF_API), 2, "no attribute 'nothing'"),
+        (("--teacher", "./api.py:nothing", *OF_API), 2, "./api.py:nothing: no function nothing in ./api.py"),
         (("--teacher", "./none.py:ask", *OF_API), 2, "no such file"),
         (("--teacher", "./api.py:strange", *OF_API), 4, "returned float32 [50, 1, 32, 32] for 50 images"),
     ],

@@ -52,6 +52,15 @@ def here(tmp_path, monkeypatch, teacher) -> Path:
     return tmp_path
 
 
+def test_hops_of_own_code_lie_where_nothing_is_hidden(here, cli):
+    Path("net.py").write_text(
+        "from torch import nn\n\ndef small(): return nn.Sequential(nn.Flatten(), nn.LazyLinear(10))\n"
+    )
+    code, _, err = cli(*TAKD[:5], "--assistants", "./net.py:small", *SHORT, "--teacher", "teacher", "--out", "own")
+    assert code == 0, err
+    assert [path.name for path in Path("own", "assistants").iterdir()] == ["net.py_small"]
+
+
 def test_a_chain_is_its_hops_one_after_the_other(here, cli):
     code, out, err = cli(*TAKD, *SHORT, "--out", "chain")
     assert code == 0, err

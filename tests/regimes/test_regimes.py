@@ -134,7 +134,7 @@ def test_a_loss_that_explodes_is_a_concern_of_continued_runs_too(tmp_path):
 @pytest.mark.parametrize(
     ("objectives", "training", "advice"),
     [(None, {}, "train for longer (--epochs, --steps), or try another --lr"),
-     (None, {"rotate": 45, "noise": 0.2}, "change the images less (--rotate 45 --noise 0.2), train for longer"),
+     (None, {"rotate": 45, "noise": 0.2}, "change the images less than by --rotate 45 --noise 0.2, train for longer"),
      ([(0.0, response())], {}, "the head learned nothing: add --objective response")],
 )  # fmt: skip
 def test_answers_hardly_above_chance_are_a_concern(objectives, training, advice):

@@ -397,6 +397,11 @@ def test_published_numbers_and_wall_time_reach_every_table(here, cli):
         text = (here / "published" / name).read_text()
         assert all(word in text for word in ("PUBLISHED %", "87.65", took)), name
     assert "already complete" in cli(*command)[2]
+    grid |= {"teacher": {"path": "teacher"}, "seeds": [0]}  # whose recipe says of what they report
+    (here / "path.yaml").write_text(json.dumps({"about": about, "grid": grid}))
+    assert cli("compare", "--recipe", "path.yaml", "--rows", "real", "--out", "path")[0] == 0
+    teacher, _ = results_in(here / "path")["sections"][0]["rows"]
+    assert teacher["published"] == pytest.approx(0.993)
 
     (here / "kept").mkdir()
     shutil.copy(here / "published" / "results.json", here / "kept" / "tiny.json")

@@ -191,6 +191,7 @@ def test_a_copy_in_the_loop_has_ranges_that_follow(cli, residual, tmp_path):
 def test_what_cannot_be_a_copy_is_refused(cli, teacher, residual, tmp_path):
     refused = {
         (teacher, "lenet5-half", "--steps", 0): "--steps 0: nothing is learned",
+        (teacher, "w8a8:lenet5-half", "--steps", 0): "--steps 0: nothing is learned",  # it would stay random
         (teacher, "w1a8:lenet5", "--steps", 1): "w1a8 is not a pair of widths from 2 to 8",
         (teacher, f"w8a8:{tmp_path}", "--steps", 0): "no model.json in it",
         (teacher, "w8a8:absent", "--steps", 0): "absent: unknown model",

@@ -68,7 +68,7 @@ class Grid:
     """The commands of a grid."""
 
     runs: tuple[PlannedRun, ...]  # teacher by teacher: itself, its metadata, its rows; each after those it waits for
-    existing: Mapping[str, str]  # the path or SPEC of each teacher that was there before, by name
+    existing: Mapping[str, tuple[str, float | None]]  # path or SPEC of teachers that were there, and what is published
     sha256: str  # stands for all that decides the tables; where the directories lie does not
     root: Path  # the directory of their directories
 

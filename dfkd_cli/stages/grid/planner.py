@@ -27,38 +27,42 @@ def plan(settings: Settings, out: Path) -> Grid:
     Raises:
         ConfigError: Unknown key, bad value, or a row from nothing.
     """
-    teachers = parse(settings)
+    teachers, about = parse(settings), mapping(settings.sections["about"], "about")
 
-    def runs_under(root: Path) -> tuple[PlannedRun, ...]:
+    def runs_under(root: Path) -> list[PlannedRun]:
         runs = [run for teacher in teachers for run in _Planner(settings, teacher, root).runs()]
-        return choose_rows(list(_published(mapping(settings.sections["about"], "about"), runs)), settings.inputs.rows)
+        return [dataclasses.replace(run, published=_published(about, runs, run.teacher, run.row)) for run in runs]
 
     identity = []
     exported = [("model", named(teacher.paths["teacher"])) for teacher in teachers if "teacher" in teacher.paths]
-    for run in runs_under(Path()):
+    for run in choose_rows(runs_under(Path()), settings.inputs.rows):
         more = {key: getattr(run, key) for key in ("row", "taught_by", "published") if getattr(run, key)}
         values = run.settings.plain(volatile=False) | more
         # A teacher's path does not count, its hash does.
         identity.append({k: v for k, v in values.items() if k != "teacher" and (k, v) not in exported})
-    runs = runs_under(out / "runs")
+    planned = runs_under(out / "runs")
+    runs = choose_rows(planned, settings.inputs.rows)
     used = {run.teacher for run in runs}
-    existing = {t.name: t.paths["teacher"] for t in teachers if t.name in used and "teacher" in t.paths}
+    typed = settings.inputs.teacher is not None  # which is not the paper's
+    existing = {
+        t.name: (t.paths["teacher"], None if typed else _published(about, planned, t.name))
+        for t in teachers
+        if t.name in used and "teacher" in t.paths
+    }
     return Grid(runs, existing, digest(identity), out / "runs")
 
 
-def _published(about: Mapping[str, Any], runs: Sequence[PlannedRun]) -> Iterator[PlannedRun]:
-    """The runs with what the recipe's head says that papers report."""
-    teachers = tuple({run.teacher for run in runs})
-    published = mapping(about.get("published"), "about.published", ("teacher", *{run.row for run in runs}))
-    for run in runs:
-        name = run.row or "teacher"
-        value, label = published.get(name), f"about.published.{name}"
-        if run.teacher:
-            value, label = mapping(value, label, teachers).get(run.teacher), f"{label}.{run.teacher}"
-        number = config.convert(value, float | None, label)
-        if number is not None and not 0 <= number <= 100:
-            raise ConfigError(f"{label}: {number} is out of range", "it is in per cent")
-        yield dataclasses.replace(run, published=None if number is None else number / 100)
+def _published(about: Mapping[str, Any], runs: Sequence[PlannedRun], teacher: str, row: str = "") -> float | None:
+    """What the recipe's head says that a paper reports for a row, or for the teacher, a share."""
+    name, rows = row or "teacher", ("teacher", *{run.row for run in runs})
+    value, label = mapping(about.get("published"), "about.published", rows).get(name), f"about.published.{name}"
+    if teacher:
+        value = mapping(value, label, tuple({run.teacher for run in runs})).get(teacher)
+        label = f"{label}.{teacher}"
+    number = config.convert(value, float | None, label)
+    if number is not None and not 0 <= number <= 100:
+        raise ConfigError(f"{label}: {number} is out of range", "it is in per cent")
+    return None if number is None else number / 100
 
 
 class _Source(NamedTuple):
