@@ -31,6 +31,7 @@ class Augmentation:
 
 
 MOST_IMAGES = 10**8  # of one set
+MEASURED_AT_ONCE = 500  # images, at most
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -70,6 +71,11 @@ class Training(Augmentation):
         "auto", "what BatchNorm knows of its inputs; auto: frozen where a copy's images are far from that, else free"
     )
     snapshots: int = option(0, "keep the weights of so many evenly spaced rounds, for a look back", low=0)
+
+    @property
+    def at_once(self) -> int:
+        """Images of a pass that only measures: no more than of one that learns, so that there is room for them."""
+        return min(-(-self.batch_size // self.accumulate), MEASURED_AT_ONCE)
 
     @property
     def mixes(self) -> bool:

@@ -34,7 +34,6 @@ from dfkd_cli.seeds import derive, seed_torch
 
 # What may make images that a network cannot learn from.
 CHANGES = ("rotate", "translate", "scale", "resized_crop", "cutmix", "mixup", "noise")
-MEASURED_AT_ONCE = 500  # images
 EXPLODED = 1000.0  # times a term's first value, or 1 where that is less
 FINISHED = {
     "agreement_on_transfer_set": "agreement with the teacher on the transfer set",
@@ -313,4 +312,4 @@ class Regime(Learner):
     @torch.no_grad()
     def _measure(self, held: Images) -> Tensor:
         self.student.eval()
-        return torch.cat([self.correct(part).float() for part in held.split(MEASURED_AT_ONCE)]).mean()
+        return torch.cat([self.correct(part).float() for part in held.split(self.training_config.at_once)]).mean()

@@ -273,11 +273,11 @@ def _write_set(directory: Path, images: Images, work: Work, settings: Settings) 
     head = manifest_head(settings, teacher.info, says["teacher"], dtype, says["data_free"], says["uses"])
     parts = images.split(OF_A_SHARD)
     writer = ShardWriter(directory, head, len(parts))
-    device = teacher.mean.device
+    device, at_once = teacher.mean.device, work.task.training.at_once
     for index in writer.missing():
         with torch.no_grad():
-            logits = teacher(parts[index].to(device).pixels).float()
-        writer.write(index, {"images": parts[index].pixels, "logits": logits}, {})
+            answers = [teacher(part.to(device).pixels).float() for part in parts[index].split(at_once)]
+        writer.write(index, {"images": parts[index].pixels, "logits": torch.cat(answers)}, {})
     manifest = writer.write_manifest()
     return [directory / MANIFEST, *(directory / row["file"] for row in manifest["shards"])]
 
