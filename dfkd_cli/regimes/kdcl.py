@@ -108,10 +108,9 @@ class Collaborative(Labelled):
             answers = []
             for student in self.students:
                 student.eval()
-                parts = self.held.split(self.training_config.at_once)
-                answers.append(torch.cat([student(part.pixels).softmax(1) for part in parts]))
+                answers.append(torch.cat([student(part.pixels).softmax(1) for part in self.held_parts()]))
                 student.train()
-            self.mixture.copy_(weights(torch.stack(answers), self.held.true_labels))
+            self.mixture.copy_(weights(torch.stack(answers), self.held.true_labels.to(self.device)))
 
     def on_save_checkpoint(self, checkpoint: dict[str, Any]) -> None:
         """The mixture is a buffer; of which epoch it is decides when it is measured next."""

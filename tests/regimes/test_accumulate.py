@@ -156,6 +156,13 @@ def test_memory_is_in_gibibytes(memory, held, tmp_path):
     assert learner.batches.capacity == held // learner.train_source.bytes_per_image
 
 
+def test_no_more_images_are_held_out_than_there_is_memory_for():
+    source = Given(pixels(40))
+    for fit, held in ((9, 9), (30, 20)):
+        learner = regime("offline", source, holdout=0.5, memory=fit * source.bytes_per_image / 2**30)
+        assert (len(learner.held_out), len(learner.train_source)) == (held, 40 - held)
+
+
 @pytest.mark.parametrize("values", [{"accumulate": 0}, {"memory": 0.0}])
 def test_what_is_out_of_range(values):
     with pytest.raises(ConfigError):
