@@ -139,7 +139,7 @@ class Regime(Learner):
         """What is trained: the student, and its peers, each to be written under its name."""
         return {"student": self.student, **{f"peer-{i}": peer for i, peer in enumerate(self.students[1:], 1)}}
 
-    def made(self) -> Mapping[str, Images]:
+    def made(self) -> Mapping[str, Source]:
         """Sets of images that the training leaves, each to be written under its name. None by default."""
         return {}
 
