@@ -62,9 +62,9 @@ class Training(Augmentation):
     )
     memory: float | None = option(
         None,
-        "GiB of images held at once, one shard at least, and of those held out beside them; of a larger set half of "
-        "that is learned from while the other half is read (default: 0.5, of a GPU an eighth, and nothing is read "
-        "meanwhile)",
+        "GiB of images held at once on the device, one shard at least, and in main memory of those held out; of a "
+        "larger set half of that is learned from while the other half is read (default: 0.5, of a GPU an eighth, and "
+        "nothing is read meanwhile)",
         above=0,
     )
     holdout: float = option(0.0, "share of the images that only measures", low=0, high=0.5)

@@ -96,6 +96,8 @@ class Regime(Learner):
                 "leave out --cutmix and --mixup",
             )
         self.config, self.training_config, self.seed, self.source = config, task.training, task.seed, task.source
+        if task.training.memory is not None:  # windows of images lie beside the networks
+            self.takes_memory = "--batch-size or --memory"
         self.student = task.student.lay_out()
         self.peers = nn.ModuleList(peer.lay_out() for peer in task.peers)
         self.teacher = None if task.teacher is None else task.teacher.freeze().lay_out()
