@@ -83,13 +83,17 @@ FULL = (errno.ENOSPC, errno.EDQUOT, errno.EFBIG)  # what the system says of a di
 
 
 @contextlib.contextmanager
-def machine_can_fail() -> Iterator[None]:
-    """Make what the machine refuses an error of the user's: memory on CPU or accelerator, disks, files, handles."""
+def machine_can_fail(lower: str = "--batch-size") -> Iterator[None]:
+    """Make what the machine refuses an error of the user's: memory on CPU or accelerator, disks, files, handles.
+
+    Args:
+        lower: The options that decide how much memory is taken.
+    """
     try:
         yield
     except (MemoryError, RuntimeError) as error:  # torch has a class of its own for accelerators only
         if isinstance(error, MemoryError) or any(w in str(error) for w in ("out of memory", "can't allocate memory")):
-            raise RunFailed("out of memory", "lower --batch-size; what was finished is kept") from None
+            raise RunFailed("out of memory", f"lower {lower}; what was finished is kept") from None
         raise
     except OSError as error:
         if error.errno is None:  # not the system's

@@ -31,6 +31,7 @@ class Augmentation:
 
 
 MOST_IMAGES = 10**8  # of one set
+MEASURED_AT_ONCE = 16, 500  # images, at least and at most
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -61,8 +62,9 @@ class Training(Augmentation):
     )
     memory: float | None = option(
         None,
-        "GiB of images held at once, one shard at least; of a larger set half of that is learned from while the other "
-        "half is read (default: 0.5, of a GPU an eighth, and nothing is read meanwhile)",
+        "GiB of images held at once on the device, one shard at least, and in main memory of those held out; of a "
+        "larger set half of that is learned from while the other half is read (default: 0.5, of a GPU an eighth, and "
+        "nothing is read meanwhile)",
         above=0,
     )
     holdout: float = option(0.0, "share of the images that only measures", low=0, high=0.5)
@@ -70,6 +72,20 @@ class Training(Augmentation):
         "auto", "what BatchNorm knows of its inputs; auto: frozen where a copy's images are far from that, else free"
     )
     snapshots: int = option(0, "keep the weights of so many evenly spaced rounds, for a look back", low=0)
+
+    @property
+    def most_bytes(self) -> int | None:
+        """``memory`` in bytes; None where it is not given."""
+        return None if self.memory is None else round(self.memory * 2**30)
+
+    @property
+    def at_once(self) -> int:
+        """Images of a pass that only measures: no more than of one that learns, so that there is room for them.
+
+        It keeps no activations for a backward pass, so that there is room for a few in any case.
+        """
+        least, most = MEASURED_AT_ONCE
+        return min(max(-(-self.batch_size // self.accumulate), least), most)
 
     @property
     def mixes(self) -> bool:

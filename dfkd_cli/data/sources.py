@@ -343,12 +343,14 @@ def of_each_class(source: Source, count: int, names: Sequence[str]) -> Source:
     return Subset(source, (rank_in_class(classes) < count).numpy())
 
 
-def hold_out(source: Source, share: float, seed: int) -> tuple[Source, Source | None]:
+def hold_out(source: Source, share: float, seed: int, memory: int | None = None) -> tuple[Source, Source | None]:
     """What is left of a source and what is held out: two parts that have no image in common.
 
-    The second has ``share`` of the images, but no more than can be held at once, or is None.
+    The second has ``share`` of the images, but no more than can be held at once, in ``memory`` bytes where these are
+    fewer, or is None.
     """
-    count = min(round(share * len(source)), MEMORY // source.bytes_per_image)
+    most = MEMORY if memory is None else min(memory, MEMORY)
+    count = min(round(share * len(source)), most // source.bytes_per_image)
     chosen = np.zeros(len(source), dtype=bool)
     chosen[np.random.default_rng(derive("holdout", seed)).permutation(len(source))[:count]] = True
     return (Subset(source, ~chosen), Subset(source, chosen)) if chosen.any() else (source, None)

@@ -14,6 +14,8 @@ Images start where both networks are right: give the label, or where there is no
 same of both; a former version of it asked the teacher only. Of more than ``boundary_images``, those are taken whose
 other probabilities differ most. Of fewer than two there is no ``boundary``: BatchNorm may have no use for one.
 ``variant: paper`` moves each image to every other class: K - 1 times the work, for the mean of what ``code`` draws.
+Where these are too many for one pass they take turns, as many of each image in every part: the loss and its gradient
+are sums over parts. BatchNorm then normalises each part by itself, and its averages learn from the first.
 
 As in the released code: there is no tau^2, and the student's BatchNorm sees the new images too. Its weights fall with
 every epoch, here with every step. They hold ``soft`` as well, so that ``response`` beside it is for hard labels only;
@@ -22,12 +24,13 @@ every epoch, here with every step. They hold ``soft`` as well, so that ``respons
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Literal
 
 import torch
 import torch.nn.functional as F
-from torch import Tensor
+from torch import Tensor, nn
 
 from dfkd_cli.config import option
 from dfkd_cli.data.sources import Images
@@ -37,6 +40,7 @@ from dfkd_cli.objectives.base import Outputs
 from dfkd_cli.options import Answers
 
 EPS = 1e-4  # beyond the boundary
+AT_ONCE = 2**22  # numbers of the images that are moved together, 16 MiB; all images of the batch are, one class each
 TINY = 1e-12  # no gradient is shorter
 
 
@@ -86,17 +90,21 @@ class BSS(AnswerObjective):
             logits: (B, K) what the teacher says about them.
             base: Their classes.
         """
-        own, guide = self.networks
         if self.config.variant == "paper":
             rows, target, weights = other_classes(logits, base)
         else:
             rows, target = torch.arange(len(base), device=base.device), other_class(logits, base)
             weights = torch.ones_like(logits[:, 0])
-        moved = across(guide, pixels[rows], base[rows], target, self.config)
-        with torch.no_grad():
-            answers = Outputs(guide(moved))
-        losses = self.cross_entropies(Outputs(own(moved)), answers)
-        return (weights * losses).sum() / len(base)
+        own, guide = self.networks
+
+        def loss(part: slice) -> Tensor:
+            moved = across(guide, pixels[rows[part]], base[rows[part]], target[part], self.config)
+            with torch.no_grad():
+                answers = Outputs(guide(moved))
+            return (weights[part] * self.cross_entropies(Outputs(own(moved)), answers)).sum() / len(base)
+
+        passes = -(-len(rows) // max(len(base), AT_ONCE // pixels[0].numel()))
+        return loss(slice(None)) if passes == 1 else added_up(own, loss, passes)
 
     def soft(self, student: Outputs, teacher: Outputs) -> Tensor:
         """Cross-entropy of the softened answers, mean over images."""
@@ -106,6 +114,33 @@ class BSS(AnswerObjective):
         """Cross-entropy of the softened answers, for each image (B,)."""
         own, target = (logits / self.config.temperature for logits in self.answers(student, teacher))
         return F.cross_entropy(own, target.softmax(1), reduction="none")
+
+
+def added_up(network: Classifier, loss: Callable[[slice], Tensor], passes: int) -> Tensor:
+    """The sum of a network's losses, 0-d, on so many parts of some rows, which take turns.
+
+    Only one part is held at a time: its gradient is taken before the next one begins.
+    """
+    parameters = [parameter for parameter in network.parameters() if parameter.requires_grad]
+    learning = [layer for layer in network.batch_norms() if layer.training]
+    gradients: dict[nn.Parameter, Tensor] = {}
+    values = []
+    try:
+        for index in range(passes):
+            value = loss(slice(index, None, passes))
+            values.append(value.detach())
+            found = torch.autograd.grad(value, parameters, allow_unused=True)
+            for parameter, gradient in zip(parameters, found, strict=True):
+                if gradient is not None:
+                    gradients[parameter] = gradients[parameter] + gradient if parameter in gradients else gradient
+            for layer in learning:
+                layer.track_running_stats = False
+    finally:
+        for layer in learning:
+            layer.track_running_stats = True
+    # Zeros that have these gradients.
+    carriers = [((parameter - parameter.detach()) * gradient).sum() for parameter, gradient in gradients.items()]
+    return torch.stack([*values, *carriers]).sum()
 
 
 def candidates(student: Tensor, teacher: Tensor, labels: Tensor, count: int) -> Tensor:

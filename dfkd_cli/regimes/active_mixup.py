@@ -11,8 +11,9 @@ At first the student learns the teacher's answers to the images. Then, in each r
 are asked about, mixed with their l*; they join the set for good, their pairs are no candidates any more, and the
 student is trained from scratch on the whole set, with the command's options of training. The objectives are any
 between answers; the paper's is ``response`` at temperature 1. Pairs are those of the released code: images i and
-i + s of N, s = 1 ... (N - 1) / 2; they are never held as pixels. What is left at the end is written into ``asked/``,
-shards with the answers, from which others can learn without asking.
+i + s of N, s = 1 ... (N - 1) / 2. The images are held; mixtures are made when they are wanted, ``memory`` of them at a
+time. What is left at the end is written into ``asked/``, shards with the answers, from which others can learn without
+asking.
 
 As in the released code, mixtures of 8-bit images are rounded down to 8 bits, ``min(floor(256 x), 255)``, before they
 are asked about and learned, and scored as they are. There white wraps to black, which is a fault and is not followed;
@@ -32,13 +33,14 @@ import torch
 from torch import Tensor
 
 from dfkd_cli.config import option
-from dfkd_cli.data.sources import Images, Source
+from dfkd_cli.data.sources import Images, Source, concatenated
 from dfkd_cli.errors import ConfigError
 from dfkd_cli.regimes.base import STEPS_PER_ROUND, Task, length
 from dfkd_cli.regimes.offline import Offline
 from dfkd_cli.seeds import derive
 
-AT_ONCE = 64  # pairs that are scored together
+AT_ONCE = 64  # pairs that are scored, or mixed in float64, together
+CHUNK = 1000  # images
 MOST_PAIRS = 10**8
 
 
@@ -105,7 +107,7 @@ class ActiveMixup(Offline):
     def on_fit_start(self) -> None:
         """Load the images, and mix again what earlier processes have mixed."""
         super().on_fit_start()
-        self.mixed = Mixed(self.train_source.all().pixels)
+        self.mixed = Mixed(self.train_source.all().pixels.cpu())
         for pairs, shares in self.recorded:
             self.mixed.add(pairs, shares)
         self.current = -1  # the training that batches are of
@@ -131,15 +133,16 @@ class ActiveMixup(Offline):
         candidates = self._candidates(number)
         confidence, shares = self.least_confidence(candidates)
         order = confidence.argsort(stable=True)[:wanted]
-        images = self.mixed.add(candidates[order], shares[order])
+        pairs, shares = candidates[order], shares[order]
+        self.mixed.add(pairs, shares)
         assert self.teacher is not None
-        for part in images.split(AT_ONCE):
-            self.teacher(part.to(self.device).pixels)
+        for start in range(0, len(pairs), AT_ONCE):
+            part = slice(start, start + AT_ONCE)
+            self.teacher(self.mixed.mixtures(pairs[part], shares[part]).to(self.device).pixels)
 
     def _candidates(self, number: int) -> Tensor:
         """Pairs that are not in the set yet, in ascending order."""
-        taken = torch.cat([pairs for pairs, _ in self.mixed.added]) if self.mixed.added else torch.empty(0)
-        limit = self.config.candidates
+        taken, limit = self.mixed.pairs, self.config.candidates
         if limit is None or limit + len(taken) >= self.pairs:
             drawn = torch.arange(self.pairs)
         else:
@@ -157,7 +160,9 @@ class ActiveMixup(Offline):
         for part in torch.split(pairs, AT_ONCE):
             first, second = (Images(pixels).to(self.device).pixels for pixels in self.mixed.partners(part))
             mixtures = weights * first + (1 - weights) * second
-            confidence = self.student(mixtures.flatten(0, 1)).float().softmax(1).amax(1).view(len(grid), -1)
+            passes = torch.split(mixtures.flatten(0, 1), self.training_config.at_once)
+            answers = [self.student(images).float() for images in passes]
+            confidence = torch.cat(answers).softmax(1).amax(1).view(len(grid), -1)
             low, which = confidence.min(0).values, confidence.argmin(0)
             lowest.append(low.cpu())
             shares.append(grid[which.cpu()])
@@ -174,9 +179,9 @@ class ActiveMixup(Offline):
         schedule: Any = self.lr_schedulers()
         schedule.load_state_dict(self.schedule(optimizer.optimizer, *self.span(step)).state_dict())
 
-    def made(self) -> Mapping[str, Images]:
+    def made(self) -> Mapping[str, Source]:
         """All that was asked about but what was held out; nothing without steps, which ask about no mixtures."""
-        return {"asked": self.mixed.all()} if self.rounds else {}
+        return {"asked": self.mixed} if self.rounds else {}
 
     def on_save_checkpoint(self, checkpoint: dict[str, Any]) -> None:
         """What was mixed: the pixels follow from the images."""
@@ -194,26 +199,31 @@ class Mixed(Source):
 
     Attributes:
         added: What was added at a time: the numbers (M,) of the pairs, and the share (M,) of the first image in each.
+        pairs, shares: All of them.
     """
 
     def __init__(self, pixels: Tensor) -> None:
         _, channels, height, width = pixels.shape
         self.pixels, self.shape, self.dtype = pixels, (channels, height, width), pixels.dtype
         self.added: list[tuple[Tensor, Tensor]] = []
+        self.pairs, self.shares = torch.empty(0, dtype=torch.int64), torch.empty(0, dtype=torch.float64)
 
     @property
     def sizes(self) -> list[int]:  # type: ignore[override]
-        return [len(self.pixels), *(len(pairs) for pairs, _ in self.added if len(pairs))]
+        count = len(self.pixels) + len(self.pairs)
+        return [min(CHUNK, count - start) for start in range(0, count, CHUNK)]
 
     def chunk(self, index: int) -> Images:
-        if not index:
-            return Images(self.pixels)
-        return self.mixtures(*[(pairs, shares) for pairs, shares in self.added if len(pairs)][index - 1])
+        start, stop = CHUNK * index, CHUNK * (index + 1)
+        mixtures = slice(max(start - len(self.pixels), 0), max(stop - len(self.pixels), 0))
+        return concatenated(
+            [Images(self.pixels[start:stop]), self.mixtures(self.pairs[mixtures], self.shares[mixtures])]
+        )
 
-    def add(self, pairs: Tensor, shares: Tensor) -> Images:
-        """Add the mixtures of pairs, and return them."""
+    def add(self, pairs: Tensor, shares: Tensor) -> None:
+        """Add the mixtures of pairs."""
         self.added.append((pairs, shares))
-        return self.mixtures(pairs, shares)
+        self.pairs, self.shares = torch.cat([self.pairs, pairs]), torch.cat([self.shares, shares])
 
     def partners(self, pairs: Tensor) -> tuple[Tensor, Tensor]:
         """The two images of each pair, as they are held."""
@@ -223,12 +233,16 @@ class Mixed(Source):
 
     def mixtures(self, pairs: Tensor, shares: Tensor) -> Images:
         """The mixtures of pairs, as images are held: in 8 bits where these are."""
-        first, second = (part.double() for part in self.partners(pairs))
-        weights = shares.view(-1, 1, 1, 1)
-        mixed = weights * first + (1 - weights) * second
-        if not self.dtype.is_floating_point:
-            mixed = (mixed * (256 / 255)).floor().clamp_max(255)
-        return Images(mixed.to(self.dtype))
+        made = torch.empty(len(pairs), *self.shape, dtype=self.dtype)
+        for start in range(0, len(pairs), AT_ONCE):
+            rows = slice(start, start + AT_ONCE)
+            first, second = (part.double() for part in self.partners(pairs[rows]))
+            weights = shares[rows].view(-1, 1, 1, 1)
+            mixed = weights * first + (1 - weights) * second
+            if not self.dtype.is_floating_point:
+                mixed = (mixed * (256 / 255)).floor().clamp_max(255)
+            made[rows] = mixed.to(self.dtype)
+        return Images(made)
 
 
 def pairs_of(count: int) -> int:

@@ -34,7 +34,6 @@ from dfkd_cli.seeds import derive, seed_torch
 
 # What may make images that a network cannot learn from.
 CHANGES = ("rotate", "translate", "scale", "resized_crop", "cutmix", "mixup", "noise")
-MEASURED_AT_ONCE = 500  # images
 EXPLODED = 1000.0  # times a term's first value, or 1 where that is less
 FINISHED = {
     "agreement_on_transfer_set": "agreement with the teacher on the transfer set",
@@ -97,14 +96,19 @@ class Regime(Learner):
                 "leave out --cutmix and --mixup",
             )
         self.config, self.training_config, self.seed, self.source = config, task.training, task.seed, task.source
+        if task.training.memory is not None:  # windows of images lie beside the networks
+            self.takes_memory = "--batch-size or --memory"
         self.student = task.student.lay_out()
         self.peers = nn.ModuleList(peer.lay_out() for peer in task.peers)
         self.teacher = None if task.teacher is None else task.teacher.freeze().lay_out()
         self.first: dict[str, float] = {}  # what each term was in its first step
+        self.held_classes: Tensor | None = None  # (N,): what is right for the held-out images, once it was asked for
         self.weights = {name: weight for name, (weight, _) in task.objectives.items()}
         self.losses = {name: objective for name, (_, objective) in task.objectives.items()}
         self.objectives = nn.ModuleDict(self.losses)  # what is trained with the student and saved with its state
-        self.train_source, self.held_out = hold_out(task.source, task.training.holdout, task.seed)
+        self.train_source, self.held_out = hold_out(
+            task.source, task.training.holdout, task.seed, task.training.most_bytes
+        )
         for name, objective in self.losses.items():
             with torch.random.fork_rng(devices=[]):
                 torch.manual_seed(derive(f"images of {name}", task.seed))
@@ -137,15 +141,18 @@ class Regime(Learner):
         """What is trained: the student, and its peers, each to be written under its name."""
         return {"student": self.student, **{f"peer-{i}": peer for i, peer in enumerate(self.students[1:], 1)}}
 
-    def made(self) -> Mapping[str, Images]:
+    def made(self) -> Mapping[str, Source]:
         """Sets of images that the training leaves, each to be written under its name. None by default."""
         return {}
 
     def batched(self, source: Source) -> Batches:
         """The batches of a source, on this process's device."""
         c = self.training_config
-        memory = None if c.memory is None else round(c.memory * 2**30)
-        return Batches(source, c.batch_size, self.seed, self.device, memory)
+        return Batches(source, c.batch_size, self.seed, self.device, c.most_bytes)
+
+    def held_parts(self) -> Iterator[Images]:
+        """The held-out images on this process's device, no more at once than a pass of a step learns from."""
+        return (part.to(self.device) for part in self.held.split(self.training_config.at_once))
 
     def parts(self, images: Images) -> list[Images]:
         """A batch as its passes see it: always so many parts, of sizes that differ by one at most."""
@@ -176,8 +183,8 @@ class Regime(Learner):
         """The loss of a batch, weighted and summed, and its unweighted terms for the log."""
 
     @abstractmethod
-    def correct(self, images: Images) -> Tensor:
-        """Per held-out image (B,), whether the student answers as it should. The batch is not augmented."""
+    def expected(self, images: Images) -> Tensor:
+        """The class (B,) that the student should give to each held-out image. It is asked for once."""
 
     def concern(self, measures: Mapping[str, float]) -> str | None:
         """A loss that has exploded; or, of the finished network, answers hardly above chance or to one class alone."""
@@ -219,7 +226,7 @@ class Regime(Learner):
     def after_step(self) -> None:
         """What else happens after each step of the student. Nothing by default."""
 
-    measure: ClassVar[str]  # what the mean of `correct` is called
+    measure: ClassVar[str]  # what the share of held-out images with the expected class is called
 
     def configure_optimizers(self) -> Any:
         """The student's optimiser, and a learning rate that rises, and then falls along a cosine or in steps."""
@@ -255,7 +262,7 @@ class Regime(Learner):
         self.mix = Mixing(self.training_config.cutmix, self.training_config.mixup, self.student.info.num_classes)
         self.batches = self.batched(self.train_source)
         if self.held_out is not None:
-            self.held = self.held_out.all().to(self.device)
+            self.held = self.held_out.all().each(Tensor.cpu)  # as they are stored, until they are shown
 
     def on_train_start(self) -> None:
         """Check that passes of all processes have images enough for the student, each its share of a batch."""
@@ -282,7 +289,7 @@ class Regime(Learner):
             counts.update(terms.keys())
         means = {name: total / counts[name] for name, total in sums.items()}
         if self.held_out is not None:
-            means[self.measure] = self._measure(self.held)
+            means[self.measure] = self._measure()
         return means
 
     def _step(self, step: int, images: Images) -> dict[str, Tensor]:
@@ -312,6 +319,9 @@ class Regime(Learner):
         return terms
 
     @torch.no_grad()
-    def _measure(self, held: Images) -> Tensor:
+    def _measure(self) -> Tensor:
         self.student.eval()
-        return torch.cat([self.correct(part).float() for part in held.split(MEASURED_AT_ONCE)]).mean()
+        if self.held_classes is None:
+            self.held_classes = torch.cat([self.expected(part) for part in self.held_parts()])
+        answers = torch.cat([self.student(part.pixels).argmax(1) for part in self.held_parts()])
+        return (answers == self.held_classes).float().mean()

@@ -16,7 +16,8 @@ As in the released code, images that fell out once are ranked again by what was 
 numbers stay so, cut off. Entropies are computed from log-probabilities, which are never NaN, and count also where they
 are 0; images that were never seen rank first; the number of rankings follows from the epochs, with ``--steps`` from
 those that so many make of all images, where the code divides by 6. The paper's blend is a sum, the code's and ours a
-mean; of the n that fall out some may have fallen out before. All images are held in memory.
+mean; of the n that fall out some may have fallen out before. All images are held in memory, whatever their number:
+``memory`` is refused.
 """
 
 from __future__ import annotations
@@ -39,6 +40,7 @@ from dfkd_cli.regimes.base import STEPS_PER_ROUND, Task, length
 from dfkd_cli.regimes.offline import Offline
 
 EXPONENT = 0.03
+AT_ONCE = 64  # images that are blended together, in float64
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -58,8 +60,13 @@ class Condensation(Offline):
     config: Config
 
     def __init__(self, task: Task, config: Config) -> None:
-        super().__init__(task, config)
         training = task.training
+        if training.memory is not None:
+            raise ConfigError(
+                f"--memory {training.memory:g}: --method kcd ranks and blends all images, and holds them all",
+                "leave out --memory, or give fewer images (--num-images)",
+            )
+        super().__init__(task, config)
         if training.steps != 0 and self.sizes[-1] < training.batch_size:
             raise ConfigError(
                 f"--keep {config.keep:g} leaves {self.sizes[-1]} images, no batch of {training.batch_size}",
@@ -146,13 +153,13 @@ class Condensation(Offline):
         falling = order[left : self.sizes[ranked]][:left]  # the rest finds no image to be blended into
         store.condense(order[:left], falling, order[left - len(falling) : left], self.config.blend)
 
-    def made(self) -> Mapping[str, Images]:
+    def made(self) -> Mapping[str, Source]:
         """The images that are left after the rankings that are still to come; without steps none are written."""
         if not self.rounds:
             return {}
         while len(self.store.rankings) < len(self.sizes) - 1:
             self.rank()
-        return {"condensed": self.store.chunk(0)}
+        return {"condensed": self.store}
 
     def on_save_checkpoint(self, checkpoint: dict[str, Any]) -> None:
         """What is recorded, and who was blended with whom: the pixels follow from the source."""
@@ -175,8 +182,8 @@ class Store(Source):
     """
 
     def __init__(self, source: Source) -> None:
-        everything = source.all()
-        self.images = Images(everything.pixels.clone(), everything.labels)
+        everything = source.all()  # a copy, also of a single chunk: what is blended is changed in place
+        self.images = Images(everything.pixels.cpu(), everything.labels)
         self.shape, self.dtype, self.labelled = source.shape, source.dtype, source.labelled
         self.kept, self.rankings = torch.arange(len(everything.pixels)), list[tuple[Tensor, Tensor, Tensor]]()
 
@@ -191,10 +198,12 @@ class Store(Source):
         """Leave the kept ones, and blend each falling image into the one that takes it in."""
         self.rankings.append((kept, falling, taking))
         self.kept, pixels = kept.sort().values, self.images.pixels
-        share = blend * torch.arange(len(falling), dtype=torch.float64).view(-1, 1, 1, 1) / max(len(falling), 1)
-        mixed = (1 - share) * pixels[taking] + share * pixels[falling]
-        # What is a whole number but for rounding is not to be cut down to the one below.
-        pixels[taking] = (mixed if pixels.is_floating_point() else mixed + 1e-6).to(pixels.dtype)
+        shares = blend * torch.arange(len(falling), dtype=torch.float64).view(-1, 1, 1, 1) / max(len(falling), 1)
+        parts = (torch.split(values, AT_ONCE) for values in (shares, taking, falling))
+        for share, into, out in zip(*parts, strict=True):  # nobody takes in and falls
+            mixed = (1 - share) * pixels[into] + share * pixels[out]
+            # What is a whole number but for rounding is not to be cut down to the one below.
+            pixels[into] = (mixed if pixels.is_floating_point() else mixed + 1e-6).to(pixels.dtype)
 
 
 def sizes(count: int, keep: float, rankings: int) -> list[int]:

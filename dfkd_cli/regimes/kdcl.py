@@ -34,7 +34,7 @@ from dfkd_cli.data.sources import Images
 from dfkd_cli.errors import ConfigError
 from dfkd_cli.objectives.base import ask
 from dfkd_cli.options import Several
-from dfkd_cli.regimes.base import MEASURED_AT_ONCE, Task
+from dfkd_cli.regimes.base import Task
 from dfkd_cli.regimes.distillation import Answers, in_every_mode
 from dfkd_cli.regimes.labelled import Labelled
 
@@ -108,11 +108,9 @@ class Collaborative(Labelled):
             answers = []
             for student in self.students:
                 student.eval()
-                answers.append(
-                    torch.cat([student(part.pixels).softmax(1) for part in self.held.split(MEASURED_AT_ONCE)])
-                )
+                answers.append(torch.cat([student(part.pixels).softmax(1) for part in self.held_parts()]))
                 student.train()
-            self.mixture.copy_(weights(torch.stack(answers), self.held.true_labels))
+            self.mixture.copy_(weights(torch.stack(answers), self.held.true_labels.to(self.device)))
 
     def on_save_checkpoint(self, checkpoint: dict[str, Any]) -> None:
         """The mixture is a buffer; of which epoch it is decides when it is measured next."""

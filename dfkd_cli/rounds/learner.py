@@ -25,6 +25,7 @@ class Learner(pl.LightningModule, ABC):
         stateless: Whether rounds are independent of each other, so that no checkpoint is needed to continue.
         teacher: The classifier that is frozen while the rounds are done, or None.
         note: What the user is told when the run starts, or None.
+        takes_memory: The options that decide how much memory is taken, for who runs out of it.
     """
 
     rounds: int
@@ -33,6 +34,7 @@ class Learner(pl.LightningModule, ABC):
     stateless = False
     scaled = True
     unit = "rounds"
+    takes_memory = "--batch-size"
 
     def __init__(self) -> None:
         super().__init__()
@@ -67,7 +69,7 @@ class Learner(pl.LightningModule, ABC):
         """One round; stops the run when a term is not finite."""
         failure = None
         try:
-            with machine_can_fail():
+            with machine_can_fail(self.takes_memory):
                 terms = self.round(self.current_round)
             self.check_finite(terms, self.current_round)
         except DfkdError as error:

@@ -80,7 +80,8 @@ def check(task: Task) -> None:
     shorter = f"--set objective.{first}.pretraining"
     if not after:
         raise ConfigError(f"{what}, and nothing after them", f"add --objective response, or {shorter}=0")
-    per_epoch, steps = length(task.training, len(hold_out(task.source, task.training.holdout, task.seed)[0]))
+    c = task.training
+    per_epoch, steps = length(c, len(hold_out(task.source, c.holdout, task.seed, c.most_bytes)[0]))
     if phase * per_epoch >= steps:
         raise ConfigError(
             f"{what}, {phase * per_epoch} steps of {steps}, which leaves none for {', '.join(after)}",

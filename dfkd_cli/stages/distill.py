@@ -212,10 +212,11 @@ def learn(settings: Settings, job: Job, terminal: Terminal) -> dict[str, Any]:
         task = (job if teacher is job.teacher else job.between(teacher, job.student, settings)).task(settings)
 
         def score(model: Classifier) -> dict[str, float]:
-            alike, most = agreement(model, job.first.classifier, task.source)
+            at_once = task.training.at_once
+            alike, most = agreement(model, job.first.classifier, task.source, at_once)
             scores = {"agreement_on_transfer_set": alike, "largest_class_of_transfer_set": most}
             if teacher is not job.first:
-                scores["agreement_with_last_teacher"], _ = agreement(model, teacher.classifier, task.source)
+                scores["agreement_with_last_teacher"], _ = agreement(model, teacher.classifier, task.source, at_once)
             return scores
 
         provenance = {

@@ -18,7 +18,7 @@ from statistics import median
 from typing import Any
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 
 from dfkd_cli.artifacts.files import write_atomic, write_json
 from dfkd_cli.artifacts.run import RunDirectory
@@ -139,13 +139,13 @@ def _make(
     inputs = directory.settings.inputs
     simulated = _simulation(model.classifier, calibration(images.source, inputs.images), inputs.bits)
     info, plain = simulated.info, _in_float(simulated)
-    pixels = torch.cat(list(shown(calibration(checked.source, inputs.images))))
+    looked_at = calibration(checked.source, inputs.images)
     facts = {"classes": info.classes and list(info.classes), "spec": info.spec, "model_sha256": model.sha256}
     made = {"float": to_onnx(plain, facts)}
     rounds = bool(quantisers(simulated.net))
     if rounds:
         made["integers"] = to_onnx(simulated, facts)
-    metrics = _checked(made, simulated, plain, pixels) | _latencies(made, pixels[:1])
+    metrics = _checked(made, simulated, plain, looked_at) | _latencies(made, next(shown(looked_at))[:1])
     name = next(reversed(made))
     version = opset(made[name])
     metrics["bytes"] = len(made[name])
@@ -218,24 +218,30 @@ def _in_float(simulated: Classifier) -> Classifier:
 
 
 @torch.no_grad()
-def _checked(made: dict[str, bytes], simulated: Classifier, plain: Classifier, pixels: Tensor) -> dict[str, Any]:
-    """How far what was made is from what it is made of, on images (B, C, H, W).
+def _checked(made: dict[str, bytes], simulated: Classifier, plain: Classifier, images: Source) -> dict[str, Any]:
+    """How far what was made is from what it is made of, on images.
 
     Raises:
         RunFailed: Further than arithmetic explains.
     """
-    floats, spec = plain(pixels).float(), plain.info.spec
-    answered, largest = OnnxNetwork(made["float"], spec)(pixels), floats.abs().max()
+    spec = plain.info.spec
+    asked: dict[str, nn.Module] = {"torch": plain, "float": OnnxNetwork(made["float"], spec)}
+    if "integers" in made:
+        exactly, usually = (OnnxNetwork(made["integers"], simulated.info.spec, way) for way in (True, False))
+        asked |= {"simulation": simulated, "exact": exactly, "usual": usually}
+    parts = [{name: network(pixels).float() for name, network in asked.items()} for pixels in shown(images)]
+    logits = {name: torch.cat([part[name] for part in parts]) for name in asked}
+    floats, answered = logits["torch"], logits["float"]
+    largest = floats.abs().max()
     difference = float((answered - floats).abs().max() / largest)
     if not difference <= NEAR:
         raise RunFailed(
             f"{spec}: onnxruntime's logits differ by {difference:.2g} of the largest, not {NEAR:g}: nothing is written"
         )
-    metrics: dict[str, Any] = {"images": len(pixels), "float_difference": difference}
+    metrics: dict[str, Any] = {"images": len(images), "float_difference": difference}
     if "integers" not in made:
         return metrics | {"agreement": _agreement(answered, floats)}
-    rounded = simulated(pixels).float()
-    exact, usual = (OnnxNetwork(made["integers"], simulated.info.spec, way)(pixels) for way in (True, False))
+    rounded, exact, usual = (logits[name] for name in ("simulation", "exact", "usual"))
     metrics |= {
         "agreement": _agreement(exact, floats),
         "agreement_with_simulation": _agreement(exact, rounded),

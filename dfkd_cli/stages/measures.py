@@ -31,13 +31,16 @@ def share(hits: Tensor) -> float:
     return float(hits.double().mean())
 
 
-def top1(model: Classifier, source: Source) -> float:
-    """Share of the labelled images whose label the model gives."""
-    return _share_answered(model, source, lambda images: images.true_labels)
+def top1(model: Classifier, source: Source, batch_size: int = BATCH) -> float:
+    """Share of the labelled images whose label the model gives; it is shown ``batch_size`` at once."""
+    return _share_answered(model, source, lambda images: images.true_labels, batch_size)
 
 
-def agreement(student: Classifier, teacher: Classifier, source: Source) -> tuple[float, float]:
-    """Share of images on which two models give the same class, and share of the teacher's most frequent class."""
+def agreement(student: Classifier, teacher: Classifier, source: Source, batch_size: int = BATCH) -> tuple[float, float]:
+    """Share of images on which two models give the same class, and share of the teacher's most frequent class.
+
+    Both are shown ``batch_size`` images at once.
+    """
     teacher.eval().to(student.mean.device)
     counts = torch.zeros(teacher.info.num_classes, dtype=torch.long)
 
@@ -46,15 +49,15 @@ def agreement(student: Classifier, teacher: Classifier, source: Source) -> tuple
         counts.add_(classes.bincount(minlength=len(counts)).cpu())
         return classes
 
-    return _share_answered(student, source, answer), int(counts.max()) / len(source)
+    return _share_answered(student, source, answer, batch_size), int(counts.max()) / len(source)
 
 
 @torch.no_grad()
-def _share_answered(model: Classifier, source: Source, expected: Callable[[Images], Tensor]) -> float:
+def _share_answered(model: Classifier, source: Source, expected: Callable[[Images], Tensor], batch_size: int) -> float:
     # Counted batch by batch: answers kept among the large buffers of a long set would hold on to their memory.
     model.eval()
     device = model.mean.device
-    correct = sum(int((model(i.pixels).argmax(1) == expected(i)).sum()) for i in batches(source, BATCH, device))
+    correct = sum(int((model(i.pixels).argmax(1) == expected(i)).sum()) for i in batches(source, batch_size, device))
     return correct / len(source)
 
 

@@ -78,7 +78,7 @@ def run(settings: Settings, terminal: Terminal, dry_run: bool = False) -> dict[s
         check(task)
 
     def score(model: Classifier) -> dict[str, float]:
-        return {"top1": top1(model, RealSource(test))}
+        return {"top1": top1(model, RealSource(test), inputs.at_once)}
 
     provenance = {"command": "train-teacher", "dataset": inputs.dataset, "seed": settings.run.seed}
     answer = train(Work(task, provenance, score), directory, terminal)

@@ -17,7 +17,7 @@ from dfkd_cli.artifacts.run import RunDirectory, check_free
 from dfkd_cli.artifacts.shards import MANIFEST, ShardWriter
 from dfkd_cli.config import dump_yaml, plain
 from dfkd_cli.data.seal import check_kept, kept
-from dfkd_cli.data.sources import ANSWERS, Images
+from dfkd_cli.data.sources import ANSWERS, Source
 from dfkd_cli.errors import ConfigError
 from dfkd_cli.models.adapter import require_training
 from dfkd_cli.models.black_box import BlackBox
@@ -219,8 +219,8 @@ def _make(work: Work, run: RunDirectory, terminal: Terminal) -> tuple[list[Path]
         files += [place / name for name in WRITTEN if name != "metrics.csv"]
         if role != "student":
             metrics |= {f"{role}.{name}": value for name, value in scores[role].items()}
-    for name, images in learner.made().items():
-        files += _write_set(run.path / name, images, work, run.settings)
+    for name, source in learner.made().items():
+        files += _write_set(run.path / name, source, work, run.settings)
     return files, metrics
 
 
@@ -266,19 +266,20 @@ def manifest_head(
     }
 
 
-def _write_set(directory: Path, images: Images, work: Work, settings: Settings) -> list[Path]:
-    """Write images as shards, with what the teacher says about them. Returns the files."""
+def _write_set(directory: Path, source: Source, work: Work, settings: Settings) -> list[Path]:
+    """Write images as shards, chunk by chunk, with what the teacher says about them. Returns the files."""
     teacher, says = work.task.teacher, work.provenance
     assert teacher is not None
-    dtype = str(images.pixels.dtype).removeprefix("torch.")
+    dtype = str(source.dtype).removeprefix("torch.")
     head = manifest_head(settings, teacher.info, says["teacher"], dtype, says["data_free"], says["uses"])
-    parts = images.split(OF_A_SHARD)
-    writer = ShardWriter(directory, head, len(parts))
-    device = teacher.mean.device
-    for index in writer.missing():
-        with torch.no_grad():
-            logits = teacher(parts[index].to(device).pixels).float()
-        writer.write(index, {"images": parts[index].pixels, "logits": logits}, {})
+    writer = ShardWriter(directory, head, sum(-(-size // OF_A_SHARD) for size in source.sizes))
+    device, at_once, missing = teacher.mean.device, work.task.training.at_once, {*writer.missing()}
+    shards = (shard for index in range(len(source.sizes)) for shard in source.chunk(index).split(OF_A_SHARD))
+    for index, shard in enumerate(shards):
+        if index in missing:
+            with torch.no_grad():
+                answers = [teacher(part.to(device).pixels).float() for part in shard.split(at_once)]
+            writer.write(index, {"images": shard.pixels, "logits": torch.cat(answers)}, {})
     manifest = writer.write_manifest()
     return [directory / MANIFEST, *(directory / row["file"] for row in manifest["shards"])]
 

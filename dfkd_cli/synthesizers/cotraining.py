@@ -12,7 +12,7 @@ from torch import Tensor, nn
 from torch.optim import Optimizer
 from torch.optim.lr_scheduler import CosineAnnealingLR, LRScheduler
 
-from dfkd_cli.artifacts.shards import ShardWriter, as_pixels
+from dfkd_cli.artifacts.shards import ShardWriter
 from dfkd_cli.data.augment import pipeline
 from dfkd_cli.data.batches import Batches, room
 from dfkd_cli.data.sources import Images, Source
@@ -22,12 +22,11 @@ from dfkd_cli.models.generators import Generators
 from dfkd_cli.models.quantized import follow_ranges
 from dfkd_cli.objectives.base import Outputs, ask
 from dfkd_cli.objectives.response import soft_loss
+from dfkd_cli.options import MEASURED_AT_ONCE
 from dfkd_cli.rounds.learner import weighted_sum
 from dfkd_cli.seeds import derive, seed_torch
 from dfkd_cli.synthesis_options import CoTraining, PoolTraining
 from dfkd_cli.synthesizers.base import SynthesisTask, Synthesizer
-
-AT_ONCE = 500  # images of a shard that are measured
 
 
 class CoTrainer(Synthesizer):
@@ -65,6 +64,11 @@ class CoTrainer(Synthesizer):
     @abstractmethod
     def student_steps(self) -> int:
         """Steps of the student in all."""
+
+    @property
+    @abstractmethod
+    def of_a_step(self) -> int:
+        """Images of one step of the student."""
 
     @property
     def can_fuse(self) -> bool:
@@ -111,7 +115,7 @@ class CoTrainer(Synthesizer):
 
     @torch.no_grad()
     def health(self, pixels: Tensor, logits: Tensor) -> dict[str, Tensor]:
-        """How images (B, C, H, W), B of at least 1, and the teacher's logits for them (B, K) look.
+        """How images (B, C, H, W), B of at least 1, of any type and device, and the teacher's logits (B, K) look.
 
         ``confidence``: the teacher's mean highest probability; ``variety``: the number of classes that its answers are
         spread over, as the exponential of their entropy, divided by the most that there can be; ``agreement``: the
@@ -119,7 +123,9 @@ class CoTrainer(Synthesizer):
         """
         labels, training = logits.argmax(1), self.student.training
         self.student.eval()
-        answers = [self.student(part.pixels).argmax(1) for part in Images(pixels).split(AT_ONCE)]
+        least, most = MEASURED_AT_ONCE
+        parts = Images(pixels).split(min(max(self.of_a_step, least), most))  # for more there may be no room
+        answers = [self.student(part.to(self.device).pixels).argmax(1) for part in parts]
         agreed = torch.cat(answers) == labels
         self.student.train(training)
         shares = torch.bincount(labels, minlength=logits.shape[1]) / len(labels)
@@ -132,7 +138,7 @@ class CoTrainer(Synthesizer):
     def shard_health(self, index: int) -> dict[str, Tensor]:
         """How the images of a shard look that was written."""
         shard = self.writer.read(index)
-        return self.health(as_pixels(shard["images"].to(self.device)), shard["logits"].to(self.device))
+        return self.health(shard["images"], shard["logits"].to(self.device))
 
     def concern(self, measures: Mapping[str, float]) -> str | None:
         """Images that are all of one class, or of none."""
@@ -208,6 +214,10 @@ class PoolTrainer(CoTrainer):
     @property
     def student_steps(self) -> int:
         return (self.rounds - self.warmup_rounds) * self.config.student_steps
+
+    @property
+    def of_a_step(self) -> int:
+        return self.config.student_batch_size
 
     def student_terms(self, student: Outputs, teacher: Outputs, images: Images) -> dict[str, Tensor]:
         """How far the student's softened answers are from the teacher's."""

@@ -60,6 +60,10 @@ class StreamTrainer(CoTrainer):
     def student_steps(self) -> int:
         return self.config.steps * self.config.student_steps
 
+    @property
+    def of_a_step(self) -> int:
+        return self.config.batch_size
+
     def done(self, rounds: int) -> int:
         return min(rounds * ITERATIONS_PER_ROUND, self.config.steps)  # writing shards is next to nothing
 

@@ -15,6 +15,7 @@ from dfkd_cli import catalog
 from dfkd_cli.config import build
 from dfkd_cli.data.sources import Images
 from dfkd_cli.models.classifier import Classifier, ModelInfo
+from dfkd_cli.objectives import bss
 from dfkd_cli.objectives.base import Outputs
 from dfkd_cli.objectives.bss import BSS, Config, across, candidates, other_class
 
@@ -179,6 +180,43 @@ def test_the_papers_boundary_is_the_mean_over_what_the_code_draws(standardise):
             p, q = (oracles.softmax((losses.standardised(z) if standardise else z) / 3) for z in answers)
             total += probabilities[k] / (1 - probabilities[labels[i]]) * oracles.cross_entropy(p, q)
     assert terms["boundary"].item() == pytest.approx(total / len(chosen), rel=1e-9)
+
+
+def in_parts(student: Classifier, teacher: Classifier, at_once: int) -> tuple[Tensor, list[Tensor], list[int]]:
+    """The boundary's value, its gradients, and the images of each pass, where so many numbers are moved together."""
+    made, images, passes = objective(student, teacher, variant="paper", boundary_images=5), pixels(24), []
+    own, target = student(images), teacher(images).detach()
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(bss, "AT_ONCE", at_once)
+        hooks = [net.net.register_forward_pre_hook(lambda _, x: passes.append(len(x[0]))) for net in (student, teacher)]
+        value = made(Outputs(own), Outputs(target), Images(images))["boundary"]
+        for hook in hooks:
+            hook.remove()
+    gradients = torch.autograd.grad(2 * value, [*student.parameters()], allow_unused=True)
+    return value.detach(), [gradient for gradient in gradients if gradient is not None], passes
+
+
+@pytest.mark.parametrize(("at_once", "most"), [(1, 5), (8 * math.prod(SIZE), 8)])
+def test_images_that_are_too_many_for_one_pass_take_turns(at_once, most):
+    unused = nn.Linear(1, 1)
+    student, teacher = (classifier(seed, nn.Conv2d(2, 2, 1), nn.Tanh()) for seed in (1, 2))
+    student.register_module("unused", unused)
+    whole, gradients, passes = in_parts(student, teacher, 2**22)
+    parted, summed, shorter = in_parts(student, teacher, at_once)
+    assert max(passes) == 5 * (CLASSES - 1) and max(shorter) == most
+    torch.testing.assert_close(parted, whole, rtol=1e-12, atol=0)
+    torch.testing.assert_close(summed, gradients, rtol=1e-9, atol=1e-12)
+    assert len(summed) == 4
+
+
+def test_batchnorm_learns_from_the_first_part_of_images_that_take_turns():
+    student, teacher = classifier(1, nn.BatchNorm2d(2)), classifier(2)
+    layer, seen = student.net[0], []
+    layer.register_forward_pre_hook(lambda _, x: seen.append(x[0].mean((0, 2, 3))))
+    in_parts(student, teacher, 1)
+    assert len(seen) == 1 + CLASSES - 1  # the batch, and each image towards one class after the other
+    torch.testing.assert_close(layer.running_mean, 0.9 * 0.1 * seen[0] + 0.1 * seen[1])
+    assert layer.track_running_stats and layer.num_batches_tracked == 2
 
 
 @pytest.mark.parametrize(("count", "right"), [(1, 1), (8, 0), (8, 1), (8, 2)])

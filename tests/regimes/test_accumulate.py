@@ -16,7 +16,7 @@ from torch import nn
 from dfkd_cli import catalog
 from dfkd_cli.config import build
 from dfkd_cli.data.sources import Images, Source
-from dfkd_cli.errors import ConfigError
+from dfkd_cli.errors import ConfigError, RunFailed
 from dfkd_cli.stages.distill import Inputs
 
 PLAIN = {"schedule": "constant", "optimizer": "sgd", "lr": 0.5, "momentum": 0.9}
@@ -154,6 +154,23 @@ def test_memory_is_in_gibibytes(memory, held, tmp_path):
     learner = regime("offline", Given(pixels()), steps=1, memory=memory)
     work(learner, tmp_path)
     assert learner.batches.capacity == held // learner.train_source.bytes_per_image
+
+
+def test_no_more_images_are_held_out_than_there_is_memory_for():
+    source = Given(pixels(40))
+    for fit, held in ((9, 9), (30, 20)):
+        learner = regime("offline", source, holdout=0.5, memory=fit * source.bytes_per_image / 2**30)
+        assert (len(learner.held_out), len(learner.train_source)) == (held, 40 - held)
+
+
+@pytest.mark.parametrize(("memory", "lower"), [(None, "--batch-size;"), (2.0, "--batch-size or --memory;")])
+def test_what_decides_how_much_memory_is_taken_is_named_where_there_is_too_little(memory, lower, tmp_path):
+    class TooLarge(Given):
+        def chunk(self, index):
+            return Images(torch.empty(1 << 60))
+
+    with pytest.raises(RunFailed, match=f"out of memory -- lower {lower}"):
+        work(regime("offline", TooLarge(pixels()), memory=memory), tmp_path)
 
 
 @pytest.mark.parametrize("values", [{"accumulate": 0}, {"memory": 0.0}])

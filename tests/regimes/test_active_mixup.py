@@ -18,6 +18,7 @@ from torch import nn
 from dfkd_cli.artifacts.files import sha256_file
 from dfkd_cli.artifacts.shards import ShardReader
 from dfkd_cli.models.black_box import BlackBox
+from dfkd_cli.options import MEASURED_AT_ONCE
 from dfkd_cli.regimes import active_mixup, base
 from dfkd_cli.regimes.active_mixup import Mixed, pairs_of
 from dfkd_cli.rounds.trainer import CHECKPOINT
@@ -125,7 +126,7 @@ def test_a_training_is_the_papers(dtype, seen, tmp_path):
             w = w - (0.5 if step < epochs * per_epoch / 2 else 0.05) * velocity
     assert next(steps, None) is None
     np.testing.assert_allclose(linear(learner.student), w, atol=1e-4)
-    left = learner.made()["asked"]
+    left = learner.made()["asked"].all()
     np.testing.assert_allclose(left.pixels.double().numpy() / paper.top, np.stack(paper.set), atol=1e-6)
     assert left.labels is None
     assert learner.teacher.ledger.asked == 19
@@ -137,6 +138,32 @@ def test_white_stays_white_and_eight_bits_are_kept():
     for value in range(256):
         same = Mixed(torch.full((3, 1, 1, 1), value, dtype=torch.uint8))
         assert (same.mixtures(torch.arange(3), torch.full((3,), 0.42, dtype=torch.float64)).pixels == value).all()
+
+
+def test_mixtures_are_made_in_parts_and_held_in_chunks_however_many_there_are(monkeypatch):
+    def mixed() -> Mixed:
+        source = Mixed(pictures())
+        for pairs in (torch.arange(4), torch.empty(0, dtype=torch.int64), torch.arange(4, 21)):
+            source.add(pairs, torch.linspace(0.3, 0.7, len(pairs), dtype=torch.float64))
+        return source
+
+    whole, mixing = mixed().all().pixels, []
+    monkeypatch.setattr(active_mixup, "AT_ONCE", 3)
+    monkeypatch.setattr(active_mixup, "CHUNK", 8)
+    source, partners = mixed(), Mixed.partners
+    monkeypatch.setattr(Mixed, "partners", lambda self, pairs: mixing.append(len(pairs)) or partners(self, pairs))
+    assert [len(source.chunk(index).pixels) for index in range(4)] == source.sizes == [8, 8, 8, 6]
+    assert torch.equal(source.all().pixels, whole)
+    assert max(mixing) == 3
+
+
+def test_a_student_scores_few_mixtures_at_once(tmp_path):
+    """No more than it learns from, or as few as there is room for in any case."""
+    learner = mixup(Given(pictures()), batch_size=4, accumulate=2, epochs=1, config={"rounds": 1, "mixups": 5})
+    shown: list[int] = []
+    learner.student.register_forward_pre_hook(lambda _, args: shown.append(len(args[0])))
+    work(learner, tmp_path)
+    assert max(shown) == MEASURED_AT_ONCE[0]
 
 
 @pytest.mark.parametrize(

@@ -45,7 +45,7 @@ def test_more_images_may_fall_out_than_are_left(tmp_path):
     learner = regime("kcd", given(), batch_size=5, epochs=1, config={"keep": 0.2, "period": 1}, **PLAIN)
     work(learner, tmp_path)
     (left,) = learner.made().values()
-    assert learner.sizes == [COUNT, 8] and len(left.pixels) == 8
+    assert learner.sizes == [COUNT, 8] and len(left) == 8
 
 
 class Paper:
@@ -119,7 +119,7 @@ def test_a_training_is_the_papers(dtype, reclaim, tmp_path):
         assert {*seen} <= {*paper.kept}
     assert next(steps, None) is None
     np.testing.assert_allclose(linear(learner.student), w, atol=1e-5)
-    paper_left = learner.made()["condensed"]
+    paper_left = learner.made()["condensed"].all()
     assert learner.store.kept.tolist() == paper.kept  # seven epochs: the third ranking was before the last one
     np.testing.assert_allclose(paper_left.pixels.numpy(), paper.pixels[paper.kept], atol=1e-6)
     assert paper_left.true_labels.tolist() == [image % CLASSES for image in paper.kept]
@@ -147,6 +147,22 @@ def test_sure_answers_have_an_entropy_and_no_nan():
     learner.record(images, torch.tensor([[1e4, 0.0, -1e4, 0.0]] * 5))
     assert learner.entropy.isfinite().all()
     assert learner.seen.sum() == 5
+
+
+def test_images_that_are_all_held_are_blended_in_parts(monkeypatch):
+    sets, source = [], given()
+    for at_once in (64, 3):
+        monkeypatch.setattr(kcd, "AT_ONCE", at_once)
+        store = kcd.Store(source)
+        store.condense(torch.arange(20), torch.arange(30, 40), torch.arange(10, 20), 0.5)
+        sets.append(store.chunk(0).pixels)
+    assert torch.equal(*sets) and not torch.equal(sets[0], pictures()[:20])
+    assert torch.equal(source.images.pixels, pictures())  # they are not the source's own
+
+
+def test_memory_is_refused_where_all_images_are_held():
+    with pytest.raises(ConfigError, match=r"--memory 0.5: --method kcd .* holds them all"):
+        regime("kcd", given(), batch_size=5, epochs=2, memory=0.5)
 
 
 @pytest.mark.parametrize(

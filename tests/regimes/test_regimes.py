@@ -174,7 +174,7 @@ def test_supervised_training_learns(tmp_path):
     labels = (inputs(images) @ linear(network(5)).T).argmax(1)  # classes that a linear student can tell apart
     source = Given(images, torch.from_numpy(labels))
     learner = work(regime("supervised", source, steps=300, lr=0.1, optimizer="adam"), tmp_path / "run")
-    assert learner.correct(Images(images, source.images.labels)).all()
+    assert torch.equal(learner.student(images).argmax(1), source.images.labels)
 
 
 # -- the schedule ------------------------------------------------------------------------------------------------------
@@ -340,6 +340,17 @@ def test_held_out_images_are_never_trained_on(tmp_path):
     )
     assert (len(trained), len(measured)) == (15, 5)
     assert trained | measured == {tuple(image.flatten().tolist()) for image in images}
+
+
+def test_held_out_images_stay_as_they_are_stored_and_the_teacher_is_asked_about_them_once(tmp_path, monkeypatch):
+    monkeypatch.setattr(base, "STEPS_PER_ROUND", 2)
+    learner, asked = regime("offline", Given((255 * pixels(20)).byte()), holdout=0.25, batch_size=5, steps=6), []
+    learner.teacher.register_forward_pre_hook(lambda _, args: asked.extend(args[0].flatten(1).tolist()))
+    work(learner, tmp_path / "run")
+    assert learner.rounds == 3
+    held = learner.held_out.all().to(torch.device("cpu")).pixels.flatten(1).tolist()
+    assert sorted(image for image in asked if image in held) == sorted(held)
+    assert learner.held.pixels.dtype == torch.uint8
 
 
 # -- augmentation ------------------------------------------------------------------------------------------------------
