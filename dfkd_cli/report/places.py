@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import contextlib
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -55,6 +55,14 @@ def find_teacher(child: Path, sha256: str) -> Path | None:
     recorded = [parent for parent in read_run(run).get("parents", []) if parent["role"] == "teacher"]
     candidates = [parent | {"sha256": sha256} for parent in [*recorded, {"path": "teacher"}]]
     return next(filter(None, (find(parent, run, RECORD) for parent in candidates)), None)
+
+
+def judged_by(line: Sequence[str], record: Mapping[str, Any]) -> list[str]:
+    """The hashes of whom a model is measured against, nearest first; its ``line`` begins with whom it comes from.
+
+    An export is what its model is: it is measured against that one's teacher, and against the model if there is none.
+    """
+    return [*line[1:], *line[:1]] if record.get("kind") == "export" else [*line]
 
 
 def recorded_as(path: Path) -> str:

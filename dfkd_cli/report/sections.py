@@ -9,7 +9,7 @@ from pathlib import Path
 from dfkd_cli.errors import ArtifactError, ConfigError
 from dfkd_cli.models.names import ForeignWeights, ModelDirectory
 from dfkd_cli.report.entries import Model, read_model
-from dfkd_cli.report.places import find_teacher
+from dfkd_cli.report.places import find_teacher, judged_by
 from dfkd_cli.trust import Code
 
 
@@ -110,8 +110,10 @@ def _teacher_of(student: Model, by_hash: dict[str, Model], code: Code) -> Model 
     The nearest one counts that is among the known models, by hash, or where the student says, or in ``teacher/``: then
     it is known as well. A grid has one ranking, and so has a chain: none of their own students heads another.
     """
-    for sha256 in student.line:
-        if sha256 not in by_hash and (place := find_teacher(student.path, sha256)) is not None:
+    beside = [student.path, *(by_hash[sha256].path for sha256 in student.line if sha256 in by_hash)]
+    for sha256 in judged_by(student.line, student.record):
+        places = (find_teacher(child, sha256) for child in beside if sha256 not in by_hash)
+        if place := next(filter(None, places), None):
             by_hash[sha256] = read_model(ModelDirectory(str(place)), code)
         teacher = by_hash.get(sha256)
         if teacher is not None and teacher.row is None and (teacher.chain is None or teacher.chain != student.chain):

@@ -17,7 +17,7 @@ from dfkd_cli.errors import ArtifactError, ConfigError
 from dfkd_cli.models.directory import RECORD
 from dfkd_cli.models.exported import RECORD as EXPORT
 from dfkd_cli.models.names import LoadedModel, ModelDirectory, locate, made_by_dfkd
-from dfkd_cli.report.places import find_teacher
+from dfkd_cli.report.places import find_teacher, judged_by
 from dfkd_cli.settings import Settings
 from dfkd_cli.stages.inputs import TransferSet, balanced, is_images, open_images, pick_device
 from dfkd_cli.stages.lines import End, line
@@ -91,7 +91,7 @@ class Opener:
 
     def _model(self, path: str, model: LoadedModel) -> Evaluation:
         _, *line = model.ancestry
-        teacher = self._teacher_of(path, line, model.sha256)
+        teacher = self._teacher_of(path, judged_by(line, model.record), model.sha256)
         teachers = [] if teacher is None else [teacher]
         names: list[str | None] = [self.inputs.dataset, *(m.dataset for m in (*teachers, model))]
         dataset = next((name for name in names if name is not None), None)
@@ -204,11 +204,12 @@ class Opener:
         if self.teacher is not None and (self.inputs.teacher is not None or self.teacher.sha256 == own):
             return self.teacher
         known = {model.sha256: model for model in reversed(self.models.values())}
+        beside = [path, *(known[sha256].path for sha256 in line if sha256 in known)]
         for sha256 in line:
             if sha256 in known:
                 return known[sha256]
             try:
-                if (place := find_teacher(Path(path), sha256)) is not None:
+                if place := next(filter(None, (find_teacher(Path(child), sha256) for child in beside)), None):
                     return self.models.setdefault(str(place), ModelDirectory(str(place)).open(self.code))
             except ArtifactError as error:  # nobody asked for this teacher
                 self.terminal.say(f"{path}: not compared with its teacher, which cannot be read: {error}")

@@ -243,6 +243,26 @@ def test_a_trained_copy_is_exported_with_its_own_bits(cli, place, tmp_path):
     assert (constants["net.conv.weight.times"], record["opset"]) == (18, 21)
 
 
+@pytest.mark.parametrize("first", ["student", "export"])
+def test_an_export_and_its_student_are_measured_against_their_teacher(cli, place, tmp_path, first, quick_latency):
+    teacher, student, out = place / "small", tmp_path / "student", tmp_path / "export"
+    learned = ["--teacher", teacher, "--transfer-set", "noise:64", "--student", f"w2a2:{teacher}", "--steps", 0]
+    assert cli("distill", *learned, "--out", student, "--allow-code", "--device", "cpu")[0] == 0
+    assert export(cli, student, out)[0] == 0
+    paths = sorted((student, out), key=lambda path: path.name != first)
+    agreements = []
+    for named in ((), ("--teacher", teacher)):
+        code, said, err = cli("evaluate", *paths, *named, "--allow-code", "--device", "cpu", "--json")
+        assert code == 0, err
+        agreements.append([result["agreement"] for result in json.loads(said)["results"]])
+    assert agreements[0] == agreements[1]
+    code, _, err = cli("compare", *paths, "--allow-code", "--out", tmp_path / "c", "--device", "cpu")
+    assert code == 0, err
+    (section,) = json.loads((tmp_path / "c" / "results.json").read_text())["sections"]
+    found = {(row["role"], row["runs"][0]["path"]) for row in section["rows"]}
+    assert found == {("teacher", str(teacher)), ("student", str(student)), ("student", str(out))}
+
+
 @pytest.fixture(scope="module")
 def finished(place, session_cli) -> Path:
     """An export, beside the model that it is of."""
