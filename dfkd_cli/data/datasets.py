@@ -198,7 +198,8 @@ def _directory(name: str) -> Path:
     """The directory of a dataset that is not known by its name."""
     if name and Path(name).is_dir():
         return Path(name)
-    raise ConfigError(f"dataset {name!r}: neither a known name nor a directory", did_you_mean(name, DATASETS))
+    hint = "a relative path counts from here: give --dataset" if "/" in name else did_you_mean(name, DATASETS)
+    raise ConfigError(f"dataset {name!r}: neither a known name nor a directory", hint)
 
 
 def class_balanced(labels: Tensor, count: int, seed: int) -> Tensor:

@@ -56,6 +56,8 @@ def build(spec: str, num_classes: int, input_size: Size, allow_code: bool = Fals
     source, colon, name = spec.partition(":")
     if not colon:
         build_one = family(spec)
+        if build_one is None and "/" in spec:
+            raise ConfigError(f"{spec}: no such directory", "give a model directory, or a SPEC")
         if build_one is None:
             near = did_you_mean(spec, _families())
             hint = f"{near}; or torchvision:NAME, timm:NAME, FILE.py:factory, a model directory"
