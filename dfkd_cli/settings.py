@@ -155,9 +155,9 @@ def resolve(command: str, sources: Sequence[tuple[Any, ...]]) -> Settings:
     for source, layer, _ in layers:
         sections |= {name: layer[name] for name in record.sections if name in layer}
         if "teacher" in layer and layer["teacher"] != values["inputs",].get("teacher"):
-            of_another = {name for name in FOREIGN if values["inputs",].pop(name, None) is not None} - layer.keys()
-            if source == TYPED and of_another:
-                LOG.warning("--teacher: the recipe speaks of another, so not of its %s", ", ".join(sorted(of_another)))
+            of_another = {name for name in FOREIGN if values["inputs",].pop(name, None) is not None}
+            if source == TYPED and (unsaid := sorted(of_another - layer.keys())) and not _says_itself(layer["teacher"]):
+                LOG.warning("--teacher: the recipe speaks of another, so not of its %s", ", ".join(unsaid))
         said = {key.removeprefix("inputs.") for key in layer}
         for one, other in INSTEAD:
             too = source == TYPED and labels["inputs",].get(other, "").startswith(ASSIGNED)  # both are typed
@@ -192,6 +192,11 @@ def resolve(command: str, sources: Sequence[tuple[Any, ...]]) -> Settings:
     run: Run = built["run",]
     code = Code(frozenset().union(*(layer.typed for layer in layers)), run.allow_code, run.code_dir)
     return Settings(command, run, built["inputs",], components, sections, code)
+
+
+def _says_itself(teacher: Any) -> bool:
+    """Whether a teacher, or each of several, is a directory, which says what it is."""
+    return all(Path(name).is_dir() for name in ([teacher] if isinstance(teacher, str) else teacher))
 
 
 def _must_be_default(source: str, name: str, value: Any, command: str) -> None:

@@ -15,6 +15,7 @@ from safetensors.torch import load_file
 from dfkd_cli import catalog
 from dfkd_cli.artifacts.files import sha256_file
 from dfkd_cli.artifacts.shards import ShardReader
+from dfkd_cli.settings import recipe_layer, resolve, typed_layer
 
 
 def distill(teacher, *args) -> list[str]:
@@ -200,13 +201,15 @@ def test_test_images_of_a_dataset_are_not_learned_from(cli, teacher, tmp_path):
     assert (code, f"data has train/ and val/ -- give {tmp_path}/data/train" in err) == (2, True), err
 
 
-def test_what_a_recipe_says_of_its_teacher_is_not_said_of_another(cli, teacher, tmp_path):
+def test_what_a_recipe_says_of_its_teacher_is_not_said_of_another(tmp_path, caplog):
+    """Which is told, but of a directory, which says itself what it is."""
     (tmp_path / "net.yaml").write_text("teacher: elsewhere\nmean: [0.5]\nnum_classes: 3\n")
-    command = ["distill", "--recipe", tmp_path / "net.yaml", "--transfer-set", "noise:8", "--dry-run"]
-    code, _, err = cli(*command, "--teacher", teacher)
-    assert (
-        code == 0 and err.count("note: --teacher: the recipe speaks of another, so not of its mean, num_classes") == 1
-    ), err
+    recipe = recipe_layer(str(tmp_path / "net.yaml"), "distill")
+    for teacher, told in (("./other.py:build", True), (str(tmp_path), False)):
+        caplog.clear()
+        inputs = resolve("distill", [recipe, typed_layer({"teacher": [teacher], "num_classes": 4})]).inputs
+        assert (inputs.mean, inputs.num_classes) == (None, 4)
+        assert ("--teacher: the recipe speaks of another, so not of its mean" in caplog.text) == told
 
 
 def test_images_by_the_class(cli, make_teacher, tmp_path):
