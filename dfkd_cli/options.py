@@ -34,6 +34,15 @@ MOST_IMAGES = 10**8  # of one set
 MEASURED_AT_ONCE = 16, 500  # images, at least and at most
 
 
+def measured_at_once(learned: int) -> int:
+    """Images of a pass that only measures, where so many are of one that learns: no more, so that there is room.
+
+    It keeps no activations for a backward pass, so that there is room for a few in any case.
+    """
+    least, most = MEASURED_AT_ONCE
+    return min(max(learned, least), most)
+
+
 @dataclass(frozen=True, kw_only=True)
 class Training(Augmentation):
     """How a network is trained: any teacher, any student."""
@@ -80,12 +89,8 @@ class Training(Augmentation):
 
     @property
     def at_once(self) -> int:
-        """Images of a pass that only measures: no more than of one that learns, so that there is room for them.
-
-        It keeps no activations for a backward pass, so that there is room for a few in any case.
-        """
-        least, most = MEASURED_AT_ONCE
-        return min(max(-(-self.batch_size // self.accumulate), least), most)
+        """Images of a pass that only measures."""
+        return measured_at_once(-(-self.batch_size // self.accumulate))
 
     @property
     def mixes(self) -> bool:

@@ -22,7 +22,7 @@ from dfkd_cli.models.generators import Generators
 from dfkd_cli.models.quantized import follow_ranges
 from dfkd_cli.objectives.base import Outputs, ask
 from dfkd_cli.objectives.response import soft_loss
-from dfkd_cli.options import MEASURED_AT_ONCE
+from dfkd_cli.options import measured_at_once
 from dfkd_cli.rounds.learner import weighted_sum
 from dfkd_cli.seeds import derive, seed_torch
 from dfkd_cli.synthesis_options import CoTraining, PoolTraining
@@ -123,8 +123,7 @@ class CoTrainer(Synthesizer):
         """
         labels, training = logits.argmax(1), self.student.training
         self.student.eval()
-        least, most = MEASURED_AT_ONCE
-        parts = Images(pixels).split(min(max(self.of_a_step, least), most))  # for more there may be no room
+        parts = Images(pixels).split(measured_at_once(self.of_a_step))
         answers = [self.student(part.to(self.device).pixels).argmax(1) for part in parts]
         agreed = torch.cat(answers) == labels
         self.student.train(training)
