@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import contextlib
-from collections import defaultdict
+from collections import Counter, defaultdict
 from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass
 from typing import Any
@@ -119,9 +119,24 @@ class Covariance(RunningMoments):
 
 @contextlib.contextmanager
 def batch_moments(classifier: Classifier, correction: int = 0) -> Iterator[dict[str, Moments]]:
-    """The moments of what last went into every BatchNorm layer, whenever ``net`` runs inside the ``with`` block."""
+    """The moments of what last went into every BatchNorm layer, whenever ``net`` runs inside the ``with`` block.
+
+    A layer that one pass runs several times recorded all that went into it in turn: its moments are their mean.
+    """
     seen: dict[str, Moments] = {}
-    with _inputs(classifier, lambda name, values: seen.update({name: moments(values.float(), correction)})):
+    runs: Counter[str] = Counter()
+
+    def take(name: str, values: Tensor) -> None:
+        latest = moments(values.float(), correction)
+        if before := runs[name]:
+            mean, variance = seen[name].mean, seen[name].variance
+            latest = Moments(
+                mean + (latest.mean - mean) / (before + 1), variance + (latest.variance - variance) / (before + 1)
+            )
+        seen[name] = latest
+        runs[name] += 1
+
+    with classifier.net.register_forward_pre_hook(lambda *_: runs.clear()), _inputs(classifier, take):
         yield seen
 
 

@@ -293,3 +293,24 @@ def test_a_norm_that_holds_its_activation():
     )  # fmt: skip
     taps = Taps(of(net, (3, 16, 16)))
     assert [taps.batch_norm(f"{stage}.pre") for stage in taps.stages] == [net[1], net[3]]
+
+
+class SharedNorm(nn.Module):
+    def __init__(self) -> None:
+        super().__init__()
+        self.convolutions = nn.ModuleList(nn.Conv2d(3, 4, size) for size in (1, 3, 5))
+        self.bn, self.fc = nn.BatchNorm2d(4, momentum=None), nn.Linear(4, 2)  # keeps the mean over its runs
+
+    def forward(self, x):
+        return self.fc(sum(self.bn(convolution(x)).mean((2, 3)) for convolution in self.convolutions))
+
+
+def test_a_norm_that_runs_several_times_sees_what_it_records():
+    made = of(SharedNorm(), (3, 8, 8))
+    with batch_moments(made, correction=1) as seen:
+        for seed in (0, 1):  # of the latest pass alone
+            images = torch.rand(2, 3, 8, 8, generator=torch.Generator().manual_seed(seed))
+            made(images)
+    made.train()(images)
+    torch.testing.assert_close(seen["bn"].mean, made.net.bn.running_mean)
+    torch.testing.assert_close(seen["bn"].variance, made.net.bn.running_var)

@@ -347,22 +347,22 @@ def test_teachers_of_one_size_see_larger_pixels_first(spec, make_teacher, tmp_pa
 
 
 @pytest.mark.parametrize(
-    ("name", "values", "layers"),
+    ("name", "values", "watched"),
     [
         ("deepdream", {}, 0),
         ("deepinversion", {"statistics": 0.0}, 0),
-        ("deepinversion", {}, 2),
+        ("deepinversion", {}, 3),  # two layers, and the network, whose passes are told apart
         ("adaptive-deepinversion", {"statistics": 0.0}, 0),
-        ("adaptive-deepinversion", {}, 2),
+        ("adaptive-deepinversion", {}, 3),
     ],
 )
-def test_layers_are_watched_only_for_a_term(name, values, layers, tmp_path):
+def test_layers_are_watched_only_for_a_term(name, values, watched, tmp_path):
     teacher, hooks = smooth_teacher(), []
     method = synthesizer(name, tmp_path, teacher, **values)
     with teacher.net[0].register_forward_hook(lambda *_: hooks.append(sum(state(teacher)["hooks"]) - 1)):
         made = method.make(0, 2)
-    assert hooks == [layers] * 2
-    assert ("statistics" in made.terms) == bool(layers)
+    assert hooks == [watched] * 2
+    assert ("statistics" in made.terms) == bool(watched)
 
 
 def test_layers_that_do_not_run_have_no_part(tmp_path):
