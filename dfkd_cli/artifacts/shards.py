@@ -69,7 +69,11 @@ class Manifest(TypedDict):
 
 def as_pixels(stored: Tensor) -> Tensor:
     """Images as they are stored, of any device, as float32 in pixel space: uint8 stands for [0,255]."""
-    return stored.float().div_(255) if stored.dtype == torch.uint8 else stored.float()
+    if stored.dtype != torch.uint8:
+        return stored.float()
+    # By a tensor of the device: CUDA multiplies by 1 / 255 instead of dividing by a number, and answers are found by
+    # the pixels' bits.
+    return stored.float().div_(torch.full((), 255.0, device=stored.device))
 
 
 def as_stored(pixels: Tensor, dtype: str, shard: int) -> Tensor:

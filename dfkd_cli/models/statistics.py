@@ -117,34 +117,58 @@ class Covariance(RunningMoments):
         super().add(batch)
 
 
+class LayerMoments:
+    """The moments of all that went into a BatchNorm layer.
+
+    Where one pass runs it several times it recorded what went into each run in turn: its moments are their mean.
+
+    Attributes:
+        runs: Of the first, second ... run within each pass.
+    """
+
+    def __init__(self) -> None:
+        self.runs: dict[int, RunningMoments] = defaultdict(RunningMoments)
+
+    @property
+    def count(self) -> int:
+        """Values per channel so far."""
+        return sum(run.count for run in self.runs.values())
+
+    @property
+    def mean(self) -> Tensor:
+        """(C,) float64."""
+        return torch.stack([run.mean for run in self.runs.values()]).mean(0)
+
+    @property
+    def variance(self) -> Tensor:
+        """(C,) float64."""
+        return torch.stack([run.variance for run in self.runs.values()]).mean(0)
+
+
 @contextlib.contextmanager
 def batch_moments(classifier: Classifier, correction: int = 0) -> Iterator[dict[str, Moments]]:
     """The moments of what last went into every BatchNorm layer, whenever ``net`` runs inside the ``with`` block.
 
-    A layer that one pass runs several times recorded all that went into it in turn: its moments are their mean.
+    Of a layer that one pass runs several times they are the mean over its runs, as in :class:`LayerMoments`.
     """
     seen: dict[str, Moments] = {}
-    runs: Counter[str] = Counter()
 
-    def take(name: str, values: Tensor) -> None:
+    def take(name: str, run: int, values: Tensor) -> None:
         latest = moments(values.float(), correction)
-        if before := runs[name]:
-            mean, variance = seen[name].mean, seen[name].variance
-            latest = Moments(
-                mean + (latest.mean - mean) / (before + 1), variance + (latest.variance - variance) / (before + 1)
-            )
+        if run:
+            pairs = (seen[name].mean, latest.mean), (seen[name].variance, latest.variance)
+            latest = Moments(*(former + (now - former) / (run + 1) for former, now in pairs))
         seen[name] = latest
-        runs[name] += 1
 
-    with classifier.net.register_forward_pre_hook(lambda *_: runs.clear()), _inputs(classifier, take):
+    with _inputs(classifier, take):
         yield seen
 
 
 @contextlib.contextmanager
-def running_moments(classifier: Classifier) -> Iterator[dict[str, RunningMoments]]:
+def running_moments(classifier: Classifier) -> Iterator[dict[str, LayerMoments]]:
     """The moments of all that goes into every BatchNorm layer that runs inside the ``with`` block."""
-    seen: dict[str, RunningMoments] = defaultdict(RunningMoments)
-    with _inputs(classifier, lambda name, values: seen[name].add(values)):
+    seen: dict[str, LayerMoments] = defaultdict(LayerMoments)
+    with _inputs(classifier, lambda name, run, values: seen[name].runs[run].add(values)):
         yield seen
 
 
@@ -214,13 +238,19 @@ def layer_divergence(seen: Moments, recorded: Moments, reverse: bool = False) ->
 
 
 @contextlib.contextmanager
-def _inputs(classifier: Classifier, take: Callable[[str, Tensor], None]) -> Iterator[None]:
-    """Call ``take`` with the name of a BatchNorm layer and what goes into it."""
+def _inputs(classifier: Classifier, take: Callable[[str, int, Tensor], None]) -> Iterator[None]:
+    """Call ``take`` with the name of a BatchNorm layer, which of its runs in this pass it is, and what goes into it."""
+    runs: Counter[str] = Counter()
 
     def watch(name: str) -> Any:
-        return lambda _, inputs, named: take(name, first(*inputs, *named.values()))
+        def before(_: nn.Module, inputs: tuple[Any, ...], named: dict[str, Any]) -> None:
+            take(name, runs[name], first(*inputs, *named.values()))
+            runs[name] += 1
+
+        return before
 
     with contextlib.ExitStack() as hooks:
+        hooks.enter_context(classifier.net.register_forward_pre_hook(lambda *_: runs.clear()))
         for name, layer in _layers(classifier).items():
             hooks.enter_context(layer.register_forward_pre_hook(watch(name), with_kwargs=True))
         yield

@@ -17,7 +17,7 @@ from dfkd_cli.models.classifier import Classifier
 from dfkd_cli.models.statistics import (
     DEAD,
     Moments,
-    RunningMoments,
+    LayerMoments,
     layer_divergence,
     recorded_moments,
     running_moments,
@@ -82,7 +82,7 @@ def _measure(
         ``bn_divergence_layers``.
     """
     same = []
-    watching: AbstractContextManager[dict[str, RunningMoments]]
+    watching: AbstractContextManager[dict[str, LayerMoments]]
     watching = nullcontext({}) if teacher is None else running_moments(teacher)
     with watching as seen:
         for chunk in chunks:
@@ -165,7 +165,7 @@ def _logits(teacher: Classifier, images: Images, device: torch.device, batch_siz
     return torch.cat([teacher(batch.to(device).pixels).float().cpu() for batch in images.split(batch_size)])
 
 
-def bn_distances(seen: Mapping[str, RunningMoments], recorded: Mapping[str, Moments]) -> dict[str, float]:
+def bn_distances(seen: Mapping[str, LayerMoments], recorded: Mapping[str, Moments]) -> dict[str, float]:
     """``|mean - running_mean|_2 + |var - running_var|_2`` over the channels of each BatchNorm layer that ran.
 
     The statistic of DeepInversion (arXiv:1912.08795), with the mean and the variance of all images and positions.
@@ -176,7 +176,7 @@ def bn_distances(seen: Mapping[str, RunningMoments], recorded: Mapping[str, Mome
     }
 
 
-def bn_divergences(seen: Mapping[str, RunningMoments], recorded: Mapping[str, Moments]) -> dict[str, float]:
+def bn_divergences(seen: Mapping[str, LayerMoments], recorded: Mapping[str, Moments]) -> dict[str, float]:
     """``KL(N(running_mean, running_var) || N(mean, var))`` in nats, mean over the channels of each layer that ran.
 
     The similarity measure of The Knowledge Within (arXiv:1912.01274): low for images like those of the training.
@@ -190,8 +190,8 @@ def bn_divergences(seen: Mapping[str, RunningMoments], recorded: Mapping[str, Mo
 
 
 def _pairs(
-    seen: Mapping[str, RunningMoments], recorded: Mapping[str, Moments]
-) -> Iterable[tuple[str, RunningMoments, Moments]]:
+    seen: Mapping[str, LayerMoments], recorded: Mapping[str, Moments]
+) -> Iterable[tuple[str, LayerMoments, Moments]]:
     """The layers that ran, both their moments in float64 on the CPU."""
     for name, ours in seen.items():
         theirs = recorded[name]

@@ -13,7 +13,7 @@ from dfkd_cli.errors import ArtifactError, ConfigError
 from dfkd_cli.models.activations import Tap, batch_statistics, values_at
 from dfkd_cli.models.classifier import Classifier, ModelInfo
 from dfkd_cli.models.registry import build
-from dfkd_cli.models.statistics import batch_moments
+from dfkd_cli.models.statistics import batch_moments, running_moments
 from dfkd_cli.models.taps import Taps, find_taps
 from dfkd_cli.objectives.base import ask
 
@@ -307,10 +307,19 @@ class SharedNorm(nn.Module):
 
 def test_a_norm_that_runs_several_times_sees_what_it_records():
     made = of(SharedNorm(), (3, 8, 8))
-    with batch_moments(made, correction=1) as seen:
-        for seed in (0, 1):  # of the latest pass alone
+    with batch_moments(made, correction=1) as seen, running_moments(made) as total:
+        for seed in (0, 1):
             images = torch.rand(2, 3, 8, 8, generator=torch.Generator().manual_seed(seed))
             made(images)
+            if seed == 0:
+                total.clear()
     made.train()(images)
-    torch.testing.assert_close(seen["bn"].mean, made.net.bn.running_mean)
-    torch.testing.assert_close(seen["bn"].variance, made.net.bn.running_var)
+    norm = made.net.bn
+    torch.testing.assert_close(seen["bn"].mean, norm.running_mean)  # of the latest pass alone
+    torch.testing.assert_close(seen["bn"].variance, norm.running_var)
+    torch.testing.assert_close(total["bn"].mean.float(), norm.running_mean)
+    counts = [2 * side**2 for side in (8, 6, 4)]
+    runs = total["bn"].runs.values()
+    assert [run.count for run in runs] == counts
+    unbiased = [run.variance * n / (n - 1) for run, n in zip(runs, counts, strict=True)]
+    torch.testing.assert_close((sum(unbiased) / 3).float(), norm.running_var)
