@@ -7,7 +7,7 @@ import dataclasses
 import math
 from collections.abc import Iterator
 from dataclasses import dataclass
-from typing import Any, ClassVar, Literal, TypeGuard
+from typing import Any, Literal, TypeGuard
 
 import torch
 from torch import Tensor, nn
@@ -74,7 +74,7 @@ class Classifier(nn.Module):
         keeps_statistics: Whether its BatchNorm layers normalise with the statistics that they have in training too.
     """
 
-    opaque: ClassVar[bool] = False
+    opaque: bool = False
     mean: Tensor  # (1, C, 1, 1)
     std: Tensor  # (1, C, 1, 1)
 

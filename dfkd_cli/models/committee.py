@@ -46,7 +46,9 @@ class Committee(nn.Module):
 def committee(members: Sequence[Classifier], combine: Literal["probabilities", "logits"]) -> Classifier:
     """The members as one classifier, which is described like the first one."""
     spec = " + ".join(member.info.spec for member in members)
-    return Classifier(Committee(members, combine), members[0].info.of_pixels(spec))
+    one = Classifier(Committee(members, combine), members[0].info.of_pixels(spec))
+    one.opaque = any(member.opaque for member in members)
+    return one
 
 
 def _order(first: ModelInfo, other: ModelInfo) -> Tensor:

@@ -100,9 +100,13 @@ def together(models: Sequence[LoadedModel], combine: Literal["probabilities", "l
 
     Raises:
         ArtifactError: They take other images, or know other classes.
+        ConfigError: One is the answers that a transfer set stores.
     """
     if len(models) == 1:
         return models[0]
+    if stored := [model.path for model in models if isinstance(model.classifier, BlackBox)]:
+        what = f"{stored[0]}: its answers are to the images that it stores, and other teachers see them changed"
+        raise ConfigError(what, "give it as the only teacher")
     line = [sha256 for model in models for sha256 in model.ancestry]
     datasets = {model.dataset for model in models}
     provenance = {"dataset": datasets.pop() if len(datasets) == 1 else None, "line": line}

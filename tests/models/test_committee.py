@@ -67,6 +67,12 @@ def test_members_that_cannot_answer_together(other, word):
         committee([member(0, 0.2, 0.5), other], "logits")
 
 
+def test_one_of_whom_only_answers_are_seen_hides_them_all():
+    hidden = member(1, 0.2, 0.5)
+    hidden.opaque = True
+    assert [committee([member(0, 0.2, 0.5), other], "logits").opaque for other in (member(1, 0, 1), hidden)] == [0, 1]
+
+
 @pytest.mark.parametrize("combine", ["probabilities", "logits"])
 def test_a_student_of_several_teachers(combine, teacher, tmp_path, monkeypatch, cli):
     monkeypatch.chdir(tmp_path)
@@ -92,3 +98,5 @@ def test_a_student_of_several_teachers(combine, teacher, tmp_path, monkeypatch, 
     assert json.loads(out)["results"][0]["agreement"] is not None
     code, _, err = cli("compare", "student", "--teacher", "first", "--out", "compared")
     assert code == 0, err
+    code, _, err = cli("distill", *learn, "--teacher", "first", "shards", "--out", "stored")
+    assert (code, "give it as the only teacher" in err) == (2, True), err
