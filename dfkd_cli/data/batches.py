@@ -49,12 +49,13 @@ class Batches:
         self.starts = np.cumsum([0, *source.sizes]).tolist()
         self._windows: dict[Chunks, Images] = {}
         self._reading: dict[Chunks, Future[Images]] = {}
+        self._planned = -1, list[tuple[Chunks, np.ndarray]]()  # an epoch, and its windows
         source.use(device)
 
     def steps(self, start: int, stop: int) -> Iterator[Images]:
         """The batches of steps ``start`` to ``stop``, counted over all epochs."""
-        epoch, plan = -1, []
         for step in range(start, stop):
+            epoch, plan = self._planned
             if step // self.steps_per_epoch != epoch:
                 epoch = step // self.steps_per_epoch
                 plan = self._plan(epoch)
@@ -62,6 +63,7 @@ class Batches:
                     ends = np.cumsum([len(order) for _, order in plan])
                     used = int(np.searchsorted(ends, self.steps_per_epoch * self.batch_size)) + 1
                     plan = plan[:used] + self._plan(epoch + 1)[:1]
+                self._planned = epoch, plan
             position = step % self.steps_per_epoch
             yield self._take(plan, position * self.batch_size, (position + 1) * self.batch_size).to(self.device)
 

@@ -177,4 +177,5 @@ def _shown(output: Any) -> str:
 def _sums_to_one(logits: Any, num_classes: int) -> bool:
     if _size(logits) != (1, num_classes):
         return False
-    return bool((logits >= 0).all()) and torch.allclose(logits.float().sum(1), torch.ones(()).to(logits), atol=1e-3)
+    sums = logits.float().sum(1)
+    return bool((logits >= 0).all()) and torch.allclose(sums, torch.ones_like(sums), atol=1e-3)

@@ -30,6 +30,7 @@ import torch
 from torch import Tensor, nn
 
 from dfkd_cli.errors import ConfigError
+from dfkd_cli.models.activations import first
 from dfkd_cli.models.classifier import Classifier, undisturbed
 from dfkd_cli.models.dataflow import Dataflow
 
@@ -127,7 +128,8 @@ class Rounding(nn.Module):
     def forward(self, *inputs: Any, **named: Any) -> Any:
         """What the module gives."""
         if self.input_bits is not None:
-            inputs = (self._rounded(inputs[0], "input_range", self.input_bits), *inputs[1:])
+            values = self._rounded(first(*inputs, *named.values()), "input_range", self.input_bits)
+            inputs, named = ((values, *inputs[1:]), named) if inputs else ((), {**named, next(iter(named)): values})
         output = super().forward(*inputs, **named)
         if self.output_bits is not None:
             output = self._rounded(output, "output_range", self.output_bits)
@@ -277,7 +279,9 @@ def find_ranges(classifier: Classifier, batches: Iterable[Tensor]) -> None:
         stack.enter_context(undisturbed(classifier))
         for at, (module, name) in enumerate(sites):
             if name == "input_range":
-                hook: Any = module.register_forward_pre_hook(lambda _, inputs, at=at: stretch(at, inputs[0]))
+                hook: Any = module.register_forward_pre_hook(
+                    lambda _, inputs, named, at=at: stretch(at, first(*inputs, *named.values())), with_kwargs=True
+                )
             else:
                 hook = module.register_forward_hook(lambda _, __, output, at=at: stretch(at, output))
             stack.enter_context(hook)

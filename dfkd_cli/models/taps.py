@@ -139,13 +139,13 @@ class Taps:
 
 
 def _activates(call: Call) -> bool:
-    return type(call.layer).__module__ == nn.ReLU.__module__
+    return type(call.layer).__module__ == nn.ReLU.__module__ and not isinstance(call.layer, nn.MultiheadAttention)
 
 
 def find_taps(classifier: Classifier, names: Iterable[str]) -> dict[str, Tap]:
-    """Places of a network by name. The network is only looked at when there are names."""
+    """Single places of a network by the names of one or several. It is only looked at when there are names."""
     names = list(dict.fromkeys(names))
     if not names:
         return {}
     taps = Taps(classifier)
-    return {name: taps.find(name) for name in names}
+    return {name: taps.find(name) for name in taps.names(names)}

@@ -16,8 +16,8 @@ from dfkd_cli.data.sources import Images, Source
 from dfkd_cli.models.classifier import Classifier
 from dfkd_cli.models.statistics import (
     DEAD,
-    Moments,
     LayerMoments,
+    Moments,
     layer_divergence,
     recorded_moments,
     running_moments,

@@ -13,6 +13,7 @@ from dfkd_cli.catalog import Choice, Command
 from dfkd_cli.config import option
 from dfkd_cli.data import datasets
 from dfkd_cli.data.sources import RealSource
+from dfkd_cli.errors import ConfigError
 from dfkd_cli.models.classifier import Classifier, ModelInfo
 from dfkd_cli.options import Training
 from dfkd_cli.regimes.base import Task
@@ -64,6 +65,8 @@ def run(settings: Settings, terminal: Terminal, dry_run: bool = False) -> dict[s
     dataset = datasets.load(inputs.dataset, "train", data_dir=inputs.data_dir, image_shape=inputs.input_size)
     if dataset.note:
         terminal.say(f"dataset {inputs.dataset}: {dataset.note}")
+    if len(dataset.classes) < 2:
+        raise ConfigError(f"{inputs.dataset}: all images are of one class", "give each class a folder of its images")
     # What is wrong with the test images is found before any work.
     test = datasets.load(inputs.dataset, "test", data_dir=inputs.data_dir, image_shape=dataset.image_shape)
     mean, std = dataset.mean_std()

@@ -61,7 +61,10 @@ class AdaptiveDeepInversion(PoolTrainer, DeepInversion):
         """Those of DeepInversion, and the agreement of student and teacher once the student learns."""
         terms = super().terms(look, targets)
         if self.config.competition and not self.warming_up:
-            terms["competition"] = agreement(self.student.net(look.images).float(), look.logits, self.config.variant)
+            inputs = look.images
+            if (self.student.info.mean, self.student.info.std) != (self.teacher.info.mean, self.teacher.info.std):
+                inputs = self.student.normalise(self.teacher.denormalise(inputs))
+            terms["competition"] = agreement(self.student.net(inputs).float(), look.logits, self.config.variant)
         return terms
 
 

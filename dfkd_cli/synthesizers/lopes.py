@@ -230,13 +230,16 @@ def spectral_distance(gaps: Sequence[tuple[Tensor, Tensor]], images: int, parts:
 
 @contextlib.contextmanager
 def fixed_dropout(layers: Sequence[nn.Dropout]) -> Iterator[None]:
-    """Multiply what each of the layers gives by one mask of zeros and 1 / (1 - p), drawn when it first runs."""
-    masks: dict[nn.Module, Tensor] = {}
+    """Multiply what each of the layers gives by one mask of zeros and 1 / (1 - p), drawn when it first runs.
+
+    A layer that runs at several places has one for each shape that comes by.
+    """
+    masks: dict[tuple[nn.Module, torch.Size], Tensor] = {}
 
     def drop(layer: nn.Dropout, _: Any, output: Tensor) -> Tensor:
-        if layer not in masks:  # on the CPU, so that masks do not depend on the device
-            masks[layer] = F.dropout(torch.ones(output.shape), layer.p).to(output)
-        return output * masks[layer]
+        if (key := (layer, output.shape)) not in masks:  # on the CPU, so that masks do not depend on the device
+            masks[key] = F.dropout(torch.ones(output.shape), layer.p).to(output)
+        return output * masks[key]
 
     with contextlib.ExitStack() as hooks:
         for layer in layers:

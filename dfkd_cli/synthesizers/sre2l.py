@@ -71,8 +71,10 @@ class SRe2L(DeepInversion):
     def view(self, images: Tensor, progress: float) -> Tensor:
         """One random window of all images, enlarged to their size; then they are rolled and mirrored at random."""
         c, size = self.config, list(images.shape[-2:])
+        shape = size[1] / size[0]  # windows are as wide for their height as the images, give or take a third
         least = least_area(progress, c.crop, c.curriculum, c.curriculum_form)
-        window = images if least == 1 else v2.RandomResizedCrop(size, scale=(least, 1))(images)
+        crop = v2.RandomResizedCrop(size, scale=(least, 1), ratio=(shape * (3 / 4), shape * (4 / 3)))
+        window = images if least == 1 else crop(images)
         return super().view(window, progress)
 
 

@@ -155,6 +155,10 @@ def test_train_teacher_says_what_was_taken(tmp_path, monkeypatch, cli):
     command = ("train-teacher", "--dataset", "set", "--steps", "1", "--batch-size", "2", "--model", "resnet8")
     code, _, err = cli(*command)
     assert (code, "3 x 32 x 32" in err) == (0, True), err
+    for half in ("train", "test"):
+        (tmp_path / "set" / half / "a").rename(tmp_path / half)
+    code, _, err = cli(*command, "--out", "other")
+    assert (code, "set: all images are of one class -- give each class a folder" in err) == (2, True), err
 
 
 # -- where it lies -----------------------------------------------------------------------------------------------------

@@ -176,6 +176,9 @@ def test_any_step_can_be_found_from_its_number(sizes, batch, memory, kind):
     whole = [numbers(images) for images in batches().steps(0, total)]
     for start in range(total):
         assert [numbers(images) for images in batches().steps(start, total)] == whole[start:]
+    interleaved = batches()
+    pairs = zip(interleaved.steps(0, total), interleaved.steps(0, total), strict=True)
+    assert [(numbers(one), numbers(other)) for one, other in pairs] == [(each, each) for each in whole]
     used = batches()
     backwards = [numbers(next(used.steps(step, step + 1))) for step in reversed(range(total))]
     assert backwards == whole[::-1]

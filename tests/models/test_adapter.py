@@ -160,6 +160,9 @@ def test_log_probabilities_are_logits_and_probabilities_become_them(adapted, cap
         net = model.net.eval()
         torch.testing.assert_close(net(images), net.plain(images).log_softmax(1))
         assert model.head() is net.fc
+    for kind in (torch.float64, torch.float16):
+        typed = adapted(Net(end=lambda net, y, x, kind=kind: y.softmax(1).to(kind))).net.eval()
+        torch.testing.assert_close(typed(images).float(), typed.plain(images).log_softmax(1), atol=1e-2, rtol=1e-2)
     sure = adapted(Net(end=lambda net, y, x: (1e4 * y).softmax(1))).net.eval()
     assert sure(images).isfinite().all()
 

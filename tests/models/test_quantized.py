@@ -207,6 +207,29 @@ def test_eight_bits_are_nearer_than_four_than_two():
     assert errors == sorted(errors) and errors[0] < 0.1 * errors[-1]
 
 
+class Named(nn.Module):
+    def __init__(self, named: bool) -> None:
+        super().__init__()
+        self.conv, self.fc, self.named = nn.Conv2d(3, 4, 3), nn.Linear(4, 10), named
+
+    def forward(self, x):
+        y = (self.conv(input=x) if self.named else self.conv(x)).relu().mean((2, 3))
+        return self.fc(input=y) if self.named else self.fc(y)
+
+
+def test_layers_may_be_called_by_keyword():
+    answers = []
+    for named in (True, False):
+        with torch.random.fork_rng():
+            torch.manual_seed(0)
+            made = Named(named)
+        quantize(made, 4, 4, SIZE, "named")
+        info = ModelInfo("named", 10, SIZE, (0.0,) * 3, (1.0,) * 3)
+        find_ranges(Classifier(made, info).eval(), [torch.linspace(0, 1, 3 * 16 * 16).view(1, *SIZE)])
+        answers.append(made(torch.linspace(-1, 2, 3 * 16 * 16).view(1, *SIZE)))
+    assert torch.equal(*answers)
+
+
 class Attentive(nn.Module):
     def __init__(self) -> None:
         super().__init__()

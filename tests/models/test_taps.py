@@ -79,6 +79,11 @@ def test_features_are_what_the_layers_give_and_lead_to_the_logits(spec):
     assert hooked(made) == 0
 
 
+def test_a_name_of_several_is_all_of_them():
+    made = classifier("resnet8")
+    assert list(find_taps(made, ["stages", "last", "penultimate"])) == ["stage1", "stage2", "stage3", "penultimate"]
+
+
 def test_a_module_path_is_a_name():
     made = classifier("torchvision:resnet18")
     assert find_taps(made, ["layer3.1.conv2"]) == {"layer3.1.conv2": Tap(made.net.layer3[1].conv2)}
@@ -151,6 +156,12 @@ def test_batch_norm_before_an_activation(spec, norms):
 def test_no_batch_norm_before_an_activation():
     with pytest.raises(ArtifactError, match=r"no BatchNorm with a scale before 'stage2.pre'"):
         Taps(classifier("torchvision:vgg11")).batch_norm("stage2.pre")
+
+
+def test_attention_is_no_activation():
+    made = of(build("torchvision:vit_b_16", 2, (3, 32, 32)), (3, 32, 32))
+    with pytest.raises(ConfigError, match="no activation module of its own is found there"):
+        Taps(made).find("encoder.layers.encoder_layer_0.ln_1.pre")
 
 
 def test_an_activation_that_is_used_again_later_is_no_tap():

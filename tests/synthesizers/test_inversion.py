@@ -5,6 +5,7 @@ from __future__ import annotations
 import copy
 import json
 import shutil
+from dataclasses import replace
 from pathlib import Path
 
 import numpy as np
@@ -441,6 +442,17 @@ def test_shards_of_later_rounds_are_not_in_the_pool(tmp_path):
     assert {path.name: sha256_file(path) for path in tmp_path.glob("*.safetensors")} == finished
     for name, value in first.student.state_dict().items():
         assert torch.equal(value, again.student.state_dict()[name]), name
+
+
+def test_a_student_sees_the_pixels_in_numbers_of_its_own(tmp_path):
+    method = adaptive(tmp_path)
+    seen = torch.randn(2, *method.teacher.info.input_size)
+    with batch_moments(method.teacher) as felt:
+        look = Look(seen, method.teacher.net(seen), felt)
+    method.student = Classifier(method.student.net, replace(method.student.info, mean=(0.1, 0.9), std=(0.5, 0.2)))
+    student = method.student(method.teacher.denormalise(seen))
+    term = method.terms(look, torch.eye(3)[:2])["competition"]
+    torch.testing.assert_close(term, agreement(student, look.logits, method.config.variant))
 
 
 def test_a_student_that_is_not_trained_stays_as_it_is(tmp_path):

@@ -205,6 +205,9 @@ def test_dropout_masks_are_fixed_and_new_in_every_batch_and_scaled_as_in_trainin
         assert abs(kept - 0.8) < 5 * (0.8 * 0.2 / images.numel()) ** 0.5
     assert not torch.equal(*drawn)
     assert torch.equal(layer(images), images)
+    with fixed_dropout([layer]):  # the same layer after two others
+        wide, narrow = layer(images), layer(images[:, :7])
+        assert torch.equal(layer(images), wide) and torch.equal(layer(images[:, :7]), narrow)
 
 
 @pytest.mark.parametrize(

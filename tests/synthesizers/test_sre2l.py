@@ -39,9 +39,10 @@ def maker(tmp_path, **values):
 
 
 def random_areas(least: float, draws: int = 20_000) -> np.ndarray:
-    """Areas of windows that lie within the image: areas uniform, the logarithm of width / height too."""
+    """Areas of windows that lie within the image: uniform, the logarithm of width / height around the image's too."""
     rng = np.random.default_rng(0)
     area, aspect = rng.uniform(least, 1, draws) * SIZE[1] * SIZE[2], np.exp(rng.uniform(*np.log([3 / 4, 4 / 3]), draws))
+    aspect *= SIZE[2] / SIZE[1]
     high, wide = np.sqrt(area / aspect).round(), np.sqrt(area * aspect).round()
     return (high * wide)[(high <= SIZE[1]) & (wide <= SIZE[2])] / (SIZE[1] * SIZE[2])
 
@@ -71,6 +72,8 @@ def test_windows_have_the_share_of_the_area_that_the_paper_says(tmp_path):
         areas = high * wide
         assert areas.min() > 0.8 * least - 0.05  # sides are whole pixels
         assert areas.min() < least + 0.1 and areas.max() > 0.9
+        stretch = np.log(wide / high)  # in shares of the sides: none is likelier than its inverse
+        np.testing.assert_allclose(stretch.mean(), 0, atol=5 * stretch.std() / len(areas) ** 0.5)
         drawn = random_areas(least)
         np.testing.assert_allclose(areas.mean(), drawn.mean(), atol=5 * drawn.std() / len(areas) ** 0.5)
     still = torch.randn(3, *SIZE)
