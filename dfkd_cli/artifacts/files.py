@@ -5,15 +5,18 @@ from __future__ import annotations
 import contextlib
 import hashlib
 import json
+import logging
 import os
+import secrets
 import shutil
-import tempfile
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any, BinaryIO
 
 from dfkd_cli.errors import FULL, ArtifactError, ConfigError, RunFailed
 from dfkd_cli.urls import named
+
+LOG = logging.getLogger(__name__)
 
 
 def write_atomic(path: Path, data: bytes) -> str:
@@ -23,20 +26,17 @@ def write_atomic(path: Path, data: bytes) -> str:
         RunFailed: The disk is full; nothing is left behind.
         ConfigError: The directory cannot be written.
     """
-    temporary = None
+    temporary = path.with_name(f".{path.name}.{secrets.token_hex(8)}.tmp")
     try:
         path.parent.mkdir(parents=True, exist_ok=True)
-        handle, temporary = tempfile.mkstemp(prefix=f".{path.name}.", suffix=".tmp", dir=path.parent)
-        with os.fdopen(handle, "wb") as file:
+        with open(temporary, "xb") as file:
             file.write(data)
             file.flush()
             os.fsync(file.fileno())
-        os.chmod(temporary, 0o666 & ~_umask())  # mkstemp is private; artifacts are as readable as any other file
         os.replace(temporary, path)
     except BaseException as error:
-        if temporary is not None:
-            with contextlib.suppress(OSError):
-                os.unlink(temporary)
+        with contextlib.suppress(OSError):
+            os.unlink(temporary)
         if isinstance(error, OSError):
             raise os_error(error, path) from None
         raise
@@ -58,14 +58,30 @@ def check_inside(directory: Path) -> None:
                 raise ArtifactError(f"{path} is a link out of {directory}, where nothing is written", "remove the link")
 
 
-def open_lock(path: Path) -> BinaryIO:
-    """Open a file to be locked, whose content is left alone.
+def take_lock(path: Path) -> BinaryIO | None:
+    """Lock a file, whose content is left alone, till it is closed or the process ends. None where another holds it.
 
     Raises:
         ArtifactError: It is a link.
         ConfigError: It cannot be written.
     """
+    file = _open_lock(path)
+    try:
+        import fcntl
 
+        fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)  # freed by the system however the process ends
+    except ImportError:  # on Windows
+        pass
+    except BlockingIOError:
+        file.close()
+        return None
+    except OSError as error:  # some file systems of networks
+        what = "%s: this file system has no locks (%s); let no other process write here"
+        LOG.warning(what, path.parent, error.strerror)
+    return file
+
+
+def _open_lock(path: Path) -> BinaryIO:
     def opener(name: str, _: int) -> int:
         return os.open(name, os.O_RDWR | os.O_CREAT | getattr(os, "O_NOFOLLOW", 0), 0o666)  # Windows has no such flag
 
@@ -102,12 +118,6 @@ def os_error(error: OSError, path: Path) -> ConfigError | RunFailed:
     if error.errno in FULL:
         return RunFailed(f"{path}: the disk is full", "free some space and run the same command again: it continues")
     return ConfigError(f"{path}: cannot be written ({error.strerror})", "choose a writable --out")
-
-
-def _umask() -> int:
-    mask = os.umask(0)
-    os.umask(mask)
-    return mask
 
 
 def write_text(path: Path, text: str) -> str:

@@ -13,8 +13,8 @@ from pathlib import Path
 from typing import Any, BinaryIO
 
 from dfkd_cli import __version__
-from dfkd_cli.artifacts.files import check_inside, open_lock, remove, sha256_file, write_text
-from dfkd_cli.artifacts.integrity import RUN, intact, read_run, runs_within, write_run
+from dfkd_cli.artifacts.files import check_inside, remove, sha256_file, take_lock, write_text
+from dfkd_cli.artifacts.integrity import RUN, SCRATCH, intact, read_run, runs_within, write_run
 from dfkd_cli.artifacts.records import read_json
 from dfkd_cli.config import dump_yaml, options
 from dfkd_cli.errors import ArtifactError, ConfigError, DfkdError, Interrupted
@@ -116,7 +116,7 @@ class RunDirectory:
         if afresh:
             self._spare_parents()
             for item in sorted(self.path.iterdir(), key=lambda item: item.name == RUN):  # last: it makes the rest ours
-                if item.name != LOCK:
+                if item.name not in (LOCK, SCRATCH):
                     remove(item)
         check_inside(self.path)
         for pattern in (".*.tmp", "*/.*.tmp"):
@@ -168,20 +168,9 @@ class RunDirectory:
                 raise ConfigError(f"{parent['path']} is read and would be overwritten", "choose another --out")
 
     def _take_lock(self) -> None:
-        self._lock = open_lock(self.path / LOCK)
-        try:
-            import fcntl
-        except ImportError:  # not on Windows
-            return
-        try:
-            fcntl.flock(self._lock, fcntl.LOCK_EX | fcntl.LOCK_NB)  # freed by the system however the process ends
-        except BlockingIOError:
-            raise ConfigError(
-                f"{self.path}: another process is writing here", "wait for it, or choose another --out"
-            ) from None
-        except OSError as error:  # some file systems of networks
-            why = error.strerror
-            LOG.warning("%s: this file system has no locks (%s); let no other process write here", self.path, why)
+        self._lock = take_lock(self.path / LOCK)
+        if self._lock is None:
+            raise ConfigError(f"{self.path}: another process is writing here", "wait for it, or choose another --out")
 
     def save(self) -> None:
         """Write ``run.json``, with the time worked so far."""

@@ -26,7 +26,7 @@ from pathlib import Path
 from typing import Any
 
 from dfkd_cli import catalog
-from dfkd_cli.artifacts.integrity import LEVELS, RUN
+from dfkd_cli.artifacts.integrity import LEVELS, RUN, SCRATCH
 from dfkd_cli.artifacts.records import read_json
 from dfkd_cli.catalog import few_bits
 from dfkd_cli.config import hints, plain, strip_none
@@ -102,7 +102,7 @@ class Access:
             output = Path(self.output).absolute()
             made = [place for place in (output, *output.parents) if not place.exists()]
             output.mkdir(parents=True, exist_ok=True)
-        scratch = output / ".scratch"  # torch wants a place for temporary files
+        scratch = output / SCRATCH  # torch wants a place for temporary files
         with contextlib.suppress(OSError):  # a directory, as an earlier process left it
             scratch.unlink()  # a link in what was received may lead anywhere
         scratch.mkdir(exist_ok=True)

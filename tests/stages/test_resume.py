@@ -140,11 +140,15 @@ def test_a_damaged_shard_is_remade(reference: tuple, tmp_path: Path, monkeypatch
 
 @pytest.mark.parametrize("method", ["zskd", "deepinversion"])
 def test_two_processes_make_the_shards_of_one(method: str, make_teacher, tmp_path: Path, cli) -> None:
-    """--devices 2 on the CPU: rounds are shared, bytes are the same, the statistics of a batch included."""
+    """--devices 2 on the CPU: rounds are shared, bytes are the same, the statistics of a batch included.
+
+    Where something is replaced too: the place of temporary files, which the other process is told, is still there.
+    """
     command = ["synthesize", "--method", method, "--teacher", str(make_teacher("resnet8")), "--num-images", "6"]
     command += ["--batch-size", "2", "--iterations", "2", "--device", "cpu", "--out"]
     assert cli(*command, tmp_path / "one")[0] == 0
-    finish([*command, "two", "--devices", "2"], tmp_path)
+    shutil.copytree(tmp_path / "one", tmp_path / "two")
+    finish([*command, "two", "--devices", "2", "--overwrite"], tmp_path)
     names = [f"shard-0000{index}.safetensors" for index in range(3)]  # one more than processes have equal shares of
     for name in (*names, "manifest.json", "metrics.csv"):
         assert (tmp_path / "two" / name).read_bytes() == (tmp_path / "one" / name).read_bytes(), name

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import contextlib
 import dataclasses
 import re
 import time
@@ -12,7 +11,7 @@ from typing import Any
 
 from dfkd_cli import catalog, config
 from dfkd_cli.artifacts.copies import on_this_machine
-from dfkd_cli.artifacts.files import open_lock
+from dfkd_cli.artifacts.files import take_lock
 from dfkd_cli.artifacts.run import LOCK
 from dfkd_cli.errors import ConfigError, did_you_mean, machine_can_fail
 from dfkd_cli.options import FOREIGN, Run
@@ -151,16 +150,8 @@ def carry_out(
 
 def _outwait_lost(lock: Path) -> None:
     """Wait while a directory is held by what ran in it on a lost machine: it soon ends, too."""
-    with contextlib.suppress(ImportError):  # Windows has no such locks
-        import fcntl
-
-        for _ in range(LOST if lock.exists() else 0):
-            with open_lock(lock) as file:
-                try:
-                    fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
-                except BlockingIOError:
-                    time.sleep(1)
-                    continue
-                except OSError:
-                    pass  # a file system without locks: whoever takes it says so
-                return
+    for _ in range(LOST if lock.exists() else 0):
+        if (held := take_lock(lock)) is not None:
+            held.close()
+            return
+        time.sleep(1)
