@@ -37,6 +37,7 @@ def option(
     rehearsal: int | None = None,
     argument: str | None = None,
     typed: bool | None = None,
+    parent: bool | None = None,
 ) -> Any:
     """A configuration field. What a subclass restates, as a default alone or with more, keeps all else that it was.
 
@@ -50,10 +51,11 @@ def option(
         rehearsal: The value is a length: work grows with it, and ``--dry-run`` takes no more than this.
         argument: What help calls the value, which is typed without a flag.
         typed: The value destroys or permits something: only the command line may say it, no recipe.
+        parent: The value names what is read: the hash of that decides the result, the name does not.
     """
     traits = {
         "help": help, "low": low, "above": above, "high": high, "volatile": volatile, "rehearsal": rehearsal,
-        "argument": argument, "typed": typed,
+        "argument": argument, "typed": typed, "parent": parent,
     }  # fmt: skip
     return dataclasses.field(default=default, metadata={k: v for k, v in traits.items() if v is not None})
 

@@ -204,7 +204,7 @@ class Limited:
 class ForeignModel:
     """What a foreign teacher's file does not say."""
 
-    weights: str | None = option(None, "weights of a foreign teacher: a file of PyTorch or safetensors")
+    weights: str | None = option(None, "weights of a foreign teacher: a file of PyTorch or safetensors", parent=True)
     weights_key: str | None = option(None, "where in it they are, such as ema (default: where most of them fits)")
     input_size: tuple[int, int, int] | None = option(None, "its channels, height and width", low=1)
     mean: tuple[float, ...] | None = option(

@@ -281,9 +281,13 @@ def _previous(path: Path, afresh: bool) -> dict[str, Any] | None:
 
 
 def _own(settings: Settings) -> dict[str, Any]:
-    """The settings that decide a result. Paths to parents are none of them: the parents' hashes are."""
-    values = settings.plain(volatile=False)
-    return {key: value for key, value in values.items() if key not in ("teacher", "transfer_set", "weights")}
+    """The settings that decide a result. Names of parents are none of them: the parents' hashes are."""
+    names = _of_parents(settings)
+    return {key: value for key, value in settings.plain(volatile=False).items() if key not in names}
+
+
+def _of_parents(settings: Settings) -> set[str]:
+    return {name for name, traits in options(type(settings.inputs)).items() if traits.get("parent")}
 
 
 def _is_another(path: Path, recorded: Mapping[str, Any], settings: Settings, identity: Mapping[str, Any]) -> bool:
@@ -293,7 +297,8 @@ def _is_another(path: Path, recorded: Mapping[str, Any], settings: Settings, ide
         ConfigError: It is another one, and there is something to lose.
     """
     completed = settings.completed(recorded).items() if recorded else ()
-    different = differences({key: value for key, value in completed if key in recorded or key in identity}, identity)
+    known = {key for key in (*recorded, *identity) if key not in _of_parents(settings)}  # names were on record once
+    different = differences({key: value for key, value in completed if key in known}, identity)
     if different and begun(path):
         # Of another command or method everything differs.
         decisive = [change for change in different if change.startswith(("command:", "method:"))]

@@ -37,7 +37,7 @@ from dfkd_cli.ui import Progress, Terminal
 class Inputs(ForeignModel):
     """What is read, and how."""
 
-    teacher: str = option("teacher", "teacher: model directory or SPEC")
+    teacher: str = option("teacher", "teacher: model directory or SPEC", parent=True)
     dataset: str | None = option(None, "dataset whose training images are read (default: the teacher's)")
     data_dir: str | None = option(None, "where datasets lie", volatile=True)
     num_images: int | None = option(

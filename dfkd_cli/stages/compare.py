@@ -87,7 +87,9 @@ class Inputs(SeenTeacher):
         volatile=True,
         typed=True,
     )
-    teacher: str | None = option(None, "teacher: model directory or SPEC (default: the one each student records)")
+    teacher: str | None = option(
+        None, "teacher: model directory or SPEC (default: the one each student records)", parent=True
+    )
     dataset: str | None = option(None, "dataset to test on (default: the teacher's)")
     data_dir: str | None = option(None, "where datasets lie", volatile=True)
     fail_below: float | None = option(

@@ -41,11 +41,15 @@ from dfkd_cli.ui import Terminal
 class Inputs(PerClass, Training, SeenTeacher):
     """What is read, and how."""
 
-    teacher: tuple[str, ...] = option(("teacher",), "teacher: model directory or SPEC; of several, their mean")
+    teacher: tuple[str, ...] = option(
+        ("teacher",), "teacher: model directory or SPEC; of several, their mean", parent=True
+    )
     combine: Literal["probabilities", "logits"] = option("probabilities", "what of several teachers is averaged")
     queries: int | None = option(None, "most images that a black box is asked about, each once", low=1, volatile=True)
     transfer_set: tuple[str, ...] = option(
-        ("shards",), "shard or generator directory, real, real:N, a dataset's name, NAME:N, noise:N, folder of images"
+        ("shards",),
+        "shard or generator directory, real, real:N, a dataset's name, NAME:N, noise:N, folder of images",
+        parent=True,
     )
     num_images: int | None = option(
         None, "take the first so many images of the transfer sets (default: all)", low=1, rehearsal=2

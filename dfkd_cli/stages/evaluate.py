@@ -38,7 +38,7 @@ class Inputs(SeenTeacher):
     paths: tuple[str, ...] | None = option(
         None, "model or shard directories, other images", volatile=True, argument="PATH ..."
     )
-    teacher: str | None = option(None, "teacher to compare with (default: the one that is on record)")
+    teacher: str | None = option(None, "teacher to compare with (default: the one that is on record)", parent=True)
     dataset: str | None = option(None, "dataset to test on (default: the teacher's)")
     data_dir: str | None = option(None, "where datasets lie", volatile=True)
     unlabelled: tuple[str, ...] | None = option(

@@ -45,15 +45,17 @@ from dfkd_cli.ui import Terminal
 class Inputs(ForeignModel):
     """What is read, and how."""
 
-    model: str = option("student", "model directory, or a SPEC with --weights", argument="MODEL")
+    model: str = option("student", "model directory, or a SPEC with --weights", argument="MODEL", parent=True)
     bits: int | None = option(
         None, "32, or 8: integers, calibrated on the images (default: as the model has)", low=8, high=32
     )
-    calibrate: str = option("shards", "transfer set for the ranges, as of distill --transfer-set")
-    check: str | None = option(None, "transfer set that the checks are made on (default: that of --calibrate)")
+    calibrate: str = option("shards", "transfer set for the ranges, as of distill --transfer-set", parent=True)
+    check: str | None = option(
+        None, "transfer set that the checks are made on (default: that of --calibrate)", parent=True
+    )
     images: int = option(500, "images of each that are looked at, evenly spaced", low=2, rehearsal=2)
     min_agreement: float | None = option(
-        None, "gate: exit 5 when agreement with the float model is below (0 to 1)", low=0, high=1
+        None, "gate: exit 5 when agreement with the float model is below (0 to 1)", low=0, high=1, volatile=True
     )
     data_dir: str | None = option(None, "where datasets lie, for real images", volatile=True)
 
@@ -98,6 +100,7 @@ def run(settings: Settings, terminal: Terminal, dry_run: bool = False) -> dict[s
         directory = RunDirectory(settings.out, settings, parents, facts, kept_by() if data_free(inputs) else None)
         if directory.claim():
             directory.say_complete(terminal)
+            _check_gate(directory, directory.record["metrics"], "it was exported without this gate")
         else:
             with directory.guard(), kept():
                 _make(directory, model, images, checked, parents)
@@ -149,10 +152,7 @@ def _make(
     name = next(reversed(made))
     version = opset(made[name])
     metrics["bytes"] = len(made[name])
-    answer = {"metrics": metrics}
-    if inputs.min_agreement is not None and metrics["agreement"] < inputs.min_agreement:
-        what = f"agreement with the float model is {metrics['agreement']:.4f}, below {inputs.min_agreement:g}"
-        raise GateNotMet(f"{directory.path}: {what}: nothing is written", "see --bits, --calibrate", answer=answer)
+    _check_gate(directory, metrics, "nothing is written")
     check_kept()
     counted = cost(plain.cpu(), torch.device("cpu"))
     record = {
@@ -172,6 +172,13 @@ def _make(
     write_json(directory.path / RECORD, record)
     directory.record["device"] = "cpu"
     directory.finish([directory.path / FILE, directory.path / RECORD], metrics)
+
+
+def _check_gate(directory: RunDirectory, metrics: Mapping[str, Any], then: str) -> None:
+    least, reached = directory.settings.inputs.min_agreement, metrics["agreement"]
+    if least is not None and reached < least:
+        what = f"agreement with the float model is {reached:.4f}, below {least:g}"
+        raise GateNotMet(f"{directory.path}: {what}: {then}", "see --bits, --calibrate", answer={"metrics": metrics})
 
 
 def _provenance(model: LoadedModel, calibrated: Mapping[str, Any]) -> dict[str, Any]:

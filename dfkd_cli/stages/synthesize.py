@@ -49,7 +49,7 @@ from dfkd_cli.ui import Terminal
 class Inputs(Limited, PerClass, ForeignModel):
     """What is read, and how."""
 
-    teacher: str = option("teacher", "teacher: model directory or SPEC")
+    teacher: str = option("teacher", "teacher: model directory or SPEC", parent=True)
     num_images: int = option(8000, "images to make", low=1, high=MOST_IMAGES, rehearsal=2)
     student: str | None = option(None, "student SPEC, for methods with a student in the loop")
     snapshots: int = option(0, "keep that student's weights of so many evenly spaced rounds, for a look back", low=0)

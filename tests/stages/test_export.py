@@ -201,7 +201,11 @@ def test_eight_bits_are_exported_checked_and_evaluated(cli, place, tmp_path, qui
     assert (record["spec"], record["opset"], record["rounded"]) == ("onnx:w8a8:nets.py:small", 20, True)
     assert record["parents"][0]["sha256"] == identity(read_record(place / "small"))
     assert (run["data_free"], run["status"]) == (True, "done")
-    assert export(cli, place / "small", out, "--bits", 8, "--min-agreement", 0.5)[2].startswith(f"{out} is already")
+    for name, gate in (("small", ()), ("small", ("--min-agreement", 0.4)), ("./small/", ())):
+        assert export(cli, f"{place}/{name}", out, "--bits", 8, *gate)[2].startswith(f"{out} is already")
+    if metrics["agreement"] < 1:
+        code, _, err = export(cli, place / "small", out, "--bits", 8, "--min-agreement", 1)
+        assert (code, "it was exported without this gate" in err) == (5, True), err
     paths = [place / "small", out]
     code, said, err = cli("evaluate", *paths, "--teacher", place / "small", "--allow-code", "--device", "cpu", "--json")
     assert code == 0, err
