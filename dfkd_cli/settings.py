@@ -160,10 +160,11 @@ def resolve(command: str, sources: Sequence[tuple[Any, ...]]) -> Settings:
                 LOG.warning("--teacher: the recipe speaks of another, so not of its %s", ", ".join(unsaid))
         said = {key.removeprefix("inputs.") for key in layer}
         for one, other in INSTEAD:
-            too = source == TYPED and labels["inputs",].get(other, "").startswith(ASSIGNED)  # both are typed
-            if source == TYPED and (other, one) in INSTEAD and layer.get(one) and layer.get(other):
-                raise ConfigError(f"--{one} and --{other} are two words on one thing".replace("_", "-"), "give one")
-            if one in said and other not in said and not too:
+            own = source in (TYPED, ASSIGNED)  # what a run has recorded has a value for both
+            if own and (other, one) in INSTEAD and layer.get(one) and layer.get(other):
+                names = [name.replace("_", "-") if source == TYPED else name for name in (one, other)]
+                raise ConfigError(f"{source}{f' and {source}'.join(names)} are two words on one thing", "give one")
+            if one in said and other not in said:
                 values["inputs",].pop(other, None)
         flat = _flatten(layer, chosen, weights)
         for path, value in sorted(flat.items(), key=lambda item: len(item[0])):  # short forms first: specifics win

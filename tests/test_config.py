@@ -215,9 +215,14 @@ def test_the_length_that_is_said_last_counts(layers, length):
 
 @pytest.mark.parametrize(
     ("assigned", "typed", "steps"),
-    [({"steps": "10"}, {"epochs": 2}, 10), ({"inputs.epochs": "2"}, {}, None), ({}, {"epochs": 2}, None)],
+    [
+        ({"steps": "10"}, {"epochs": 2}, None),
+        ({"epochs": "2"}, {"steps": 10}, 10),
+        ({"inputs.epochs": "2"}, {}, None),
+        ({}, {"epochs": 2}, None),
+    ],
 )
-def test_of_what_is_assigned_and_typed_both_counts(assigned, typed, steps):
+def test_what_is_typed_comes_after_what_is_assigned(assigned, typed, steps):
     layers = [("my.yaml: ", {"steps": 4000}), ("--set ", assigned), ("--", typed)]
     inputs = resolve("train-teacher", layers).inputs
     assert (inputs.epochs, inputs.steps) == (2, steps)

@@ -229,6 +229,8 @@ def test_images_by_the_class(cli, make_teacher, tmp_path):
     assert cli(*made, "--num-images", 5, "--out", tmp_path / "five")[0] == 0
     code, _, err = cli(*made, "--num-images", 5, "--images-per-class", 3, "--out", tmp_path / "both")
     assert (code, "--num-images and --images-per-class are two words on one thing" in err) == (2, True)
+    code, _, err = cli("distill", "--set", "num_images=9", "--set", "images_per_class=2")
+    assert (code, "--set num_images and --set images_per_class are two words on one thing" in err) == (2, True)
     assert sum(ShardReader(tmp_path / "five").sizes) == 5
     taught = ["distill", "--teacher", teacher, "--transfer-set", tmp_path / "set", "--steps", 1, "--holdout", 0]
     assert cli(*taught, "--images-per-class", 2, "--out", tmp_path / "student")[0] == 0
