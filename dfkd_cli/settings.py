@@ -49,6 +49,7 @@ class Settings:
         components: What was chosen, by flag.
         sections: What a recipe says beside its options, such as the pipelines of a grid; None where it says nothing.
         code: Which code may run.
+        typed: The options of ``run`` and ``inputs`` that flags or ``--set`` say, perhaps what they are by default.
     """
 
     command: str
@@ -57,6 +58,7 @@ class Settings:
     components: dict[str, tuple[Component, ...]]
     sections: Mapping[str, Any]
     code: Code = dataclasses.field(default_factory=Code)
+    typed: frozenset[str] = frozenset()
 
     @property
     def method(self) -> Component:
@@ -192,7 +194,11 @@ def resolve(command: str, sources: Sequence[tuple[Any, ...]]) -> Settings:
     }
     run: Run = built["run",]
     code = Code(frozenset().union(*(layer.typed for layer in layers)), run.allow_code, run.code_dir)
-    return Settings(command, run, built["inputs",], components, sections, code)
+    by_hand = (TYPED, ASSIGNED)
+    typed = {
+        name for key in (("run",), ("inputs",)) for name, label in labels[key].items() if label.startswith(by_hand)
+    }
+    return Settings(command, run, built["inputs",], components, sections, code, frozenset(typed))
 
 
 def _says_itself(teacher: Any) -> bool:

@@ -124,12 +124,13 @@ def choose_rows(runs: Sequence[PlannedRun], rows: Sequence[str] | None) -> tuple
 
 
 def passed_flags(settings: Settings, command: str, foreign: bool) -> dict[str, Any]:
-    """The flags given to ``compare`` that the command has too; those of a foreign teacher only where it reads that."""
+    """What is typed or set for ``compare`` that the command has too; of a foreign teacher only where it reads that."""
     fields = {*config.hints(catalog.command(command).inputs), *config.hints(Run)}
     values = config.plain(settings.inputs) | config.plain(settings.run)
     unset = config.defaults(type(settings.inputs)) | config.defaults(Run)
     names = _PASSED + FOREIGN if foreign else _PASSED
-    return {name: values[name] for name in names if name in fields and values[name] != unset[name]}
+    said = {name for name in names if name in settings.typed or values.get(name) != unset.get(name)}
+    return {name: values[name] for name in names if name in fields & said}
 
 
 def carry_out(

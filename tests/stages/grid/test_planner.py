@@ -6,6 +6,7 @@ import json
 from pathlib import Path
 
 import pytest
+import yaml
 from tiny_comparisons import GRID
 
 from dfkd_cli import catalog
@@ -47,6 +48,18 @@ def test_dry_run_plans_and_writes_nothing(tmp_path, monkeypatch, cli):
     assert all(step["config"]["device"] == "cpu" for step in plan)
     assert plan[2]["config"]["transfer_set"] == [plan[1]["out"]]
     assert [path.name for path in tmp_path.iterdir()] == ["grid.yaml"]
+
+
+def test_what_is_typed_reaches_every_command_a_default_too(tmp_path, monkeypatch, cli):
+    monkeypatch.chdir(tmp_path)
+    recipe = yaml.safe_load(GRID)
+    recipe["grid"]["student"]["precision"] = "bf16"
+    (tmp_path / "grid.yaml").write_text(json.dumps(recipe))
+    for flags, precision in (((), "bf16"), (("--precision", "32"), "32"), (("--set", "precision=32"), "32")):
+        code, out, err = cli("compare", "--recipe", "grid.yaml", "--dry-run", "--json", *flags)
+        assert code == 0, err
+        configs = [step["config"] for step in json.loads(out)["plan"]]
+        assert {config["precision"] for config in configs if config["command"] == "distill"} == {precision}
 
 
 def test_every_grid_of_the_recipes_can_be_planned(cli):
