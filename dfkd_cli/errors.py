@@ -17,15 +17,16 @@ class DfkdError(Exception):
     Args:
         message: What is wrong, with the offending value, in one line.
         hint: What the user can do about it, in one line.
+        answer: What there is to say of the results all the same: it goes into the JSON document.
     """
 
     code = "error"
     exit_code = 1
     facts: Mapping[str, Any] = MappingProxyType({})  # what it makes true of the run that it ended, in run.json
 
-    def __init__(self, message: str, hint: str = "") -> None:
+    def __init__(self, message: str, hint: str = "", answer: Mapping[str, Any] | None = None) -> None:
         super().__init__(message)
-        self.answer: dict[str, Any] = {}
+        self.answer = dict(answer or {})
         self.message = " ".join(str(message).split())
         self.hint = " ".join(hint.split())
 
@@ -55,19 +56,10 @@ class RunFailed(DfkdError):
 
 
 class GateNotMet(DfkdError):
-    """A quality gate (``--min-top1``, ``--fail-below``) was not met.
-
-    Args:
-        message, hint: As with every error.
-        answer: The results, which are as good as without the gate: they go into the JSON document.
-    """
+    """A quality gate (``--min-top1``, ``--fail-below``) was not met. The results are as good as without it."""
 
     code = "gate"
     exit_code = 5
-
-    def __init__(self, message: str, hint: str = "", answer: Mapping[str, Any] | None = None) -> None:
-        super().__init__(message, hint)
-        self.answer = dict(answer or {})
 
 
 class Interrupted(BaseException):

@@ -194,10 +194,8 @@ def resolve(command: str, sources: Sequence[tuple[Any, ...]]) -> Settings:
     }
     run: Run = built["run",]
     code = Code(frozenset().union(*(layer.typed for layer in layers)), run.allow_code, run.code_dir)
-    by_hand = (TYPED, ASSIGNED)
-    typed = {
-        name for key in (("run",), ("inputs",)) for name, label in labels[key].items() if label.startswith(by_hand)
-    }
+    sayings = [*labels["run",].items(), *labels["inputs",].items()]
+    typed = {name for name, label in sayings if label.startswith((TYPED, ASSIGNED))}
     return Settings(command, run, built["inputs",], components, sections, code, frozenset(typed))
 
 

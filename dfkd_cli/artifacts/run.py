@@ -287,7 +287,8 @@ def _own(settings: Settings) -> dict[str, Any]:
 
 
 def _of_parents(settings: Settings) -> set[str]:
-    return {name for name, traits in options(type(settings.inputs)).items() if traits.get("parent")}
+    inputs: type = type(settings.inputs)
+    return {name for name, traits in options(inputs).items() if traits.get("parent")}
 
 
 def _is_another(path: Path, recorded: Mapping[str, Any], settings: Settings, identity: Mapping[str, Any]) -> bool:

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Container, Iterable, Mapping, Sequence
+from collections.abc import Container, Iterable, Iterator, Mapping, Sequence
 from datetime import timedelta
 from typing import Any
 
@@ -103,15 +103,20 @@ def failures(section: Mapping[str, Any]) -> list[str]:
 
 
 def terminal_table(section: Mapping[str, Any]) -> Columns:
-    """A section for a terminal."""
+    """The rows of a section."""
     return Columns(filled(section), LEFT, folds="ROW", spare=_EXPENDABLE, rest="table.md")
 
 
-def terminal_by_size(section: Mapping[str, Any]) -> Columns | None:
-    """:func:`by_size` for a terminal."""
-    pivot = by_size(section)
-    columns = {head: texts for head, *texts in zip(*pivot, strict=True)}
-    return Columns(columns, ("IMAGES",), folds="IMAGES") if pivot else None
+def for_terminal(results: Mapping[str, Any]) -> Iterator[str | Columns]:
+    """The parts of what is in ``results.json`` for a terminal, from top to bottom."""
+    for section in results["sections"]:
+        yield headline(section)
+        yield terminal_table(section)
+        if pivot := by_size(section):
+            yield "top-1 % by images in the transfer set:"
+            columns = {head: texts for head, *texts in zip(*pivot, strict=True)}
+            yield Columns(columns, ("IMAGES",), folds="IMAGES")
+        yield from failures(section)
 
 
 def markdown(results: Mapping[str, Any], left_out: Container[str] = ()) -> str:

@@ -9,6 +9,7 @@ import itertools
 import math
 import os
 from collections.abc import Callable, Mapping, Sequence
+from contextlib import closing
 from dataclasses import dataclass
 from typing import Any
 
@@ -75,14 +76,11 @@ def run(settings: Settings, terminal: Terminal, dry_run: bool = False) -> dict[s
     else:
         with directory.guard():
             device = pick_device(settings.run.device)
-            progress = Progress(terminal, settings.command, "images", len(images))
-            try:
+            with closing(Progress(terminal, settings.command, "images", len(images))) as progress:
                 metadata = collect(
                     teacher.classifier, images, device, inputs.batch_size, inputs.temperature,
                     inputs.covariance_units, progress.update,
                 )  # fmt: skip
-            finally:
-                progress.close()
             info = teacher.classifier.info
             origin = {"teacher": {"sha256": teacher.sha256, "spec": info.spec}, "dataset": dataset}
             files = write_metadata(directory.path, metadata, origin)

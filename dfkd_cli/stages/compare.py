@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import functools
 from collections.abc import Mapping, Sequence
+from contextlib import closing
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any, Literal
@@ -139,7 +140,8 @@ def run(settings: Settings, terminal: Terminal, dry_run: bool = False) -> dict[s
     if directory.claim():
         directory.say_complete(terminal)
         results = read_json(out / RESULTS, dict[str, Any])
-        _show(results, terminal)
+        for part in table.for_terminal(results):
+            terminal.answer(part)
     else:
         with directory.guard():
             failed: list[dict[str, Any]] = []
@@ -151,15 +153,21 @@ def run(settings: Settings, terminal: Terminal, dry_run: bool = False) -> dict[s
             write_text(out / TABLE, table.markdown(results))
             write_text(out / REPORT, html.page(results))
             write_json(out / RESULTS, results)
-            _show(results, terminal)
+            for part in table.for_terminal(results):
+                terminal.answer(part)
             if failed:  # unfinished, so that the same command tries again
                 names = ", ".join(dict.fromkeys(qualified(f["teacher"], f["row"]) for f in failed))
-                raise RunFailed(f"failed: {names}", f"see {out / TABLE}; the same command tries again")
+                hint = f"see {out / TABLE}; the same command tries again"
+                raise RunFailed(f"failed: {names}", hint, _answer(out, results))
             directory.finish([out / RESULTS, out / TABLE, out / REPORT], _best(results))
-    artifacts = {"comparison": str(out), "results": str(out / RESULTS), "report": str(out / REPORT)}
-    answer = {"artifacts": artifacts, "metrics": _best(results), "sections": results["sections"]}
+    answer = _answer(out, results)
     _check_gate(answer, settings.inputs.fail_below)
     return answer
+
+
+def _answer(out: Path, results: Mapping[str, Any]) -> dict[str, Any]:
+    artifacts = {"comparison": str(out), "results": str(out / RESULTS), "report": str(out / REPORT)}
+    return {"artifacts": artifacts, "metrics": _best(results), "sections": results["sections"]}
 
 
 # -- what is compared --------------------------------------------------------------------------------------------------
@@ -337,20 +345,19 @@ def _results(
     tests = [[examiner.images(s.dataset, read_info(m.record, m.path), str(m.path)) for m in s.models] for s in sections]
     if examiner.caveat:
         terminal.say(examiner.caveat)
-    progress = Progress(terminal, "compare", "models", sum(len(section.models) for section in sections))
-    meter = Meter(directory, examiner, settings.code, progress)
     blocks: list[dict[str, Any]] = []
     lost: dict[str, list[Mapping[str, Any]]] = {}
     for failure in failed:
         lost.setdefault(failure["teacher"], []).append(failure)
-    for section, (test, *_) in zip(sections, tests, strict=True):
-        measured = {
-            model.path: meter.measure(model, section.teacher_of(model), section.dataset) for model in section.models
-        }
-        facts = {"teacher": section.name, "dataset": section.dataset, "test_images": len(test)}
-        outcome = {"rows": rows(section, measured), "failed": lost.pop(section.name, [])}
-        blocks.append({**facts, "classes": list(test.classes), **outcome})
-    progress.close()
+    with closing(Progress(terminal, "compare", "models", sum(len(s.models) for s in sections))) as progress:
+        meter = Meter(directory, examiner, settings.code, progress)
+        for section, (test, *_) in zip(sections, tests, strict=True):
+            measured = {
+                model.path: meter.measure(model, section.teacher_of(model), section.dataset) for model in section.models
+            }
+            facts = {"teacher": section.name, "dataset": section.dataset, "test_images": len(test)}
+            outcome = {"rows": rows(section, measured), "failed": lost.pop(section.name, [])}
+            blocks.append({**facts, "classes": list(test.classes), **outcome})
     directory.save()
     galleries = {s.sha256: s.facts() for s in [*(s for m in models for s in m.shards), *shards]}
     results = {
@@ -365,17 +372,6 @@ def _results(
 
 
 # -- what is said about it ---------------------------------------------------------------------------------------------
-
-
-def _show(results: Mapping[str, Any], terminal: Terminal) -> None:
-    for section in results["sections"]:
-        terminal.answer(table.headline(section))
-        terminal.answer(table.terminal_table(section))
-        if (sizes := table.terminal_by_size(section)) is not None:
-            terminal.answer("top-1 % by images in the transfer set:")
-            terminal.answer(sizes)
-        for line in table.failures(section):
-            terminal.answer(line)
 
 
 def _students(results: Mapping[str, Any]) -> list[tuple[str, Mapping[str, Any]]]:

@@ -15,6 +15,7 @@ recorded.
 
 from __future__ import annotations
 
+from contextlib import closing
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -86,11 +87,8 @@ def _send(source: Path, server: Server, overwrite: bool, terminal: Terminal, dry
     parts = bundle(source)
     if dry_run:
         return _would_copy(str(source), len(parts), sum(part.size for part in parts.values()), terminal)
-    progress = Progress(terminal, "cp", "files", len(parts))
-    try:
+    with closing(Progress(terminal, "cp", "files", len(parts))) as progress:
         copied = server.send(parts, overwrite, lambda done, _: progress.update(done))
-    finally:
-        progress.close()
     if server.url.startswith("hf://") and (card := model_card(source, server.url)) is not None:
         server.write(CARD, card.encode())
     return _copied(server.url, len(parts), copied, terminal)
@@ -110,11 +108,8 @@ def _receive(server: Server, dest: Path, overwrite: bool, terminal: Terminal, dr
         raise ConfigError(f"{dest} holds another {others[0]}", "choose another directory, or give --overwrite")
     if dry_run:
         return _would_copy(server.url, len(rows), sum(row["bytes"] for row in rows), terminal)
-    progress = Progress(terminal, "cp", "files", len(rows))
-    try:
+    with closing(Progress(terminal, "cp", "files", len(rows))) as progress:
         copied = server.receive(rows, dest, lambda done, _: progress.update(done))
-    finally:
-        progress.close()
     return _copied(str(dest), len(rows), copied, terminal)
 
 

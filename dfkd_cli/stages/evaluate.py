@@ -9,6 +9,7 @@ images, --unlabelled compares models with their teacher.
 
 from __future__ import annotations
 
+from contextlib import closing
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, NotRequired, TypedDict
@@ -153,8 +154,7 @@ class Plan:
 def measure(plan: Plan, terminal: Terminal) -> Results:
     """The results, one per evaluation, in values that JSON has."""
     found: list[dict[str, Any]] = []
-    progress = Progress(terminal, "evaluate", "paths", len(plan.evaluations) + len(plan.lines))
-    try:
+    with closing(Progress(terminal, "evaluate", "paths", len(plan.evaluations) + len(plan.lines))) as progress:
         for each in (*plan.evaluations, *plan.lines):
             found.append(finite(named(each.facts | each.measure())))
             progress.update(len(found))
@@ -163,8 +163,6 @@ def measure(plan: Plan, terminal: Terminal) -> Results:
                 terminal.say(f"{path}: the stored logits are not what the teacher answers to the stored images")
             if products and found[-1]["sharpness"] is None:
                 terminal.say(f"{path}: its sharpness is not found, or not finite, after {products} Hessian products")
-    finally:
-        progress.close()
     results: Results = {"results": found[: len(plan.evaluations)]}
     return results | {"lines": found[len(plan.evaluations) :]} if plan.lines else results
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import functools
+import os
 from collections.abc import Callable, Collection, Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -13,7 +14,7 @@ from dfkd_cli.artifacts.shards import MANIFEST, ShardReader
 from dfkd_cli.config import defaults
 from dfkd_cli.data import datasets
 from dfkd_cli.data.sources import ANSWERS
-from dfkd_cli.errors import ArtifactError, ConfigError
+from dfkd_cli.errors import ArtifactError, ConfigError, DfkdError
 from dfkd_cli.models.directory import RECORD
 from dfkd_cli.models.exported import RECORD as EXPORT
 from dfkd_cli.models.names import LoadedModel, ModelDirectory, locate, made_by_dfkd
@@ -70,7 +71,13 @@ class Opener:
         self.ends: list[End] = []
         self.teacher: LoadedModel | None = None
         if inputs.teacher is not None or Path(TEACHER, RECORD).is_file():
-            self.teacher = locate(inputs.teacher or TEACHER, inputs).open(self.code)
+            asked = inputs.teacher is not None or not inputs.paths or TEACHER in map(os.path.normpath, inputs.paths)
+            try:
+                self.teacher = locate(inputs.teacher or TEACHER, inputs).open(self.code)
+            except DfkdError as error:
+                if asked:
+                    raise
+                self.terminal.say(f"nothing is compared with {TEACHER}/, which cannot be read: {error}")
         self.models = {} if self.teacher is None else {self.teacher.path: self.teacher}
         self.paths = inputs.paths or [*self.models, *([STUDENT] if Path(STUDENT).exists() else [])]
         for path in self.paths:

@@ -444,6 +444,10 @@ def test_a_recorded_teacher_that_changed_or_cannot_be_read_is_none(taught, tmp_p
     for strange in ("{}", json.dumps({**json.loads(text), "weights": 3})):
         record.write_text(strange)
         assert "it is not here" in evaluated()
+    shutil.copytree("mentor", "teacher")  # which nobody has named either
+    assert "nothing is compared with teacher/, which cannot be read: teacher/model.json" in evaluated()
+    for named in (("pupil", "--teacher", "teacher"), ("teacher/",), ()):
+        assert cli("evaluate", *named)[0] == 3, named
 
 
 def test_images_that_changed_are_measured_anew(here, cli):

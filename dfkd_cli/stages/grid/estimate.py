@@ -55,8 +55,8 @@ def estimate(settings: Settings, grid: Grid, terminal: Terminal) -> dict[str, An
     """
     seconds: dict[Path, float] = {}
     unknown: dict[str, str] = {}
-    progress = Progress(terminal, "estimate", "commands", len(grid.runs))
-    with tempfile.TemporaryDirectory() as place:
+    bar = contextlib.closing(Progress(terminal, "estimate", "commands", len(grid.runs)))
+    with bar as progress, tempfile.TemporaryDirectory() as place:
         pilots = _Pilots(Path(place))
         for planned, stand_in in zip(grid.runs, plan(settings, Path(place)).runs, strict=True):
             try:
@@ -64,7 +64,6 @@ def estimate(settings: Settings, grid: Grid, terminal: Terminal) -> dict[str, An
             except DfkdError as error:
                 seconds[planned.out], unknown[str(planned)] = 0.0, str(error)
             progress.update(len(seconds))
-    progress.close()
     seconds |= {run.out: 0.0 for run in grid.runs if read_run(run.out).get("status") == "done"}
     makespan = {str(count): round(simulate(grid, count, seconds), 1) for count in WORKERS}
     rows = _rows(grid, seconds)

@@ -180,8 +180,9 @@ def test_rows_that_need_a_failed_one_are_not_run(here, cli):
         "third": {"taught_by": "second", "distill": {"transfer_set": ["real:20"]}},
     }
     (here / "needs.yaml").write_text(json.dumps({"command": "compare", "grid": grid}))
-    code, _, err = cli("compare", "--recipe", "needs.yaml", "--teacher", "teacher", "--out", "needs")
+    code, out, err = cli("compare", "--recipe", "needs.yaml", "--teacher", "teacher", "--out", "needs", "--json")
     assert (code, "failed: bad, second, third" in err) == (4, True)
+    assert json.loads(out)["sections"] == results_in(here / "needs")["sections"]
     (section,) = results_in(here / "needs")["sections"]
     said = {(f["row"], f["seed"]): f["message"] for f in section["failed"]}
     assert len(said) == len(section["failed"]) == 6
