@@ -364,6 +364,15 @@ def test_what_is_read_is_not_overwritten(here: Path, cli) -> None:
     one_line(cli(*again, "--out", "student/"), 2, "student is read and would be overwritten", "choose another --out")
     one_line(cli("evaluate", "student", "--out", "./student", "--overwrite"), 2, "student is read")
     assert Path("student/model.safetensors").read_bytes() == kept
+    shutil.copy("teacher/model.safetensors", "student/own.safetensors")
+    own = ("--teacher", "lenet5", "--weights", "student/own.safetensors", "--input-size", "1", "32", "32")
+    command = ["distill", *own, "--num-classes", "10", "--transfer-set", "noise:8", "--steps", "1", "--overwrite"]
+    one_line(cli(*command, "--out", "student"), 2, "student/own.safetensors is read and would be overwritten")
+    Path("student/net.py").write_text(
+        "from dfkd_cli.models.registry import build as make\ndef build(): return make('lenet5', 10, (1, 32, 32))\n"
+    )
+    command[2], command[4] = "student/net.py:build", "teacher/model.safetensors"
+    one_line(cli(*command, "--out", "student"), 2, "student/net.py:build is read and would be overwritten")
     assert cli(*again, "--out", "student/next")[0] == 0
     Path("student/next/left").touch()
     assert cli(*again, "--out", "student/next")[0] == 0  # inside of what is read, not the other way round

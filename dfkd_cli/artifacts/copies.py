@@ -13,6 +13,7 @@ from __future__ import annotations
 import functools
 import json
 import os
+import signal
 import subprocess
 import sys
 from collections.abc import Callable, Collection
@@ -99,6 +100,7 @@ def fetch(urls: Collection[str], terminal: Terminal) -> dict[str, str]:
 def main() -> None:
     """The life of the process that copies: each line that it writes is JSON."""
     end_with_parent()
+    signal.signal(signal.SIGINT, signal.SIG_IGN)  # Ctrl-C is said to all: the parent decides
     urls, place = json.load(sys.stdin)
     answer = os.fdopen(os.dup(1), "w", buffering=1, encoding="utf-8")
     os.dup2(2, 1)  # whatever else writes something says it to the user

@@ -117,7 +117,9 @@ def os_error(error: OSError, path: Path) -> ConfigError | RunFailed:
     """The user's view of a failed write to ``path``."""
     if error.errno in FULL:
         return RunFailed(f"{path}: the disk is full", "free some space and run the same command again: it continues")
-    return ConfigError(f"{path}: cannot be written ({error.strerror})", "choose a writable --out")
+    return ConfigError(
+        f"{path}: cannot be written ({error.strerror})", "choose a place that can be written, as by --out"
+    )
 
 
 def write_text(path: Path, text: str) -> str:

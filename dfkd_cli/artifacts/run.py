@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import contextlib
 import logging
-import os
 import secrets
 import sys
 import time
@@ -16,6 +15,7 @@ from dfkd_cli import __version__
 from dfkd_cli.artifacts.files import check_inside, remove, sha256_file, take_lock, write_text
 from dfkd_cli.artifacts.integrity import RUN, SCRATCH, intact, read_run, runs_within, write_run
 from dfkd_cli.artifacts.records import read_json
+from dfkd_cli.catalog import few_bits
 from dfkd_cli.config import dump_yaml, options
 from dfkd_cli.errors import ArtifactError, ConfigError, DfkdError, Interrupted
 from dfkd_cli.options import MOST_THREADS, Run
@@ -162,10 +162,11 @@ class RunDirectory:
 
     def _spare_parents(self) -> None:
         """Refuse to clear the directory of what the command reads."""
-        for parent in self.record["parents"]:
-            place = Path(parent.get("path", os.devnull)).resolve()
-            if place.is_relative_to(self.path.resolve()):
-                raise ConfigError(f"{parent['path']} is read and would be overwritten", "choose another --out")
+        read = [few_bits(parent["path"])[1] for parent in self.record["parents"] if "path" in parent]
+        read += filter(None, [getattr(self.settings.inputs, "weights", None)])
+        for path in read:
+            if Path(path).resolve().is_relative_to(self.path.resolve()):
+                raise ConfigError(f"{path} is read and would be overwritten", "choose another --out")
 
     def _take_lock(self) -> None:
         self._lock = take_lock(self.path / LOCK)

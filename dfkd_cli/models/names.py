@@ -300,8 +300,9 @@ def locate(name: str, said: ForeignModel) -> Location:
         raise ConfigError(
             f"teacher {name} has no weights", "give --weights FILE; of a function that is only asked, --answers"
         )
-    hint = "train one: dfkd train-teacher" if name == "teacher" else "a SPEC needs --weights FILE too"
-    raise ArtifactError(f"no teacher at {path}", hint)
+    made = {"teacher": "train one: dfkd train-teacher", "student": "train one: dfkd distill"}
+    what = f"no {'student' if name == 'student' else 'teacher'} at {path}"
+    raise ArtifactError(what, made.get(name, "a SPEC needs --weights FILE too"))
 
 
 def _info(name: str, said: ForeignModel) -> ModelInfo:

@@ -162,7 +162,7 @@ def open_transfer_set(
         return TransferSet(real, parent)
     path = Path(name)
     if not path.is_dir():
-        hint = "make it: dfkd synthesize --method zskd" if name.rstrip("/") == "shards" else "check --transfer-set"
+        hint = "make it: dfkd synthesize --method zskd" if name.rstrip("/") == "shards" else "check the path"
         raise ArtifactError(f"no transfer set at {name}", hint)
     if (impressions := _impressions(name, info, seed, wanted)) is not None:
         if not teacher.knows(impressions.made_from):

@@ -117,6 +117,7 @@ def test_the_code_of_a_teacher_counts_and_where_it_lies_does_not(here, monkeypat
         ("net.pt", {}, ArtifactError, "no teacher at net.pt -- a SPEC needs --weights"),
         ("teacher", {}, ArtifactError, "no teacher at teacher -- train one: dfkd train-teacher"),
         ("net.safetensors", {}, ArtifactError, "net.safetensors is a file, not a model directory"),
+        ("student", {}, ArtifactError, "no student at student -- train one: dfkd distill"),
         ("lenet5", {}, ArtifactError, "no teacher at lenet5"),
         ("torchvision:resnet18", {}, ConfigError, "teacher torchvision:resnet18 has no weights -- give --weights FILE"),
         ("./absent.py:net", {"num_classes": 3}, ConfigError, "teacher ./absent.py:net has no weights"),
