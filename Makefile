@@ -47,7 +47,7 @@ gpu: .venv/.done ## What ten minutes of a GPU are for, the most useful first; MI
 	$(BIN)/python tests/gpu_runs.py --minutes $(or $(MINUTES),10) $(if $(PLAN),--plan)
 
 readme: .venv/.done ## Write the tables of the READMEs anew, from results/ and the methods' files
-	$(BIN)/python -m dfkd_cli.report.readme README.md results/README.md
+	$(BIN)/python tests/readme.py README.md results/README.md
 
 clean: ## Remove what the other targets made
 	rm -rf demo build dist .venv *.egg-info .pytest_cache .ruff_cache .mypy_cache

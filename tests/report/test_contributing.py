@@ -32,7 +32,7 @@ def repository(tmp_path_factory) -> Path:
     for file, text in examples:
         assert not (root / file).exists(), f"{file} is there already"
         (root / file).write_text(text, encoding="utf-8")
-    python(root, "-m", "dfkd_cli.report.readme", *PAGES)
+    python(root, "tests/readme.py", *PAGES)
     return root
 
 

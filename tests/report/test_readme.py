@@ -10,9 +10,9 @@ from xml.etree import ElementTree
 
 import numpy as np
 import pytest
+from readme import fill, pictures
 
 from dfkd_cli import catalog
-from dfkd_cli.report.readme import fill, pictures
 
 ROOT = Path(__file__).parents[2]
 RENDERED = [ROOT / "README.md", ROOT / "results" / "README.md"]

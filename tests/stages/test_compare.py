@@ -15,16 +15,17 @@ from datetime import timedelta
 
 import numpy as np
 import pytest
+import readme
 import torch
 from PIL import Image
 from pipeline import edit
+from readme import fill
 from tiny_comparisons import SMALL, accuracy, check_self_contained, results_in, tree
 
 from dfkd_cli.artifacts.integrity import write_run
 from dfkd_cli.models.classifier import Classifier
 from dfkd_cli.models.directory import load_model, save_model
 from dfkd_cli.report import html
-from dfkd_cli.report.readme import fill
 from dfkd_cli.report.results import spread
 from dfkd_cli.urls import COPIES
 
@@ -407,7 +408,7 @@ def test_published_numbers_and_wall_time_reach_every_table(here, cli):
     shutil.copy(here / "published" / "results.json", here / "kept" / "tiny.json")
     page = here / "page.md"
     page.write_text("before\n<!-- kept/tiny.json -->\n98.77 by hand\n<!-- end of results -->\nafter\n")
-    made = subprocess.run([sys.executable, "-m", "dfkd_cli.report.readme", page], cwd=here.parent, check=False)
+    made = subprocess.run([sys.executable, readme.__file__, page], cwd=here.parent, check=False)
     assert made.returncode == 0
     text = page.read_text()
     assert re.fullmatch(r"before\n<!-- kept/tiny.json -->\n.*\n<!-- end of results -->\nafter\n", text, re.DOTALL)

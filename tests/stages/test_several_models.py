@@ -8,9 +8,8 @@ from pathlib import Path
 
 import pytest
 from pipeline import edit
+from readme import fill
 from tiny_comparisons import accuracy, results_in
-
-from dfkd_cli.report.readme import fill
 
 pytestmark = pytest.mark.usefixtures("quick_latency")
 TOGETHER = ("--method", "kdcl", "--students", "lenet5-half", "lenet5", "--temperature", "2", "--batch-size", "16")

@@ -1,6 +1,6 @@
 """Tables and pictures of a page: each is made from what the comment before it names.
 
-``python -m dfkd_cli.report.readme PAGE ...`` writes all of them anew, each up to the next ``<!-- end of results -->``
+``python tests/readme.py PAGE ...`` writes all of them anew, each up to the next ``<!-- end of results -->``
 or ``<!-- end of methods -->``. Paths are relative to the page:
 
     <!-- results/zskd-mnist.json -->            a kept results.json, whole but for some columns
