@@ -18,7 +18,7 @@ import dataclasses
 import functools
 import importlib
 import re
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -155,7 +155,12 @@ class Entry:
 
     def item(self) -> dict[str, Any]:
         """The entry as ``ls --json`` prints it."""
-        return {k: getattr(self, k) for k in ("name", "kind", "paper", "summary")} | {"needs": list(self.needs)}
+        return _item(self.name, self.kind, self.summary, self.paper, self.needs)
+
+
+def _item(name: str, kind: str, summary: str, paper: str = "", needs: Sequence[str] = ()) -> dict[str, Any]:
+    """A row of ``ls``."""
+    return {"name": name, "kind": kind, "needs": list(needs), "paper": paper, "summary": summary}
 
 
 @functools.cache
@@ -209,8 +214,8 @@ def models() -> list[dict[str, Any]]:
     for path in sorted((PACKAGE / "models").glob("*.py")):
         module = read(path)
         if "NAMES" in module.names:
-            facts = {"kind": _public(path), "needs": [], "paper": _paper(module.doc), "summary": _summary(module.doc)}
-            items += [{"name": name, **facts} for name in module.value("NAMES")]
+            about = _public(path), _summary(module.doc), _paper(module.doc)
+            items += [_item(name, *about) for name in module.value("NAMES")]
     return items
 
 
@@ -234,10 +239,7 @@ def is_built_in(name: str) -> bool:
 def datasets() -> list[dict[str, Any]]:
     """The named datasets."""
     names = read(PACKAGE / "data" / "datasets.py").value("DATASETS")
-    return [
-        {"name": name, "kind": "dataset", "needs": [], "paper": "", "summary": summary}
-        for name, summary in names.items()
-    ]
+    return [_item(name, "dataset", summary) for name, summary in names.items()]
 
 
 # -- recipes ----------------------------------------------------------------------------------------------------------
@@ -291,13 +293,6 @@ def recipe_items() -> list[dict[str, Any]]:
     items = []
     for key, path in recipes().items():
         about = read_recipe(path).get("about", {})
-        items.append(
-            {
-                "name": key,
-                "kind": key.split("/")[0],
-                "needs": about.get("needs", []),
-                "paper": about.get("paper", ""),
-                "summary": ": ".join(about[key] for key in ("claim", "summary") if key in about),
-            }
-        )
+        summary = ": ".join(about[word] for word in ("claim", "summary") if word in about)
+        items.append(_item(key, key.split("/")[0], summary, about.get("paper", ""), about.get("needs", ())))
     return items

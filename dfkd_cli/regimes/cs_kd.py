@@ -21,8 +21,7 @@ import torch
 from torch import Tensor
 
 from dfkd_cli.data.sources import Images
-from dfkd_cli.regimes.distillation import Answers, in_every_mode
-from dfkd_cli.regimes.labelled import Labelled
+from dfkd_cli.regimes.distillation import Answers, Distillation, in_every_mode
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -30,9 +29,10 @@ class Config:
     """Class-wise self-distillation: everything is in the objective."""
 
 
-class ClassWise(Labelled):
+class ClassWise(Distillation):
     """A student that is its own teacher, on another image of the class."""
 
+    needs = ("labels", "objective")
     mixable = False
     config: Config
 

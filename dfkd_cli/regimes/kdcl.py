@@ -35,8 +35,7 @@ from dfkd_cli.errors import ConfigError
 from dfkd_cli.objectives.base import ask
 from dfkd_cli.options import Several
 from dfkd_cli.regimes.base import Task
-from dfkd_cli.regimes.distillation import Answers, in_every_mode
-from dfkd_cli.regimes.labelled import Labelled
+from dfkd_cli.regimes.distillation import Answers, Distillation, in_every_mode
 
 GAP = 1e-4  # nats by which an ensemble may miss the best one
 RIDGE = 1e-4
@@ -50,9 +49,10 @@ class Config(Several):
     labels: float = option(1.0, "weight of the labels beside the objectives", low=0)
 
 
-class Collaborative(Labelled):
+class Collaborative(Distillation):
     """Students that teach each other."""
 
+    needs = ("labels", "objective")
     mixable = False
     config: Config
     mixture: Tensor  # (M,): the weights of ``general``

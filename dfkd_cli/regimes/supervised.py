@@ -29,7 +29,6 @@ class Supervised(Regime):
     """Cross-entropy with the labels."""
 
     needs = ("labels",)
-    measure = "accuracy"
     config: Config
 
     def loss(self, images: Images) -> tuple[Tensor, dict[str, Tensor]]:
@@ -37,7 +36,3 @@ class Supervised(Regime):
         logits = logits_of(self.student, images.pixels).float()
         loss = F.cross_entropy(logits, images.truth, label_smoothing=self.config.label_smoothing)
         return loss, {"cross_entropy": loss}
-
-    def expected(self, images: Images) -> Tensor:
-        """The label."""
-        return images.true_labels

@@ -26,8 +26,7 @@ from torch import Tensor
 
 from dfkd_cli.config import option
 from dfkd_cli.data.sources import Images
-from dfkd_cli.regimes.distillation import Answers, in_every_mode
-from dfkd_cli.regimes.labelled import Labelled
+from dfkd_cli.regimes.distillation import Answers, Distillation, in_every_mode
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -41,9 +40,10 @@ class Config:
     flatten: float = option(20.0, "what the released code divides probabilities by", above=0)
 
 
-class VirtualTeacher(Labelled):
+class VirtualTeacher(Distillation):
     """A student, and labels that answer like a teacher."""
 
+    needs = ("labels", "objective")
     mixable = False
     config: Config
 

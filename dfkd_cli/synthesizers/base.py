@@ -227,9 +227,12 @@ class ImageOptimizer(Synthesizer):
             except Exception:  # it is the network that complains, and users' code can raise anything
                 self.fixed_size = True
 
-    @abstractmethod
     def targets(self, first: int, count: int) -> Any:
-        """What images ``first`` to ``first + count`` aim at, on the CPU: soft labels (count, K) float32, or more."""
+        """What images ``first`` to ``first + count`` aim at, on the CPU: soft labels (count, K) float32, or more.
+
+        By default one-hot labels: the classes take turns.
+        """
+        return self.classes(first, count)
 
     @abstractmethod
     def terms(self, look: Look, targets: Any) -> dict[str, Tensor]:

@@ -35,10 +35,6 @@ class ClassImpressions(ImageOptimizer):
 
     config: Config
 
-    def targets(self, first: int, count: int) -> Tensor:
-        """One-hot labels; image ``n`` is of class ``n mod K``."""
-        return self.classes(first, count)
-
     def terms(self, look: Look, targets: Tensor) -> dict[str, Tensor]:
         """The cross-entropy with the class."""
         return {"cross_entropy": tempered_cross_entropy(look.logits, targets, self.config.temperature)}

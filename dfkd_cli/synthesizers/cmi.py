@@ -31,13 +31,13 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 from torch.optim import Optimizer
 from torch.optim.lr_scheduler import LRScheduler
-from torchvision.transforms import v2
 
 from dfkd_cli.config import option
-from dfkd_cli.data.augment import RandomFlip, RandomResizedCrop
+from dfkd_cli.data.augment import pipeline
 from dfkd_cli.models.activations import Tap, values_at
 from dfkd_cli.models.classifier import probe
 from dfkd_cli.models.taps import find_taps
+from dfkd_cli.options import Augmentation
 from dfkd_cli.seeds import derive
 from dfkd_cli.synthesis_options import PooledGeneration
 from dfkd_cli.synthesizers.base import SynthesisTask
@@ -80,8 +80,7 @@ class CMI(PooledGenerator):
             torch.manual_seed(derive("projection", self.seed))
             self.projection = nn.Sequential(nn.Linear(size, size), nn.ReLU(), nn.Linear(size, PROJECTED))
         self.remembered = Memory(self.writer.directory / KEPT, min(config.memory, self.num_images), 2 * size)
-        mirror: list[nn.Module] = [RandomFlip()] if config.view_flip else []
-        self.second_view = v2.Compose([RandomResizedCrop(config.contrast_crop), *mirror])
+        self.second_view = pipeline(Augmentation(resized_crop=config.contrast_crop, flip=config.view_flip), 0.0)
 
     def trained(self) -> Sequence[tuple[Optimizer, LRScheduler | None]]:
         """The student and the perceptron."""

@@ -31,10 +31,6 @@ class Inception(ImageOptimizer):
     normalised = True
     config: SmoothInversion
 
-    def targets(self, first: int, count: int) -> Tensor:
-        """One-hot labels; the classes take turns."""
-        return self.classes(first, count)
-
     def terms(self, look: Look, targets: Tensor) -> dict[str, Tensor]:
         """The cross-entropy with the class, and the smoothness prior where it is on."""
         terms = {"cross_entropy": tempered_cross_entropy(look.logits, targets, self.config.temperature)}

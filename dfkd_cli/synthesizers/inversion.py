@@ -19,10 +19,6 @@ class Inverter(ImageOptimizer):
     normalised = True
     config: Inversion
 
-    def targets(self, first: int, count: int) -> Any:
-        """One-hot labels; the classes take turns."""
-        return self.classes(first, count)
-
     def terms(self, look: Look, targets: Any) -> dict[str, Tensor]:
         """The cross-entropy with the class, and the priors whose weights are not zero."""
         terms = {"cross_entropy": tempered_cross_entropy(look.logits, targets, self.config.temperature)}
