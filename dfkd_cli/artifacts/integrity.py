@@ -97,11 +97,23 @@ def intact(path: Path, sha256: str | None = None, hint: str = REMAKE) -> Path:
         ArtifactError: It is missing or damaged.
     """
     expected = _recorded(path) if sha256 is None else sha256
+    if expected is not None or not path.is_file():
+        hash_of(path, expected, hint)
+    return path
+
+
+def hash_of(path: Path, expected: str | None = None, hint: str = REMAKE) -> str:
+    """The sha256 of a file, which is the expected one, where there is one.
+
+    Raises:
+        ArtifactError: The file is missing or damaged.
+    """
     if not path.is_file():
         raise ArtifactError(f"{path} is missing", hint)
-    if expected is not None and sha256_file(path) != expected:
+    sha256 = sha256_file(path)
+    if expected not in (None, sha256):
         raise ArtifactError(f"{path} is damaged: its sha256 is not the recorded one", hint)
-    return path
+    return sha256
 
 
 def present(path: Path) -> Path | None:

@@ -12,8 +12,8 @@ from pathlib import Path
 from typing import Any, BinaryIO
 
 from dfkd_cli import __version__
-from dfkd_cli.artifacts.files import check_inside, remove, sha256_file, take_lock, write_text
-from dfkd_cli.artifacts.integrity import RUN, SCRATCH, intact, read_run, runs_within, write_run
+from dfkd_cli.artifacts.files import check_inside, remove, take_lock, write_text
+from dfkd_cli.artifacts.integrity import RUN, SCRATCH, hash_of, intact, read_run, runs_within, write_run
 from dfkd_cli.artifacts.records import read_json
 from dfkd_cli.catalog import few_bits
 from dfkd_cli.config import dump_yaml, options
@@ -224,8 +224,8 @@ class RunDirectory:
         self.record["artifacts"] = []
         for path in artifacts:
             name = path.relative_to(self.path).as_posix()
-            intact(path, self.record["kept"].get(name), AFRESH)
-            self.record["artifacts"].append({"path": name, "sha256": sha256_file(path), "bytes": path.stat().st_size})
+            sha256 = hash_of(path, self.record["kept"].get(name), AFRESH)
+            self.record["artifacts"].append({"path": name, "sha256": sha256, "bytes": path.stat().st_size})
         self.record |= {"metrics": dict(metrics), "status": "done", "error": None, "ended": _now()}
         self.save()
 

@@ -84,7 +84,6 @@ class Classifier(nn.Module):
         self.info = info
         self.frozen = self.keeps_statistics = False
         self.recorded: dict[str, int] = {}  # what of its cost is on record
-        self._before: list[tuple[Any, str, bool]] = []  # what freezing changed: of what, its attribute, its value
         self.register_buffer("mean", torch.tensor(info.mean).view(1, -1, 1, 1), persistent=False)
         self.register_buffer("std", torch.tensor(info.std).view(1, -1, 1, 1), persistent=False)
         self._normalised = not any(info.mean) and set(info.std) == {1.0}
@@ -105,21 +104,10 @@ class Classifier(nn.Module):
         return self.net(self.normalise(pixels))
 
     def freeze(self) -> Classifier:
-        """Evaluation mode, even when a parent module is set to train, and no gradients for parameters, till thawed."""
-        if not self.frozen:
-            self._before = [(module, "training", module.training) for module in self.modules()]
-            self._before += [(parameter, "requires_grad", parameter.requires_grad) for parameter in self.parameters()]
+        """Evaluation mode, even when a parent module is set to train, and no gradients for parameters, from now on."""
         self.frozen = True
         self.requires_grad_(False)
         return self.eval()
-
-    def thaw(self) -> Classifier:
-        """The modes and the parameters' need of gradients as they were before the classifier was frozen."""
-        self.frozen = False
-        while self._before:
-            owner, attribute, value = self._before.pop()
-            setattr(owner, attribute, value)
-        return self
 
     def train(self, mode: bool = True) -> Classifier:
         """Set the mode; a frozen classifier stays in evaluation mode, as BatchNorm does that keeps its statistics."""

@@ -24,6 +24,7 @@ from dfkd_cli.trust import Code
 SCHEMA = 1
 RECORD = "model.json"
 WEIGHTS = "model.safetensors"
+FILES = RECORD, WEIGHTS
 
 
 class Input(TypedDict):

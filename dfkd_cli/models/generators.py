@@ -39,6 +39,7 @@ WIDTHS = (128, 128, 64)  # maps at the start and after each doubling, the last o
 LARGEST_START = 16  # pixels
 RECORD = "generator.json"
 WEIGHTS = "generator.safetensors"
+FILES = RECORD, WEIGHTS
 SCHEMA = 3
 
 

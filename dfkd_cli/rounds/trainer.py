@@ -46,7 +46,7 @@ LASTING = 3  # rounds in a row that a concern must have lasted to be said, unles
 
 
 def fit(learner: Learner, run: RunDirectory, terminal: Terminal, callbacks: Sequence[Callback] = ()) -> None:
-    """Do the rounds that are still to be done, with more ``callbacks`` of Lightning's; then thaw the teacher.
+    """Do the rounds that are still to be done, with more ``callbacks`` of Lightning's.
 
     Raises:
         RunFailed: Non-finite loss; the state of the last saved round is kept.
@@ -62,12 +62,8 @@ def fit(learner: Learner, run: RunDirectory, terminal: Terminal, callbacks: Sequ
     run.record["device"] = str(trainer.strategy.root_device)
     start = _saved_state(learner, run, curves, terminal)
     launcher = trainer.strategy.launcher
-    try:
-        with launcher.together(run, terminal) if isinstance(launcher, Launcher) else contextlib.nullcontext():
-            trainer.fit(learner, DataLoader(TensorDataset(torch.zeros(1))), ckpt_path=start, weights_only=True)
-    finally:
-        if learner.teacher is not None:
-            learner.teacher.thaw()
+    with launcher.together(run, terminal) if isinstance(launcher, Launcher) else contextlib.nullcontext():
+        trainer.fit(learner, DataLoader(TensorDataset(torch.zeros(1))), ckpt_path=start, weights_only=True)
     if not writes_records():
         sys.exit()  # its share is done; the first process of all writes the result
 

@@ -9,7 +9,7 @@ from __future__ import annotations
 import contextlib
 import dataclasses
 from collections.abc import Iterator, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, Literal
 
@@ -105,6 +105,7 @@ class Job:
         peers: More of them, where the method has several students.
         objectives: The losses between teacher and students by name, with their weights.
         needing: The method and the objectives that learn from labels, by name.
+        chosen: The images that were chosen so far, by how many were wanted of each class and of all.
     """
 
     members: list[LoadedModel]
@@ -116,23 +117,27 @@ class Job:
     peers: list[Classifier]
     objectives: dict[str, tuple[float, Objective]]
     needing: Sequence[str] = ()
+    chosen: dict[tuple[int | None, int | None], Source] = field(default_factory=dict)
 
     def task(self, settings: Settings) -> Task:
         """The networks, the losses, and as many of the images as the settings say."""
-        inputs = settings.inputs
+        inputs, seed = settings.inputs, settings.run.seed
+        wanted = inputs.images_per_class, inputs.num_images
+        if wanted not in self.chosen:
+            self.chosen[wanted] = self._choose(*wanted)
+        images = self.chosen[wanted]
+        return Task(self.student, self.teacher.classifier, images, self.objectives, inputs, seed, self.peers)
+
+    def _choose(self, of_each: int | None, count: int | None) -> Source:
         source: Source = Concat([s.source for s in self.sets])
-        if inputs.images_per_class:
+        if of_each:
             info = self.first.classifier.info
-            names = info.classes or [str(index) for index in range(info.num_classes)]
-            source = of_each_class(source, inputs.images_per_class, names)
-        elif (count := inputs.num_images) is not None:
+            source = of_each_class(source, of_each, info.classes or [str(index) for index in range(info.num_classes)])
+        elif count is not None:
             if count > len(source):
                 raise ConfigError(f"--num-images: {count} images are wanted, the transfer sets have {len(source)}")
             source = first(source, count)
-        if self.needing and not source.labelled:
-            source = Classified(source, self.classes)
-        seed = settings.run.seed
-        return Task(self.student, self.teacher.classifier, source, self.objectives, inputs, seed, self.peers)
+        return Classified(source, self.classes) if self.needing and not source.labelled else source
 
     def between(self, teacher: LoadedModel, student: Classifier, settings: Settings) -> Job:
         """The same for other networks, with objectives that are connected to these."""

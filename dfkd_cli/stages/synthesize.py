@@ -30,7 +30,9 @@ from dfkd_cli.data.seal import check_kept, kept, kept_by, sealed
 from dfkd_cli.errors import ArtifactError, ConfigError
 from dfkd_cli.models.attention import attention_layers
 from dfkd_cli.models.classifier import Classifier, is_batch_norm
+from dfkd_cli.models.directory import FILES as MODEL_FILES
 from dfkd_cli.models.directory import save_model
+from dfkd_cli.models.generators import FILES as GENERATOR_FILES
 from dfkd_cli.models.generators import Generators, save_generators
 from dfkd_cli.models.names import LoadedModel, architecture, locate
 from dfkd_cli.options import MOST_IMAGES, ForeignModel, Limited, PerClass
@@ -266,12 +268,14 @@ def _cut(
 
 def _save_models(models: Mapping[str, Classifier | Generators], path: Path, provenance: dict[str, Any]) -> list[str]:
     """Write each network into a directory of its own. Returns the files, relative to ``path``."""
+    files = []
     for role, model in models.items():
         if isinstance(model, Generators):
             save_generators(path / role, model, provenance)
         else:
             save_model(path / role, model.eval(), metrics={}, provenance=provenance)
-    return [f"{role}/{file.name}" for role in models for file in sorted((path / role).iterdir()) if file.is_file()]
+        files += [f"{role}/{name}" for name in (GENERATOR_FILES if isinstance(model, Generators) else MODEL_FILES)]
+    return files
 
 
 def rare_classes(histogram: Sequence[int], names: Sequence[str] | None = None) -> str | None:

@@ -22,7 +22,7 @@ from dfkd_cli.errors import ConfigError
 from dfkd_cli.models.adapter import require_training
 from dfkd_cli.models.black_box import BlackBox
 from dfkd_cli.models.classifier import Classifier, ModelInfo
-from dfkd_cli.models.directory import save_model
+from dfkd_cli.models.directory import FILES, save_model
 from dfkd_cli.models.names import Architecture, Location, architecture, locate
 from dfkd_cli.models.registry import build
 from dfkd_cli.objectives.base import Objective
@@ -39,7 +39,7 @@ from dfkd_cli.ui import Terminal
 
 OF_A_SHARD = 1000  # images
 QUERIES = "queries"  # where answers of a black box are kept
-WRITTEN = ("model.safetensors", "model.json", "metrics.csv")
+WRITTEN = *FILES, "metrics.csv"
 
 
 def fresh(
@@ -216,7 +216,7 @@ def _make(work: Work, run: RunDirectory, terminal: Terminal) -> tuple[list[Path]
     for role, model in models.items():
         place = run.path if role == "student" else run.path / role
         save_model(place, model, metrics=scores[role], provenance=dict(work.provenance))
-        files += [place / name for name in WRITTEN if name != "metrics.csv"]
+        files += [place / name for name in FILES]
         if role != "student":
             metrics |= {f"{role}.{name}": value for name, value in scores[role].items()}
     for name, source in learner.made().items():

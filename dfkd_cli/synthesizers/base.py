@@ -110,7 +110,7 @@ class Synthesizer(Learner):
     normalised: ClassVar[bool] = False
     correction: ClassVar[int] = 0
     taps: Mapping[Any, Tap] = {}
-    summary: Callable[[Tensor], Tensor] = torch.clone
+    summary: Callable[[Tensor], Tensor] = staticmethod(torch.clone)
 
     def __init__(self, task: SynthesisTask, config: Any) -> None:
         super().__init__()

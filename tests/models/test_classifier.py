@@ -38,23 +38,6 @@ def test_freeze_survives_a_training_parent():
     assert model.num_parameters == 61_706
 
 
-def test_thawed_is_as_before_it_was_frozen():
-    model = classifier()
-    layers = [module for module in model.modules() if isinstance(module, nn.Conv2d)]
-    layers[0].eval()
-    layers[1].requires_grad_(False)
-
-    def state():
-        return [m.training for m in model.modules()], [p.requires_grad for p in model.parameters()], model.frozen
-
-    before = state()
-    model.freeze().freeze()
-    assert state() != before
-    model.thaw()
-    assert state() == before
-    assert model.train().training
-
-
 def test_batch_norms_are_those_with_statistics():
     net = nn.Sequential(
         nn.BatchNorm2d(2), nn.BatchNorm2d(2, track_running_stats=False), nn.Flatten(), nn.BatchNorm1d(8)

@@ -464,9 +464,9 @@ def test_a_student_that_is_not_trained_stays_as_it_is(tmp_path):
 
 @pytest.mark.parametrize("fails", [None, "teacher", "student"])
 def test_networks_are_left_as_they_were(fails, tmp_path):
-    """Whether it goes well or not: the teacher's mode, values, hooks; the student's hooks."""
+    """Whether it goes well or not: the frozen teacher's values and hooks; the student's hooks."""
     teacher = smooth_teacher().train()
-    before = state(teacher)
+    before = state(teacher.freeze())
     method = synthesizer("adaptive-deepinversion", tmp_path, teacher, **ADAPTIVE)
     method.student = smooth_teacher(2)
     hooks = state(method.student)["hooks"]
