@@ -188,7 +188,7 @@ def _points(spread: Mapping[str, Any] | None, sign: str = "") -> str:
 def _number(spread: Mapping[str, Any] | None, digits: int, scale: float = 1, sign: str = "") -> str:
     if spread is None:
         return "-"
-    text = f"{scale * spread['mean']:{sign}.{digits}f}"
+    text = f"{scale * spread['mean']:{sign}z.{digits}f}"  # z: no -0.00
     return text if spread["sd"] is None else f"{text} ± {scale * spread['sd']:.{digits}f}"
 
 
