@@ -71,9 +71,19 @@ def fresh(
 
 
 def specs(settings: Settings, named: str) -> tuple[str, ...]:
-    """The networks to train: the one that the command names, or where several learn together those of the method."""
+    """The networks to train: the one that the command names, or where several learn together those of the method.
+
+    Raises:
+        ConfigError: Both are typed, and the one that the command names is not the first of the others.
+    """
     config = settings.method.config
-    return (config.students or (named,) * 2) if isinstance(config, Several) else (named,)
+    if not isinstance(config, Several):
+        return (named,)
+    networks = config.students or (named,) * 2
+    if named != networks[0] and (typed := settings.typed & {"student", "model"}):
+        what = f"--{min(typed)} {named}: of --students {' '.join(networks)} the first is written as that"
+        raise ConfigError(what, "leave one out")
+    return networks
 
 
 def architectures(settings: Settings, named: str) -> list[Architecture]:

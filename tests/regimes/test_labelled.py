@@ -292,6 +292,18 @@ def test_general_of_images_too_few_to_hold_one_out_has_equal_weights(tmp_path, t
     assert code == 0, err
 
 
+def test_a_student_beside_others_is_the_first_of_them(tmp_path, teacher, cli):
+    learn = ("distill", "--teacher", teacher, "--transfer-set", "noise:50", "--method", "kdcl", "--dry-run")
+    both = ("--students", "lenet5", "lenet5-half", "--out", tmp_path / "out", "--student")
+    code, _, err = cli(*learn, *both, "resnet8")
+    assert (code, "--student resnet8: of --students lenet5 lenet5-half the first is written as that" in err) == (
+        2,
+        True,
+    )
+    code, _, err = cli(*learn, *both, "lenet5")
+    assert code == 0, err
+
+
 @pytest.mark.parametrize("name", ["at", "bss", "crd"])
 def test_objectives_that_look_into_a_teacher_need_one(name):
     entry = entries("objectives")[name]
