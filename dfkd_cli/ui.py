@@ -18,6 +18,7 @@ from dfkd_cli.errors import Interrupted, RunFailed
 from dfkd_cli.urls import named
 
 QUIET, NORMAL, VERBOSE = -1, 0, 1
+INTERVAL = 15  # seconds between plain lines of progress
 
 
 def _console(stream: TextIO) -> Console:
@@ -42,9 +43,9 @@ class Terminal:
         self.err = _console(sys.stderr)
         self.live = sys.stderr.isatty() and verbosity >= NORMAL and not silent
 
-    def say(self, text: str, level: int = NORMAL) -> None:
+    def say(self, text: str) -> None:
         """A message for the person watching."""
-        if self.verbosity >= level and not self.silent:
+        if self.verbosity >= NORMAL and not self.silent:
             self.err.print(named(text), markup=False)
 
     def answer(self, text: Any) -> None:
@@ -105,14 +106,11 @@ class Progress:
         unit: What is counted, e.g. ``"rounds"``.
         total: Units in all.
         done: Units that an earlier run already did.
-        interval: Seconds between plain lines.
     """
 
-    def __init__(
-        self, terminal: Terminal, what: str, unit: str, total: int, done: int = 0, interval: float = 15
-    ) -> None:
+    def __init__(self, terminal: Terminal, what: str, unit: str, total: int, done: int = 0) -> None:
         self.terminal, self.what, self.unit, self.total = terminal, what, unit, total
-        self.first, self.start, self.last, self.interval = done, time.monotonic(), 0.0, interval
+        self.first, self.start, self.last = done, time.monotonic(), 0.0
         self.bar = None
         if terminal.live:
             from rich.progress import BarColumn, MofNCompleteColumn, TimeRemainingColumn
@@ -136,7 +134,7 @@ class Progress:
         note = f"{speed:.2f} {self.unit}/s {note}".rstrip()
         if self.bar is not None:
             self.bar.update(self.task, completed=done, note=note)
-        elif now - self.last >= self.interval or done >= self.total:
+        elif now - self.last >= INTERVAL or done >= self.total:
             self.last = now
             left = timedelta(seconds=round((self.total - done) / speed)) if speed else "-:--:--"
             self.terminal.say(f"{self.what} {done}/{self.total} {note}, {left} left")

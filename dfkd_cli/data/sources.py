@@ -27,6 +27,7 @@ from dfkd_cli.seeds import derive
 MEMORY = 512 << 20  # bytes of images held at once on a CPU: the same everywhere, as the order of images follows from it
 HASHED = 1 << 30  # bytes of a folder's images up to which each is hashed whole, and not only what a fingerprint sees
 ANSWERS = ("logits", "targets")  # what may be stored about the pixels of images
+OF_A_CHUNK = 1000  # images of noise
 
 
 @dataclass(frozen=True)
@@ -156,8 +157,8 @@ class NoiseSource(Source):
 
     only_read = True
 
-    def __init__(self, count: int, shape: tuple[int, int, int], seed: int, chunk: int = 1000) -> None:
-        self.sizes = [min(chunk, count - start) for start in range(0, count, chunk)]
+    def __init__(self, count: int, shape: tuple[int, int, int], seed: int) -> None:
+        self.sizes = [min(OF_A_CHUNK, count - start) for start in range(0, count, OF_A_CHUNK)]
         self.shape, self.dtype, self.seed = shape, torch.float32, seed
 
     def chunk(self, index: int) -> Images:

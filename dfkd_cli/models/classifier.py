@@ -227,12 +227,12 @@ def is_batch_norm(layer: nn.Module) -> TypeGuard[_BatchNorm]:
     return isinstance(layer, _BatchNorm) or (own and not isinstance(layer, _NormBase))
 
 
-def probe(net: nn.Module, input_size: tuple[int, int, int], count: int = 1, training: bool = False) -> Any:
+def probe(net: nn.Module, input_size: tuple[int, int, int], count: int = 1) -> Any:
     """The output of ``net`` for some images of noise (B, C, H, W), without gradients.
 
     Modes, buffers and the random state are afterwards as they were before, also when ``net`` fails.
     """
-    with undisturbed(net, training):
+    with undisturbed(net):
         return net(noise(net, input_size, count))
 
 

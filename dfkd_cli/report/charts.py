@@ -147,11 +147,10 @@ def _widen(axes: Any, values: Sequence[float]) -> None:
         axes.yaxis.set_minor_formatter(NullFormatter())
 
 
-def _short(label: str, width: int = 40) -> str:
+def _short(label: str) -> str:
     # What tells labels apart may stand at their end. A dollar sign would start a formula; legends leave out what begins
     # with an underscore.
-    half = (width - 3) // 2
-    short = label if len(label) <= width else f"{label[: width - 3 - half]}...{label[-half:]}"
+    short = label if len(label) <= 40 else f"{label[:19]}...{label[-18:]}"
     return (" " if short.startswith("_") else "") + short.replace("$", r"\$")
 
 
