@@ -26,7 +26,7 @@ from dfkd_cli.ui import Terminal
 
 LOCK = ".lock"
 AFRESH = "give --overwrite to start afresh"
-UNSAID = {"judge": None}  # what a record means that does not have this fact; of others it may be the same
+UNSAID = {"judge": None, "unmade": 0}  # what a record means that does not have this fact; of others it may be the same
 LOG = logging.getLogger(__name__)
 
 

@@ -132,6 +132,7 @@ def run(settings: Settings, terminal: Terminal, dry_run: bool = False) -> dict[s
     if settings.inputs.rows is not None:
         terminal.say("only the rows that --rows names are shown; without it all are, and those are not run again")
     facts: dict[str, Any] = {"judge": judge and judge.sha256} if grid is None else {"grid": grid.sha256}
+    facts |= {} if grid is None else {"unmade": len(grid.runs) - len(_finished(grid))}  # rows that were removed count
     if grid is not None and (tested := contents(settings.inputs.dataset)):
         facts["dataset_sha256"] = tested[0]["sha256"]  # a grid may have made no model yet that is tested on it
     directory = RunDirectory(out, settings, _parents(models, shards, sections), facts)
@@ -159,6 +160,7 @@ def run(settings: Settings, terminal: Terminal, dry_run: bool = False) -> dict[s
                 names = ", ".join(dict.fromkeys(qualified(f["teacher"], f["row"]) for f in failed))
                 hint = f"see {out / TABLE}; the same command tries again"
                 raise RunFailed(f"failed: {names}", hint, _answer(out, results))
+            directory.record |= {"unmade": 0} if grid is not None else {}
             directory.finish([out / RESULTS, out / TABLE, out / REPORT], _best(results))
     answer = _answer(out, results)
     _check_gate(answer, settings.inputs.fail_below)

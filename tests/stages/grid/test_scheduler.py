@@ -86,8 +86,14 @@ def test_a_grid_killed_in_the_middle_ends_as_if_it_had_not_been(whole, tmp_path,
     top1 = [[row["top1"] for row in results_in(tmp_path / name)["sections"][0]["rows"]] for name in ("whole", "killed")]
     assert top1[0] == top1[1]
 
-    code, _, err = cli("compare", "--recipe", "killed/config.yaml", "--out", "killed")
+    again = ("compare", "--recipe", "killed/config.yaml", "--out", "killed")
+    code, _, err = cli(*again)
     assert (code, "already complete" in err) == (0, True)
+    shutil.rmtree(tmp_path / "killed" / "runs" / "zskd-hot")
+    code, _, err = cli(*again)
+    told = "killed is already complete"
+    assert (code, told in err, students(tmp_path / "killed") == whole) == (0, False, True), err
+    assert told in cli(*again)[2]
     (tmp_path / "grid.yaml").write_text(GRID.replace("temperature: 2", "temperature: 3"))
     for option in ((), ("--dry-run",)):
         code, _, err = cli("compare", "--recipe", "grid.yaml", "--out", "killed", *option)
