@@ -117,7 +117,7 @@ def test_each_of_several_students_has_batch_norm_of_its_own(cli, tmp_path, monke
     monkeypatch.chdir(tmp_path)
     assert cli("train-teacher", "--model", "resnet8", "--steps", 60, "--batch-size", 32, "--device", "cpu")[0] == 0
     args = ("--transfer-set", "noise:64", "--steps", 2, "--method", "kdcl", "--students", "w8a8:teacher", "resnet8")
-    code, _, err = cli(*distill("teacher", "resnet8", "s", *args))
+    code, _, err = cli(*distill("teacher", "w8a8:teacher", "s", *args))
     assert code == 0 and "BatchNorm is frozen" in err, err
     before, copy, other = (load_file(f"{place}/model.safetensors") for place in ("teacher", "s", "s/peer-1"))
     names = [name for name in before if name.endswith("running_mean")]
