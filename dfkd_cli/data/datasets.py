@@ -8,6 +8,7 @@ import math
 import os
 import pickle
 import socket
+import time
 from collections.abc import Iterator
 from dataclasses import dataclass, replace
 from pathlib import Path
@@ -20,7 +21,7 @@ from torch import Tensor
 from torch.nn.functional import interpolate, pad
 from torchvision.transforms.v2 import functional as transforms
 
-from dfkd_cli.artifacts.files import digest
+from dfkd_cli.artifacts.files import digest, take_lock
 from dfkd_cli.data import seal
 from dfkd_cli.data.image_files import (
     ImageFiles,
@@ -33,7 +34,7 @@ from dfkd_cli.data.image_files import (
     labelled_files,
     mixed,
 )
-from dfkd_cli.errors import ArtifactError, ConfigError, did_you_mean
+from dfkd_cli.errors import ArtifactError, ConfigError, DfkdError, did_you_mean
 from dfkd_cli.models.classifier import ModelInfo
 
 DATASETS = {
@@ -258,13 +259,23 @@ def _load_published(
     reason = "downloading is off"
     if download:
         try:
-            return _read_published(name, split, roots[0], download=True)
-        except _UNREADABLE as error:
+            return _download(name, split, roots[0])
+        except (*_UNREADABLE, DfkdError) as error:
             reason = (str(error).splitlines() or [type(error).__name__])[-1]
     raise ArtifactError(
         f"dataset {name!r}: no complete copy in {', '.join(map(str, roots))}, and no download ({reason})",
         f"put the torchvision files under {roots[0]}, or set DFKD_DATA to the directory that has them",
     )
+
+
+def _download(name: str, split: Split, root: Path) -> tuple[Tensor, Tensor, tuple[str, ...]]:
+    """Download a dataset, one process at a time: who has waited finds what another one has brought meanwhile."""
+    while (held := take_lock(root / f".{name}.lock")) is None:
+        time.sleep(0.5)
+    with held:
+        with contextlib.suppress(*_UNREADABLE):
+            return _read_published(name, split, root, download=False)
+        return _read_published(name, split, root, download=True)
 
 
 def _read_published(name: str, split: Split, root: Path, download: bool) -> tuple[Tensor, Tensor, tuple[str, ...]]:

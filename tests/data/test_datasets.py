@@ -3,9 +3,12 @@
 from __future__ import annotations
 
 import os
+import struct
 import subprocess
 import sys
 import threading
+import time
+from concurrent.futures import ThreadPoolExecutor
 from dataclasses import replace
 from pathlib import Path
 
@@ -16,6 +19,7 @@ import torchvision
 from PIL import Image
 from sklearn.datasets import load_digits
 
+from dfkd_cli.artifacts.files import take_lock
 from dfkd_cli.data import datasets
 from dfkd_cli.data.batches import Batches
 from dfkd_cli.data.datasets import DATASETS, class_balanced, load
@@ -134,6 +138,25 @@ def test_no_download_when_told_so(monkeypatch, tmp_path):
     monkeypatch.setattr(torchvision.datasets.MNIST, "download", lambda self: pytest.fail("downloaded"))
     with pytest.raises(ArtifactError, match="downloading is off"):
         load("mnist", "train", data_dir=str(tmp_path), download=False)
+
+
+def test_who_waits_for_a_download_takes_what_it_has_brought(monkeypatch, tmp_path):
+    waits, pause = threading.Event(), time.sleep
+
+    def sleep(seconds: float) -> None:
+        waits.set()
+        pause(0.01)
+
+    monkeypatch.setattr(datasets.time, "sleep", sleep)
+    raw = tmp_path / "MNIST" / "raw"
+    raw.mkdir(parents=True)
+    with ThreadPoolExecutor() as pool, take_lock(tmp_path / ".mnist.lock"):
+        loaded = pool.submit(load, "mnist", "test", data_dir=str(tmp_path))
+        assert waits.wait(60)
+        for half in ("train", "t10k"):
+            (raw / f"{half}-images-idx3-ubyte").write_bytes(struct.pack(">4i", 0x803, 2, 28, 28) + bytes(2 * 28 * 28))
+            (raw / f"{half}-labels-idx1-ubyte").write_bytes(struct.pack(">2i", 0x801, 2) + b"\x07\x03")
+    assert loaded.result().labels.tolist() == [7, 3]
 
 
 def test_damaged_files_are_an_artifact_error(tmp_path):
