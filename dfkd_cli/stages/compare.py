@@ -132,7 +132,7 @@ def run(settings: Settings, terminal: Terminal, dry_run: bool = False) -> dict[s
     if settings.inputs.rows is not None:
         terminal.say("only the rows that --rows names are shown; without it all are, and those are not run again")
     facts: dict[str, Any] = {"judge": judge and judge.sha256} if grid is None else {"grid": grid.sha256}
-    facts |= {} if grid is None else {"unmade": len(grid.runs) - len(_finished(grid))}  # rows that were removed count
+    facts |= {} if grid is None else {"unmade": sum(read_run(run.out).get("status") != "done" for run in grid.runs)}
     if grid is not None and (tested := contents(settings.inputs.dataset)):
         facts["dataset_sha256"] = tested[0]["sha256"]  # a grid may have made no model yet that is tested on it
     directory = RunDirectory(out, settings, _parents(models, shards, sections), facts)
