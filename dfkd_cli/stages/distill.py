@@ -52,7 +52,7 @@ class Inputs(PerClass, Training, SeenTeacher):
         parent=True,
     )
     num_images: int | None = option(
-        None, "take the first so many images of the transfer sets (default: all)", low=1, rehearsal=2
+        None, "take the first so many images of the transfer sets (default: all)", low=1, rehearsal=20
     )
     student: str = option(
         "lenet5-half", "student model SPEC, as of train-teacher --model; of a directory, the architecture"
@@ -191,8 +191,7 @@ def run(settings: Settings, terminal: Terminal, dry_run: bool = False) -> dict[s
             terminal.say(note)
         if not dry_run:
             return learn(settings, job, terminal)
-        if isinstance(task.teacher, BlackBox):
-            settings.method.entry.load()(task, settings.method.config)  # of all images: are there --queries enough?
+        settings.method.entry.load()(task, settings.method.config)  # of all images: are they, and --queries, enough?
         known = "teacher" in settings.method.entry.needs and not isinstance(task.teacher, BlackBox)  # which costs
         measured = calibrate(task) if known else []
 

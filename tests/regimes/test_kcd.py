@@ -209,6 +209,14 @@ def test_no_steps_condense_nothing(tmp_path, teacher, cli):
     assert not (tmp_path / "copy" / "condensed").exists()
 
 
+@pytest.mark.parametrize(("batch", "fits"), [(100, True), (101, False)])
+def test_a_dry_run_asks_whether_enough_is_kept_of_all_images(teacher, cli, batch, fits):
+    learn = ("--transfer-set", "noise:400", "--holdout", 0, "--batch-size", batch, "--epochs", 1)
+    args = ("--method", "kcd", "--keep", 0.25, "--period", 1, "--dry-run")
+    code, _, err = cli("distill", "--teacher", teacher, *learn, *args)
+    assert (code, "--keep 0.25 leaves 100 images, no batch of 101" in err) == ((0, False) if fits else (2, True)), err
+
+
 def test_an_interruption_between_rankings_changes_nothing(tmp_path, monkeypatch):
     for module in (base, kcd):
         monkeypatch.setattr(module, "STEPS_PER_ROUND", 9)

@@ -65,7 +65,7 @@ def typed(command: catalog.Command, choice: catalog.Choice | None, entry: catalo
     keep = ("num_images", "batch_size") if command.name == "distill" else ()
     has_student = entry is None or command.name != "synthesize" or "student" in entry.needs
     left_out = (*keep, "images_per_class", *["accumulate"] * bool(keep), *["snapshots"] * (not has_student))
-    values: dict[str, Any] = longer(command.inputs, more, left_out) | dict.fromkeys(keep, 8)
+    values: dict[str, Any] = longer(command.inputs, more, left_out) | dict(zip(keep, (8, 4), strict=False))
     chosen = []
     if choice is not None:
         values |= longer(entry.config, more, (*keep, "shard_size"))  # which is a multiple of another length
@@ -90,9 +90,9 @@ def test_a_rehearsal_is_as_long_for_a_long_run_as_for_a_short_one(
         more += ["--student", "resnet8"] * ("student" in entry.needs)
         more += ["--metadata", make_metadata("resnet8")] * ("metadata" in entry.needs)
     work = []
-    for length in (3, 7):
+    for length, precision in ((3, "32"), (7, "bf16")):  # in which nothing may be mixed that does not fit
         with rows_through_layers() as rows:
-            code, _, err = cli(*typed(command, choice, entry, length), *more)
+            code, _, err = cli(*typed(command, choice, entry, length), *more, "--precision", precision)
         assert code == 0, err
         work.append(rows)
     assert len(work[0]) == len(work[1])
@@ -109,10 +109,11 @@ def test_so_it_is_for_commands_that_choose_nothing(command, cli, make_teacher, t
     monkeypatch.chdir(tmp_path)
     teacher = make_teacher("resnet8")
     paths = [teacher] if "paths" in hints(command.inputs) else []
+    named = [teacher] if "argument" in options(command.inputs)["teacher"] else ["--teacher", teacher]
     work = []
     for length in (3, 7):
         with rows_through_layers() as rows:
-            code, _, err = cli(*typed(command, None, None, length), *paths, "--teacher", teacher, "--device", "cpu")
+            code, _, err = cli(*typed(command, None, None, length), *paths, *named, "--device", "cpu")
         assert code == 0, err
         work.append(rows)
     assert work[0] == work[1]
@@ -120,13 +121,13 @@ def test_so_it_is_for_commands_that_choose_nothing(command, cli, make_teacher, t
 
 def test_what_is_trained_on_is_a_length_in_distill_too():
     traits = options(catalog.command("distill").inputs)
-    assert [traits[name]["rehearsal"] for name in ("num_images", "batch_size")] == [2, 2]
+    assert [traits[name]["rehearsal"] for name in ("num_images", "batch_size")] == [20, 2]
 
 
 def test_lengths_are_cut_and_nothing_else_is_changed():
     inputs = catalog.command("distill").inputs
-    made = build(inputs, {"steps": None, "epochs": 9, "batch_size": 1, "num_images": 5, "lr": 0.5})
-    assert shortened(made) == dataclasses.replace(made, steps=1, epochs=1, num_images=2)
+    made = build(inputs, {"steps": None, "epochs": 9, "batch_size": 1, "num_images": 50, "lr": 0.5})
+    assert shortened(made) == dataclasses.replace(made, steps=1, epochs=1, num_images=20)
     deepinversion = catalog.entries("synthesizers")["deepinversion"].config
     off = build(deepinversion, {"iterations": 7, "coarse_iterations": 0})
     assert shortened(off) == dataclasses.replace(off, iterations=1, batch_size=2)
