@@ -5,6 +5,7 @@ from __future__ import annotations
 import dataclasses
 import re
 import time
+import traceback
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
@@ -13,7 +14,7 @@ from dfkd_cli import catalog, config
 from dfkd_cli.artifacts.copies import on_this_machine
 from dfkd_cli.artifacts.files import take_lock
 from dfkd_cli.artifacts.run import LOCK
-from dfkd_cli.errors import ConfigError, did_you_mean, machine_can_fail
+from dfkd_cli.errors import ConfigError, DfkdError, RunFailed, did_you_mean, machine_can_fail
 from dfkd_cli.options import FOREIGN, Run
 from dfkd_cli.processes import computing_with
 from dfkd_cli.settings import Layer, Settings, resolve
@@ -139,14 +140,24 @@ def carry_out(
     """Run a command, perhaps in another process: settings reach it as plain values, and with what the user typed.
 
     One that is ``retried`` may have been begun elsewhere, on a machine that is given up for lost.
+
+    Raises:
+        DfkdError: It failed, by whatever fault: the other commands of a grid go on.
     """
     command = values.pop("command")
     quiet = Terminal(verbosity, as_json=True, silent=silent)  # stdout is for the comparison
     settings = on_this_machine(resolve(command, [Layer("", values, typed)]), quiet, known=True)
     if retried:
         _outwait_lost(settings.out / LOCK)
-    with machine_can_fail(), computing_with(settings.run.threads):  # of one command: the others go on
-        catalog.command(command).load()(settings, quiet)
+    try:
+        with machine_can_fail(), computing_with(settings.run.threads):
+            catalog.command(command).load()(settings, quiet)
+    except DfkdError:
+        raise
+    except Exception as error:  # a bug, or what a library or a GPU refuses
+        traceback.print_exc()
+        said, *_ = traceback.format_exception_only(error)[-1].splitlines()
+        raise RunFailed(said, "its traceback is on stderr; please report it with `dfkd info`") from error
 
 
 def _outwait_lost(lock: Path) -> None:

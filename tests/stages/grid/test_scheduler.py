@@ -13,6 +13,7 @@ import pytest
 from pipeline import edit, start
 from tiny_comparisons import GRID, TEACHERS, accuracy, check_self_contained, results_in, students, tree
 
+from dfkd_cli.regimes.virtual_teacher import VirtualTeacher
 from dfkd_cli.settings import recipe_layer, resolve
 from dfkd_cli.stages.grid.planner import plan
 
@@ -150,26 +151,35 @@ def test_two_commands_of_a_grid_at_a_time_make_what_one_makes(whole, tmp_path, c
     assert students(tmp_path / "two") == {name: sha for name, sha in whole.items() if not name.startswith("growing")}
 
 
-def test_a_row_that_fails_does_not_lose_the_others(here, cli):
+def test_a_row_that_fails_does_not_lose_the_others(here, cli, monkeypatch):
+    def refuse(*_: object) -> None:
+        raise RuntimeError("CUDA error: an illegal instruction\nCompile with TORCH_USE_CUDA_DSA")
+
+    monkeypatch.setattr(VirtualTeacher, "loss", refuse)
     grid = {"seeds": [0], "student": {"steps": 2, "batch_size": 4}}
     grid["rows"] = {
         "bad": {"distill": {"transfer_set": ["later"]}},
         "large": {"synthesize": {"method": "dfad", "num_images": 4, "latent": 10**13}, "cotrained": True},
+        "broken": {"distill": {"method": "virtual-teacher", "transfer_set": ["real:20"]}},
         "real": {"distill": {"transfer_set": ["real:20"]}},
     }
     (here / "bad.yaml").write_text(json.dumps({"command": "compare", "grid": grid}))
     command = ("compare", "student0", "--recipe", "bad.yaml", "--teacher", "teacher", "--out", "partly")
     code, out, err = cli(*command)
-    assert (code, "failed: bad, large" in err) == (4, True)
+    assert (code, "failed: bad, large, broken" in err) == (4, True), err
+    assert "Compile with TORCH_USE_CUDA_DSA" in err  # its traceback
     assert "no transfer set at later" in out
     (section,) = results_in(here / "partly")["sections"]
     images = {row["label"]: row["num_images"] for row in section["rows"]}
     assert images == {"teacher": None, "real": 20, "zskd -> response": 32}
-    assert [(f["row"], f["code"]) for f in section["failed"]] == [("bad", "artifact"), ("large", "run_failed")]
+    assert [(f["row"], f["code"]) for f in section["failed"]] == [
+        ("bad", "artifact"), ("large", "run_failed"), ("broken", "run_failed"),
+    ]  # fmt: skip
+    assert section["failed"][2]["message"] == "RuntimeError: CUDA error: an illegal instruction"
     for name in ("table.md", "report.html"):
         assert "no transfer set at later" in (here / "partly" / name).read_text()
     shutil.copytree(here / "shards0", here / "later")
-    del grid["rows"]["large"]
+    del grid["rows"]["large"], grid["rows"]["broken"]
     (here / "bad.yaml").write_text(json.dumps({"command": "compare", "grid": grid}))
     code, _, err = cli(*command)
     assert code == 0, err
