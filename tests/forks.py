@@ -6,14 +6,17 @@ Each is a process as any other: with its own files, signals and exit code. Only 
 
 from __future__ import annotations
 
+import contextlib
 import fcntl
 import multiprocessing
 import os
 import pkgutil
+import signal
 import subprocess
 import sys
 import tempfile
-from multiprocessing import forkserver
+from collections.abc import Sequence
+from multiprocessing import forkserver, util
 from pathlib import Path
 
 import torch
@@ -102,17 +105,36 @@ def _run(
     sys.argv = [str(Path(sys.executable).with_name("dfkd")), *arguments]  # what --devices starts again
     if signal_at is not None:
         _watch(*signal_at)
+    util.spawnv_passfds = _start  # type: ignore[attr-defined]  # by which the workers of a grid get their server
     from dfkd_cli.__main__ import main
 
     main()
 
 
+def _start(_path: str, arguments: Sequence[str], passed: Sequence[int]) -> int:
+    """A server of multiprocessing as a fork, which has imported what a new Python would: its process id.
+
+    As after ``exec``, no file is open that was not meant to be passed on, and signals do what they do by default.
+    """
+    if process := os.fork():
+        return process
+    nothing = os.open(os.devnull, os.O_RDWR)
+    for number in {int(name) for name in os.listdir("/proc/self/fd")} - {0, 1, 2, nothing, *passed}:
+        with contextlib.suppress(OSError):  # that of the listing
+            os.dup2(nothing, number)  # not closed: objects of this process would close what is opened in its place
+    for signum in signal.valid_signals():
+        if callable(signal.getsignal(signum)):
+            signal.signal(signum, signal.SIG_DFL)
+    exec(arguments[arguments.index("-c") + 1], {})  # the end of its work ends the process
+    os._exit(0)
+
+
 def _watch(path: Path, signum: int) -> None:
     """Send this process a signal once it has written a file."""
-    before, waiting = _written(path), [True]
+    before, waiting, process = _written(path), [True], os.getpid()
 
     def look(*_: object) -> None:
-        if waiting and _written(path) != before:
+        if waiting and os.getpid() == process and _written(path) != before:
             waiting.clear()
             os.kill(os.getpid(), signum)
 
