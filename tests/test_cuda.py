@@ -7,9 +7,10 @@ from pathlib import Path
 
 import pytest
 import torch
-from pipeline import kill_after_saving
+from pipeline import HANGS, kill_after_saving, start_fresh
 from safetensors.torch import load_file
 
+from dfkd_cli.data import landlock
 from dfkd_cli.models.classifier import Classifier, ModelInfo
 from dfkd_cli.models.graphs import _GRAPHS, RECORDED_AFTER, logits_of
 from dfkd_cli.models.registry import build
@@ -172,9 +173,19 @@ def test_a_student_learns_on_the_gpu(gpu, precision):
     assert gpu("evaluate", f"s{precision}")["metrics"]["top1"] > 0.85
 
 
+@pytest.mark.skipif(not landlock.version(), reason="this kernel has no Landlock")
+@pytest.mark.usefixtures("gpu")  # which has trained a teacher
+def test_a_process_that_can_open_no_data_uses_the_gpu(place):
+    process = start_fresh(["synthesize", "--method", "zskd", "--num-images", "8", *SMALL["zskd"], *GPU], place)
+    _, err = process.communicate(timeout=HANGS)
+    assert process.returncode == 0, err
+    run = json.loads((place / "shards" / "run.json").read_text())
+    assert (run["sealed"], run["device"]) == ("landlock", "cuda:0")
+
+
 @pytest.mark.parametrize("method", ["fast-dfkd", "zskt", "zskd"])
 def test_a_killed_run_goes_on(gpu, place, method):
-    size = ("--steps", "2000") if method == "zskt" else ("--student-steps", "40") if method == "fast-dfkd" else ()
+    size = ("--steps", "60") if method == "zskt" else ()
     arguments = ["synthesize", "--method", method, "--num-images", "960", "--batch-size", "16", *SMALL[method], *size]
     arguments += ["--out", f"killed-{method}"]
     state = "shard-00003.safetensors" if method == "zskd" else "checkpoints/last.ckpt"
