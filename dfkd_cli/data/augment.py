@@ -179,7 +179,9 @@ def pipeline(config: Augmentation, fill: Tensor | float) -> Callable[[Tensor], T
 
 def _per_channel(fill: Tensor | float, images: Tensor) -> Tensor:
     """``fill`` as a tensor (1, C or 1, 1, 1) like ``images``."""
-    return torch.as_tensor(fill, device=images.device, dtype=images.dtype).view(1, -1, 1, 1)
+    if isinstance(fill, Tensor):
+        return fill.to(images).view(1, -1, 1, 1)
+    return images.new_full((1, 1, 1, 1), fill)  # a copy of a number would wait for a GPU's work
 
 
 def _sampling_grid(images: Tensor, angle: Tensor, zoom: Tensor, shift: Tensor) -> Tensor:

@@ -102,7 +102,8 @@ class Batches:
         parts = []
         for (window, order), following in zip(plan, [*plan[1:], (None, None)], strict=True):
             if start < len(order) and stop > 0:
-                rows = torch.from_numpy(order[max(start, 0) : stop]).to(self.device)
+                rows = torch.from_numpy(order[max(start, 0) : stop])
+                rows = rows.to(self.device, non_blocking=self.device.type == "cuda")  # which would wait for its work
                 parts.append(self._window(window, following[0])[rows])
             start, stop = start - len(order), stop - len(order)
         return parts[0] if len(parts) == 1 else concatenated(parts)

@@ -71,7 +71,8 @@ class Images:
 
     def to(self, device: torch.device) -> Images:
         """The images on a device, as float32 in pixel space."""
-        moved = self.each(lambda values: values.to(device, non_blocking=True))
+        # CUDA copies what is not pinned before it returns; what comes from a device must be there.
+        moved = self.each(lambda values: values.to(device, non_blocking=device.type == "cuda"))
         return replace(moved, pixels=as_pixels(moved.pixels))
 
     def changed(self, pixels: Tensor) -> Images:

@@ -157,9 +157,9 @@ def contrastive_loss(queries: Tensor, keys: Tensor, current: int, temperature: f
         current: The first so many rows are of this batch. Their mean and that of the other rows are added.
         temperature: What similarities are divided by.
     """
-    losses = F.cross_entropy(
-        queries @ keys.T / temperature, torch.arange(len(keys), device=keys.device), reduction="none"
-    )
+    with torch.autocast(queries.device.type, enabled=False):  # it would round them
+        similarity = queries @ keys.T / temperature
+    losses = F.cross_entropy(similarity, torch.arange(len(keys), device=keys.device), reduction="none")
     return torch.stack([part.mean() for part in (losses[:current], losses[current:]) if len(part)]).sum()
 
 

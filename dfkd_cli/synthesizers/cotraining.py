@@ -130,7 +130,7 @@ class CoTrainer(Synthesizer):
         shares = torch.bincount(labels, minlength=logits.shape[1]) / len(labels)
         return {
             "confidence": logits.softmax(1).amax(1).mean(),
-            "variety": torch.special.entr(shares).sum().exp() / min(logits.shape),
+            "variety": torch.xlogy(shares, shares).sum().neg().exp() / min(logits.shape),
             "agreement": agreed.float().mean(),
         }
 
@@ -229,6 +229,8 @@ class PoolTrainer(CoTrainer):
 
     def round(self, index: int) -> Mapping[str, Tensor]:
         """Make a shard against the student as it is, then train the student."""
+        if self.device.type == "cuda":
+            torch.cuda.empty_cache()  # the pool has grown: it finds no place where the last one lay
         self.student.eval()
         measures = {**super().round(index), **self.shard_health(index)}
         if self.warming_up:

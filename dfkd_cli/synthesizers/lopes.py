@@ -164,8 +164,9 @@ class Lopes(ImageOptimizer):
             mean = torch.cat([layer.mean for layer in layers], 1)[labels]
             noise = torch.randn(mean.shape)
             if layers[0].joint:
-                for label in set(labels.tolist()):
-                    noise[labels == label] @= self.factor(names, label)
+                with torch.autocast("cpu", enabled=False):  # it would round them
+                    for label in set(labels.tolist()):
+                        noise[labels == label] @= self.factor(names, label)
             else:
                 noise *= layers[0].std[labels]
             parts = torch.split(mean + noise, [layer.mean.shape[1] for layer in layers], dim=1)

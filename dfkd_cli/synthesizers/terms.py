@@ -71,8 +71,8 @@ def roughness(images: Tensor, sigma: float) -> Tensor:
 
 def blurred(images: Tensor, sigma: float) -> Tensor:
     """Images (B, C, H, W), reflected at their borders, under a Gaussian of that deviation, cut off at three of them."""
-    rows, columns = (_blur(side, sigma, images) for side in images.shape[-2:])
     with torch.autocast(images.device.type, enabled=False):  # it would round them
+        rows, columns = (_blur(side, sigma, images) for side in images.shape[-2:])
         return rows @ images @ columns.T
 
 
