@@ -183,8 +183,10 @@ def _read(path: Path, package: str) -> Entry | None:
     if "Config" not in module.names:
         return None  # the package's own base classes
     # Of several classes the last: those before it are its bases.
-    worker = [name for name in module.classes if hasattr(module.traits(name), "kind")][-1]
-    traits: Any = module.traits(worker)
+    workers = [name for name in module.classes if hasattr(module.traits(name), "kind")]
+    if not workers:
+        raise TypeError(f"{path}: no class in it has a literal `kind`, or a base of the package that has one")
+    traits: Any = module.traits(worker := workers[-1])
     return Entry(
         name=_public(path),
         package=package,

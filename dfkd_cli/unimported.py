@@ -34,7 +34,7 @@ class Module:
     """
 
     def __init__(self, path: Path, text: str) -> None:
-        tree = ast.parse(text)
+        tree = ast.parse(text, str(path))
         self.path, self.doc = path, ast.get_docstring(tree) or ""
         self.names = {name: statement for statement in tree.body for name in _bound(statement)}
         self.classes = [name for name, statement in self.names.items() if isinstance(statement, ast.ClassDef)]
@@ -62,7 +62,11 @@ class Module:
                 if isinstance(node, ast.Name):
                     self._define(node.id)
             code = compile(ast.Module([statement], []), str(self.path), "exec", annotations.compiler_flag)
-            exec(code, self._values)
+            try:
+                exec(code, self._values)
+            except NameError as error:
+                hint = f"{name!r} draws on {error.name!r}, which only importing the module would give"
+                raise NameError(f"{self.path}: {hint}", name=error.name) from None
             if dataclasses.is_dataclass(value := self._values[name]) and isinstance(value, type):
                 # Its type hints are strings: resolve them while the names are at hand.
                 value.__annotations__ = inspect.get_annotations(value, globals=self._values, eval_str=True)
@@ -77,13 +81,24 @@ class Module:
             return source.traits(_alias(statement, name).name)
         if not isinstance(statement, ast.ClassDef):
             return object
-        bases = [self.traits(base.id) for base in statement.bases if isinstance(base, ast.Name)]
+        bases = [self._base(node) for node in statement.bases]
         literals: dict[str, Any] = {}
         for attribute in statement.body:
             if isinstance(attribute, (ast.Assign, ast.AnnAssign)) and attribute.value is not None:
                 with contextlib.suppress(ValueError):
                     literals |= dict.fromkeys(_bound(attribute), ast.literal_eval(attribute.value))
         return type(name, tuple(base for base in bases if base is not object), literals)
+
+    def _base(self, node: ast.expr) -> type:
+        """A base class, written as its name or as ``module.name``."""
+        match node:
+            case ast.Name(name):
+                return self.traits(name)
+            case ast.Attribute(ast.Name(module), name):
+                statement = self.names.get(module)
+                if isinstance(statement, (ast.Import, ast.ImportFrom)) and (source := _module(statement, module)):
+                    return source.traits(name)
+        return object
 
 
 @functools.cache
@@ -94,7 +109,18 @@ def read(path: Path) -> Module:
 
 def _source(statement: ast.ImportFrom) -> Module | None:
     """The module of the package that an import is from, or None."""
-    root, *parts = (statement.module or "").split(".")
+    return _in_package(statement.module or "")
+
+
+def _module(statement: ast.Import | ast.ImportFrom, name: str) -> Module | None:
+    """The module of the package that an import brings under this name, or None."""
+    parts = statement.module if isinstance(statement, ast.ImportFrom) else None, _alias(statement, name).name
+    return _in_package(".".join(part for part in parts if part))
+
+
+def _in_package(dotted: str) -> Module | None:
+    """A module of the package by its whole name, or None."""
+    root, *parts = dotted.split(".")
     stem = PACKAGE.joinpath(*parts)
     path = next((p for p in (stem.with_suffix(".py"), stem / "__init__.py") if p.is_file()), None)
     return read(path) if root == __package__ and path is not None else None

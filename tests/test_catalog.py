@@ -39,6 +39,18 @@ def test_a_method_is_what_its_text_says(entry):
     assert alike(entry.config, sys.modules[worker.__module__].Config)
 
 
+NEEDS = {
+    "synthesizers": {"attention", "batchnorm", "metadata", "student"},
+    "objectives": {"batchnorm", "labels", "logits", "targets"},
+    "regimes": {"answers", "labels", "network", "objective", "teacher"},
+}
+
+
+@pytest.mark.parametrize("entry", METHODS, ids=lambda entry: entry.name)
+def test_a_method_needs_what_is_looked_for(entry):
+    assert NEEDS[entry.package].issuperset(entry.needs)
+
+
 @pytest.mark.parametrize("command", catalog.commands().values(), ids=lambda command: command.name)
 def test_a_command_is_what_its_text_says(command):
     module = sys.modules[command.load().__module__]
@@ -57,6 +69,8 @@ import torch
 from torch import nn
 from dfkd_cli.synthesizers.deepinversion import DeepInversion
 from dfkd_cli.synthesizers.cotraining import PoolTrainer
+from dfkd_cli.synthesizers import deepinversion as inversion
+import dfkd_cli.synthesizers.cotraining as pool
 
 class Own(nn.Module):
     kind = "own"
@@ -72,6 +86,12 @@ class Computed(Own):
 
 class Mixed(Own, DeepInversion):
     pass
+
+class Qualified(inversion.DeepInversion):
+    pass
+
+class Dotted(pool.PoolTrainer):
+    pass
 """
 
 
@@ -82,6 +102,8 @@ def test_traits_are_inherited_as_python_inherits_them():
     assert module.traits("Restated").needs == ("batchnorm", "student")
     assert (mixed.kind, mixed.needs) == ("own", ("batchnorm",))
     assert module.traits("Computed").kind == "own"
+    assert module.traits("Qualified").kind == "images"
+    assert module.traits("Dotted").needs == module.traits("PoolTrainer").needs == ("student",)
     assert module.traits("nn") is module.traits("torch") is module.traits("absent") is object
 
 
@@ -110,6 +132,18 @@ def test_a_definition_is_run_with_what_it_draws_on_and_nothing_else():
     for name in ("TENSOR", "torch", "absent"):
         with pytest.raises(NameError):
             module.value(name)
+
+
+def test_what_cannot_be_read_is_said_with_its_place(tmp_path):
+    broken, unbased = tmp_path / "broken.py", tmp_path / "unbased.py"
+    with pytest.raises(SyntaxError) as caught:
+        Module(broken, "def half(:")
+    assert (caught.value.filename, caught.value.lineno) == (str(broken), 1)
+    with pytest.raises(NameError, match=r"unbased.py: 'Config' draws on 'torch', which only importing"):
+        Module(unbased, "import torch\nclass Config(torch.nn.Module): pass").value("Config")
+    unbased.write_text("class Config: pass\nclass Worker: pass\n")
+    with pytest.raises(TypeError, match=r"unbased.py: no class in it has a literal `kind`"):
+        catalog._read(unbased, "synthesizers")
 
 
 # -- one new file ------------------------------------------------------------------------------------------------------

@@ -13,6 +13,7 @@ from dfkd_cli import catalog
 from dfkd_cli.cli.arguments import expand
 from dfkd_cli.config import build, convert, defaults, dump_yaml, hints, option, parse_yaml, plain
 from dfkd_cli.errors import ConfigError, did_you_mean
+from dfkd_cli.options import Run
 from dfkd_cli.settings import assignments, recipe_layer, resolve
 
 FLOATS = tuple[float, ...]
@@ -425,9 +426,23 @@ def test_values_may_have_spaces():
     assert expand(["--transfer-set", "a b", "ü"], {"--transfer-set"}) == ["--transfer-set=a b", "--transfer-set=ü"]
 
 
-@pytest.mark.parametrize("package", ["synthesizers", "objectives", "regimes"])
-def test_defaults_of_every_method_pass_their_own_checks(package):
-    for entry in catalog.entries(package).values():
-        made = build(entry.config, plain(entry.config()))
-        assert made == entry.config()
-        assert set(hints(entry.config)) == set(plain(made))
+PACKAGES = "synthesizers", "objectives", "regimes"
+METHODS = [entry for package in PACKAGES for entry in catalog.entries(package).values()]
+
+
+@pytest.mark.parametrize("entry", METHODS, ids=lambda entry: entry.name)
+def test_defaults_of_every_method_pass_their_own_checks(entry):
+    made = build(entry.config, plain(entry.config()))
+    assert made == entry.config()
+    assert set(hints(entry.config)) == set(plain(made))
+    for name, value in plain(made).items():
+        assert convert(value, hints(entry.config)[name], name) == getattr(made, name), f"{name}: not of its own type"
+
+
+@pytest.mark.parametrize("entry", METHODS, ids=lambda entry: entry.name)
+def test_no_option_of_a_method_is_called_as_one_of_its_commands(entry):
+    for command in catalog.commands().values():
+        taken = {*hints(command.inputs), *hints(Run), *(choice.flag for choice in command.choices)}
+        taken |= {"weight", "recipe", "set", "dry_run", "json", "quiet", "verbose", "debug", "help"}
+        chosen = entry.package in [choice.package for choice in command.choices]
+        assert not chosen or taken.isdisjoint(hints(entry.config)), f"dfkd {command.name} has them too"

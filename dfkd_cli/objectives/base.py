@@ -63,9 +63,9 @@ def ask(classifier: Classifier, pixels: Tensor, taps: Mapping[str, Tap]) -> Outp
 class Objective(nn.Module):
     """A distillation loss: student and teacher outputs to named, unweighted, 0-d terms.
 
-    A subclass says in ``needs`` what images must have (``"labels"``, ``"logits"``, ``"targets"``). Its file has a
-    ``Config`` with a weight for each term, under the term's name. Parameters of the objective itself, such as a
-    projection of features, are trained together with the student.
+    A subclass says in ``needs`` what images must have (``"labels"``, ``"logits"``, ``"targets"``), or the teacher
+    (``"batchnorm"``). Its file has a ``Config`` with a weight for each term, under the term's name. Parameters of the
+    objective itself, such as a projection of features, are trained together with the student.
 
     Attributes:
         terms: The names of all terms. :meth:`forward` may leave out a term whose weight is 0.

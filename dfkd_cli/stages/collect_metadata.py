@@ -171,7 +171,7 @@ def _check_size(classes: int, units: int, joint: int) -> None:
         raise RunFailed(
             f"statistics of {units:,} units by {classes:,} classes take {(moments + covariances) / 2**30:,.0f} GiB, "
             f"{covariances / 2**30:,.0f} of them covariances; this machine has {there / 2**30:,.0f}",
-            "lower --covariance-units, or take a method that needs no metadata: dfkd ls synthesizers",
+            "lower --covariance-units, or take a method that needs no metadata: dfkd ls methods",
         )
 
 
