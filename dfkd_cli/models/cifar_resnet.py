@@ -18,7 +18,7 @@ from torch import Tensor, nn
 from dfkd_cli.models.layers import FirstConv2d, chain, global_pool, init_convolutions
 
 NAMES = (
-    "resnet8", "resnet14", "resnet20", "resnet32", "resnet44", "resnet56", "resnet110",
+    "resnet8", "resnet14", "resnet20", "resnet26", "resnet32", "resnet44", "resnet56", "resnet110",
     "plain8", "plain14", "plain20", "plain32", "plain44", "plain56", "plain110",
     "resnet8x4", "resnet32x4",
     "resnet18", "resnet34",

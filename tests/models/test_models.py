@@ -14,7 +14,8 @@ from dfkd_cli.models.registry import build
 
 BUILT_IN = [
     "lenet5", "lenet5-half", "lenet5-half-dafl", "alexnet", "alexnet-half",
-    "resnet8", "resnet14", "resnet20", "resnet32", "resnet44", "resnet56", "resnet110", "resnet8x4", "resnet32x4",
+    "resnet8", "resnet14", "resnet20", "resnet26", "resnet32", "resnet44", "resnet56", "resnet110", "resnet8x4",
+    "resnet32x4",
     "plain8", "plain20", "resnet18", "resnet34", "wrn-16-1", "wrn-40-2", "vgg8", "vgg11", "vgg13", "vgg16",
 ]  # fmt: skip
 
