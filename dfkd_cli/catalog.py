@@ -233,6 +233,17 @@ def few_bits(spec: str) -> tuple[str, str]:
     return match.group(), spec[match.end() :]
 
 
+def check_architecture(name: str) -> None:
+    """Raise :class:`ConfigError` where no built-in architecture is called so."""
+    known = [item["name"] for item in models()]
+    if any(stands_for(pattern, name) for pattern in known):
+        return
+    if "/" in name:
+        raise ConfigError(f"{name}: no such directory", "give a model directory, or a SPEC")
+    hint = f"{did_you_mean(name, known)}; or torchvision:NAME, timm:NAME, FILE.py:factory, a model directory"
+    raise ConfigError(f"{name}: unknown model", hint)
+
+
 def is_built_in(name: str) -> bool:
     """Whether an architecture or a dataset is called so, whatever a file or directory of that name is."""
     return any(stands_for(item["name"], name) for item in [*models(), *datasets()])

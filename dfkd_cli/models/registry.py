@@ -21,7 +21,7 @@ from torch import nn
 
 from dfkd_cli import models
 from dfkd_cli.artifacts.files import digest
-from dfkd_cli.catalog import few_bits, stands_for
+from dfkd_cli.catalog import check_architecture, few_bits, stands_for
 from dfkd_cli.errors import ArtifactError, ConfigError, did_you_mean
 from dfkd_cli.models.adapter import adapt, watch
 from dfkd_cli.models.quantized import quantize
@@ -55,13 +55,9 @@ def build(spec: str, num_classes: int, input_size: Size, allow_code: bool = Fals
         return net
     source, colon, name = spec.partition(":")
     if not colon:
+        check_architecture(spec)
         build_one = family(spec)
-        if build_one is None and "/" in spec:
-            raise ConfigError(f"{spec}: no such directory", "give a model directory, or a SPEC")
-        if build_one is None:
-            near = did_you_mean(spec, _families())
-            hint = f"{near}; or torchvision:NAME, timm:NAME, FILE.py:factory, a model directory"
-            raise ConfigError(f"{spec}: unknown model", hint)
+        assert build_one is not None
         net = build_one(spec, num_classes, input_size)
     elif source == "torchvision":
         net = _torchvision(name, num_classes, input_size)

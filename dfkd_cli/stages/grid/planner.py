@@ -10,6 +10,7 @@ from typing import Any, NamedTuple
 from dfkd_cli import catalog, config
 from dfkd_cli.artifacts.files import digest
 from dfkd_cli.errors import ConfigError
+from dfkd_cli.options import Assisted, Several
 from dfkd_cli.settings import TYPED, Layer, Settings, resolve
 from dfkd_cli.stages.grid.commands import Grid, PlannedRun, choose_rows, passed_flags, qualified
 from dfkd_cli.stages.grid.language import GridRow, GridTeacher, mapping, parse
@@ -76,6 +77,17 @@ def _made_for(seed: int, runs: Mapping[tuple[str, int], PlannedRun], row: str) -
     """The run of that row which serves the seed: the one with it, or the row's only one."""
     of_row = {other: run for (name, other), run in runs.items() if name == row}
     return of_row[seed] if seed in of_row else next(iter(of_row.values()))
+
+
+def _trained(settings: Settings) -> list[str]:
+    """The SPECs of the networks that a command trains."""
+    if not settings.components:
+        return []
+    config, inputs = settings.method.config, settings.inputs
+    named = inputs.model if settings.command == "train-teacher" else inputs.student
+    more = (config.students or ()) if isinstance(config, Several) else ()
+    more += config.through(named) if isinstance(config, Assisted) else ()
+    return [spec for spec in (named, *more) if spec]
 
 
 class _Planner:
@@ -204,8 +216,11 @@ class _Planner:
         if settings.run.devices > 1 or settings.run.num_nodes > 1:
             what = f"grid: {command} on {settings.run.devices * settings.run.num_nodes} devices"
             raise ConfigError(f"{what}: each command has one", "several run at a time: dfkd compare --devices N")
-        named = [getattr(settings.inputs, name, None) or () for name in ("teacher", "student", "model")]
-        for spec in (spec for value in named for spec in ([value] if isinstance(value, str) else value)):
+        # All of it here, and not when other rows have taken their hours.
+        for spec in [*([read] if isinstance(read, str) else read), *(new := _trained(settings))]:
             if not Path(spec).is_dir():
-                settings.code.check(spec)  # here, and not when other rows have taken their hours
+                settings.code.check(spec)
+                name = catalog.few_bits(spec)[1]
+                if spec in new and name and {":", "/"}.isdisjoint(name):
+                    catalog.check_architecture(name)
         return settings, frozenset(path for source in reads.values() for path in source.made_by)
