@@ -68,6 +68,9 @@ class Terminal:
             self.err.print(named(f"error: {message}" + (f" -- {hint}" if hint else "")), markup=False)
 
 
+LOGGER = logging.getLogger(__package__)
+
+
 class Notes(logging.Handler):
     """What parts that have no terminal tell the user: each thing once.
 
@@ -82,12 +85,11 @@ class Notes(logging.Handler):
     @contextlib.contextmanager
     def heard(self) -> Iterator[None]:
         """Tell what the package's parts log inside the ``with`` block, and nobody else."""
-        logger = logging.getLogger(__package__)
-        before, logger.handlers = logger.handlers, [self]
+        before, LOGGER.handlers = LOGGER.handlers, [self]
         try:
             yield
         finally:
-            logger.handlers = before
+            LOGGER.handlers = before
 
     def emit(self, record: logging.LogRecord) -> None:
         """Say it, unless it has been said."""

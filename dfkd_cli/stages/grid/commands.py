@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import dataclasses
 import re
 import time
@@ -19,7 +20,7 @@ from dfkd_cli.options import FOREIGN, Run
 from dfkd_cli.processes import computing_with
 from dfkd_cli.settings import Layer, Settings, resolve
 from dfkd_cli.trust import CONFIG
-from dfkd_cli.ui import Terminal
+from dfkd_cli.ui import LOGGER, Notes, Terminal
 
 # The flags of `compare` that reach every command which has them.
 _PASSED = ("device", "threads", "precision", "logger", "allow_code", "code_dir", "data_dir")
@@ -149,8 +150,10 @@ def carry_out(
     settings = on_this_machine(resolve(command, [Layer("", values, typed)]), quiet, known=True)
     if retried:
         _outwait_lost(settings.out / LOCK)
+    alone = not LOGGER.handlers  # in a process of its own nobody hears its notes yet
+    heard = Notes(quiet).heard() if alone else contextlib.nullcontext()
     try:
-        with machine_can_fail(), computing_with(settings.run.threads):
+        with heard, machine_can_fail(), computing_with(settings.run.threads):
             catalog.command(command).load()(settings, quiet)
     except DfkdError:
         raise
