@@ -107,7 +107,8 @@ def _run(
     sys.argv = [str(Path(sys.executable).with_name("dfkd")), *arguments]  # what --devices starts again
     if signal_at is not None:
         _watch(*signal_at)
-    util.spawnv_passfds = _start  # type: ignore[attr-defined]  # by which the workers of a grid get their server
+    if CONTEXT.get_start_method() == "forkserver":
+        util.spawnv_passfds = _start  # type: ignore[attr-defined]  # by which the workers of a grid get their server
     from dfkd_cli.__main__ import main
 
     main()
@@ -127,8 +128,10 @@ def _start(_path: str, arguments: Sequence[str], passed: Sequence[int]) -> int:
     for signum in signal.valid_signals():
         if callable(signal.getsignal(signum)):
             signal.signal(signum, signal.SIG_DFL)
-    exec(arguments[arguments.index("-c") + 1], {})  # the end of its work ends the process
-    os._exit(0)
+    try:
+        exec(arguments[arguments.index("-c") + 1], {})
+    finally:
+        os._exit(0)  # it ends with its work, and does not go on as the command that it comes from
 
 
 def _watch(path: Path, signum: int) -> None:
