@@ -97,7 +97,7 @@ def test_affine_draws_within_bounds_and_per_image():
 
 def test_crop_is_pad_and_slice():
     torch.manual_seed(0)
-    images = random_images(32)
+    images = random_images(200)
     crop = RandomCrop(3, fill=torch.tensor([0.1, 0.9], dtype=torch.float64))
     params = crop.make_params([images])
     out = crop.transform(images, params).numpy()
@@ -136,7 +136,7 @@ def test_resized_crop_draws_windows_inside_the_image():
     assert corner.min() >= 0 and (corner + size).max() <= 1
     inside = (size < 1).all(1)  # where there was room for the aspect
     area, aspect = size.prod(1)[inside], (size[:, 0] / size[:, 1])[inside]
-    assert 0.25 <= area.min() < 0.26 and 0.99 < area.max() <= 1
+    assert 0.25 <= area.min() < 0.26 and 0.9 < area.max() <= 1
     assert 0.5 <= aspect.min() < 0.51 and 1.97 < aspect.max() <= 2
     assert abs(aspect.log().mean()) < 0.03
     free = (corner / (1 - size))[inside]

@@ -5,6 +5,7 @@ from __future__ import annotations
 import numpy as np
 import pytest
 import torch
+from objective_oracles import convolved
 from stand_ins import classifier
 from torch import nn
 
@@ -46,6 +47,21 @@ def parameters(net: nn.Module) -> int:
 )
 def test_parameter_count(spec, classes, size, expected):
     assert parameters(build(spec, classes, size)) == expected
+
+
+def test_lenet_is_two_convolutions_and_three_layers_between_which_nothing_is_negative():
+    net = build("lenet5-half", 10, (2, 16, 20)).double()
+    images = torch.randn(3, 2, 16, 20, dtype=torch.float64)
+    weights = {name: value.detach().numpy() for name, value in net.named_parameters()}
+    maps = images.numpy()
+    for stage in ("stage1.0", "stage2.0"):
+        maps = np.maximum(convolved(maps, weights[f"{stage}.weight"], weights[f"{stage}.bias"], 1, 0), 0)
+        maps = maps.reshape(*maps.shape[:2], maps.shape[2] // 2, 2, maps.shape[3] // 2, 2).max((3, 5))
+    rows = maps.reshape(3, -1)
+    for layer in ("fc1.0", "fc2.0"):
+        rows = np.maximum(rows @ weights[f"{layer}.weight"].T + weights[f"{layer}.bias"], 0)
+    expected = rows @ weights["head.weight"].T + weights["head.bias"]
+    np.testing.assert_allclose(net(images).detach().numpy(), expected, atol=1e-10)
 
 
 @pytest.mark.parametrize("layout", [torch.contiguous_format, torch.channels_last])

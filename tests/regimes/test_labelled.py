@@ -127,6 +127,22 @@ def test_class_wise_is_gradient_descent_towards_the_answers_to_partners(tmp_path
     np.testing.assert_allclose(linear(learner.student), w, atol=1e-5)
 
 
+def test_partners_are_changed_as_images_are(tmp_path):
+    learner = regime("cs-kd", given(), objectives=[(1.0, response())], steps=1, **PLAIN, noise=0.3)
+    shown, chosen, original = [], [], Batches.partners
+    learner.student.register_forward_pre_hook(lambda _, args: shown.append(args[0]))
+
+    def partners(self: Batches, images: Images) -> Images:
+        chosen.append(original(self, images))
+        return chosen[-1]
+
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(Batches, "partners", partners)
+        work(learner, tmp_path / "run")
+    change = shown[-1] - chosen[0].pixels
+    assert (change.flatten(1).abs().amax(1) > 0.1).all()
+
+
 def test_both_halves_are_normalised_apart_and_remembered_in_turn(tmp_path):
     student = network(1, nn.BatchNorm1d(9, momentum=0.25))
     learner = regime("cs-kd", given(), student, [(1.0, response(hard=1.0))], steps=1, **PLAIN)
@@ -179,7 +195,7 @@ def test_linear_is_the_best_convex_combination(students):
     steps = 40 if students < 4 else 12
     grid = [np.array(a) / steps for a in itertools.product(range(steps + 1), repeat=students) if sum(a) == steps]
     tried = np.stack([losses(np.einsum("m,mbk->bk", a, logits), labels) for a in grid])
-    assert (losses(combined, labels) <= tried.min(0) + kdcl.GAP).all()
+    assert (losses(combined, labels) <= tried.min(0) + 1e-4).all()
     for n in range(len(labels)):  # and it is one
         a, residual, *_ = np.linalg.lstsq(
             np.vstack([logits[:, n].T, np.full(students, 1e3)]), np.append(combined[n], 1e3), rcond=None
@@ -203,7 +219,7 @@ def test_general_has_the_weights_of_lagrange():
     logits[1, np.arange(200), labels] += 2
     p, t = probabilities(logits), np.eye(5)[labels]
     c = np.array([[((p[i] - t) * (p[j] - t)).sum(1).mean() for j in range(3)] for i in range(3)])
-    c += kdcl.RIDGE * np.eye(3)
+    c += 1e-4 * np.eye(3)
     system = np.block([[2 * c, np.ones((3, 1))], [np.ones((1, 3)), np.zeros((1, 1))]])
     w = np.linalg.solve(system, [0, 0, 0, 1])[:3]  # the stationary point of w^T C w with sum 1
     w = np.maximum(w, 0) / np.maximum(w, 0).sum()
@@ -247,7 +263,7 @@ def test_general_is_measured_in_each_epoch_on_images_held_out(tmp_path):
     ws = [linear(student) for student in learner.students]
     for _ in range(3):
         p, t = probabilities([held @ w.T for w in ws]), np.eye(CLASSES)[labels[0]]
-        c = np.array([[((a - t) * (b - t)).sum(1).mean() for b in p] for a in p]) + kdcl.RIDGE * np.eye(2)
+        c = np.array([[((a - t) * (b - t)).sum(1).mean() for b in p] for a in p]) + 1e-4 * np.eye(2)
         a = np.linalg.solve(c, np.ones(2))
         a = np.maximum(a / a.sum(), 0)
         z = np.stack([train @ w.T for w in ws])

@@ -23,7 +23,7 @@ from dfkd_cli.artifacts.shards import ShardReader
 from dfkd_cli.config import hints, options
 from dfkd_cli.data.sources import ANSWERS, Images
 from dfkd_cli.errors import ConfigError
-from dfkd_cli.objectives.base import Objective, ask
+from dfkd_cli.objectives.base import Objective, Outputs, ask
 from dfkd_cli.regimes import base, kcd
 from dfkd_cli.regimes.base import Regime
 from dfkd_cli.settings import recipe_layer, resolve
@@ -56,6 +56,48 @@ def test_offline_is_gradient_descent_on_the_response(tmp_path, steps, momentum, 
     assert np.abs(expected - start).max() > 0.01
     np.testing.assert_allclose(linear(learner.student), expected, atol=1e-5)
     np.testing.assert_array_equal(linear(learner.teacher), teacher)
+
+
+@pytest.mark.parametrize("optimizer", ["adam", "adamw"])
+def test_offline_takes_the_steps_of_adam(tmp_path, optimizer):
+    tau, lr, decay, steps = 4.0, 0.05, 0.2, 5
+    learner = regime(
+        "offline", objectives=[(1.0, response(temperature=tau))], steps=steps, schedule="constant",
+        optimizer=optimizer, lr=lr, weight_decay=decay,
+    )  # fmt: skip
+    x, teacher, start, before = inputs(pixels()), linear(learner.teacher), linear(learner.student), []
+
+    def gradient(w):
+        before.append(w)
+        decayed = decay * w if optimizer == "adam" else 0.0  # AdamW shrinks the weights beside the step
+        return oracles.response_gradient(x @ w.T, x @ teacher.T, tau).T @ x + decayed
+
+    def shrunk(w):
+        return w - lr * decay * before[-1] if optimizer == "adamw" else w
+
+    expected = oracles.adam(start, gradient, lr, steps, shrunk)
+    work(learner, tmp_path / "run")
+    np.testing.assert_allclose(linear(learner.student), expected, atol=1e-5)
+
+
+class Seen(Objective):
+    """The mean of the teacher's answers."""
+
+    kind = "response"
+
+    def __init__(self, mode: str) -> None:
+        super().__init__(SimpleNamespace(seen=1.0))
+        self.teacher_mode = mode
+
+    def forward(self, student, teacher, images):
+        return {"seen": teacher.logits.mean() + 0 * student.logits.mean()}
+
+
+def test_each_objective_is_shown_the_teacher_in_its_own_mode():
+    learner, images = regime("offline", objectives=[(1.0, Seen("eval")), (1.0, Seen("train"))]), Images(pixels())
+    logits = torch.zeros(6, CLASSES)
+    terms = learner.terms(Outputs(logits), {"train": Outputs(logits + 1), "eval": Outputs(logits + 2)}, images)
+    assert {name: term["seen"].item() for name, term in terms.items()} == {"loss0": 2, "loss1": 1}
 
 
 def test_weights_of_objectives_and_of_their_terms_add_up():

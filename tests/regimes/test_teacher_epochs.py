@@ -17,6 +17,15 @@ LABELS = torch.tensor([0, 1, 2, 3, 0, 2])
 PLAIN = {"schedule": "constant", "optimizer": "sgd", "lr": 0.5, "momentum": 0.9, "weight_decay": 0.01}
 
 
+def test_a_share_fades_from_step_to_step(tmp_path, monkeypatch):
+    source, shares = Given(pixels(), LABELS), []
+    learner = regime("offline", source, epochs=3, batch_size=2, config={"teacher_epochs": 2, "fade": True}, **PLAIN)
+    loss = learner.loss
+    monkeypatch.setattr(learner, "loss", lambda images: (shares.append(learner.share), loss(images))[1])
+    work(learner, tmp_path / "run")
+    assert shares == pytest.approx([max(0, 1 - step / 3 / 2) for step in range(9)])
+
+
 def learned(source: Given, epochs: int, config: dict, tmp_path) -> tuple[oracles.Array, oracles.Array, list[bool]]:
     """The student after some epochs of one step, the same by hand, and in which of them the teacher was asked."""
     tau, asked = 3.0, []
