@@ -4,9 +4,10 @@ from __future__ import annotations
 
 import copy
 import csv
+import dataclasses
 import functools
 import itertools
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from pathlib import Path
 
 import lightning.pytorch as pl
@@ -34,7 +35,7 @@ from dfkd_cli.synthesizers.cmi import contrastive_loss, initialise
 from dfkd_cli.synthesizers.fast_dfkd import reset_first_layer
 from dfkd_cli.synthesizers.memory import Memory
 from dfkd_cli.synthesizers.nayer import NoisyLayers
-from dfkd_cli.synthesizers.pooled import Candidate, PooledGenerator, agreed_divergence
+from dfkd_cli.synthesizers.pooled import BatchGeneration, Candidate, PooledGenerator, agreed_divergence
 from dfkd_cli.ui import Terminal
 
 NAMES = ["cmi", "fast-dfkd", "nayer"]
@@ -245,12 +246,47 @@ def test_statistics_have_the_biased_variance_and_plain_norms(tmp_path):
     np.testing.assert_allclose(terms["statistics"].item(), expected, rtol=1e-5)
 
 
-@pytest.mark.slow
-@pytest.mark.parametrize("term", ["cross_entropy", "statistics", "adversarial", "contrast"])
 @pytest.mark.parametrize("name", NAMES)
+def test_terms_of_a_view_are_the_papers(name, tmp_path):
+    """Both networks see the same view; its statistics are averaged with the batches' before."""
+    made, _ = method(name, tmp_path, teacher=flat_network(), statistics_momentum=0.6, warmup_share=0)
+    made.student = flat_network()
+    made.student.net[2].weight.data *= 3  # mostly the same classes, surer
+    torch.manual_seed(0)
+    former, pixels, labels = torch.rand(6, 1, 2, 3), torch.rand(6, 1, 2, 3), torch.arange(6) % 4
+    with batch_moments(made.teacher) as seen:
+        made.teacher(former)
+    made.average.update(seen)
+    torch.manual_seed(3)
+    terms = made.candidate(pixels, labels).terms
+    torch.manual_seed(3)
+    view = made.view(pixels)
+    assert (view - pixels).abs().amax((1, 2, 3)).min() > 0
+
+    x, past = ((images.flatten(1).double().numpy() - 0.2) / 0.5 for images in (view, former))
+    mean, variance = (
+        0.4 * now + 0.6 * then
+        for now, then in zip(oracles.channel_moments(x), oracles.channel_moments(past), strict=True)
+    )
+    student, teacher = (
+        x / np.sqrt(1 + 1e-5) @ net[2].weight.detach().double().numpy().T + net[2].bias.detach().double().numpy()
+        for net in (made.student.net, made.teacher.net)
+    )
+    p, q, same = oracles.softmax(teacher), oracles.softmax(student), teacher.argmax(1) == student.argmax(1)
+    expected = {
+        "cross_entropy": oracles.cross_entropy(np.eye(4)[labels], p),
+        "statistics": np.linalg.norm(mean) + np.linalg.norm(variance - 1),
+        "adversarial": -((p * np.log(p / q)).sum(1) * same).mean(),
+    }
+    assert same.any()
+    assert {key: terms[key].item() for key in expected} == pytest.approx(expected, rel=1e-4)
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize(
+    ("name", "term"), [*itertools.product(NAMES, ["cross_entropy", "statistics", "adversarial"]), ("cmi", "contrast")]
+)
 def test_each_term_reaches_the_generator_and_changes_the_images(name, term, tmp_path):
-    if term == "contrast" and name != "cmi":
-        return
     whole = run(name, tmp_path / "whole", warmup_share=0)
     without = run(name, tmp_path / "without", warmup_share=0, **{term: 0})
     assert not torch.equal(images_of(whole)[:6], images_of(without)[:6])
@@ -270,45 +306,47 @@ def test_each_term_reaches_the_generator_and_changes_the_images(name, term, tmp_
 # -- the frame ---------------------------------------------------------------------------------------------------------
 
 
-def test_the_images_with_the_lowest_loss_are_kept(tmp_path):
-    """More steps go on where fewer stopped: the loss that is kept is the lowest so far, and its images are."""
-    losses, kept = [], []
-    for iterations in range(1, 9):
-        made, _ = method("nayer", tmp_path, iterations=iterations, lr=0.5, adversarial=0)
-        torch.manual_seed(0)
-        batch = made.make(0, 6)
-        losses.append(sum(getattr(made.config, name) * value.item() for name, value in batch.terms.items()))
-        kept.append(batch.pixels)
-    better = [after < before for before, after in itertools.pairwise(losses)]
-    assert losses == np.minimum.accumulate(losses).tolist()
-    assert {True, False} == set(better)
-    assert better == [not torch.equal(a, b) for a, b in itertools.pairwise(kept)]
+GIVEN = ((5.0, 0.1), (1.0, 0.3), (0.2, 0.5))  # of three steps, cross-entropy and statistics
+
+
+def given_losses(name: str, path: Path, losses: Sequence[tuple[float, float]], **values):
+    """A method whose steps have given terms, with the gradients of its own; and the candidates that it will see."""
+
+    class Given(METHODS[name].load()):
+        def candidate(self, images: Tensor, labels: Tensor) -> Candidate:
+            own = super().candidate(images, labels)
+            given = dict(zip(("cross_entropy", "statistics"), losses[len(seen)], strict=True))
+            terms = {key: own.terms[key] + (value - own.terms[key].detach()) for key, value in given.items()}
+            seen.append(dataclasses.replace(own, terms=terms))
+            return seen[-1]
+
+    seen: list[Candidate] = []
+    made, _ = method(name, path, iterations=len(losses), cls=Given, cross_entropy=1, **values)
+    made.configure_optimizers()
+    return made, seen
+
+
+@pytest.mark.parametrize("name", NAMES)
+@pytest.mark.parametrize(
+    ("statistics", "order", "best"), [(10, (0, 1, 2), 1), (10, (1, 0, 2), 0), (10, (0, 2, 1), 2), (1, (0, 1, 2), 2)]
+)
+def test_the_images_with_the_lowest_loss_are_kept(statistics, order, best, name, tmp_path):
+    """Weighted, the losses are 6, 4 and 5.2, with which the last terms go that are the smallest without weights."""
+    losses = [GIVEN[step] for step in order]
+    made, seen = given_losses(name, tmp_path, losses, statistics=statistics)
+    batch = made.make(0, 6)
+    assert [torch.equal(batch.pixels, each.pixels) for each in seen] == [step == best for step in range(3)]
+    assert [term.item() for term in batch.terms.values()] == pytest.approx(losses[best])
 
 
 @pytest.mark.parametrize("name", NAMES)
 def test_a_batch_leaves_the_last_steps_statistics_and_the_best_images_features(name, tmp_path):
-    class Watched(METHODS[name].load()):
-        def candidate(self, images: Tensor, labels: Tensor) -> Candidate:
-            seen.append(super().candidate(images, labels))
-            return seen[-1]
-
-    seen: list[Candidate] = []
-    for iterations in range(1, 9):
-        made, _ = method(name, tmp_path, iterations=iterations, lr=0.5, cls=Watched)
-        made.configure_optimizers()
-        seen.clear()
-        torch.manual_seed(0)
-        batch = made.make(0, 6)
-        losses = [sum(getattr(made.config, key) * v.item() for key, v in each.terms.items()) for each in seen]
-        best = seen[int(np.argmin(losses))]
-        assert torch.equal(batch.pixels, best.pixels)
-        expected = torch.cat([seen[-1].look.moments[layer].mean for layer in ("1", "4")])
-        torch.testing.assert_close(made.average.average[0], expected)
-        if name == "cmi":
-            torch.testing.assert_close(made.remembered.sample(99).sort(0).values, best.features.sort(0).values)
-        if best is not seen[-1]:
-            return
-    raise AssertionError("the last step was always the best")
+    made, seen = given_losses(name, tmp_path, GIVEN, statistics=10)
+    made.make(0, 6)
+    expected = torch.cat([seen[2].look.moments[layer].mean for layer in ("1", "4")])
+    torch.testing.assert_close(made.average.average[0], expected)
+    if name == "cmi":
+        torch.testing.assert_close(made.remembered.sample(99).sort(0).values, seen[1].features.sort(0).values)
 
 
 @pytest.mark.parametrize("name", NAMES)
@@ -429,6 +467,49 @@ def test_reset_and_initialise_have_the_codes_deviations(tmp_path):
     assert norm.weight.mean().abs() < 0.01 and not made.generator[0].linear.bias.any()
 
 
+def trained_by(optimizers: Sequence[torch.optim.Optimizer]) -> set[Tensor]:
+    return {p for optimizer in optimizers for group in optimizer.param_groups for p in group["params"]}
+
+
+def test_cmi_starts_a_batch_anew_and_trains_all_parts(tmp_path):
+    made, _ = method("cmi", tmp_path, width=1.0, latent=100)
+    made.configure_optimizers()
+    for parameter in made.generator.parameters():
+        nn.init.constant_(parameter, 7)
+    torch.manual_seed(0)
+    batch = made.start(torch.arange(6))
+    for layer in (made.generator[0].linear, made.generator[0].body[3]):
+        count = layer.weight.numel()
+        assert layer.weight.mean().item() == pytest.approx(0, abs=5 * 0.02 / count**0.5)
+        assert layer.weight.std().item() == pytest.approx(0.02, rel=4 / count**0.5)
+    assert batch.network is made.generator
+    assert trained_by(batch.optimizers) == {*made.generator.parameters(), batch.inputs, *made.projection.parameters()}
+    assert not torch.equal(made.start(torch.arange(6)).inputs, batch.inputs)
+
+
+def test_cmi_trains_its_projection_over_a_batch(tmp_path):
+    made, _ = method("cmi", tmp_path)
+    made.configure_optimizers()
+    before = copy.deepcopy(made.projection)
+    made.make(0, 6)
+    for old, new in zip(before.parameters(), made.projection.parameters(), strict=True):
+        assert not torch.equal(old, new)
+
+
+def test_cmi_remembers_the_enlarged_view_before_the_other(tmp_path):
+    """The features of a network that begins with BatchNorm are its images."""
+    made, _ = method("cmi", tmp_path, teacher=flat_network())
+    torch.manual_seed(0)
+    pixels = torch.rand(6, 1, 2, 3)
+    torch.manual_seed(3)
+    features = made.candidate(pixels, torch.arange(6) % 4).features
+    torch.manual_seed(3)
+    whole = made.view(pixels)
+    local = made.second_view(pixels)
+    assert (local - whole).abs().amax((1, 2, 3)).min() > 0.01
+    torch.testing.assert_close(features, (torch.cat([local, whole], 1).flatten(1) - 0.2) / 0.5)
+
+
 def test_noisy_layers_serve_one_block_each():
     torch.manual_seed(0)
     layers, rows = NoisyLayers(count=7, block=3, inputs=4, outputs=500).double(), RNG.normal(size=(7, 4))
@@ -438,6 +519,41 @@ def test_noisy_layers_serve_one_block_each():
     np.testing.assert_allclose(layers(torch.from_numpy(rows)).detach(), expected, rtol=1e-10)
     assert weight.shape == (3, 4, 500)
     assert weight.mean() == pytest.approx(0, abs=0.05) and weight.std() == pytest.approx(1, abs=0.05)
+
+
+def test_nayers_latents_are_noisy_layers_of_normalised_embeddings_and_all_parts_are_trained(tmp_path):
+    made, _ = method("nayer", tmp_path, embedding="random", embedding_size=9)
+    batch = made.start(labels := torch.tensor([0, 1, 2, 3, 3, 1]))
+    rows = made.embeddings[labels].double().numpy()
+    mean, variance = oracles.channel_moments(rows)
+    rows = (rows - mean) / np.sqrt(variance + 1e-5)
+    weight, bias = (p.detach().double().numpy() for p in (batch.network[1].weight, batch.network[1].bias))
+    latents = [row @ weight[n // 4] + bias[n // 4, 0] for n, row in enumerate(rows)]
+    np.testing.assert_allclose(batch.network[:2](batch.inputs).detach(), latents, rtol=1e-4, atol=1e-4)
+    assert len(batch.network) == 3 and batch.network[2] is made.generator
+    parts = (made.norm, batch.network[1], made.generator)
+    assert trained_by(batch.optimizers) == {parameter for part in parts for parameter in part.parameters()}
+
+
+def test_nayers_noisy_layers_are_new_in_every_batch_and_the_rest_goes_on(tmp_path):
+    class Watched(METHODS["nayer"].load()):
+        def start(self, labels: Tensor) -> BatchGeneration:
+            batch = super().start(labels)
+            starts.append([p.detach().clone() for p in (batch.network[1].weight, self.norm.weight)])
+            networks.append(batch.network)
+            return batch
+
+        def finish(self, batch: BatchGeneration, best: Candidate) -> None:
+            ends.append([p.detach().clone() for p in (batch.network[1].weight, self.norm.weight)])
+
+    starts, ends, networks = [], [], []
+    made = run("nayer", tmp_path, cls=Watched, warmup_share=0)
+    assert len(networks) == 3 and all(net[0] is made.norm and net[2] is made.generator for net in networks)
+    for (noisy, norm), (trained, norm_trained), (following, norm_following) in zip(
+        starts[:-1], ends[:-1], starts[1:], strict=True
+    ):
+        assert not torch.equal(noisy, trained) and (following - trained).abs().max() > 1
+        assert not torch.equal(norm, norm_trained) and torch.equal(norm_following, norm_trained)
 
 
 def test_nayer_takes_all_classes_in_every_block(tmp_path):

@@ -8,9 +8,11 @@ import shutil
 from pathlib import Path
 
 import numpy as np
+import oracles
 import pytest
 import stand_ins
 import torch
+from tiny_synthesizers import synthesizer
 from torch import nn
 
 from dfkd_cli import catalog
@@ -23,7 +25,7 @@ from dfkd_cli.models.generators import Generator, Generators, load_generators, s
 from dfkd_cli.objectives.response import soft_loss
 from dfkd_cli.stages.synthesize import rare_classes
 from dfkd_cli.stages.training import fresh
-from dfkd_cli.synthesizers.base import SynthesisTask
+from dfkd_cli.synthesizers.base import Look, SynthesisTask
 from dfkd_cli.synthesizers.dafl import information, one_hot
 from dfkd_cli.synthesizers.dfq import answer_entropy
 from dfkd_cli.synthesizers.pooled import agreed_divergence
@@ -94,6 +96,15 @@ def test_distances(make_method):
         make_method("dfad").distance(student, teacher), np.abs((student - teacher).numpy()).mean()
     )
     np.testing.assert_allclose(soft_loss(student, teacher, "kl", 1), divergence)
+
+
+@pytest.mark.parametrize(("name", "factor"), [("dfq", 1.0), ("zskt", 0.25)])
+def test_generator_seeks_the_students_distance_at_the_same_temperature(name, factor, tmp_path):
+    method = synthesizer(name, tmp_path, student_temperature=3.0, **({"attention": 0} if name == "zskt" else {}))
+    images, teacher = torch.rand(6, 1, 3, 3), torch.from_numpy(4 * RNG.normal(size=(6, 4))).float()
+    student = method.student(images).detach().double().numpy()
+    term = method.generator_terms(Look(images, teacher))["adversarial"].item()
+    assert term == pytest.approx(-factor * oracles.response(student, teacher.double().numpy(), "kl", 3), rel=1e-4)
 
 
 # -- the generator -----------------------------------------------------------------------------------------------------
