@@ -28,6 +28,7 @@ from dfkd_cli.models.registry import build
 torch.set_num_threads(1)  # the tensors of tests are too small to share
 os.environ["OMP_NUM_THREADS"] = "1"  # in the processes of commands, too
 os.environ.setdefault("GOMP_SPINCOUNT", "20000")  # as `dfkd` has it: what is forked does not begin there
+os.environ.pop("DFKD_DEBUG", None)  # the user's own: errors would be more than one line
 os.environ["ORT_DISABLE_TELEMETRY"] = "1"  # onnxruntime reads it when it is imported, which tests do by themselves
 
 

@@ -269,17 +269,39 @@ def run(settings: Settings, terminal: Terminal, dry_run: bool = False) -> dict[s
         raise GateNotMet(f"{count} images", answer=answer)
     return answer
 '''
+BUG = '''"""Divide by zero."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+from dfkd_cli.catalog import Command
+
+
+@dataclass(frozen=True, kw_only=True)
+class Inputs:
+    """Nothing is read."""
+
+
+COMMAND = Command(position=99, ignores=("device",), examples=("dfkd divide",), next="dfkd info")
+
+
+def run(settings, terminal, dry_run=False):
+    """Divide."""
+    return {"metrics": {"ratio": 1 / 0}}
+'''
 FILES = {
     "synthesizers/grey.py": SYNTHESIZER,
     "objectives/gap.py": OBJECTIVE,
     "regimes/louder.py": REGIME,
     "stages/count_images.py": COMMAND,
+    "stages/divide.py": BUG,
 }
 
 
 @pytest.fixture(scope="module")
 def extended(teacher, tmp_path_factory) -> Callable[..., list[str]]:
-    """``extended(*lines)``: stdout of command lines of the package with the new files, beside a teacher.
+    """``extended(*lines)``: what command lines of the package with the new files write, beside a teacher.
 
     The last one ends with ``code``.
     """
@@ -289,11 +311,11 @@ def extended(teacher, tmp_path_factory) -> Callable[..., list[str]]:
         (package / "dfkd_cli" / name).write_text(text)
     shutil.copytree(teacher, here / "teacher")
 
-    def run(*lines: str, code: int = 0) -> list[str]:
+    def run(*lines: str, code: int = 0, stream: str = "stdout") -> list[str]:
         answers = run_in_turn([line.split() for line in lines], here, {"PYTHONPATH": str(package)})
         codes = [0] * (len(lines) - 1) + [code]
         assert [done.returncode for done in answers] == codes, [done.stderr for done in answers]
-        return [done.stdout for done in answers]
+        return [getattr(done, stream) for done in answers]
 
     return run
 
@@ -342,3 +364,11 @@ def test_new_files_work_from_end_to_end(extended):
     assert counted == "6 images\n"
     assert json.loads(student)["artifacts"] == {"student": "student"}
     assert json.loads(gate)["metrics"] == {"count": 12}
+
+
+def test_a_bug_is_one_line_after_its_traceback(extended):
+    (said,) = extended("divide", code=1, stream="stderr")
+    first, *_, last = said.splitlines()
+    assert last.startswith("error: ZeroDivisionError: division by zero -- ") and "please report it" in last
+    assert first.startswith("Traceback") and "\nZeroDivisionError: division by zero\nerror: " in said
+    assert said.count("error: ") == 1

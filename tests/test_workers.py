@@ -10,6 +10,8 @@ import time
 from pathlib import Path
 
 import pytest
+import torch
+from pipeline import HANGS
 
 from dfkd_cli.workers import Workers
 
@@ -39,6 +41,68 @@ def test_a_call_has_the_gpu_that_nobody_has(tmp_path, monkeypatch):
         assert workers.next() == ("third", None)
     seen = {name: (tmp_path / name).read_text() for name in ("long", "first", "second", "third")}
     assert seen == {"long": "3", "first": "5", "second": "5", "third": "5"}
+
+
+def note_threads(file: str) -> None:
+    """Write down with how many threads this process computes."""
+    Path(file).write_text(str(torch.get_num_threads()))
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize(("said", "each"), [(3, 3), (None, 2)])
+def test_a_process_has_the_threads_that_are_said_or_its_share(said, each, tmp_path):
+    before = torch.get_num_threads()
+    torch.set_num_threads(4)
+    try:
+        with Workers(2, threads=said) as workers:
+            for name in ("first", "second"):
+                workers.submit(name, note_threads, str(tmp_path / name))
+            assert {workers.next() for _ in range(2)} == {("first", None), ("second", None)}
+    finally:
+        torch.set_num_threads(before)
+    assert [(tmp_path / name).read_text() for name in ("first", "second")] == [str(each)] * 2
+
+
+PARENT = """
+import contextlib, time
+from pathlib import Path
+from dfkd_cli.errors import Interrupted
+from dfkd_cli.processes import stop_on_signals
+from dfkd_cli.workers import Workers
+
+def live():
+    Path("lives").touch()
+    try:
+        while Path("lives").exists():
+            time.sleep(0.01)
+    finally:
+        Path("tidied").touch()
+
+if __name__ == "__main__":
+    stop_on_signals()
+    with contextlib.suppress(Interrupted), Workers(2) as workers:
+        workers.submit("call", live)
+        workers.next()
+"""
+
+
+@pytest.mark.slow
+@pytest.mark.skipif(os.name != "posix", reason="POSIX signals")
+@pytest.mark.parametrize(("signum", "tidied"), [(signal.SIGKILL, False), (signal.SIGTERM, True)])
+def test_a_worker_ends_with_its_parent(signum, tidied, tmp_path):
+    """At once where that was killed; where it was stopped, as a command that is stopped. Its stdout is the parent's."""
+    (tmp_path / "parent.py").write_text(PARENT)
+    parent = subprocess.Popen([sys.executable, "parent.py"], cwd=tmp_path, stdout=subprocess.PIPE)
+    try:
+        while not (tmp_path / "lives").exists():
+            assert parent.poll() is None
+            time.sleep(0.01)
+        parent.send_signal(signum)
+        parent.communicate(timeout=HANGS)  # until nobody has it open any more
+        assert (parent.returncode, (tmp_path / "tidied").exists()) == (0 if tidied else -signum, tidied)
+    finally:
+        (tmp_path / "lives").unlink(missing_ok=True)  # a worker that goes on ends
+        parent.kill()
 
 
 RACE = """

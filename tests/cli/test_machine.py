@@ -89,7 +89,7 @@ def test_a_signal_while_modules_are_imported(signum: signal.Signals, tmp_path: P
         assert shell("trap '' HUP; dfkd train-teacher", tmp_path).returncode == 7  # as under nohup
 
 
-@pytest.mark.skipif(not Path("/proc/self/task").exists(), reason="finds processes in /proc")
+@pytest.mark.skipif(not Path(f"/proc/self/task/{os.getpid()}/children").exists(), reason="finds processes in /proc")
 def test_a_killed_process_fails_the_run(teacher: Path, tmp_path: Path) -> None:
     """--devices 2: exit 4, one line, and what is recorded; not SIGKILL for all of them."""
     command = ["distill", "--teacher", str(teacher), *DISTILL]

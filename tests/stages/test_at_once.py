@@ -54,6 +54,11 @@ def test_what_measures_a_student_in_the_loop_sees_no_more_than_its_step(name, si
     assert stored == converted
 
 
+def test_evaluate_shows_as_many_images_at_once_as_are_said(teacher, shown, cli):
+    code, _, err = cli("evaluate", teacher, "--batch-size", 7, "--device", "cpu")
+    assert (code, max(shown)) == (0, 7), err
+
+
 def test_an_export_is_checked_in_parts(teacher, tmp_path, shown, cli):
     pytest.importorskip("onnxscript")
     images = ("--calibrate", "noise:120", "--images", 120, "--bits", 8, "--device", "cpu")

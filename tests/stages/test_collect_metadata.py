@@ -195,6 +195,11 @@ def test_collecting_again_changes_nothing_and_something_else_is_refused(here, cl
     assert cli("collect-metadata", *FEW, "--out", tmp_path / "again")[0] == 0
     for name in ("metadata.safetensors", "metadata.json"):
         assert (tmp_path / "again" / name).read_bytes() == (here / "metadata" / name).read_bytes()
+    assert cli("collect-metadata", *FEW, "--temperature", 4, "--out", tmp_path / "hot")[0] == 0
+    _, record = load_model(Path("teacher"))
+    usual, hot = (read_metadata(path, identity(record))[0] for path in (here / "metadata", tmp_path / "hot"))
+    assert (usual.temperature, hot.temperature) == (8.0, 4.0)
+    torch.testing.assert_close(hot.layers["head"].mean, 2 * usual.layers["head"].mean)
     (tmp_path / "again" / "metadata.json").unlink()  # as if it had been stopped before the end
     assert cli("collect-metadata", *FEW, "--out", tmp_path / "again")[0] == 0
     assert (tmp_path / "again" / "metadata.json").read_bytes() == (here / "metadata" / "metadata.json").read_bytes()

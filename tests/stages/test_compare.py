@@ -60,6 +60,8 @@ def test_directories_become_table_json_markdown_and_page(made, compared):
     assert set(rows) == {"teacher", "zskd -> response", "real:50 -> response", "supervised"}
     means = [row["top1"]["mean"] for row in section["rows"][1:]]
     assert means == sorted(means, reverse=True)
+    best = max((row for row in rows.values() if row["role"] == "student"), key=lambda row: row["gap"]["mean"])
+    assert answer["metrics"] == {"best": best["label"], "top1": best["top1"]["mean"], "gap": best["gap"]["mean"]}
 
     teacher, zskd = accuracy(made / "teacher"), [accuracy(made / f"student{seed}") for seed in (0, 1)]
     assert zskd[0] != zskd[1], "equal values have no spread to test"

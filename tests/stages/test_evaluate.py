@@ -447,7 +447,8 @@ def test_a_recorded_teacher_that_changed_or_cannot_be_read_is_none(taught, tmp_p
     shutil.copytree("mentor", "teacher")  # which nobody has named either
     assert "nothing is compared with teacher/, which cannot be read: teacher/model.json" in evaluated()
     for named in (("pupil", "--teacher", "teacher"), ("teacher/",), ()):
-        assert cli("evaluate", *named)[0] == 3, named
+        code, _, err = cli("evaluate", *named)
+        assert (code, "error: teacher/model.json is damaged: its sha256" in err) == (3, True), err
 
 
 def test_images_that_changed_are_measured_anew(here, cli):
@@ -529,7 +530,8 @@ def test_dry_run_opens_everything_and_writes_nothing(pipeline, monkeypatch, cli)
     code, out, _ = cli("evaluate", "student", "--dry-run", "--out", "out", "--json")
     assert code == 0
     assert json.loads(out)["config"]["paths"] == ["student"]
-    assert cli("evaluate", "three", "--dry-run")[0] == 3
+    code, _, err = cli("evaluate", "three", "--dry-run")
+    assert (code, "has 10 classes, three 3" in err) == (3, True), err
     assert sorted(pipeline.rglob("*")) == before
 
 
@@ -595,9 +597,14 @@ def test_nobody_has_to_have_test_images(here, cli):
     assert result["dataset"] is None and "top1" not in result and result["parameters"] > 0
     parents = json.loads((here / "out" / "run.json").read_text())["parents"]
     assert [parent["role"] for parent in parents] == ["teacher", "model", "transfer-set"]
-    for least, code in ((expected, 0), (expected + 1e-6, 5)):
-        assert cli(*args, "--unlabelled", "shards", "--min-agreement", least)[0] == code
-    assert cli(*args, "--unlabelled", "shards", "--min-top1", 0.1)[0] == 2  # there are no labels
+    gates = (
+        ("agreement", expected, 0, ""),
+        ("agreement", expected + 1e-6, 5, "error: agreement is below"),
+        ("top1", 0.1, 2, "its record names no dataset to test on"),
+    )
+    for gate, least, code, words in gates:
+        got, _, err = cli(*args, "--unlabelled", "shards", f"--min-{gate}", least)
+        assert (got, words in err) == (code, True), err
 
 
 def test_classes_in_another_order_are_the_same_classes_without_labels_too(here, cli):

@@ -99,7 +99,8 @@ def test_the_lock_is_never_written(tmp_path, monkeypatch, teacher, victim, cli, 
         assert (victim / ".mine.tmp").read_text() == "precious"
     Path("out/.lock").unlink()
     Path("out/.lock").symlink_to("../nowhere")
-    assert cli(*command, "--overwrite")[0] == 3
+    code, _, err = cli(*command, "--overwrite")
+    assert (code, "is a link" in err) == (3, True), err
     assert not Path("nowhere").exists()
 
 

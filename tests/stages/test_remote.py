@@ -46,8 +46,14 @@ def s3(place, tmp_path_factory, session_cli) -> Iterator[Serving]:
         server.kill()
 
 
+# What would lead elsewhere, of the user's own.
+FOREIGN = ("AWS_PROFILE", "AWS_SESSION_TOKEN", "AWS_ENDPOINT_URL_S3", "http_proxy", "https_proxy")
+
+
 def speak(patch: pytest.MonkeyPatch, port: int) -> None:
     """What s3fs asks of the environment."""
+    for name in (*FOREIGN, *map(str.upper, FOREIGN)):
+        patch.delenv(name, raising=False)
     patch.setenv("AWS_ENDPOINT_URL", f"http://127.0.0.1:{port}")
     patch.setenv("AWS_ACCESS_KEY_ID", KEY)
     patch.setenv("AWS_SECRET_ACCESS_KEY", SECRET)

@@ -62,6 +62,18 @@ def test_what_is_typed_reaches_every_command_a_default_too(tmp_path, monkeypatch
         assert {config["precision"] for config in configs if config["command"] == "distill"} == {precision}
 
 
+def test_how_commands_run_reaches_all_that_have_the_flag(tmp_path, monkeypatch, cli):
+    monkeypatch.chdir(tmp_path)
+    (tmp_path / "grid.yaml").write_text(GRID)
+    typed = {"threads": 1, "logger": "tensorboard", "data_dir": "d", "code_dir": "c"}
+    flags = [text for name, value in typed.items() for text in (f"--{name.replace('_', '-')}", str(value))]
+    code, out, err = cli("compare", "--recipe", "grid.yaml", "--dry-run", "--json", *flags)
+    assert code == 0, err
+    for config in (step["config"] for step in json.loads(out)["plan"]):
+        wanted = typed | ({"data_dir": None} if config["command"] == "synthesize" else {})  # which opens no dataset
+        assert {name: config.get(name) for name in typed} == wanted, config["command"]
+
+
 def test_every_grid_of_the_recipes_can_be_planned(cli):
     recipes = [name for name in catalog.recipes() if name.startswith("compare/")]
     assert recipes

@@ -188,6 +188,29 @@ def test_a_row_that_fails_does_not_lose_the_others(here, cli, monkeypatch):
     assert section["failed"] == []
 
 
+def test_no_row_is_begun_where_the_grids_own_teacher_fails(tmp_path, monkeypatch, cli):
+    monkeypatch.chdir(tmp_path)
+    rows = {"noise": {"distill": {"transfer_set": ["noise:8"], "steps": 1}}}
+    grid = {"seeds": [0], "teacher": {"steps": 50, "batch_size": 8, "lr": 1e30}, "rows": rows}
+    Path("grid.yaml").write_text(json.dumps({"grid": grid}))
+    code, out, err = cli("compare", "--recipe", "grid.yaml", "--out", "c", "--json")
+    assert (code, json.loads(out)["error"]["code"]) == (4, "run_failed"), err
+    assert "teacher, seed 0: train-teacher -> c/runs/teacher failed" in err
+    assert err.splitlines()[-1].startswith("error: round 0: cross_entropy is not finite -- lower --lr")
+    assert json.loads(Path("c/run.json").read_text())["status"] == "failed"
+    assert [path.name for path in Path("c/runs").iterdir()] == ["teacher"]
+    assert not Path("c/results.json").exists()
+
+
+def test_a_seed_is_not_typed_for_a_grid_which_has_its_own(tmp_path, monkeypatch, cli):
+    monkeypatch.chdir(tmp_path)
+    Path("grid.yaml").write_text(GRID)
+    for option in ((), ("--dry-run",)):
+        code, _, err = cli("compare", "--recipe", "grid.yaml", "--seed", "3", *option)
+        assert (code, err) == (2, "error: --seed 3: the grid has seeds of its own -- change grid.seeds\n")
+    assert [path.name for path in tmp_path.iterdir()] == ["grid.yaml"]
+
+
 def test_rows_that_need_a_failed_one_are_not_run(here, cli):
     grid = {"seeds": [0, 1], "student": {"steps": 2, "batch_size": 4}}
     grid["rows"] = {
