@@ -10,7 +10,7 @@ channels that were dead in training do not count. It grows with the teacher: a R
 8,512. H is the entropy in nats: answers shall be sure each, and spread over the classes together. The last sign is the
 paper's; ports of it have it reversed. With several generators and students (``generators``, ``students``) L_T is of
 their joint batch; the first student is kept. alpha stays as it is, where the paper lowers it: on Fashion-MNIST that was
-no better. Generators are not trained alone at first.
+no better. Generators are not trained alone at first. With a temperature, KL is multiplied by its square.
 
 No code was released: widths, learning rates and the ratio of steps are those of an independent port and of toolboxes;
 the student takes 80,000 steps as in the latter, by SGD without Nesterov's form.
