@@ -103,7 +103,8 @@ class Batches:
         for (window, order), following in zip(plan, [*plan[1:], (None, None)], strict=True):
             if start < len(order) and stop > 0:
                 rows = torch.from_numpy(order[max(start, 0) : stop])
-                rows = rows.to(self.device, non_blocking=self.device.type == "cuda")  # which would wait for its work
+                # A copy that blocks would wait for all that the GPU has been given to do.
+                rows = rows.to(self.device, non_blocking=self.device.type == "cuda")
                 parts.append(self._window(window, following[0])[rows])
             start, stop = start - len(order), stop - len(order)
         return parts[0] if len(parts) == 1 else concatenated(parts)
