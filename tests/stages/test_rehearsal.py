@@ -121,13 +121,13 @@ def test_so_it_is_for_commands_that_choose_nothing(command, cli, make_teacher, t
 
 def test_what_is_trained_on_is_a_length_in_distill_too():
     traits = options(catalog.command("distill").inputs)
-    assert [traits[name]["rehearsal"] for name in ("num_images", "batch_size")] == [20, 2]
+    assert [traits[name]["rehearsal"] for name in ("num_images", "batch_size")] == [2, 2]
 
 
 def test_lengths_are_cut_and_nothing_else_is_changed():
     inputs = catalog.command("distill").inputs
-    made = build(inputs, {"steps": None, "epochs": 9, "batch_size": 1, "num_images": 50, "lr": 0.5})
-    assert shortened(made) == dataclasses.replace(made, steps=1, epochs=1, num_images=20)
+    made = build(inputs, {"steps": None, "epochs": 9, "batch_size": 1, "num_images": 5, "lr": 0.5})
+    assert shortened(made) == dataclasses.replace(made, steps=1, epochs=1, num_images=2)
     deepinversion = catalog.entries("synthesizers")["deepinversion"].config
     off = build(deepinversion, {"iterations": 7, "coarse_iterations": 0})
     assert shortened(off) == dataclasses.replace(off, iterations=1, batch_size=2)
