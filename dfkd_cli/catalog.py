@@ -233,11 +233,12 @@ def few_bits(spec: str) -> tuple[str, str]:
     return match.group(), spec[match.end() :]
 
 
-def check_architecture(name: str) -> None:
-    """Raise :class:`ConfigError` where no built-in architecture is called so."""
+def listed(name: str) -> str:
+    """How the list of models has a built-in architecture of that name, or :class:`ConfigError`."""
     known = [item["name"] for item in models()]
-    if any(stands_for(pattern, name) for pattern in known):
-        return
+    for pattern in known:
+        if stands_for(pattern, name):
+            return pattern
     if "/" in name:
         raise ConfigError(f"{name}: no such directory", "give a model directory, or a SPEC")
     hint = f"{did_you_mean(name, known)}; or torchvision:NAME, timm:NAME, FILE.py:factory, a model directory"

@@ -21,7 +21,7 @@ from torch import nn
 
 from dfkd_cli import models
 from dfkd_cli.artifacts.files import digest
-from dfkd_cli.catalog import check_architecture, few_bits, stands_for
+from dfkd_cli.catalog import few_bits, listed, stands_for
 from dfkd_cli.errors import ArtifactError, ConfigError, did_you_mean
 from dfkd_cli.models.adapter import adapt, watch
 from dfkd_cli.models.quantized import quantize
@@ -55,10 +55,7 @@ def build(spec: str, num_classes: int, input_size: Size, allow_code: bool = Fals
         return net
     source, colon, name = spec.partition(":")
     if not colon:
-        check_architecture(spec)
-        build_one = family(spec)
-        assert build_one is not None
-        net = build_one(spec, num_classes, input_size)
+        net = _families()[listed(spec)](spec, num_classes, input_size)
     elif source == "torchvision":
         net = _torchvision(name, num_classes, input_size)
     elif source == "timm":

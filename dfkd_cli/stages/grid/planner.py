@@ -216,11 +216,12 @@ class _Planner:
         if settings.run.devices > 1 or settings.run.num_nodes > 1:
             what = f"grid: {command} on {settings.run.devices * settings.run.num_nodes} devices"
             raise ConfigError(f"{what}: each command has one", "several run at a time: dfkd compare --devices N")
-        # All of it here, and not when other rows have taken their hours.
-        for spec in [*([read] if isinstance(read, str) else read), *(new := _trained(settings))]:
+        # Here, and not when other rows have taken their hours.
+        new = _trained(settings)
+        for spec in [*([read] if isinstance(read, str) else read), *new]:
             if not Path(spec).is_dir():
                 settings.code.check(spec)
-                name = catalog.few_bits(spec)[1]
-                if spec in new and name and {":", "/"}.isdisjoint(name):
-                    catalog.check_architecture(name)
+        for name in (catalog.few_bits(spec)[1] for spec in new):
+            if name and {":", "/"}.isdisjoint(name) and not Path(name).is_dir():
+                catalog.listed(name)
         return settings, frozenset(path for source in reads.values() for path in source.made_by)

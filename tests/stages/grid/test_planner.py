@@ -180,6 +180,14 @@ def test_rows_that_are_not_there_are_refused(here, cli, arguments, words):
     assert not (here / "rows").exists()
 
 
+@pytest.mark.parametrize("student", ["student0", "w8a8:student0"])
+def test_a_student_may_be_called_as_a_directory_that_is_there(here, cli, student):
+    rows = {"noise": {"distill": {"transfer_set": ["noise:4"], "student": student}}}
+    (here / "directory.yaml").write_text(json.dumps({"grid": {"rows": rows}}))
+    code, _, err = cli("compare", "--recipe", "directory.yaml", "--teacher", "teacher", "--dry-run", "--out", "named")
+    assert code == 0, err
+
+
 def test_every_teacher_has_metadata_and_settings_of_its_own(here, cli):
     grid = {
         "teachers": {
