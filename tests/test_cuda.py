@@ -185,7 +185,7 @@ def test_a_process_that_can_open_no_data_uses_the_gpu(place):
 
 @pytest.mark.parametrize("method", ["fast-dfkd", "zskt", "zskd"])
 def test_a_killed_run_goes_on(gpu, place, method):
-    size = ("--steps", "60") if method == "zskt" else ()
+    size = ("--steps", "60") if method == "zskt" else ("--student-steps", "40") if method == "fast-dfkd" else ()
     arguments = ["synthesize", "--method", method, "--num-images", "960", "--batch-size", "16", *SMALL[method], *size]
     arguments += ["--out", f"killed-{method}"]
     state = "shard-00003.safetensors" if method == "zskd" else "checkpoints/last.ckpt"
