@@ -153,10 +153,10 @@ def information_flow(s: Array, t: Array, variant: str) -> float:
     return total / entries
 
 
-def batch_normalised(maps: Array) -> Array:
+def batch_normalised(maps: Array, epsilon: float = 1e-5) -> Array:
     """Each channel less its mean over images and positions, by its biased deviation."""
     mean, variance = maps.mean((0, 2, 3), keepdims=True), maps.var((0, 2, 3), keepdims=True)
-    return (maps - mean) / np.sqrt(variance + 1e-5)
+    return (maps - mean) / np.sqrt(variance + epsilon)
 
 
 def convolved(maps: Array, weight: Array, bias: Array, stride: int, padding: int) -> Array:

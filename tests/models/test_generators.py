@@ -5,20 +5,13 @@ from __future__ import annotations
 import numpy as np
 import pytest
 import torch
-from objective_oracles import Array, convolved, nearest
+from objective_oracles import Array, batch_normalised, convolved, nearest
 from torch import nn
 
 from dfkd_cli.models.classifier import ModelInfo
 from dfkd_cli.models.generators import Generator
 
 MEAN, STD = 0.4, 0.2
-
-
-def normalised(maps: Array, epsilon: float, weight: Array | None = None, bias: Array | None = None) -> Array:
-    """BatchNorm of a batch, with scale and shift or without."""
-    mean, variance = maps.mean((0, 2, 3), keepdims=True), maps.var((0, 2, 3), keepdims=True)
-    maps = (maps - mean) / np.sqrt(variance + epsilon)
-    return maps if weight is None else maps * weight[:, None, None] + bias[:, None, None]
 
 
 @pytest.mark.parametrize("end", ["tanh", "normal", "sigmoid"])
@@ -35,7 +28,8 @@ def test_latents_become_images(end, size, sizes):
     layers = {name: value.detach().numpy() for name, value in generator.named_parameters()}
 
     def batch_norm(maps: Array, name: str, epsilon: float) -> Array:
-        return normalised(maps, epsilon, layers[f"{name}.weight"], layers[f"{name}.bias"])
+        scale, shift = (layers[f"{name}.{part}"][:, None, None] for part in ("weight", "bias"))
+        return batch_normalised(maps, epsilon) * scale + shift
 
     maps = (latents.numpy() @ layers["linear.weight"].T + layers["linear.bias"]).reshape(4, 4, *sizes[0])
     maps = batch_norm(maps, "body.1", 1e-5)
@@ -47,7 +41,7 @@ def test_latents_become_images(end, size, sizes):
         maps = np.where(maps > 0, maps, 0.2 * maps)
     maps = convolved(maps, layers["body.10.weight"], layers["body.10.bias"], 1, 1)
     expected = {
-        "tanh": lambda: normalised(np.tanh(maps), 1e-5) * STD + MEAN,
+        "tanh": lambda: batch_normalised(np.tanh(maps)) * STD + MEAN,
         "normal": lambda: batch_norm(maps, "finish.0", 1e-5) * STD + MEAN,
         "sigmoid": lambda: 1 / (1 + np.exp(-maps - np.log(MEAN / (1 - MEAN)))),
     }
