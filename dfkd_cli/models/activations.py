@@ -60,12 +60,26 @@ def batch_statistics(classifier: Classifier) -> Iterator[None]:
     """
     layers = [(layer, layer.training) for layer in classifier.batch_norms() if isinstance(layer, _BatchNorm)]
     for layer, _ in layers:
-        layer.training, layer.track_running_stats = True, False
+        layer.training = True
+    try:
+        with averages_kept(classifier):
+            yield
+    finally:
+        for layer, training in layers:
+            layer.training = training
+
+
+@contextlib.contextmanager
+def averages_kept(classifier: Classifier) -> Iterator[None]:
+    """BatchNorm layers that are in training take nothing into their averages inside the ``with`` block."""
+    layers = [m for m in classifier.batch_norms() if m.training and getattr(m, "track_running_stats", False)]
+    for layer in layers:
+        layer.track_running_stats = False
     try:
         yield
     finally:
-        for layer, training in layers:
-            layer.training, layer.track_running_stats = training, True
+        for layer in layers:
+            layer.track_running_stats = True
 
 
 def first(*values: Any) -> Any:

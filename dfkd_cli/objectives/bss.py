@@ -24,6 +24,7 @@ every epoch, here with every step. They hold ``soft`` as well, so that ``respons
 
 from __future__ import annotations
 
+import contextlib
 from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Literal
@@ -34,6 +35,7 @@ from torch import Tensor, nn
 
 from dfkd_cli.config import option
 from dfkd_cli.data.sources import Images
+from dfkd_cli.models.activations import averages_kept
 from dfkd_cli.models.classifier import Classifier
 from dfkd_cli.objectives.answers import AnswerObjective, hard_labels
 from dfkd_cli.objectives.base import Outputs
@@ -122,22 +124,16 @@ def added_up(network: Classifier, loss: Callable[[slice], Tensor], passes: int) 
     Only one part is held at a time: its gradient is taken before the next one begins.
     """
     parameters = [parameter for parameter in network.parameters() if parameter.requires_grad]
-    learning = [layer for layer in network.batch_norms() if layer.training]
     gradients: dict[nn.Parameter, Tensor] = {}
     values = []
-    try:
-        for index in range(passes):
+    for index in range(passes):
+        with averages_kept(network) if index else contextlib.nullcontext():  # they learn from the first
             value = loss(slice(index, None, passes))
-            values.append(value.detach())
-            found = torch.autograd.grad(value, parameters, allow_unused=True)
-            for parameter, gradient in zip(parameters, found, strict=True):
-                if gradient is not None:
-                    gradients[parameter] = gradients[parameter] + gradient if parameter in gradients else gradient
-            for layer in learning:
-                layer.track_running_stats = False
-    finally:
-        for layer in learning:
-            layer.track_running_stats = True
+        values.append(value.detach())
+        found = torch.autograd.grad(value, parameters, allow_unused=True)
+        for parameter, gradient in zip(parameters, found, strict=True):
+            if gradient is not None:
+                gradients[parameter] = gradients[parameter] + gradient if parameter in gradients else gradient
     # Zeros that have these gradients.
     carriers = [((parameter - parameter.detach()) * gradient).sum() for parameter, gradient in gradients.items()]
     return torch.stack([*values, *carriers]).sum()

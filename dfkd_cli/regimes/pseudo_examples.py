@@ -12,8 +12,10 @@ which are parameters to be optimised, and that the student imitates a reference 
 
 - The reference is the teacher, and its answers are softened: the chosen objectives are what is imitated.
 - Pseudo images move to where the student imitates worst, by ascent on the same objectives, through both networks.
-- The student is in evaluation mode meanwhile: every image climbs alone, and BatchNorm averages learn nothing from it.
+- The student is in evaluation mode meanwhile: every image climbs alone.
 - Every step uses all pseudo images, unchanged. Their labels, for objectives that ask, are the teacher's classes.
+- Pseudo images are a batch of their own, from which BatchNorm's averages learn nothing: what is hard is not like what
+  comes, and averages of both are right for neither (as arXiv:1911.09665 found of adversarial images).
 
 ``--transfer-set real:200`` with ``--method offline`` is the same few images without pseudo examples.
 """
@@ -29,6 +31,7 @@ from torch import Tensor
 
 from dfkd_cli.config import option
 from dfkd_cli.data.sources import Images, Source, Subset
+from dfkd_cli.models.activations import averages_kept
 from dfkd_cli.options import TaughtAtFirst
 from dfkd_cli.regimes.base import Task
 from dfkd_cli.regimes.offline import Offline
@@ -82,7 +85,8 @@ class PseudoExamples(Offline):
         loss, terms = super().loss(images)
         if not self.share:
             return loss, terms
-        more, pseudo_terms = self.pseudo_loss()
+        with averages_kept(self.student):
+            more, pseudo_terms = self.pseudo_loss()
         return loss + self.share * self.config.pseudo * more, terms | {
             f"pseudo.{name}": term for name, term in pseudo_terms.items()
         }

@@ -111,6 +111,25 @@ def test_losses_of_both_sets_add_up():
     assert loss.item() == pytest.approx(sum(w * (real[n] + 0.25 * pseudo[n]) for n, w in weights.items()), rel=1e-5)
 
 
+def test_averages_of_batch_norm_are_of_the_transfer_set_alone(tmp_path):
+    """After a step; the pseudo images were normalised by their own batch."""
+    student, images = network(1, nn.BatchNorm1d(9)), pixels()
+    learner = regime(NAME, Given(images, torch.zeros(6, dtype=torch.long)), student, steps=1, config={"iterations": 2})
+    norm, seen_by_it = learner.student.net[1], []
+    norm.register_forward_hook(lambda layer, values, output: seen_by_it.append((layer.training, values[0], output)))
+    work(learner, tmp_path)
+    x = (flat(images) - 0.2) / 0.5
+    np.testing.assert_allclose(norm.running_mean, 0.1 * x.mean(0), atol=1e-6)
+    np.testing.assert_allclose(norm.running_var, 0.9 + 0.1 * x.var(0, ddof=1), atol=1e-6)
+    assert norm.num_batches_tracked == 1 and norm.track_running_stats
+    (_, _, _), (training, values, normalised), *ascent = seen_by_it
+    assert training and not any(mode for mode, _, _ in ascent) and len(ascent) == 2
+    values = values.detach().double().numpy()
+    np.testing.assert_allclose(
+        normalised.detach(), (values - values.mean(0)) / np.sqrt(values.var(0) + norm.eps), atol=1e-4
+    )
+
+
 def test_pixels_of_colour_images_climb_along_their_own_gradient():
     """Gradients come out channels last, pixels are not: the optimiser must not mix them up."""
 
