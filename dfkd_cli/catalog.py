@@ -210,6 +210,7 @@ def _summary(doc: str) -> str:
     return doc.partition("\n")[0].rstrip(".")
 
 
+@functools.cache
 def models() -> list[dict[str, Any]]:
     """The built-in architectures: every file in ``models/`` with ``NAMES`` is a family."""
     items = []

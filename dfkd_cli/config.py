@@ -191,14 +191,17 @@ def _check_range(traits: Mapping[str, Any], value: Any, label: str) -> None:
     for number in value if isinstance(value, tuple) else (value,):
         if isinstance(number, bool) or not isinstance(number, (int, float)):
             continue
-        for bad, wish in (
-            (low is not None and number < low, f"at least {low}"),
-            (above is not None and number <= above, f"above {above}"),
-            (high is not None and number > high, f"at most {high}"),
-            (isinstance(number, float) and abs(number) > MOST, f"within {MOST:g}"),
-        ):
-            if bad:
-                raise ConfigError(f"{label}: {number} is out of range, it must be {wish}")
+        wish = ""
+        if low is not None and number < low:
+            wish = f"at least {low}"
+        elif above is not None and number <= above:
+            wish = f"above {above}"
+        elif high is not None and number > high:
+            wish = f"at most {high}"
+        elif isinstance(number, float) and abs(number) > MOST:
+            wish = f"within {MOST:g}"
+        if wish:
+            raise ConfigError(f"{label}: {number} is out of range, it must be {wish}")
 
 
 def shortened(config: Any) -> Any:

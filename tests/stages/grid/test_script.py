@@ -57,13 +57,16 @@ def slurm(tmp_path, monkeypatch) -> Path:
     return jobs
 
 
-def test_a_job_has_the_planned_settings(monkeypatch, capsys):
-    """Of a command of every method, and with every objective, that a recipe has."""
+def test_every_grid_of_the_recipes_can_be_planned_and_its_jobs_have_the_planned_settings(monkeypatch, capsys):
+    """What a job waits for comes before it. Settings are those of each method, and with each objective, in a recipe."""
     understood = []
     monkeypatch.setattr(app, "run_stage", lambda settings, *_: understood.append(settings))
     seen = set()
     for name in sorted(name for name in recipes() if name.startswith("compare/")):
+        before = set()
         for run in plan(resolve("compare", [recipe_layer(name, "compare")]), Path("a place")).runs:
+            assert run.waits_for <= before, str(run)
+            before.add(run.out)
             chosen = [part.entry.name for parts in run.settings.components.values() for part in parts]
             if (kind := (run.settings.command, *chosen)) not in seen:
                 seen.add(kind)
