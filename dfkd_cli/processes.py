@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
+import atexit
 import contextlib
 import functools
+import gc
 import json
 import os
 import signal
@@ -50,6 +52,29 @@ def dedicate() -> None:
 def dedicated() -> bool:
     """Whether :func:`dedicate` was called."""
     return _dedicated
+
+
+@contextlib.contextmanager
+def lasting_imports() -> Iterator[None]:
+    """What the ``with`` block imports stays as long as this process, if it is dedicated: it is no garbage.
+
+    Python would look through all of it again and again, which takes a fifth of the time that a command needs to start.
+    """
+    if not _dedicated:
+        yield
+        return
+    gc.disable()
+    try:
+        yield
+    finally:
+        keep_imports()
+        gc.enable()
+
+
+def keep_imports() -> None:
+    """Do not look for garbage in what this process has until now, before it ends."""
+    gc.freeze()
+    atexit.register(gc.unfreeze)  # libraries complain of what is never freed
 
 
 def join_machines(count: int) -> None:

@@ -20,7 +20,7 @@ from dfkd_cli.processes import ignore_signals, stop_on_signals
 KILLED = "a process was killed", "out of memory? let fewer work at a time; the same command continues"
 Inside = Callable[[], contextlib.AbstractContextManager[None]]
 _COMMANDS = "train_teacher", "collect_metadata", "synthesize", "distill", "export"  # those of grids
-_PRELOADED = [f"{__package__}.stages.{name}" for name in _COMMANDS]
+_PRELOADED = [*(f"{__package__}.stages.{name}" for name in _COMMANDS), f"{__package__}.frozen"]
 
 
 class Launcher(contextlib.AbstractContextManager["Launcher"], abc.ABC):

@@ -27,6 +27,7 @@ from dfkd_cli.processes import (
     dedicated,
     first_process,
     join_machines,
+    lasting_imports,
     share_of_threads,
     stop_on_signals,
 )
@@ -261,7 +262,8 @@ def run_stage(settings: Settings, terminal: Terminal, dry_run: bool) -> None:
         settings = on_this_machine(settings, terminal, known=not first_process())
     reach = access(settings, dry_run) if dedicated() else None
     with Notes(terminal).heard(), contextlib.nullcontext() if reach is None else reach.confined():
-        run = command.load()
+        with lasting_imports():
+            run = command.load()
         stop_on_signals()
         with contextlib.nullcontext() if "device" in command.ignores else _computing(command, how):
             answer = run(settings, terminal, dry_run=dry_run)
