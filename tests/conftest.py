@@ -34,7 +34,8 @@ os.environ["ORT_DISABLE_TELEMETRY"] = "1"  # onnxruntime reads it when it is imp
 
 # What runs whole commands, or starts processes: fixtures, and functions.
 COMMANDS = {"cli", "session_cli", "dfkd", "reference", "repository", "extended"}
-COMMANDS |= {"Fork", "start_fresh", "run_in_turn", "finish", "kill_after_saving", "faults", "shell", "subprocess"}
+COMMANDS |= {"Fork", "start_fresh", "run_in_turn", "finish", "finish_on_two", "kill_after_saving"}
+COMMANDS |= {"faults", "shell", "subprocess"}
 
 
 def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:

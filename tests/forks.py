@@ -10,7 +10,6 @@ import contextlib
 import fcntl
 import multiprocessing
 import os
-import pkgutil
 import signal
 import subprocess
 import sys
@@ -18,25 +17,23 @@ import tempfile
 from collections.abc import Sequence
 from multiprocessing import forkserver, util
 from pathlib import Path
+from unittest import mock
 
 import torch
-
-from dfkd_cli import stages
 
 os.fsync = lambda _: None  # no test cuts the power: what is written need not reach the disk
 
 # CUDA cannot be used in a fork of a process that has looked for it, as what is imported beforehand does.
 CONTEXT = multiprocessing.get_context("spawn" if torch.cuda.is_available() else "forkserver")
-COMMANDS = [f"dfkd_cli.stages.{module.name}" for module in pkgutil.iter_modules(stages.__path__)]
-# And what the commands of nearly all tests import when they come to it.
-LATE = ["pydantic", "sklearn.datasets", "sklearn.model_selection", "torch.utils.benchmark", "torch.utils.serialization"]
-CONTEXT.set_forkserver_preload(["dfkd_cli.cli.app", *COMMANDS, *LATE])
+CONTEXT.set_forkserver_preload(["preloaded"])
 
 
 def start_server() -> None:
     """Start what forks come from, before a grid in this process does so for itself, with less in it."""
     if CONTEXT.get_start_method() == "forkserver":
-        forkserver.ensure_running()
+        places = [str(Path(__file__).parent), os.environ.get("PYTHONPATH", "")]
+        with mock.patch.dict(os.environ, PYTHONPATH=os.pathsep.join(filter(None, places))):
+            forkserver.ensure_running()
 
 
 class Fork:
@@ -48,6 +45,7 @@ class Fork:
         signal_at: A file and a signal: the process sends the signal to itself at the first thing that it does after
             it has written the file, so that no test depends on when another process sees that.
         stdout: Where its stdout goes, instead of to the test.
+        **variables: More of its environment.
     """
 
     def __init__(
@@ -56,11 +54,13 @@ class Fork:
         cwd: Path,
         signal_at: tuple[Path, int] | None = None,
         stdout: Path | None = None,
+        **variables: str,
     ) -> None:
         self.arguments = arguments
         self.outputs = [Path(tempfile.mkstemp(prefix="dfkd-")[1]) for _ in range(2)]
         places = [stdout or self.outputs[0], self.outputs[1]]
-        self.process = CONTEXT.Process(target=_run, args=(arguments, cwd, dict(os.environ), places, signal_at))
+        life = arguments, cwd, {**os.environ, **variables}, places, signal_at
+        self.process = CONTEXT.Process(target=_run, args=life)
         self.process.start()
 
     @property

@@ -32,7 +32,7 @@ MADE = [
         "synthesize --method zskd --num-images 12 --batch-size 4 --iterations 2 --device cpu",
         "synthesize --method zskt --student lenet5-half --steps 2 --num-images 8 --batch-size 4 --out streamed"
         " --device cpu",
-        "collect-metadata --device cpu",
+        "collect-metadata --covariance-units 20 --device cpu",
         "distill --transfer-set shards --steps 6 --batch-size 4 --snapshots 2 --device cpu",
         "evaluate student --out evaluation --device cpu",
         "compare student --out comparison --device cpu",

@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import os
 import signal
+import socket
 import subprocess
 import sys
 from collections.abc import Mapping
@@ -87,6 +88,21 @@ def finish(arguments: list[str], cwd: Path) -> None:
     """Run a command to its end, which is a good one."""
     done = run(arguments, cwd)
     assert done.returncode == 0, done.stdout + done.stderr
+
+
+def meeting() -> dict[str, str]:
+    """Where the machines of a run meet: variables of the environment."""
+    with socket.socket() as free:
+        free.bind(("127.0.0.1", 0))
+        return {"MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(free.getsockname()[1])}
+
+
+def finish_on_two(arguments: list[str], cwd: Path) -> None:
+    """Run a command to its good end in two processes, as two machines do: none of them has to import anything."""
+    where = meeting()
+    processes = [Fork([*arguments, "--num-nodes", "2"], cwd, NODE_RANK=str(rank), **where) for rank in (1, 0)]
+    for process, (out, err) in [(process, process.communicate(timeout=HANGS)) for process in processes]:
+        assert process.returncode == 0, out + err
 
 
 def kill_after_saving(arguments: list[str], cwd: Path, checkpoint: Path) -> None:

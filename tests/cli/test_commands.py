@@ -40,7 +40,7 @@ def pipeline(cli, teacher, tmp_path, monkeypatch) -> None:
     shutil.copytree(teacher, "teacher")
     (tmp_path / "grid.yaml").write_text(GRID)
     for line in (
-        "collect-metadata --num-images 20",
+        "collect-metadata --num-images 20 --covariance-units 10",
         "synthesize --method noise --num-images 4",
         "distill --steps 1 --batch-size 2",
         "compare --recipe grid.yaml --out grid",

@@ -8,7 +8,7 @@ import numpy as np
 import oracles
 import pytest
 import torch
-from pipeline import finish
+from pipeline import finish_on_two
 from stand_ins import Given, check_interruption, work
 from tiny_regimes import inputs, linear, network, pixels, regime, response
 from torch import nn
@@ -119,7 +119,7 @@ def test_every_batch_has_as_many_passes_as_any_other():
 def test_two_processes_share_the_passes_of_a_step(tmp_path):
     """Of nine images one has five and the other four."""
     args = ["--model", "lenet5", "--steps", "2", "--batch-size", "9", "--accumulate", "4", "--device", "cpu"]
-    finish(["train-teacher", *args, "--devices", "2", "--out", "two"], tmp_path)
+    finish_on_two(["train-teacher", *args, "--out", "two"], tmp_path)
     assert (tmp_path / "two" / "model.safetensors").exists()
 
 

@@ -8,7 +8,7 @@ from pathlib import Path
 import pytest
 import safetensors.torch
 import torch
-from pipeline import finish
+from pipeline import finish_on_two
 
 from dfkd_cli.artifacts.files import digest, sha256_file
 from dfkd_cli.artifacts.integrity import write_run
@@ -57,8 +57,8 @@ def test_what_is_made_by_then_is_a_set_and_the_same_command_goes_on(method, cli,
 
 
 def test_processes_stop_together(make_teacher, tmp_path):
-    command = ["synthesize", "--method", "zskd", "--teacher", make_teacher("lenet5"), *SMALL, "--devices", 2]
-    finish([str(part) for part in (*command, "--deadline", "0s")], tmp_path)
+    command = ["synthesize", "--method", "zskd", "--teacher", make_teacher("lenet5"), *SMALL]
+    finish_on_two([str(part) for part in (*command, "--deadline", "0s")], tmp_path)
     assert ShardReader(tmp_path / "shards").sizes == [6, 6]
 
 

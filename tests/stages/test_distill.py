@@ -8,7 +8,7 @@ import json
 import pytest
 import torch
 from PIL import Image
-from pipeline import finish, kill_after_saving
+from pipeline import finish, finish_on_two, kill_after_saving
 from safetensors import safe_open
 from safetensors.torch import load_file
 
@@ -100,7 +100,7 @@ def test_a_student_that_has_learned_nothing_is_a_concern(cli, teacher, tmp_path)
 
 def test_two_processes_train_a_student_whose_head_learns_nothing(teacher, tmp_path):
     args = ["--objective", "at", "fitnets", "crd", "--negatives", 16, "--steps", 3, "--batch-size", 8, "--out", "s"]
-    finish(distill(teacher, *args, "--devices", 2), tmp_path)
+    finish_on_two(distill(teacher, *args), tmp_path)
     with (tmp_path / "s" / "metrics.csv").open() as file:
         (row,) = csv.DictReader(file)
     assert float(row["at.attention"]) > 0
@@ -152,8 +152,8 @@ def test_two_processes_compare_the_images_of_a_whole_batch(teacher, tmp_path, ob
     """They learn what one does, whose weights belong to the size of its batches; 63 images have two unequal shares."""
     args = ["--objective", *objectives, "--steps", 3, "--batch-size", 63, "--holdout", 0, "--optimizer", "sgd"]
     still = [part for name in ("rotate", "translate", "scale", "noise") for part in (f"--{name}", 0)]
-    for devices in (1, 2):
-        finish(distill(teacher, *args, *still, "--devices", devices, "--out", f"s{devices}"), tmp_path)
+    finish(distill(teacher, *args, *still, "--out", "s1"), tmp_path)
+    finish_on_two(distill(teacher, *args, *still, "--out", "s2"), tmp_path)
     rows, weights = [], []
     for out in (tmp_path / "s1", tmp_path / "s2"):
         with (out / "metrics.csv").open() as file:
@@ -167,7 +167,7 @@ def test_two_processes_compare_the_images_of_a_whole_batch(teacher, tmp_path, ob
 def test_two_processes_train_in_phases(teacher, tmp_path):
     """What does not count yet has no gradient in either, and is waited for by both."""
     args = ["--objective", "fsp", "response", "fitnets", "--pretraining", 1, "--student", "lenet5", "--epochs", 2]
-    finish(distill(teacher, *args, "--batch-size", 16, "--devices", 2, "--out", "s"), tmp_path)
+    finish_on_two(distill(teacher, *args, "--batch-size", 16, "--out", "s"), tmp_path)
     with (tmp_path / "s" / "metrics.csv").open() as file:
         (row,) = csv.DictReader(file)
     assert float(row["fsp.flow"]) > 0

@@ -7,14 +7,13 @@ import os
 import random
 import shutil
 import signal
-import socket
 import subprocess
 import sys
 from pathlib import Path
 
 import pytest
 from forks import Fork
-from pipeline import HANGS, OUTPUTS, PIPELINE, finish, hashes, kill_after_saving, run, run_in_turn, start
+from pipeline import HANGS, OUTPUTS, PIPELINE, finish, hashes, kill_after_saving, meeting, run, run_in_turn, start
 
 
 @pytest.fixture(scope="module")
@@ -154,24 +153,19 @@ def test_two_processes_make_the_shards_of_one(method: str, make_teacher, tmp_pat
 
 
 @pytest.mark.parametrize("lost", [0, 1, None])
-def test_two_machines_make_the_shards_of_one(make_teacher, tmp_path: Path, monkeypatch, cli, lost: int | None) -> None:
+def test_two_machines_make_the_shards_of_one(make_teacher, tmp_path: Path, cli, lost: int | None) -> None:
     """--num-nodes 2: the same command twice, each with its number; the first writes the records.
 
     Where a machine is lost, the other one's command fails, and the same commands go on.
     """
-    with socket.socket() as free:
-        free.bind(("127.0.0.1", 0))
-        monkeypatch.setenv("MASTER_ADDR", "127.0.0.1")
-        monkeypatch.setenv("MASTER_PORT", str(free.getsockname()[1]))
     names = [f"shard-0000{index}.safetensors" for index in range(4)]
     command = ["synthesize", "--method", "zskd", "--teacher", str(make_teacher("lenet5")), "--num-images", "8"]
     command += ["--batch-size", "2", "--iterations", "2", "--device", "cpu", "--out"]
     assert cli(*command, tmp_path / "one")[0] == 0
-    both = [*command, "two", "--num-nodes", "2"]
+    both, where = [*command, "two", "--num-nodes", "2"], meeting()
 
     def machine(number: int, signal_at: tuple[Path, int] | None = None) -> Fork:
-        monkeypatch.setenv("NODE_RANK", str(number))
-        return Fork(both, tmp_path, signal_at)
+        return Fork(both, tmp_path, signal_at, NODE_RANK=str(number), **where)
 
     if lost is not None:
         first_of_it = tmp_path / "two" / names[lost]
@@ -227,8 +221,9 @@ def test_dropped_and_reordered_inputs_are_another_run(reference: tuple, tmp_path
 def test_a_run_goes_on_with_the_threads_it_began_with(reference: tuple, tmp_path: Path) -> None:
     """Killed with two, continued where one is the default: two, and the same bits; or one, where that is typed."""
     (tmp_path / "teacher").symlink_to(reference[2] / "teacher")
-    finish([*PIPELINE[1], "--threads", "2", "--out", "whole"], tmp_path)
-    command = [*PIPELINE[1], "--out", "killed"]
+    few = ["synthesize", "--method", "zskd", "--num-images", "32", "--batch-size", "8", "--iterations", "5"]
+    finish([*few, "--threads", "2", "--out", "whole"], tmp_path)
+    command = [*few, "--out", "killed"]
     kill_after_saving([*command, "--threads", "2"], tmp_path, tmp_path / "killed" / "shard-00001.safetensors")
     shutil.copytree(tmp_path / "killed", tmp_path / "other")
     done = run(command, tmp_path)
@@ -236,7 +231,7 @@ def test_a_run_goes_on_with_the_threads_it_began_with(reference: tuple, tmp_path
     assert json.loads((tmp_path / "killed" / "run.json").read_text())["versions"]["threads"] == 2
     found, expected = hashes(tmp_path / "killed"), hashes(tmp_path / "whole")
     assert found | {"config.yaml": ""} == expected | {"config.yaml": ""}  # which says what was typed
-    done = run([*PIPELINE[1], "--threads", "1", "--out", "other"], tmp_path)
+    done = run([*few, "--threads", "1", "--out", "other"], tmp_path)
     assert done.returncode == 0 and "goes on with" not in done.stderr
     assert json.loads((tmp_path / "other" / "run.json").read_text())["versions"]["threads"] == 1
 

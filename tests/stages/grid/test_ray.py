@@ -76,10 +76,10 @@ def test_a_grid_that_is_stopped_and_loses_a_node_is_the_one_that_is_made_here(he
     assert "Traceback" not in err
     assert json.loads(record.read_text())["status"] == "interrupted"  # the task has ended its process, which saved
     assert json.loads(record.read_text())["argv"][1:] == command
-    places = {place.name: place.stat().st_mtime_ns for place in state.iterdir()}
+    places = {place.name: place.stat().st_mtime_ns for place in state.glob("[!.]*")}
 
     process = start([*command, "--json"], here)
-    wait_for(lambda: {place.name: place.stat().st_mtime_ns for place in state.iterdir()} != places, process)
+    wait_for(lambda: {place.name: place.stat().st_mtime_ns for place in state.glob("[!.]*")} != places, process)
     cluster.remove_node(node, allow_graceful=False)
     cluster.add_node(num_cpus=1, **SMALL)
     out, err = process.communicate()

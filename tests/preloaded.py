@@ -1,0 +1,31 @@
+"""Imported by the process of which the commands of tests are forks (``forks.py``): what they import, find and read."""
+
+from __future__ import annotations
+
+import contextlib
+import functools
+import importlib
+import io
+import pkgutil
+
+from torch.utils.benchmark import Timer
+
+from dfkd_cli import stages
+from dfkd_cli.cli import app
+
+LATE = """
+    matplotlib.backends.backend_agg PIL.BmpImagePlugin PIL.GifImagePlugin PIL.JpegImagePlugin PIL.PpmImagePlugin
+    pydantic sklearn.datasets sklearn.model_selection torch.utils.serialization
+"""
+for name in [f"dfkd_cli.stages.{m.name}" for m in pkgutil.iter_modules(stages.__path__)]:
+    importlib.import_module(name)
+for name in LATE.split():
+    importlib.import_module(name)
+with contextlib.redirect_stdout(io.StringIO()):  # finds the methods, and reads their options
+    for words in ("synthesize --method zskd", "distill --method offline --objective response"):
+        assert app.main([*words.split(), "--help"]) == 0
+
+# No test reads the latency of a command; measuring it well would take most of the time.
+Timer.blocked_autorange = functools.partialmethod(Timer.blocked_autorange, min_run_time=0.01)  # type: ignore
+
+importlib.import_module("dfkd_cli.frozen")
