@@ -10,6 +10,7 @@ import contextlib
 import fcntl
 import multiprocessing
 import os
+import pkgutil
 import signal
 import subprocess
 import sys
@@ -21,11 +22,14 @@ from unittest import mock
 
 import torch
 
+from dfkd_cli import stages
+
 os.fsync = lambda _: None  # no test cuts the power: what is written need not reach the disk
 
 # CUDA cannot be used in a fork of a process that has looked for it, as what is imported beforehand does.
 CONTEXT = multiprocessing.get_context("spawn" if torch.cuda.is_available() else "forkserver")
 CONTEXT.set_forkserver_preload(["preloaded"])
+STAGES = [f"dfkd_cli.stages.{module.name}" for module in pkgutil.iter_modules(stages.__path__)]
 
 
 def start_server() -> None:

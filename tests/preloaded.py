@@ -6,20 +6,17 @@ import contextlib
 import functools
 import importlib
 import io
-import pkgutil
 
+from forks import STAGES
 from torch.utils.benchmark import Timer
 
-from dfkd_cli import stages
 from dfkd_cli.cli import app
 
 LATE = """
     matplotlib.backends.backend_agg PIL.BmpImagePlugin PIL.GifImagePlugin PIL.JpegImagePlugin PIL.PpmImagePlugin
     pydantic sklearn.datasets sklearn.model_selection torch.utils.serialization
 """
-for name in [f"dfkd_cli.stages.{m.name}" for m in pkgutil.iter_modules(stages.__path__)]:
-    importlib.import_module(name)
-for name in LATE.split():
+for name in (*STAGES, *LATE.split()):
     importlib.import_module(name)
 with contextlib.redirect_stdout(io.StringIO()):  # finds the methods, and reads their options
     for words in ("synthesize --method zskd", "distill --method offline --objective response"):
