@@ -15,7 +15,9 @@ from tiny_comparisons import GRID, TEACHERS, accuracy, check_self_contained, res
 
 from dfkd_cli.regimes.virtual_teacher import VirtualTeacher
 from dfkd_cli.settings import recipe_layer, resolve
+from dfkd_cli.stages.grid.commands import carry_out
 from dfkd_cli.stages.grid.planner import plan
+from dfkd_cli.ui import NORMAL, QUIET
 
 pytestmark = pytest.mark.usefixtures("quick_latency")
 
@@ -149,6 +151,19 @@ def test_two_commands_of_a_grid_at_a_time_make_what_one_makes(whole, tmp_path, c
     code, _, err = cli(*command)
     assert (code, "[7/7] zskd-hot, seed 1" in err) == (0, True), err
     assert students(tmp_path / "two") == {name: sha for name, sha in whole.items() if not name.startswith("growing")}
+
+
+@pytest.mark.parametrize(("verbosity", "notes"), [(NORMAL, 1), (QUIET, 0)])
+def test_what_a_row_notes_is_said_in_a_process_of_its_own_too(verbosity, notes, tmp_path, teacher, capsys):
+    """Where nobody hears it yet, as here. Python would say it on stderr in any case, and bare."""
+    net = "from torch import nn\ndef build(): return nn.Sequential(nn.Flatten(), nn.Linear(1024, 10), nn.Softmax(1))\n"
+    (tmp_path / "net.py").write_text(net)
+    typed = {"teacher": str(teacher), "student": f"{tmp_path}/net.py:build", "transfer_set": ["noise:4"], "steps": 1}
+    typed |= {"batch_size": 2, "out": str(tmp_path / "student"), "allow_code": True}
+    settings = resolve("distill", [("--", typed)])
+    carry_out(settings.plain(), settings.code.typed, verbosity, silent=False)
+    lines = [line for line in capsys.readouterr().err.splitlines() if "ends in probabilities" in line]
+    assert len(lines) == notes and all(line.startswith("note: ") for line in lines), lines
 
 
 def test_a_row_that_fails_does_not_lose_the_others(here, cli, monkeypatch):
