@@ -58,7 +58,7 @@ def dedicated() -> bool:
 def lasting_imports() -> Iterator[None]:
     """What the ``with`` block imports stays as long as this process, if it is dedicated: it is no garbage.
 
-    Python would look through all of it again and again, which takes a fifth of the time that a command needs to start.
+    Python would look through all of it again and again, a tenth of the time that a command needs to start.
     """
     if not _dedicated:
         yield

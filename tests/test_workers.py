@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import gc
 import os
 import signal
 import subprocess
@@ -13,6 +14,7 @@ import pytest
 import torch
 from pipeline import HANGS
 
+from dfkd_cli import processes
 from dfkd_cli.workers import Workers
 
 
@@ -131,3 +133,16 @@ def test_two_signals_at_once_are_one(tmp_path):
     assert (done.returncode, done.stderr) == (0, "")
     first, last = done.stdout.split("\n", 1)
     assert int(first) in (signal.SIGINT, signal.SIGTERM) and last == "goes on\n"
+
+
+@pytest.mark.parametrize("dedicated", [True, False])
+def test_what_a_command_imports_is_looked_through_once_it_ends(dedicated, monkeypatch):
+    """In a process that is the command's alone."""
+    monkeypatch.setattr(processes, "_dedicated", dedicated)
+    frozen, ends = gc.get_freeze_count(), []
+    monkeypatch.setattr(processes.atexit, "register", ends.append)
+    with pytest.raises(ImportError), processes.lasting_imports():
+        assert gc.isenabled() != dedicated
+        raise ImportError
+    assert gc.isenabled()
+    assert (gc.get_freeze_count() > frozen, ends) == (dedicated, [gc.unfreeze] * dedicated)
