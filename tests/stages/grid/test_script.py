@@ -57,6 +57,7 @@ def slurm(tmp_path, monkeypatch) -> Path:
     return jobs
 
 
+@pytest.mark.slow
 def test_every_grid_of_the_recipes_can_be_planned_and_its_jobs_have_the_planned_settings(monkeypatch, capsys):
     """What a job waits for comes before it. Settings are those of each method, and with each objective, in a recipe."""
     understood = []
