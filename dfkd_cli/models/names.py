@@ -21,7 +21,7 @@ from dfkd_cli.models.committee import committee
 from dfkd_cli.models.directory import identity, load_model, read_record
 from dfkd_cli.models.exported import RECORD as EXPORT
 from dfkd_cli.models.exported import load_export, read_export
-from dfkd_cli.models.registry import build, code_file, family, load_code
+from dfkd_cli.models.registry import build, code_file, code_sha256, family, load_code
 from dfkd_cli.models.weights import load_weights
 from dfkd_cli.options import FOREIGN, ForeignModel, SeenTeacher
 from dfkd_cli.trust import Code
@@ -40,6 +40,7 @@ class LoadedModel:
         path: Where it was read from, as it was named.
         unknown: Whether nobody knows what is inside, and so which images were made from it.
         size: Bytes of the file of its weights; None where there is none.
+        formerly: The hash by which earlier versions recorded it, where that is another.
     """
 
     classifier: Classifier
@@ -48,6 +49,7 @@ class LoadedModel:
     path: str
     unknown: bool = False
     size: int | None = None
+    formerly: str | None = None
 
     @property
     def provenance(self) -> dict[str, Any]:
@@ -92,7 +94,8 @@ class LoadedModel:
 
     def parent(self, role: str) -> dict[str, Any]:
         """The entry in a run's list of parents."""
-        return {"role": role, "path": self.path, "sha256": self.sha256}
+        formerly = {} if self.formerly is None else {"formerly": self.formerly}
+        return {"role": role, "path": self.path, "sha256": self.sha256} | formerly
 
 
 def together(models: Sequence[LoadedModel], combine: Literal["probabilities", "logits"]) -> LoadedModel:
@@ -171,22 +174,24 @@ class ForeignWeights:
 
     @property
     def sha256(self) -> str:
-        """Stands for its weights and how they are used, and for the file of its code, wherever that lies.
+        """Stands for its weights and how they are used, and for its code, wherever that lies.
 
         Raises:
             ArtifactError: A file is missing.
         """
-        file, (bits, rest) = code_file(self.info.spec), few_bits(self.info.spec)
-        if file is None:
+        if code_file(self.info.spec) is None:
             return self._hash({})
-        if not file.is_file():
-            raise ArtifactError(f"no file {file}", "check the SPEC")
-        return self._hash({"spec": bits + rest.partition(":")[2], "code": sha256_file(file)})
+        return self._hash(self._code(code_sha256(self.info.spec)))
 
     @property
-    def older_sha256(self) -> str | None:
-        """What older versions recorded of one with code: the SPEC as it was typed stood for that."""
-        return None if code_file(self.info.spec) is None else self._hash({})
+    def older(self) -> list[str]:
+        """What earlier versions recorded of one with code: its whole file stood for that, or the SPEC as typed."""
+        file = code_file(self.info.spec)
+        return [] if file is None else [self._hash(self._code(sha256_file(file))), self._hash({})]
+
+    def _code(self, sha256: str) -> dict[str, str]:
+        bits, rest = few_bits(self.info.spec)
+        return {"spec": bits + rest.partition(":")[2], "code": sha256}
 
     def _hash(self, code: dict[str, str]) -> str:
         if not self.weights.is_file():
@@ -205,10 +210,11 @@ class ForeignWeights:
             net = build(self.info.spec, self.info.num_classes, self.info.input_size, code.may_run(self.name))
         sha256, size = self.sha256, self.weights.stat().st_size
         load_weights(net, self.weights, self.key)
-        # Its older hash is in its line, which its students go on with: images that were made then fit all of them.
-        provenance = {"line": [older]} if (older := self.older_sha256) else {}
-        record = dataclasses.asdict(self.info) | {"provenance": provenance}
-        return LoadedModel(Classifier(net, self.info), sha256, record, self.name, size=size)
+        # Its older hashes are in its line, which its students go on with: images that were made then fit all of them.
+        older = self.older
+        record = dataclasses.asdict(self.info) | {"provenance": {"line": older} if older else {}}
+        formerly = older[0] if older else None
+        return LoadedModel(Classifier(net, self.info), sha256, record, self.name, size=size, formerly=formerly)
 
 
 @dataclass(frozen=True)
@@ -230,8 +236,9 @@ class UserFunction:
         function = Function(load_code(self.name), self.name, self.info.num_classes)
         asked = Classifier(function, self.info.of_pixels())
         file, facts = code_file(self.name), dataclasses.asdict(self.info)
-        sha256 = digest([facts, None if file is None else sha256_file(file)])
-        return LoadedModel(asked, sha256, facts | {"provenance": {}}, self.name, unknown=True)
+        sha256 = digest([facts, None if file is None else code_sha256(self.name)])
+        formerly = None if file is None else digest([facts, sha256_file(file)])
+        return LoadedModel(asked, sha256, facts | {"provenance": {}}, self.name, unknown=True, formerly=formerly)
 
 
 @dataclass(frozen=True)
@@ -352,7 +359,10 @@ class Architecture:
         if self.directory is not None:
             return [{"role": "architecture", "path": self.directory, "sha256": digest(self.spec)}]
         file = code_file(self.spec)
-        return [] if file is None else [{"role": "architecture", "path": str(file), "sha256": sha256_file(file)}]
+        if file is None:
+            return []
+        hashes = {"sha256": code_sha256(self.spec), "formerly": sha256_file(file)}
+        return [{"role": "architecture", "path": str(file)} | hashes]
 
 
 def architecture(name: str, code: Code = Code(), teacher: Location | None = None) -> Architecture:  # noqa: B008

@@ -25,6 +25,7 @@ from dfkd_cli.catalog import few_bits, listed, stands_for
 from dfkd_cli.errors import ArtifactError, ConfigError, did_you_mean
 from dfkd_cli.models.adapter import adapt, watch
 from dfkd_cli.models.quantized import quantize
+from dfkd_cli.models.source import used
 from dfkd_cli.models.weights import require_tensors
 
 Size = tuple[int, int, int]
@@ -101,6 +102,19 @@ def code_file(spec: str) -> Path | None:
     """The file whose code a SPEC names, or None."""
     source, colon, _ = few_bits(spec)[1].partition(":")
     return Path(source) if colon and source.endswith(".py") else None
+
+
+def code_sha256(spec: str) -> str:
+    """Stands for the code that a SPEC names: the function and all that it uses in its file.
+
+    Raises:
+        ArtifactError: There is no such file.
+    """
+    file, (_, _, name) = code_file(spec), few_bits(spec)[1].partition(":")
+    if file is None or not file.is_file():
+        raise ArtifactError(f"no file {file}", "check the SPEC")
+    text = file.read_bytes().decode("utf-8", errors="replace")
+    return digest(used(text, name.partition(".")[0]))
 
 
 def _torchvision(name: str, num_classes: int, input_size: Size) -> nn.Module:

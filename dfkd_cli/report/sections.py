@@ -60,7 +60,7 @@ def arrange(models: Sequence[Model], dataset: str | None, code: Code, judge: Mod
     teacher_hashes = {model.teacher for model in models}
     by_hash = {model.sha256: model for model in reversed(models)}
     for model in models:  # what students of older versions record of a foreign one
-        if isinstance(model.location, ForeignWeights) and (older := model.location.older_sha256):
+        for older in model.location.older if isinstance(model.location, ForeignWeights) else ():
             by_hash.setdefault(older, model)
     for model in models:
         if model.teacher is not None and not model.is_grid_teacher and not _is(model, judge):

@@ -97,12 +97,17 @@ def test_the_code_of_a_teacher_counts_and_where_it_lies_does_not(here, monkeypat
     assert opened("../net.py:net").sha256 == first.sha256
     monkeypatch.chdir(here)
     Path("net.py").write_text(CODE + "other = net\n")
-    changed = opened("net.py:net")
-    assert not changed.knows(first.sha256)
-    assert opened("net.py:other").sha256 != changed.sha256
+    assert opened("net.py:net").sha256 == first.sha256  # of the file, what it uses
+    assert opened("net.py:other").sha256 != first.sha256
     facts = dataclasses.asdict(ModelInfo("net.py:net", 10, (1, 32, 32), (0.0,), (1.0,)))
+    file = sha256_file(Path("net.py"))
     older = digest([sha256_file(Path("net.pt")), facts])  # as it was recorded before the code counted
-    assert changed.knows(older) and not opened("net.py:other").knows(older)
+    old = digest([sha256_file(Path("net.pt")), facts | {"spec": "net", "code": file}])  # and when the file did
+    model, other = opened("net.py:net"), opened("net.py:other")
+    assert (model.parent("teacher")["formerly"], model.ancestry) == (old, (first.sha256, old, older))
+    assert not other.knows(older) and not other.knows(old) and not other.knows(first.sha256)
+    Path("net.py").write_text(CODE.replace("torch.nn.Linear", "torch.nn.modules.Linear"))
+    assert not opened("net.py:net").knows(first.sha256)
 
 
 @pytest.mark.parametrize(
@@ -156,7 +161,8 @@ def test_an_architecture_counts_by_what_was_read(here):
     (parent,) = architecture("mine").parents
     assert parent == {"role": "architecture", "path": "mine", "sha256": digest("lenet5")}
     (parent,) = architecture("./net.py:net").parents
-    assert parent == {"role": "architecture", "path": "net.py", "sha256": sha256_file(Path("net.py"))}
+    whole, own = sha256_file(Path("net.py")), digest(CODE.strip())
+    assert parent == {"role": "architecture", "path": "net.py", "sha256": own, "formerly": whole}
     with pytest.raises(ArtifactError, match=r"no model\.json in it"):
         architecture(str(here))
 

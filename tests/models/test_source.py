@@ -1,0 +1,89 @@
+"""What of a file belongs to a function in it."""
+
+from __future__ import annotations
+
+import ast
+
+import pytest
+
+from dfkd_cli.models.source import used
+
+FILE = '''"""What people keep in one file."""
+import os, sys
+from torch import nn
+from torch.nn import functional as F
+
+sys.path.insert(0, "lib")  # may do anything
+WIDTH = 8
+DEPTH, LENGTH = 3, 4
+names = ["a"]
+names += ["b"]
+
+class Block(nn.Module):
+    def forward(self, x):
+        return F.relu(x) * WIDTH
+
+
+@torch.jit.unused
+def helper():  # of build
+    return Block()
+
+def build(num_classes):
+    return helper()
+
+def smaller():
+    return os.getcwd(), DEPTH
+
+tuned = smaller()
+if __name__ == "__main__":
+    smaller()
+'''
+
+
+def kept(name: str, text: str = FILE) -> list[str]:
+    """The first line of each statement that is used."""
+    return [line for line in used(text, name).splitlines() if line and not line.startswith(" ")]
+
+
+def test_what_a_function_uses_directly_or_not_belongs_to_it():
+    always = ["import os, sys", 'sys.path.insert(0, "lib")  # may do anything', 'names += ["b"]', "def smaller():"]
+    mine = ["from torch import nn", "from torch.nn import functional as F", "WIDTH = 8", "class Block(nn.Module):"]
+    mine += ["@torch.jit.unused", "def helper():  # of build", "def build(num_classes):"]
+    # What is assigned from a call may do anything, too; `a, b =` is not looked into.
+    always += ["DEPTH, LENGTH = 3, 4", "tuned = smaller()", 'names = ["a"]']
+    assert sorted(kept("build")) == sorted(always + mine)
+    assert sorted(kept("smaller")) == sorted(always)
+    assert [line for line in FILE.splitlines() if line in kept("build")] == kept("build")  # in the order of the file
+
+
+@pytest.mark.parametrize(
+    ("before", "after", "same"),
+    [
+        ("def smaller():\n", "# smaller\n\n\ndef other(): pass\n\ndef smaller():\n", True),
+        ('"""What people keep', '"""What others keep', True),
+        ("    smaller()\n", "    print(smaller())\n", True),
+        ("import os, sys\n", "import os, sys\nimport json\n", True),
+        ("\n", "   \n", True),
+        ("WIDTH = 8", "WIDTH = 9", False),
+        ("F.relu(x)", "F.gelu(x)", False),
+        ("@torch.jit.unused\n", "@other\n", False),
+        ('"lib"', '"libs"', False),
+        ("import functional as F", "import other as F", False),
+        ('names += ["b"]', 'names += ["c"]', False),
+        ("tuned = smaller()", "tuned = smaller(1)", False),
+        ("import os, sys\n", "import os, sys\nfrom layers import *\n", False),
+        ("import os, sys\n", "import os, sys\nnn.init.zeros_ = None\n", False),
+    ],
+)
+def test_only_that_counts(before, after, same):
+    assert before in FILE
+    changed = FILE.replace(before, after)
+    ast.parse(changed)
+    assert (used(changed, "build") == used(FILE, "build")) == same
+
+
+@pytest.mark.parametrize(
+    "text", ["def build(:\n", "build\0", "from networks import *\n", "try:\n    build = 1\nfinally: pass\n"]
+)
+def test_of_what_cannot_be_told_apart_all_counts(text):
+    assert used(text, "build") == text
