@@ -39,6 +39,7 @@ FINISHED = {
     "agreement_on_transfer_set": "agreement with the teacher on the transfer set",
     "top1": "top-1 on test images",
 }
+LAG = 0.02  # share of what BatchNorm's averages began with that can spoil all of them
 ONE_CLASS, ENOUGH = 0.99, 100  # share of the images that is too much of one class, of so many at least
 STEPS_PER_ROUND = 200  # enough for Lightning's own cost not to show, few enough to lose little in a kill
 
@@ -209,6 +210,14 @@ class Regime(Learner):
         """What to change where nothing was learned."""
         if self.losses and not any(self.weights[name] and loss.of_answers for name, loss in self.losses.items()):
             return "the head learned nothing: add --objective response"
+        for layer in self.student.batch_norms():
+            momentum, count = getattr(layer, "momentum", None), getattr(layer, "num_batches_tracked", None)
+            kept = 0 if momentum is None or count is None else (1 - momentum) ** int(count)
+            if kept > LAG:
+                what = (
+                    f"averages of its BatchNorm layers, which move by {momentum:g} a step, are {kept:.0%} as they began"
+                )
+                return f"{what}: train for longer (--epochs, --steps), or raise their momentum"
         c = self.training_config
         on = {name.replace("_", "-"): value for name, value in vars(c).items() if name in CHANGES and value}
         changes = [f"--{name} {value:g}" for name, value in on.items()]

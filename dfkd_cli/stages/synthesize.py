@@ -8,7 +8,7 @@ from __future__ import annotations
 import dataclasses
 import math
 import tempfile
-from collections.abc import Mapping, Sequence
+from collections.abc import Collection, Mapping, Sequence
 from dataclasses import dataclass
 from datetime import timedelta
 from pathlib import Path
@@ -29,12 +29,13 @@ from dfkd_cli.config import option
 from dfkd_cli.data.seal import check_kept, kept, kept_by, sealed
 from dfkd_cli.errors import ArtifactError, ConfigError
 from dfkd_cli.models.attention import attention_layers
-from dfkd_cli.models.classifier import Classifier, is_batch_norm
+from dfkd_cli.models.classifier import Classifier, is_batch_norm, noise, undisturbed
 from dfkd_cli.models.directory import FILES as MODEL_FILES
 from dfkd_cli.models.directory import save_model
 from dfkd_cli.models.generators import FILES as GENERATOR_FILES
 from dfkd_cli.models.generators import Generators, save_generators
 from dfkd_cli.models.names import LoadedModel, architecture, locate
+from dfkd_cli.models.statistics import batch_moments
 from dfkd_cli.options import MOST_IMAGES, ForeignModel, Limited, PerClass
 from dfkd_cli.rounds.curves import write_csv
 from dfkd_cli.rounds.deadline import Deadline
@@ -173,12 +174,38 @@ def check_needs(entry: catalog.Entry, teacher: Classifier, inputs: Any) -> None:
             f"--method {entry.name} needs a teacher with BatchNorm, {teacher.info.spec} {lack}",
             f"these work without: {_fitting(teacher)}",
         )
+    if entry.kind != "noise":
+        _check_views(teacher, "batchnorm" in entry.needs)
 
 
-def _fitting(teacher: Classifier) -> str:
-    """The methods that do not look into what the teacher lacks."""
+def _check_views(teacher: Classifier, batch_norm: bool) -> None:
+    """Check that gradients come back through a teacher and, if asked, that its BatchNorm layers can be looked into.
+
+    Raises:
+        ArtifactError: They do not, or cannot: images would be made of nothing but a method's other terms.
+    """
+    net, spec = teacher.net, teacher.info.spec
+    if any(isinstance(module, torch.jit.ScriptModule) for module in net.modules()):
+        raise ArtifactError(f"{spec} is TorchScript inside: no layer can be looked into", "build all of it in Python")
+    images = noise(net, teacher.info.input_size, 2).requires_grad_()
+    hint = "leave torch.no_grad(), inference_mode(), detach() and rounding out of forward"
+    try:
+        with undisturbed(net), torch.enable_grad(), batch_moments(teacher) as seen:
+            answer = net(images).square().sum()
+        reached = answer.requires_grad and torch.autograd.grad(answer, images, allow_unused=True)[0] is not None
+    except Exception as error:  # foreign code can raise anything
+        raise ArtifactError(f"{spec}: fails where gradients are taken: {str(error)[:200]}", hint) from error
+    if not reached:
+        raise ArtifactError(f"{spec}: no gradient comes back to its images", hint)
+    if batch_norm and not seen:
+        hint = f"call them in forward; these work without: {_fitting(teacher, ('batchnorm',))}"
+        raise ArtifactError(f"{spec}: its BatchNorm layers are not called, so what goes into them is not seen", hint)
+
+
+def _fitting(teacher: Classifier, hidden: Collection[str] = ()) -> str:
+    """The methods that do not look into what the teacher lacks, or hides."""
     has = {"attention": attention_layers(teacher), "batchnorm": teacher.batch_norms()}
-    lacks = {need for need, layers in has.items() if not layers}
+    lacks = {need for need, layers in has.items() if not layers} | {*hidden}
     entries = catalog.entries("synthesizers").items()
     return ", ".join(name for name, entry in entries if lacks.isdisjoint(entry.needs))
 
@@ -306,8 +333,8 @@ def write_preview(path: Path, reader: ShardReader) -> None:
     shards = torch.linspace(0, len(reader.sizes) - 1, min(rows, len(reader.sizes))).round().int().tolist()
     images = torch.cat([reader.read(shard)["images"][: rows // len(shards) * columns].clone() for shard in shards])
     images = as_pixels(images)
-    if max(images.shape[2:]) > TILE:
-        images = v2.functional.resize(images, None, max_size=TILE)
+    if (longest := max(images.shape[2:])) > TILE:
+        images = v2.functional.resize(images, [max(1, side * TILE // longest) for side in images.shape[2:]])
     images = images if images.shape[1] in (1, 3) else images.mean(1, keepdim=True)
     grid = make_grid(images, nrow=columns, padding=2, normalize=True, scale_each=True, pad_value=1.0)
     write_atomic(path, encode_png(grid.mul(255).round().byte()).numpy().tobytes())

@@ -174,6 +174,17 @@ def test_a_loss_that_explodes_is_a_concern_of_continued_runs_too(tmp_path):
     assert continued.concern({term: 6.8e13}) is None
 
 
+@pytest.mark.parametrize(("momentum", "steps", "words"), [(0.01, 300, "by 0.01 a step, are 5%"), (0.1, 30, "are 4%")])
+def test_averages_that_lag_behind_are_named_where_nothing_seems_learned(momentum, steps, words):
+    learner = regime("offline", student=network(1, nn.BatchNorm1d(9, momentum=momentum)))
+    learner.student.net[1].num_batches_tracked.fill_(steps)
+    concern = learner.concern({"agreement_on_transfer_set": 0.01})
+    assert words in concern and "train for longer" in concern and "momentum" in concern
+    learner.student.net[1].num_batches_tracked.fill_(steps * 2)
+    assert "BatchNorm" not in learner.concern({"agreement_on_transfer_set": 0.01})
+    assert learner.concern({"agreement_on_transfer_set": 0.9}) is None
+
+
 @pytest.mark.parametrize(
     ("objectives", "training", "advice"),
     [(None, {}, "train for longer (--epochs, --steps), or try another --lr"),

@@ -37,6 +37,28 @@ frozen = lambda: Net(norm=FrozenBatchNorm2d)
 unkept = lambda: Net(norm=lambda c: nn.BatchNorm2d(c, track_running_stats=False))
 single = lambda: Net(classes=1)
 normed = lambda: nn.Sequential(nn.utils.weight_norm(nn.Conv2d(1, 6, 5, 4)), nn.Flatten(), nn.Linear(294, 10))
+class Hidden(Net):
+    def __init__(self, way):
+        super().__init__()
+        self.way = way
+    def forward(self, x):
+        if self.way == "called":
+            return super().forward(x)
+        if self.way == "plain":
+            conv, norm, *rest = self.body
+            x = conv(x)
+            x = nn.functional.batch_norm(x, norm.running_mean, norm.running_var, norm.weight, norm.bias)
+            return self.fc(nn.Sequential(*rest)(x))
+        with torch.no_grad() if self.way == "backbone" else torch.inference_mode():
+            features = self.body(x)
+        return self.fc(features.clone()) if self.way == "backbone" else features[:, :1] * self.fc.bias
+
+called = lambda: Hidden("called")
+backbone = lambda: Hidden("backbone")
+inference = lambda: Hidden("inference")
+by_hand = lambda: Hidden("plain")
+
+scripted = lambda: nn.Sequential(torch.jit.script(nn.Sequential(nn.Flatten(), nn.Linear(1024, 10))))
 deep = lambda: nn.Sequential(nn.Flatten(), nn.Linear(1024, 10), nn.BatchNorm1d(10))
 """
 SMALL = ["--num-images", "20", "--batch-size", "20", "--iterations", "2"]
@@ -50,7 +72,7 @@ def here(tmp_path, monkeypatch) -> Path:
     spec = importlib.util.spec_from_file_location("net", "net.py")
     module = importlib.util.module_from_spec(spec)
     spec.loader.exec_module(module)
-    for name in ("plain", "viewed", "frozen", "unkept", "single", "normed"):
+    for name in ("plain", "viewed", "frozen", "unkept", "single", "normed", "scripted"):
         net = getattr(module, name)()
         torch.save({"net": net.state_dict(), "ema": getattr(module, name)().state_dict()}, f"{name}.bin")
     return tmp_path
@@ -176,3 +198,53 @@ def test_few_bits_of_a_network_with_weights_that_are_computed(here, cli):
     code, _, err = cli("export", *named[1:], "--bits", "8", "--calibrate", "noise:20")
     assert code == 0, err
     assert json.loads(Path("export/export.json").read_text())["computed_in_float"] == ["0"]
+
+
+@pytest.mark.parametrize(
+    ("name", "method", "words"),
+    [
+        ("backbone", "deepinversion", "no gradient comes back to its images -- leave torch.no_grad()"),
+        ("backbone", "zskd", "no gradient comes back"),
+        ("backbone", "dafl", "no gradient comes back"),
+        ("inference", "class-impressions", "fails where gradients are taken: Inference tensors"),
+        ("by_hand", "deepinversion", "its BatchNorm layers are not called, so what goes into them is not seen"),
+        ("by_hand", "bn-statistics", "its BatchNorm layers are not called"),
+        ("scripted", "zskd", "is TorchScript inside: no layer can be looked into"),
+        ("by_hand", "class-impressions", None),
+        ("called", "deepinversion", None),
+        ("backbone", "noise", None),
+    ],
+)
+def test_what_does_not_let_a_method_look_inside_is_refused_before_anything_is_made(name, method, words, here, cli):
+    """Images would be made of the other terms alone, and nobody would know."""
+    more = ["--student", "lenet5-half"] if method == "dafl" else [] if method == "noise" else SMALL[4:]
+    for mode in ([], ["--dry-run"]):
+        weights = "scripted.bin" if name == "scripted" else "plain.bin"
+        command = [
+            "synthesize",
+            "--method",
+            method,
+            *teacher(name, weights),
+            "--weights-key",
+            "net",
+            *SMALL[:4],
+            *more,
+            *mode,
+        ]
+        code, _, err = cli(*command)
+        if words is None:
+            assert code == 0, err
+            return
+        assert (code, words in err, len(err.strip().splitlines())) == (3, True, 1), err
+        assert not Path("shards").exists()
+    assert "these work without" not in err or "deepinversion" not in err.partition("without: ")[2]
+
+
+def test_signals_of_one_row_have_a_preview(here, cli):
+    layers = "nn.AdaptiveAvgPool2d(2), nn.Flatten(), nn.Linear(4, 3)"
+    Path("signal.py").write_text(f"from torch import nn\ndef net(): return nn.Sequential({layers})\n")
+    torch.save({"2.weight": torch.ones(3, 4), "2.bias": torch.zeros(3)}, "signal.bin")
+    said = ["--teacher", "./signal.py:net", "--weights", "signal.bin", "--input-size", "1", "1", "900"]
+    code, _, err = cli("synthesize", "--method", "noise", *said, "--num-classes", "3", *SMALL[:4])
+    assert code == 0, err
+    assert Path("shards", "preview.png").stat().st_size > 0
