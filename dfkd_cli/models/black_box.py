@@ -78,22 +78,38 @@ class Function(nn.Module):
         return self._logits(parts, len(pixels)).to(pixels.device)
 
     def _logits(self, parts: list[Tensor], count: int) -> Tensor:
+        # Unsigned integers of more than eight bits can hardly be computed with.
+        parts = [part if part.is_floating_point() else part.long() for part in parts]
         first, last, sizes = parts[0], parts[-1], [tuple(part.shape) for part in parts]
         if first.is_floating_point():
             if sizes == [(count, self.num_classes)] and _are_probabilities(first, 1 - FAR_FROM_ONE):
                 return _log(first.float())
         elif first.numel() and int(first.min()) >= 0 and int(first.max()) < self.num_classes:
             if sizes == [(count,)]:
-                return labelled(first.long(), self.num_classes)
+                return labelled(first, self.num_classes)
             pair = len(parts) == 2 and sizes[0] == sizes[1] == (count, first.shape[-1]) and last.is_floating_point()
             if pair and _are_probabilities(last, 0.0):
-                return likeliest(last.double(), first.long(), self.num_classes)
+                return likeliest(last.double(), first, self.num_classes)
         shapes = " and ".join(f"{part.dtype} {[*part.shape]}".removeprefix("torch.") for part in parts)
         raise RunFailed(
-            f"{self.spec} returned {shapes} for {count} images",
+            f"{self.spec} returned {shapes} for {count} images{self._unfit(first, sizes, count)}",
             f"return probabilities ({count}, {self.num_classes}), classes ({count},), or the likeliest classes and "
             "their probabilities",
         )
+
+    def _unfit(self, values: Tensor, sizes: list[tuple[int, ...]], count: int) -> str:
+        """What is wrong with numbers whose shape is right."""
+        if sizes == [(count, self.num_classes)] and values.is_floating_point():
+            if not values.isfinite().all():
+                return ", not all of them finite"
+            wrong = (values < 0).any(1) | ((values.sum(1) - 1).abs() > FAR_FROM_ONE)
+            least, most, total = (float(value) for value in (*values[wrong][0].aminmax(), values[wrong][0].sum()))
+            return f", no probabilities: one image's are {least:.3g} to {most:.3g} and sum to {total:.3g}"
+        if sizes == [(count,)] and not values.is_floating_point():
+            return (
+                f", classes {int(values.min())} to {int(values.max())}: the first is 0, the last {self.num_classes - 1}"
+            )
+        return ""
 
 
 def as_seen(logits: Tensor, seen: str) -> Tensor:

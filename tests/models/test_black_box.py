@@ -198,14 +198,22 @@ def test_a_function_sees_pixels_as_numpy():
     function(check)(images(3))
 
 
+@pytest.mark.parametrize("kind", [np.uint8, np.uint16, np.uint32, np.int8, np.int64])
+def test_classes_are_integers_of_any_kind(kind):
+    answer = function(lambda _: np.array([0, K - 1, 2], kind))(images(3))
+    assert answer.argmax(1).tolist() == [0, K - 1, 2]
+
+
 @pytest.mark.parametrize(
     ("answer", "word"),
     [
         (np.full((3, K), 0.5), r"float64 \[3, 5\] for 3 images"),
-        (np.full((3, K), -1.0), "return probabilities"),
-        (np.full((3, K), np.nan), "return probabilities"),
+        (np.full((3, K), -1.0), "no probabilities: one image's are -1 to -1 and sum to -5 -- return probabilities"),
+        (np.full((3, K), 20.0), "no probabilities: one image's are 20 to 20 and sum to 100"),
+        (np.full((3, K), np.nan), "not all of them finite -- return probabilities"),
         (np.full((2, K), 1 / K), "for 3 images"),
-        (np.array([0, 1, K]), r"int64 \[3\]"),
+        (np.array([0, 1, K]), rf"int64 \[3\] for 3 images, classes 0 to {K}: the first is 0, the last {K - 1}"),
+        (np.array([1, 2, K], np.uint16), rf"classes 1 to {K}: the first is 0"),
         (np.array([0, 1, -1]), r"int64 \[3\]"),
         ((np.zeros((3, 2), int), np.full((3, 2), 0.9)), "and float64"),
         (np.zeros((3, K), int), r"int64 \[3, 5\]"),
