@@ -39,6 +39,7 @@ class Terminal:
 
     def __init__(self, verbosity: int = NORMAL, as_json: bool = False, silent: bool = False) -> None:
         self.verbosity, self.as_json, self.silent = verbosity, as_json, silent
+        self.stdout = sys.stdout  # which may be led elsewhere while others' code runs
         self.out = _console(sys.stdout)
         self.err = _console(sys.stderr)
         self.live = sys.stderr.isatty() and verbosity >= NORMAL and not silent
@@ -57,8 +58,8 @@ class Terminal:
         """The one JSON document."""
         if self.as_json and not self.silent:
             document = named({"schema": 1, **value})
-            sys.stdout.write(json.dumps(document, ensure_ascii=False, allow_nan=False) + "\n")
-            sys.stdout.flush()
+            self.stdout.write(json.dumps(document, ensure_ascii=False, allow_nan=False) + "\n")
+            self.stdout.flush()
 
     def error(self, code: str, message: str, hint: str, answer: Mapping[str, Any] = MappingProxyType({})) -> None:
         """One line on stderr, and the JSON document when asked for, with the results that there are all the same."""

@@ -265,7 +265,8 @@ def run_stage(settings: Settings, terminal: Terminal, dry_run: bool) -> None:
         with lasting_imports():
             run = command.load()
         stop_on_signals()
-        with contextlib.nullcontext() if "device" in command.ignores else _computing(command, how):
+        computing = contextlib.nullcontext() if "device" in command.ignores else _computing(command, how)
+        with computing, contextlib.redirect_stdout(sys.stderr):  # what users' networks print is no answer
             answer = run(settings, terminal, dry_run=dry_run)
     answer = {"ok": True, "command": command.name, **answer, "seconds": round(time.monotonic() - start, 3)}
     terminal.document(answer)

@@ -9,6 +9,10 @@ from pathlib import Path
 import pytest
 import torch
 
+from dfkd_cli.settings import resolve
+from dfkd_cli.stages.grid.commands import carry_out
+from dfkd_cli.ui import NORMAL
+
 CODE = """
 import torch
 from torch import nn
@@ -32,6 +36,7 @@ writes = lambda: Net(start=lambda x: x.sub_(0.5))
 rectified = lambda: Net(start=nn.ReLU(inplace=True))
 probable = lambda: Net(end=nn.Softmax(1))
 logged = lambda: Net(end=nn.LogSoftmax(1))
+talks = lambda: print("made") or Net(start=lambda x: print("asked") or x)
 packed = lambda: Net(end=lambda y: {"logits": y})
 frozen = lambda: Net(norm=FrozenBatchNorm2d)
 unkept = lambda: Net(norm=lambda c: nn.BatchNorm2d(c, track_running_stats=False))
@@ -248,3 +253,16 @@ def test_signals_of_one_row_have_a_preview(here, cli):
     code, _, err = cli("synthesize", "--method", "noise", *said, "--num-classes", "3", *SMALL[:4])
     assert code == 0, err
     assert Path("shards", "preview.png").stat().st_size > 0
+
+
+def test_what_a_network_prints_is_no_answer(here, cli, capsys):
+    """Not of a command, nor of one in a grid."""
+    command = ["distill", *teacher("talks"), "--transfer-set", "noise:8", "--student", "net.py:talks", "--steps", "1"]
+    code, out, err = cli(*command, "--batch-size", "4", "--json")
+    assert code == 0, err
+    assert json.loads(out)["ok"] and err.splitlines().count("made") >= 2 and "asked" in err.splitlines()
+    typed = {"teacher": "student", "transfer_set": ["noise:4"], "student": "net.py:talks", "steps": 1, "batch_size": 2}
+    settings = resolve("distill", [("--", typed | {"out": "again", "allow_code": True})])
+    carry_out(settings.plain(), settings.code.typed, NORMAL, silent=False)
+    out, err = capsys.readouterr()
+    assert out == "" and "made" in err.splitlines()

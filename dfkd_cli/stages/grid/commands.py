@@ -5,6 +5,7 @@ from __future__ import annotations
 import contextlib
 import dataclasses
 import re
+import sys
 import time
 import traceback
 from collections.abc import Mapping, Sequence
@@ -153,7 +154,7 @@ def carry_out(
     alone = not LOGGER.handlers  # in a process of its own nobody hears its notes yet
     heard = Notes(quiet).heard() if alone else contextlib.nullcontext()
     try:
-        with heard, machine_can_fail(), computing_with(settings.run.threads):
+        with heard, machine_can_fail(), computing_with(settings.run.threads), contextlib.redirect_stdout(sys.stderr):
             catalog.command(command).load()(settings, quiet)
     except DfkdError:
         raise
