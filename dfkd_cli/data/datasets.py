@@ -22,14 +22,17 @@ from torch.nn.functional import interpolate, pad
 from torchvision.transforms.v2 import functional as transforms
 
 from dfkd_cli.artifacts.files import digest, take_lock
+from dfkd_cli.artifacts.pickles import some
 from dfkd_cli.data import seal
 from dfkd_cli.data.image_files import (
     ImageFiles,
     Shape,
     check_channels,
     class_names,
+    common_folders,
     common_shape,
     fingerprint,
+    holds_images,
     image_paths,
     labelled_files,
     mixed,
@@ -50,6 +53,13 @@ DATASETS = {
 BY_POSITION = "no class names, or not the dataset's -- classes are matched by position"
 
 Split = Literal["train", "test"]
+
+# What the folders of the splits are called, in any case. Of several, plain names come first, then the order here.
+_HALVES: dict[str, tuple[str, ...]] = {
+    "train": ("train", "training", "training_set", "train_set"),
+    "test": ("test", "testing", "test_set", "val", "valid", "validation"),
+}
+_PLAIN = ("train", "test", "val")
 
 _DIGITS = tuple("0123456789")
 _MEMORY_BUDGET = 2 * 1024**3  # bytes: a directory of images that needs more is decoded batch by batch
@@ -100,9 +110,8 @@ class Dataset:
         """
         hint = "give the --dataset that it was made for"
         if len(self.classes) != info.num_classes:
-            raise ArtifactError(
-                f"dataset {self.name} has {len(self.classes)} classes, {model} {info.num_classes}", hint
-            )
+            counts = f"dataset {self.name} has {len(self.classes)} classes, {model} {info.num_classes}"
+            raise ArtifactError(f"{counts}: the dataset's are {some(self.classes)}", hint)
         names = info.classes or self.classes
         strange = set(self.classes) - set(names)
         if self.classes == names or len(strange) == len(names):  # the same, or other names for all of them
@@ -143,7 +152,8 @@ def load(
     Args:
         name: A key of ``DATASETS``, or a directory with ``train/<class>/*`` and ``test/<class>/*``, of which only the
             split has to be there. Test images may also lie in ``val/``, where ``test/`` is not there or has no folders
-            of classes, or in folders of classes alone.
+            of classes, or in folders of classes alone. Other common names of these halves, such as ``Training`` or
+            ``valid``, are known too.
         split: Which half.
         data_dir: Where to look first, and where to download to.
         image_shape: (C, H, W) to convert to; the dataset's own by default.
@@ -303,11 +313,23 @@ def _quiet_network() -> Iterator[None]:
 
 
 def halves_of(root: Path) -> dict[str, Path]:
-    """Where the splits of a dataset directory lie, as far as it has them."""
-    tests = [place for place in (root / "test", root / "val") if place.is_dir()]
-    labelled = [place for place in tests if class_names(place)]  # test/ may be what a contest asks to be labelled
-    halves = {"train": root / "train", "test": (labelled or tests or [root / "test"])[0]}
-    return {half: place for half, place in halves.items() if place.is_dir()}
+    """Where the splits of a dataset directory lie, as far as it has them, whichever of their names they have."""
+    folders = class_names(root)
+    called = {half: [name for name in folders if name.lower() in names] for half, names in _HALVES.items()}
+    halves = {}
+    for half, names in _HALVES.items():
+        ordered = sorted(called[half], key=lambda name: (name not in _PLAIN, names.index(name.lower())))
+        if not all(called.values()):  # by itself another name may be a class's: Train beside Car, Test beside Control
+            ordered = [name for name in ordered if name in _PLAIN or _with_classes(root, folders) == [name]]
+        labelled = [name for name in ordered if class_names(root / name)]  # test/ may be what a contest wants labelled
+        if ordered:
+            halves[half] = root / (labelled or ordered)[0]
+    return halves
+
+
+def _with_classes(root: Path, folders: list[str]) -> list[str]:
+    """Which of the folders in ``root`` hold folders, and no images themselves."""
+    return [name for name in folders if class_names(root / name) and not holds_images(root / name)]
 
 
 def _list_tree(root: Path, split: Split) -> tuple[list[str], Tensor, tuple[str, ...]]:
@@ -324,6 +346,12 @@ def _list_tree(root: Path, split: Split) -> tuple[list[str], Tensor, tuple[str, 
     if strange := {name for names in classes.values() if names for name in {*names} ^ {*classes[split]}}:
         both = " and ".join(f"{folder.name}/" for folder in halves.values())
         raise ArtifactError(f"{root}: not in both {both}: {', '.join(sorted(strange))}")
+    if inner := common_folders(halves[split], classes[split]):
+        what = f"{halves[split]}: no images in {some(classes[split])}, but in the same folders of each: {some(inner)}"
+        hint = (
+            f"if those are the classes, give {halves[split] / classes[split][0]}, or name the halves train/ and test/"
+        )
+        raise ArtifactError(what, f"{hint}; if not, put the images of each class into one folder")
     files = labelled_files(halves[split], classes[split])
     paths, labels = zip(*mixed(files), strict=True)
     return list(paths), torch.tensor(labels), tuple(classes[split])

@@ -27,6 +27,7 @@ MODES = {1: "L", 3: "RGB", 4: "RGBA"}  # by the number of channels
 # Pillow would tell more formats by their content, whatever a file is called, and hand some to other programs.
 FORMATS = ("BMP", "JPEG", "PNG", "PPM", "TIFF", "WEBP")
 SUPPORTED = f"images are {', '.join(FORMATS)}: files named {' '.join(IMG_EXTENSIONS)}"
+_HIDDEN = (".", "__MACOSX", "__pycache__", "@eaDir")  # the last holds previews, on Synology's servers
 _BLOCK = 16 << 10  # bytes of a large file that are looked at in one place
 _LOOKED_AT = 1000  # files whose headers say of which shape a set is
 
@@ -70,6 +71,29 @@ def class_names(folder: Path) -> list[str]:
     """The folders in ``folder``, each of which holds the images of a class: sorted."""
     with _readable(str(folder)):
         return sorted(entry.name for entry in _entries(str(folder)) if os.path.isdir(entry))
+
+
+def holds_images(folder: Path) -> bool:
+    """Whether image files lie in ``folder`` itself."""
+    with _readable(str(folder)):
+        return any(_is_image(entry) for entry in _entries(str(folder)))
+
+
+def common_folders(folder: Path, classes: Sequence[str]) -> list[str]:
+    """The folders of images in each class's folder, where these are several, the same in all, and all that they hold.
+
+    Then those are likely the classes. One alone may well be in each: Tiny ImageNet has ``images/`` in every class.
+    """
+    common: list[str] = []
+    for name in classes:
+        place = folder / name
+        if holds_images(place):
+            return []
+        inner = [entry for entry in class_names(place) if any(True for _ in image_paths(place / entry))]
+        if len(inner) < 2 or (common and inner != common):
+            return []
+        common = inner
+    return common
 
 
 def labelled_files(folder: Path, classes: Sequence[str]) -> list[tuple[str, int]]:
@@ -130,16 +154,21 @@ def image_paths(folder: Path) -> Iterator[str]:
             seen.add(real)
             with _readable(place):
                 for entry in sorted(_entries(place), key=lambda entry: entry.name, reverse=True):
-                    if os.path.splitext(entry.name)[1].lower() in IMG_EXTENSIONS and os.path.isfile(entry):
-                        yield entry.path  # a pipe or a device would never end
+                    if _is_image(entry):
+                        yield entry.path
                     elif os.path.isdir(entry):
                         folders.append(entry.path)
+
+
+def _is_image(entry: os.DirEntry[str]) -> bool:
+    """Whether it is called like an image, and is a file: a pipe or a device would never end."""
+    return os.path.splitext(entry.name)[1].lower() in IMG_EXTENSIONS and os.path.isfile(entry)
 
 
 def _entries(folder: str) -> list[os.DirEntry[str]]:
     """What lies in a folder, without what is hidden, as copies and indices of systems and editors are."""
     with os.scandir(folder) as entries:
-        return [entry for entry in entries if not entry.name.startswith((".", "__MACOSX"))]
+        return [entry for entry in entries if not entry.name.startswith(_HIDDEN)]
 
 
 def fingerprint(path: str) -> tuple[int, str]:

@@ -19,10 +19,11 @@ import torchvision
 from PIL import Image
 from sklearn.datasets import load_digits
 
-from dfkd_cli.artifacts.files import take_lock
+from dfkd_cli.artifacts.files import digest, take_lock
 from dfkd_cli.data import datasets
 from dfkd_cli.data.batches import Batches
 from dfkd_cli.data.datasets import DATASETS, class_balanced, load
+from dfkd_cli.data.image_files import fingerprint
 from dfkd_cli.data.seal import DataSealed, dataset_roots, sealed
 from dfkd_cli.data.sources import RealSource
 from dfkd_cli.errors import ArtifactError, ConfigError
@@ -219,7 +220,10 @@ def test_labels_are_counted_as_the_model_counts_them(tmp_path):
     assert other.classes == ("dog", "cat")
     assert contents(other) == contents(dataset)
     assert other.labels.tolist() == (1 - dataset.labels).tolist()
-    for classes, words in ((("bird", "cat"), "m has no classes dog"), (("cat", "dog", "emu"), "2 classes, m 3")):
+    for classes, words in (
+        (("bird", "cat"), "m has no classes dog"),
+        (("cat", "dog", "emu"), "2 classes, m 3.* are cat, dog"),
+    ):
         with pytest.raises(ArtifactError, match=words):
             dataset.labelled_for(model(*classes), "m")
 
@@ -282,7 +286,7 @@ def corrupt(root: Path) -> None:
 
 
 def drop_test(root: Path) -> None:
-    (root / "test").rename(root / "validation")
+    (root / "test").rename(root / "holdout")
 
 
 def empty_class(root: Path) -> None:
@@ -311,6 +315,107 @@ def test_bad_directories(tmp_path, damage, split, message):
     assert caught.value.exit_code == 3
     if damage is not other_classes:
         assert load(str(root), "test" if split == "train" else "train"), "only what is read has to be there"
+
+
+# -- by which names the halves go --------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize(
+    ("train", "test"),
+    [
+        ("training_set", "test_set"),
+        ("Training", "Testing"),
+        ("Train", "Test"),
+        ("train_set", "VAL"),
+        ("train", "valid"),
+        ("train", "validation"),
+        ("TRAIN", "test"),
+    ],
+)
+def test_halves_by_other_names(tmp_path, train, test):
+    expected = make_tree(tmp_path / "plain")
+    root = make_tree(tmp_path / "other")
+    (root / "train").rename(root / train)
+    (root / "test").rename(root / test)
+    write_image(root / "single_prediction" / "0.png", np.zeros((6, 8)))  # as Kaggle's cats and dogs have beside
+    assert {half: place.name for half, place in datasets.halves_of(root).items()} == {"train": train, "test": test}
+    for split in ("train", "test"):
+        dataset = load(str(root), split)
+        assert dataset.classes == ("cat", "dog")
+        assert contents(dataset) == contents(load(str(expected), split))
+    (root / test / "cat").rename(tmp_path / "cat")
+    with pytest.raises(ArtifactError, match=f"not in both {train}/ and {test}/: cat"):
+        load(str(root), "train")
+
+
+def test_a_single_half_by_another_name(tmp_path):
+    expected = make_tree(tmp_path / "plain")
+    root = make_tree(tmp_path / "other")
+    (root / "train").rename(root / "Training")
+    (root / "test").rename(tmp_path / "test")
+    assert contents(load(str(root), "train")) == contents(load(str(expected), "train"))
+    with pytest.raises(ArtifactError, match="has no test/"):
+        load(str(root), "test")
+
+
+def test_plain_names_come_first(tmp_path):
+    """What was read before other names were known is read still, and has the same hash."""
+    root = make_tree(tmp_path / "pets")
+    (before,) = datasets.contents(str(root))
+    files = sorted(str(path) for half in ("train", "test") for path in (root / half).rglob("*.png"))
+    assert before["sha256"] == digest([[os.path.relpath(file, root), *fingerprint(file)] for file in files])
+    for extra in ("valid", "Testing", "Train", "training_set"):
+        write_image(root / extra / "emu" / "0.png", np.zeros((6, 8)))
+    assert {place.name for place in datasets.halves_of(root).values()} == {"train", "test"}
+    assert datasets.contents(str(root))[0]["sha256"] == before["sha256"]
+    (root / "test").rename(root / "val")
+    assert datasets.halves_of(root)["test"].name == "val"
+
+
+@pytest.mark.parametrize(
+    "folders", [("Train", "Car"), ("valid", "invalid"), ("Test/mouse-1", "Test/mouse-2", "Control/mouse-3")]
+)
+def test_classes_may_be_called_like_a_half(tmp_path, folders):
+    for number, folder in enumerate(folders):
+        write_image(tmp_path / folder / "0.png", np.full((6, 8), number))
+    assert load(str(tmp_path), "test").classes == tuple(sorted({folder.partition("/")[0] for folder in folders}))
+
+
+@pytest.mark.parametrize(
+    ("halves", "split", "words"),
+    [
+        (
+            ("fold1", "fold2"),
+            "test",
+            r"no images in fold1, fold2, but in the same folders of each: cat, dog -- .*fold1",
+        ),
+        (("train/images", "test/images"), "train", r"train: no images in images, but .*: cat, dog -- .*train/images"),
+        (("data", None), "test", r"no images in data, but .*: cat, dog -- .*/data, "),
+        (("Training", "holdout"), "test", r"no images in Training, holdout, but"),
+    ],
+)
+def test_folders_around_the_classes_are_no_classes(tmp_path, halves, split, words):
+    plain, root = make_tree(tmp_path / "plain"), tmp_path / "set"
+    for name, half in zip(halves, ("train", "test"), strict=True):
+        if name:
+            (root / name).parent.mkdir(parents=True, exist_ok=True)
+            (plain / half).rename(root / name)
+    with pytest.raises(ArtifactError, match=words) as caught:
+        load(str(root), split)
+    assert "\n" not in str(caught.value)
+
+
+def test_images_may_lie_deeper_than_their_class(tmp_path):
+    """In one folder, as in Tiny ImageNet, or in folders that are not the same in all; beside other files, too."""
+    for place in ("cat/images", "dog/images"):
+        write_image(tmp_path / "one" / place / "0.png", np.zeros((6, 8)))
+        (tmp_path / "one" / place.replace("images", "boxes")).mkdir()
+        (tmp_path / "one" / place.replace("images", "boxes") / "0.xml").write_text("<box/>")
+    for place in ("cat/a", "cat/b", "dog/a", "dog/c"):
+        write_image(tmp_path / "several" / place / "0.png", np.zeros((6, 8)))
+    for name, count in (("one", 2), ("several", 4)):
+        dataset = load(str(tmp_path / name), "test")
+        assert (dataset.classes, len(dataset)) == (("cat", "dog"), count)
 
 
 def test_unknown_name(tmp_path, monkeypatch):

@@ -65,7 +65,7 @@ def test_images_are_upright(tmp_path, suffix, orientation):
 
 
 def test_hidden_files_are_no_images_and_hidden_folders_no_classes(photos):
-    for name in (".git", "__MACOSX", ".ipynb_checkpoints"):
+    for name in (".git", "__MACOSX", ".ipynb_checkpoints", "__pycache__", "@eaDir"):
         write(photos / name / "0.png")
         write(photos / "cat" / name / "0.png")
     (photos / "dog" / "._0.png").write_bytes(b"Mac OS X")

@@ -191,14 +191,17 @@ def test_a_killed_run_continues_with_the_state_of_its_objectives(tmp_path, teach
         assert not [key for key in file.keys() if key.startswith("objectives")]  # noqa: SIM118
 
 
-def test_test_images_of_a_dataset_are_not_learned_from(cli, teacher, tmp_path):
+@pytest.mark.parametrize(
+    ("train", "test"), [("train", "val"), ("train", "valid"), ("Train", "Test"), ("training_set", "test_set")]
+)
+def test_test_images_of_a_dataset_are_not_learned_from(cli, teacher, tmp_path, train, test):
     """Of a folder nobody says what it is, but one with both halves says enough."""
-    for half in ("train", "val"):
+    for half in (train, test):
         (tmp_path / "data" / half / "cat").mkdir(parents=True)
         Image.new("L", (32, 32)).save(tmp_path / "data" / half / "cat" / "1.png")
     command = ["distill", "--teacher", teacher, "--steps", 1, "--batch-size", 1, "--out", tmp_path / "student"]
     code, _, err = cli(*command, "--transfer-set", tmp_path / "data")
-    assert (code, f"data has train/ and val/ -- give {tmp_path}/data/train" in err) == (2, True), err
+    assert (code, f"data has {train}/ and {test}/ -- give {tmp_path}/data/{train}" in err) == (2, True), err
 
 
 def test_what_a_recipe_says_of_its_teacher_is_not_said_of_another(tmp_path, caplog):
