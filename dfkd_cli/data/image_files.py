@@ -3,8 +3,10 @@
 from __future__ import annotations
 
 import contextlib
+import logging
 import os
 import statistics
+from collections import Counter
 from collections.abc import Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
@@ -18,15 +20,21 @@ from PIL import ExifTags, Image, ImageOps, UnidentifiedImageError
 from torch import Tensor
 from torchvision.datasets.folder import IMG_EXTENSIONS
 
+from dfkd_cli.artifacts.pickles import some
 from dfkd_cli.errors import ArtifactError, DfkdError
 
+LOG = logging.getLogger(__name__)
 T = TypeVar("T")
 Shape = tuple[int, int, int]
 
 MODES = {1: "L", 3: "RGB", 4: "RGBA"}  # by the number of channels
 # Pillow would tell more formats by their content, whatever a file is called, and hand some to other programs.
 FORMATS = ("BMP", "JPEG", "PNG", "PPM", "TIFF", "WEBP")
-SUPPORTED = f"images are {', '.join(FORMATS)}: files named {' '.join(IMG_EXTENSIONS)}"
+EXTENSIONS = (*IMG_EXTENSIONS, ".jfif", ".jpe", ".pnm")
+SUPPORTED = f"images are {', '.join(FORMATS)}: files named {' '.join(EXTENSIONS)}"
+# What lies beside images and is no image: not worth a word.
+_BESIDE = {".csv", ".db", ".html", ".ini", ".json", ".jsonl", ".log", ".md", ".pdf", ".py", ".toml", ".tsv", ".txt"}
+_BESIDE |= {".xml", ".yaml", ".yml", "license", "notice", "readme"}
 _HIDDEN = (".", "__MACOSX", "__pycache__", "@eaDir")  # the last holds previews, on Synology's servers
 _BLOCK = 16 << 10  # bytes of a large file that are looked at in one place
 _LOOKED_AT = 1000  # files whose headers say of which shape a set is
@@ -55,15 +63,17 @@ class ImageFiles:
 
 
 def image_files(folder: Path, shape: Shape) -> ImageFiles:
-    """Every image file below ``folder``.
+    """Every image file below ``folder``. What is left out of files of other kinds is told.
 
     Raises:
         ArtifactError: There is none, or images cannot have that shape.
     """
     check_channels(str(folder), shape)
-    paths = sorted(image_paths(folder))
+    others = Counter[str]()
+    paths = sorted(image_paths(folder, others))
     if not paths:
         raise ArtifactError(f"{folder}: no image files in it", f"give a folder of images or shards; {SUPPORTED}")
+    _tell(folder, others)
     return ImageFiles(mixed(paths), shape)
 
 
@@ -97,17 +107,18 @@ def common_folders(folder: Path, classes: Sequence[str]) -> list[str]:
 
 
 def labelled_files(folder: Path, classes: Sequence[str]) -> list[tuple[str, int]]:
-    """The image files of each class, with its number: class by class.
+    """The image files of each class, with its number: class by class. What is left out of other files is told.
 
     Raises:
         ArtifactError: A class has none.
     """
-    files = []
+    files, others = [], Counter[str]()
     for label, name in enumerate(classes):
-        paths = sorted(image_paths(folder / name), key=os.path.split)
+        paths = sorted(image_paths(folder / name, others), key=os.path.split)
         if not paths:
             raise ArtifactError(f"{folder}: no image files of class {name}", SUPPORTED)
         files += [(path, label) for path in paths]
+    _tell(folder, others)
     return files
 
 
@@ -144,8 +155,13 @@ def check_channels(name: str, shape: Shape, files: bool = True) -> None:
         raise ArtifactError(f"{name}: images can have {'1, 3 or 4' if files else '1 or 3'} channels, not {shape[0]}")
 
 
-def image_paths(folder: Path) -> Iterator[str]:
-    """Every image file below a folder. Links are followed, but to no folder twice, nor to one that it lies in."""
+def image_paths(folder: Path, others: Counter[str] | None = None) -> Iterator[str]:
+    """Every image file below a folder. Links are followed, but to no folder twice, nor to one that it lies in.
+
+    Args:
+        folder: Where to begin.
+        others: Where files that are passed over are counted, by their extensions.
+    """
     start = folder.resolve()
     seen, folders = {*start.parents}, [str(folder)]
     while folders:
@@ -158,11 +174,28 @@ def image_paths(folder: Path) -> Iterator[str]:
                         yield entry.path
                     elif os.path.isdir(entry):
                         folders.append(entry.path)
+                    elif others is not None and os.path.isfile(entry):
+                        others[os.path.splitext(entry.name)[1].lower() or _unnamed(entry.name)] += 1
+
+
+def _unnamed(name: str) -> str:
+    return name.lower() if name.lower() in _BESIDE else "no extension"
+
+
+def _tell(folder: Path, others: Counter[str]) -> None:
+    """Say which files of a folder are no images that are read: what is worth a word, the most frequent first."""
+    counts = sorted(
+        ((count, kind) for kind, count in others.items() if kind not in _BESIDE), key=lambda c: (-c[0], c[1])
+    )
+    if counts:
+        first, kind = counts[0]
+        files = f"{first:,} file{'s' if first > 1 else ''} of {kind}"
+        LOG.warning("%s: left out: %s", folder, some([files, *(f"{count:,} of {kind}" for count, kind in counts[1:])]))
 
 
 def _is_image(entry: os.DirEntry[str]) -> bool:
     """Whether it is called like an image, and is a file: a pipe or a device would never end."""
-    return os.path.splitext(entry.name)[1].lower() in IMG_EXTENSIONS and os.path.isfile(entry)
+    return os.path.splitext(entry.name)[1].lower() in EXTENSIONS and os.path.isfile(entry)
 
 
 def _entries(folder: str) -> list[os.DirEntry[str]]:

@@ -132,6 +132,53 @@ def test_four_channels_are_those_of_the_file(tmp_path, mode):
     np.testing.assert_array_equal(taken.permute(1, 2, 0), expected)
 
 
+@pytest.mark.parametrize("name", ["0.jfif", "0.JPE", "0.pnm"])
+def test_less_common_names_of_the_formats_are_read(tmp_path, name):
+    pixels = np.arange(48).reshape(6, 8) * 5
+    write(tmp_path / name, pixels, format="PPM" if name.endswith("pnm") else "JPEG", quality=100)
+    (taken,) = every(tmp_path, (1, 6, 8))
+    assert (taken[0].int() - torch.from_numpy(pixels)).abs().max() <= 2
+
+
+# -- what is left out --------------------------------------------------------------------------------------------------
+
+
+def test_files_of_other_kinds_are_told_once(photos, caplog):
+    for number in range(9):
+        write(photos / ("cat", "dog")[number % 2] / "deep" / f"{number}.GIF")
+    np.save(photos / "dog" / "0.npy", np.zeros((6, 8)))
+    for name in (".hidden.gif", "labels.txt", "boxes.JSON", "t.csv", "README", "a.md", "a.xml", "a.yaml", "Thumbs.db"):
+        (photos / "cat" / name).write_bytes(b"x")
+    (photos / "dog" / "empty.gif").mkdir()
+    assert len(every(photos, (1, 6, 8))) == 6
+    assert [record.getMessage() for record in caplog.records] == [f"{photos}: left out: 9 files of .gif, 1 of .npy"]
+    caplog.clear()
+    assert len(load(str(photos), "test")) == 6  # of all classes together
+    assert [record.getMessage() for record in caplog.records] == [f"{photos}: left out: 9 files of .gif, 1 of .npy"]
+
+
+def test_nothing_is_told_where_nothing_is_left_out(photos, caplog):
+    (photos / "cat" / "labels.txt").write_text("x")
+    assert len(every(photos, (1, 6, 8))) == len(load(str(photos), "test")) == 6
+    assert not caplog.records
+
+
+def test_a_file_without_an_extension_is_one_of_another_kind(photos, caplog):
+    (photos / "cat" / "0001").write_bytes((photos / "cat" / "0.png").read_bytes())
+    assert len(every(photos, (1, 6, 8))) == 6
+    assert f"{photos}: left out: 1 file of no extension" in caplog.text
+
+
+def test_a_command_tells_what_it_leaves_out(teacher, tmp_path, cli):
+    for number in range(3):
+        write(tmp_path / "set" / f"{number}.png", np.zeros((32, 32)))
+        write(tmp_path / "set" / f"{number}.gif", np.zeros((32, 32)))
+    command = ["distill", "--teacher", teacher, "--steps", 1, "--batch-size", 1, "--out", tmp_path / "student"]
+    code, _, err = cli(*command, "--transfer-set", tmp_path / "set", "--dry-run")
+    line = f"note: {tmp_path / 'set'}: left out: 3 files of .gif"
+    assert (code, err.splitlines().count(line)) == (0, 1), err
+
+
 # -- of which shape ----------------------------------------------------------------------------------------------------
 
 
