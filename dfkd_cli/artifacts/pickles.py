@@ -16,10 +16,13 @@ import torch
 from dfkd_cli.errors import ArtifactError
 
 PROTOCOL = 2  # of pickle, in which torch.save writes: the only one that PyTorch reads without running code
-ALONE = (
-    "save the state_dict alone, best as .safetensors, such as, where you trust the file, "
-    'torch.save(torch.load(FILE, weights_only=False)["state_dict"], NEW)'
-)
+LOADED = "torch.load(FILE, weights_only=False)"
+# What other functions than torch.save wrote, by a name in the archive that only they give, and what reads it.
+_ARCHIVES = {
+    "constants.pkl": ("a TorchScript file", "torch.jit.load(FILE).state_dict()"),
+    "archive_format": ("a torch.export file", "torch.export.load(FILE).state_dict"),
+    "serialized_exported_program.json": ("a torch.export file", "torch.export.load(FILE).state_dict"),  # until 2.7
+}
 _CLASSES = 100  # of metadata, that a file may have
 _LISTED = 3  # names in a message
 # Of what the items of a class that is not PyTorch's own are put in, by the word for it in the error. An OrderedDict can
@@ -31,10 +34,17 @@ class Unread:
     """Stands for what a file has of a class that is not PyTorch's own: nothing of that class is run, or imported."""
 
     name: str
+    network: bool = False  # whether it has what every torch.nn.Module has
 
     def __init__(self, *_: Any) -> None: ...
 
-    def __setstate__(self, _: Any) -> None: ...
+    def __setstate__(self, state: Any) -> None:
+        self.network = isinstance(state, dict) and {"_parameters", "_modules"} <= state.keys()
+
+    @property
+    def array(self) -> bool:
+        """Whether it is an array of NumPy's."""
+        return self.name.startswith("numpy.") and self.name.endswith("._reconstruct")
 
 
 def read_pickle(path: Path, device: str) -> Any:
@@ -53,6 +63,7 @@ def read_foreign(path: Path) -> Any:
     Raises:
         ArtifactError: It is damaged, is none of PyTorch's, or cannot be read without running code.
     """
+    _refuse_archive(path)
     unread: dict[str, type[Unread]] = {}
     while True:
         try:
@@ -95,17 +106,45 @@ def _refuse(error: Exception, unread: list[str], path: Path) -> NoReturn:
     protocol = _protocol(path)
     if protocol not in (None, PROTOCOL):
         what = f"written with pickle_protocol={protocol}, which is never read: it would run code"
-        raise ArtifactError(f"{path}: {what}", ALONE) from None
+        raise ArtifactError(f"{path}: {what}", alone()) from None
     if name or unread or "TorchScript" in str(error):
-        refuse_code([name] if name else unread or ["TorchScript"], path)
+        # Files from before PyTorch 1.6 name the source code of networks, and of nothing else, where storages are named.
+        network = "Only persistent_load of storage" in str(error)
+        refuse_code([name] if name else unread or ["TorchScript"], path, f"{LOADED}.state_dict()" if network else None)
     raise ArtifactError(
         f"{path}: not readable as weights of PyTorch or safetensors", "damaged, or another type of file"
     ) from None
 
 
-def refuse_code(names: Iterable[str], path: Path) -> NoReturn:
-    """Refuse a file for the classes, by their names, that it has where weights should be."""
-    raise ArtifactError(f"{path}: carries code ({some(dict.fromkeys(names))}), which is never run", ALONE) from None
+def _refuse_archive(path: Path) -> None:
+    """Refuse what is an archive of PyTorch's, with weights in it, and none of ``torch.save``'s."""
+    names: list[str] = []
+    with contextlib.suppress(Exception), zipfile.ZipFile(path) as file:  # no archive, or a damaged one
+        names = [name.split("/", 1)[-1] for name in file.namelist()]  # all lies in one directory
+    for name in names:
+        if name in _ARCHIVES:
+            what, weights = _ARCHIVES[name]
+            raise ArtifactError(f"{path}: {what}", f"save its weights alone: torch.save({weights}, NEW)")
+
+
+def refuse_code(names: Iterable[str], path: Path, weights: str | None = None) -> NoReturn:
+    """Refuse a file for the classes, by their names, that it has where weights should be.
+
+    Args:
+        names: The classes.
+        path: The file.
+        weights: What in Python gives the weights, where that is known.
+    """
+    raise ArtifactError(
+        f"{path}: carries code ({some(dict.fromkeys(names))}), which is never run", alone(weights)
+    ) from None
+
+
+def alone(weights: str | None = None) -> str:
+    """A hint how weights are got out of a file, by what in Python gives them."""
+    weights = weights or f'{LOADED}["state_dict"]'
+    how = f"torch.save({weights}, NEW)"
+    return f"save the state_dict alone, best as .safetensors, such as, where you trust the file, {how}"
 
 
 def some(names: Iterable[str]) -> str:

@@ -18,7 +18,7 @@ import torch
 from safetensors import SafetensorError
 from torch import Tensor, nn
 
-from dfkd_cli.artifacts.pickles import Unread, read_foreign, refuse_code, some
+from dfkd_cli.artifacts.pickles import LOADED, Unread, read_foreign, refuse_code, some
 from dfkd_cli.errors import ArtifactError, ConfigError, did_you_mean
 from dfkd_cli.models.classifier import is_batch_norm
 
@@ -60,7 +60,7 @@ def load_weights(net: nn.Module, file: Path, key: str | None = None) -> None:
     content = _read(file)
     entries = dict(_entries(content))
     if not any(isinstance(entry.value, Tensor) for entry in entries.values()):
-        _refuse_code([content, *(entry.value for entry in entries.values())], file)
+        _refuse_code({"": _Entry(content, "")} if isinstance(content, Unread) else entries, file)
         keys = f"keys {some(map(str, content))}" if isinstance(content, Mapping) and content else None
         raise ArtifactError(
             f"{file}: holds no state_dict, found {keys or type(content).__name__}", "save net.state_dict()"
@@ -99,10 +99,31 @@ def _read(file: Path) -> Any:
     return read_foreign(file)
 
 
-def _refuse_code(values: Iterable[Any], file: Path) -> None:
-    """Refuse values in the place of weights that are of some class."""
-    if names := [value.name for value in values if isinstance(value, Unread)]:
-        refuse_code(names, file)
+def _refuse_code(entries: Mapping[str, _Entry], file: Path) -> None:
+    """Refuse entries, by their paths, that are of some class, with a hint how weights are got out of these."""
+    unread = {path: entry.value for path, entry in entries.items() if isinstance(entry.value, Unread)}
+    networks = sorted((path for path, value in unread.items() if value.network), key=lambda path: _rank(f"{path}."))
+    arrays = [path for path, value in unread.items() if value.array]
+    mixed = {entry.container for entry in entries.values() if isinstance(entry.value, Tensor)}
+    besides = [path for path in unread if entries[path].container in mixed]
+    weights = None
+    if networks:
+        parent = entries[path := networks[0]].container
+        keys = _subscripts(parent) + (f'["{path.removeprefix(f"{parent}.")}"]' if path else "")
+        weights = f"{LOADED}{keys}.state_dict()"
+    elif arrays:
+        found = f"{LOADED}{_subscripts(entries[arrays[0]].container)}"
+        weights = f"{{k: torch.as_tensor(v) for k, v in {found}.items()}}"
+    elif besides:
+        found = f"{LOADED}{_subscripts(entries[besides[0]].container)}"
+        weights = f"{{k: v for k, v in {found}.items() if torch.is_tensor(v)}}"
+    if unread:
+        refuse_code([value.name for value in unread.values()], file, weights)
+
+
+def _subscripts(container: str) -> str:
+    """What in Python takes a container out of what it lies in, by its path."""
+    return "".join(f'["{key}"]' for key in container.split(".") if key)
 
 
 def _entries(content: Any) -> Iterator[tuple[str, _Entry]]:
@@ -161,9 +182,9 @@ def _fitting(entries: Mapping[str, _Entry], expected: Mapping[str, Tensor], file
         LOG.warning("%s: took %s; %s would fit too: --weights-key", file, prefix[:-1] or "the outermost", choices)
     taken = {lacking + path[len(prefix) :]: entry for path, entry in entries.items() if path.startswith(prefix)}
     homes = {entry.container for key, entry in taken.items() if key in expected}
-    state = {key: entry.value for key, entry in taken.items() if entry.container in homes or not homes}
-    _refuse_code(state.values(), file)
-    return {key: value for key, value in state.items() if isinstance(value, Tensor)}
+    beside = [key for key, entry in taken.items() if entry.container in homes or not homes]
+    _refuse_code({prefix + key.removeprefix(lacking): taken[key] for key in beside}, file)
+    return {key: tensor for key in beside if isinstance(tensor := taken[key].value, Tensor)}
 
 
 def _rank(prefix: str) -> int:

@@ -105,6 +105,54 @@ def test_pickled_module_is_refused(tmp_path):
         load_weights(target(), tmp_path / "w.pt")
 
 
+def mended(net: nn.Module, file: Path) -> nn.Module:
+    """The network with the weights of a file, after what is told when the file itself is refused was done."""
+    with pytest.raises(ArtifactError) as refused:
+        load_weights(net, file)
+    new = file.with_name("new")
+    (how,) = re.findall(r"torch\.save\(.*, NEW\)", refused.value.hint)
+    assert "\n" not in str(refused.value)
+    eval(how, {"torch": torch, "FILE": file, "NEW": new})
+    load_weights(net, new)
+    return net
+
+
+@pytest.mark.parametrize(
+    "wrap",
+    [
+        lambda net: net,
+        lambda net: {"model": net, "epoch": 3},
+        lambda net: {"args": argparse.Namespace(), "checkpoint": {"ema": net}, "loss": torch.ones(1)},
+        lambda net: {key: value.numpy() for key, value in net.state_dict().items()},
+        lambda net: {"params": {key: value.numpy() for key, value in net.state_dict().items()}},
+        lambda net: {**net.state_dict(), "args": argparse.Namespace()},
+        lambda net: {"model": {**net.state_dict(), "best": np.float64(0.9)}},
+    ],
+)
+def test_what_is_told_of_objects_gives_the_weights(tmp_path, source, wrap):
+    torch.save(wrap(source), tmp_path / "w")
+    assert same_weights(mended(target(), tmp_path / "w"), source)
+
+
+def test_what_is_told_of_a_network_in_an_old_file_gives_the_weights(tmp_path, source):
+    torch.save(source, tmp_path / "w", _use_new_zipfile_serialization=False)
+    assert same_weights(mended(target(), tmp_path / "w"), source)
+
+
+@pytest.mark.filterwarnings("ignore::DeprecationWarning", "ignore::FutureWarning")
+@pytest.mark.parametrize("kind", ["TorchScript", "torch.export"])
+def test_archives_of_other_functions_are_named_with_what_reads_them(tmp_path, kind):
+    net = nn.Sequential(nn.Flatten(), nn.Linear(16, 3), nn.BatchNorm1d(3)).eval()
+    if kind == "TorchScript":
+        torch.jit.script(net).save(tmp_path / "w.pt2")
+    else:
+        torch.export.save(torch.export.export(net, (torch.rand(2, 1, 4, 4),)), tmp_path / "w.pt2")
+    with pytest.raises(ArtifactError, match=f"w.pt2: a {kind} file -- save its weights alone"):
+        load_weights(net, tmp_path / "w.pt2")
+    other = nn.Sequential(nn.Flatten(), nn.Linear(16, 3), nn.BatchNorm1d(3)).eval()
+    assert same_weights(mended(other, tmp_path / "w.pt2"), net)
+
+
 @pytest.mark.parametrize("suffix", [".pt", ".safetensors"])
 @pytest.mark.parametrize("damage", [lambda b: b[: len(b) // 2], lambda b: b"hello world\n" * 20, lambda b: b""])
 def test_damaged_files(tmp_path, source, suffix, damage):
