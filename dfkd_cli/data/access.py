@@ -128,7 +128,7 @@ class Access:
         yield from ((place, READ) for place in self.inputs if place in copies().values())  # datasets lie around them
         for folder in (*sys.path, *self.code):
             if not any(Path(folder).resolve().is_relative_to(prefix) for prefix in prefixes):
-                yield from _code(folder or ".")
+                yield from _code(folder or ".", self.sealed)
         yield "/dev", LIST
         devices = [str(path) for name in _DEVICES for path in Path("/dev").glob(name)]
         shared = ["/dev/shm"] if self.processes else []
@@ -181,7 +181,7 @@ def _code_of(spec: str) -> set[str]:
     if not colon:
         return set()
     if source.endswith(".py"):
-        return {os.path.dirname(source) or "."}
+        return {os.path.dirname(source) or ".", "."}
     with contextlib.suppress(ImportError, ValueError):
         if package := importlib.util.find_spec(source.partition(".")[0]):
             return {".", *(package.submodule_search_locations or [os.path.dirname(package.origin or "")])}
@@ -205,16 +205,20 @@ def _all_but(places: Iterable[str], sealed: Iterable[str]) -> Iterator[Rule]:
             todo += [target for target in targets if not inside.startswith(os.path.join(target, ""))]
 
 
-def _code(folder: str, whole: bool = True) -> Iterator[Rule]:
-    """Rules that let modules in a directory be imported, and those in its packages: no other file beside them."""
+def _code(folder: str, sealed: Iterable[str] = (), whole: bool = True) -> Iterator[Rule]:
+    """Rules that let modules in a directory be imported, and those in its packages: no other file beside them.
+
+    No package is where datasets lie, whatever its name and files.
+    """
     entries = _entries(folder)
     files = [entry.path for entry in entries if entry.name.endswith(_SUFFIXES)]
     if whole or files:
         yield folder, LIST
         yield from ((file, READ) for file in files)
         for entry in entries:
-            if entry.name.isidentifier() and entry.is_dir(follow_symlinks=False):
-                yield from _code(entry.path, whole=False)
+            inside = os.path.join(os.path.realpath(entry.path), "")
+            if entry.name.isidentifier() and entry.is_dir(follow_symlinks=False) and inside not in sealed:
+                yield from _code(entry.path, sealed, whole=False)
 
 
 def _entries(directory: str) -> list[os.DirEntry[str]]:

@@ -74,11 +74,12 @@ def build(spec: str, num_classes: int, input_size: Size, allow_code: bool = Fals
 
 
 @contextlib.contextmanager
-def _as_config_error(message: str, hint: str = "") -> Iterator[None]:
-    """Turn any failure of foreign code into one line."""
+def _as_config_error(message: str, hint: str | Callable[[Exception], str] = "") -> Iterator[None]:
+    """Turn any failure of foreign code into one line; the hint may depend on what it is."""
     try:
         yield
     except Exception as error:  # foreign code can raise anything
+        hint = hint if isinstance(hint, str) else hint(error)
         raise ConfigError(f"{message}: {type(error).__name__}: {str(error)[:300]}", hint) from error
 
 
@@ -167,13 +168,25 @@ def load_code(spec: str) -> Callable[..., Any]:
         raise ConfigError(
             f"{spec}: no such file {source}", "check the SPEC; where an artifact's files lie, say with --code-dir"
         )
-    with _as_config_error(f"{spec}: failed"), _beside(source):
+    with _as_config_error(f"{spec}: failed", functools.partial(_of_import, spec)), _beside(source):
         module = _import_file(Path(source)) if is_file else importlib.import_module(source)
     if not callable(found := getattr(module, name, None)):
         theirs = [each for each, value in vars(module).items() if callable(value) and not each.startswith("_")]
         raise ConfigError(f"{spec}: no function {name} in {source}", did_you_mean(name, theirs) if theirs else "")
     made: Callable[..., Any] = found
     return made
+
+
+def _of_import(spec: str, error: Exception) -> str:
+    """A hint for what a file cannot import."""
+    if not isinstance(error, ImportError) or "no known parent package" not in str(error):
+        return ""
+    file, _, name = spec.partition(":")
+    path, root = Path(file).resolve(), Path.cwd()
+    if path.parent == root or not path.is_relative_to(root):
+        root = path.parent.parent
+    module = ".".join(path.relative_to(root).with_suffix("").parts)
+    return f"name it as a package: {module}:{name}" + ("" if root == Path.cwd() else f", in {root}")
 
 
 def _user_code(spec: str, num_classes: int, input_size: Size) -> nn.Module:
@@ -195,31 +208,33 @@ def _user_code(spec: str, num_classes: int, input_size: Size) -> nn.Module:
 
 
 def _beside(source: str) -> AbstractContextManager[None]:
-    """As for a script or `python -m`, modules beside the file or in the working directory can be imported."""
-    return _importable(Path(source).parent if source.endswith(".py") else Path())
+    """As for a script and `python -m`, modules beside the file and in the working directory can be imported."""
+    return _importable(*([Path(source).parent] if source.endswith(".py") else []), Path())
 
 
 _USER = "_dfkd_user_"  # what modules from users' files are called
-_imported: dict[str, dict[str, ModuleType]] = {}  # by folder, the modules that users' code has imported from there
+# By folders in which they are looked for, the modules that users' code has imported from there.
+_imported: dict[tuple[str, ...], dict[str, ModuleType]] = {}
 
 
 @contextlib.contextmanager
-def _importable(folder: Path) -> Iterator[None]:
-    """Modules in the folder can be imported, and stand for no module of the same name in another such folder."""
-    entry = str(folder.resolve())
+def _importable(*folders: Path) -> Iterator[None]:
+    """Modules in the folders can be imported, and stand for none of the same name that other folders gave."""
+    entries = tuple(dict.fromkeys(str(folder.resolve()) for folder in folders))
     for modules in _imported.values():
         for name in modules:
             sys.modules.pop(name, None)
-    own = _imported.setdefault(entry, {})
+    own = _imported.setdefault(entries, {})
     sys.modules.update(own)
     before = set(sys.modules)
-    sys.path.insert(0, entry)
+    sys.path[:0] = entries
     try:
         yield
     finally:
-        sys.path.remove(entry)
+        for entry in entries:
+            sys.path.remove(entry)
         added = {k: module for k, module in sys.modules.items() if k not in before and not k.startswith(_USER)}
-        roots = {name for name, module in added.items() if "." not in name and entry in _homes(module)}
+        roots = {name for name, module in added.items() if "." not in name and _homes(module) & {*entries}}
         own.update({name: module for name, module in added.items() if name.partition(".")[0] in roots | {*own}})
 
 

@@ -20,6 +20,7 @@ import ways_to_data
 from pipeline import edit
 from ways_to_data import MARK, WAYS
 
+import dfkd_cli
 from dfkd_cli import urls
 from dfkd_cli.data import landlock
 from dfkd_cli.data.access import access
@@ -134,6 +135,35 @@ def test_what_a_command_names_can_be_read(here, dfkd, extra):
     assert (done.returncode, Path("c").exists()) == (4, False), done.stderr
     assert "private.txt" in done.stderr
     assert len(done.stderr.splitlines()) == 1
+
+
+@needs_landlock
+def test_code_of_the_working_directory_can_be_imported_and_no_data_there_read(here, dfkd):
+    """As ``dfkd`` is started: without the working directory among the places of modules."""
+    for folder in ("models", "utils", "data", "plain"):
+        Path(folder).mkdir()
+        Path(folder, "private.txt").write_text("x")
+    Path("utils/layers.py").write_text("from torch.nn import Flatten")
+    Path("data/private.py").write_text("x = 1")
+    Path("private.txt").write_text("x")
+    env = {
+        "PYTHONSAFEPATH": "1",
+        "PYTHONPATH": str(Path(dfkd_cli.__file__).parents[1]),
+        "DFKD_DATA": str(here / "data"),
+    }
+    reads = """from utils.layers import Flatten
+import os, dfkd_cli.data.seal as seal
+seal._active = ()  # what Python keeps: the kernel alone is left
+for way in (open, os.open):
+    for name in ("private.txt", "plain/private.txt", "data/private.txt", "data/private.py"):
+        try:
+            way(name, *([os.O_RDONLY] if way is os.open else []))
+            raise RuntimeError(f"read {name}")
+        except PermissionError:
+            pass"""
+    done = dfkd(*NOISE, *network("models/net.py", reads), cwd=here, env=env)
+    assert done.returncode == 0, done.stderr
+    assert record("shards")["sealed"] == "landlock"
 
 
 @needs_landlock

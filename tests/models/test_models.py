@@ -2,6 +2,9 @@
 
 from __future__ import annotations
 
+import sys
+from pathlib import Path
+
 import numpy as np
 import pytest
 import torch
@@ -307,3 +310,42 @@ def test_user_code_needs_permission(user_code):
         with pytest.raises(ArtifactError, match="--allow-code"):
             build(spec, 5, (3, 8, 8))
     assert not (user_code / "ran").exists()
+
+
+def test_user_code_imports_what_lies_in_the_working_directory(user_code):
+    """As for ``python -m``, and not only what lies beside the file, which comes first."""
+    for folder in ("nets", "parts"):
+        (user_code / folder).mkdir()
+    (user_code / "parts/size.py").write_text("CLASSES = 3\n")
+    (user_code / "nets/helper.py").write_text("from torch import nn\nclasses = 4\nlinear = nn.Linear\n")
+    (user_code / "nets/net.py").write_text(
+        "from torch import nn\nfrom parts.size import CLASSES\nimport helper\n"
+        "def make():\n    import parts.size\n    return nn.Sequential(nn.Flatten(), helper.linear(4, CLASSES))\n"
+        "def other(): return nn.Sequential(nn.Flatten(), nn.Linear(4, helper.classes))\n"
+    )
+    before = [*sys.path]
+    for _ in range(2):
+        assert build("nets/net.py:make", 3, (1, 2, 2), allow_code=True)[1].out_features == 3
+        assert build("nets/net.py:other", 4, (1, 2, 2), allow_code=True)[1].out_features == 4
+        assert build("./user_net.py:make", 5, (1, 2, 2), allow_code=True)[1].out_features == 5
+    assert sys.path == before
+
+
+@pytest.mark.parametrize(
+    ("spec", "hint"),
+    [("nets/deep/net.py", "nets.deep.net:make"), ("./net.py", "here.net:make, in {}"), ("{}/o/net.py", "o.net:make")],
+)
+def test_a_relative_import_is_told_to_be_of_a_package(tmp_path, monkeypatch, spec, hint):
+    (tmp_path / "here").mkdir()
+    monkeypatch.chdir(tmp_path / "here")
+    path = Path(spec.format(tmp_path))
+    path.parent.mkdir(parents=True, exist_ok=True)
+    path.with_name("layers.py").write_text("from torch.nn import Flatten, Linear, Sequential\n")
+    path.write_text("from .layers import *\ndef make(): return Sequential(Flatten(), Linear(4, 3))\n")
+    with pytest.raises(ConfigError) as refused:
+        build(f"{path}:make", 3, (1, 2, 2), allow_code=True)
+    assert refused.value.hint.startswith(f"name it as a package: {hint.format(tmp_path)}")
+    if spec != "nets/deep/net.py":
+        monkeypatch.chdir(tmp_path)
+    package = refused.value.hint.removeprefix("name it as a package: ").partition(",")[0]
+    assert build(package, 3, (1, 2, 2), allow_code=True)[1].out_features == 3
