@@ -168,7 +168,7 @@ def load_code(spec: str) -> Callable[..., Any]:
         raise ConfigError(
             f"{spec}: no such file {source}", "check the SPEC; where an artifact's files lie, say with --code-dir"
         )
-    with _as_config_error(f"{spec}: failed", functools.partial(_of_import, spec)), _beside(source):
+    with _foreign(spec, "imported", functools.partial(_of_import, spec)):
         module = _import_file(Path(source)) if is_file else importlib.import_module(source)
     if not callable(found := getattr(module, name, None)):
         theirs = [each for each, value in vars(module).items() if callable(value) and not each.startswith("_")]
@@ -193,7 +193,7 @@ def _user_code(spec: str, num_classes: int, input_size: Size) -> nn.Module:
     """Call the factory of a SPEC with those of the two arguments that it declares."""
     make = load_code(spec)
     hint = "it can be called with nothing, num_classes or input_size"
-    with _as_config_error(f"{spec}: failed", hint), _beside(spec.partition(":")[0]):
+    with _foreign(spec, "called", hint):
         declared = inspect.signature(make).parameters
         offered = {"num_classes": num_classes, "input_size": input_size}
         named = {key: value for key, value in offered.items() if key in declared}
@@ -205,6 +205,22 @@ def _user_code(spec: str, num_classes: int, input_size: Size) -> nn.Module:
             f"{spec}: returned {type(net).__name__}", "the factory must return a torch.nn.Module in Python"
         )
     return net
+
+
+@contextlib.contextmanager
+def _foreign(spec: str, when: str, hint: str | Callable[[Exception], str]) -> Iterator[None]:
+    """Run a user's code as a script's: it sees no arguments of this program's, and does not end it."""
+    words, source = sys.argv, spec.partition(":")[0]
+    sys.argv = [source]
+    try:
+        with _as_config_error(f"{spec}: failed", hint), _beside(source):
+            yield
+    except SystemExit as error:
+        main = 'put what parses arguments under if __name__ == "__main__"'
+        mend = main if when == "imported" else "parse no arguments in it, and raise errors instead"
+        raise ConfigError(f"{spec}: ends the program when it is {when}: {error.code}", mend) from error
+    finally:
+        sys.argv = words
 
 
 def _beside(source: str) -> AbstractContextManager[None]:

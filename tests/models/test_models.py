@@ -349,3 +349,47 @@ def test_a_relative_import_is_told_to_be_of_a_package(tmp_path, monkeypatch, spe
         monkeypatch.chdir(tmp_path)
     package = refused.value.hint.removeprefix("name it as a package: ").partition(",")[0]
     assert build(package, 3, (1, 2, 2), allow_code=True)[1].out_features == 3
+
+
+ARGUMENTS = """
+import argparse
+from torch import nn
+parser = argparse.ArgumentParser()
+parser.add_argument("--classes", type=int, default=3)
+{more}
+args = parser.parse_args()
+def make(): return nn.Sequential(nn.Flatten(), nn.Linear(4, args.classes))
+"""
+
+
+def test_arguments_are_none_of_the_users_code(tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    words = ["dfkd", "synthesize", "--method", "noise"]
+    monkeypatch.setattr(sys, "argv", words)
+    Path("net.py").write_text(ARGUMENTS.format(more=""))
+    assert build("./net.py:make", 3, (1, 2, 2), allow_code=True)[1].out_features == 3
+    assert sys.argv is words
+
+
+@pytest.mark.parametrize(
+    ("code", "words"),
+    [
+        (
+            ARGUMENTS.format(more='parser.add_argument("data")'),
+            "ends the program when it is imported: 2 -- put what parses arguments under if __name__ ==",
+        ),
+        ("raise SystemExit('no GPU')", "ends the program when it is imported: no GPU -- put"),
+        (
+            "import sys\ndef make(): sys.exit('no GPU')",
+            "ends the program when it is called: no GPU -- parse no arguments",
+        ),
+    ],
+)
+def test_code_that_ends_the_program_is_refused(tmp_path, monkeypatch, cli, code, words):
+    monkeypatch.chdir(tmp_path)
+    Path("net.py").write_text(code)
+    argv = [*sys.argv]
+    command = ("synthesize", "--method", "noise", "--teacher", "./net.py:make", "--weights", "net.py")
+    status, _, err = cli(*command, "--input-size", "1", "2", "2", "--num-classes", "3")
+    assert (status, words in err) == (2, True), err
+    assert sys.argv == argv
