@@ -170,7 +170,10 @@ def load_code(spec: str) -> Callable[..., Any]:
         )
     with _foreign(spec, "imported", functools.partial(_of_import, spec)):
         module = _import_file(Path(source)) if is_file else importlib.import_module(source)
-    if not callable(found := getattr(module, name, None)):
+    found: Any = module
+    for part in name.split("."):  # as of a function in a class
+        found = getattr(found, part, None)
+    if not callable(found):
         theirs = [each for each, value in vars(module).items() if callable(value) and not each.startswith("_")]
         raise ConfigError(f"{spec}: no function {name} in {source}", did_you_mean(name, theirs) if theirs else "")
     made: Callable[..., Any] = found
@@ -192,7 +195,10 @@ def _of_import(spec: str, error: Exception) -> str:
 def _user_code(spec: str, num_classes: int, input_size: Size) -> nn.Module:
     """Call the factory of a SPEC with those of the two arguments that it declares."""
     make = load_code(spec)
-    hint = "it can be called with nothing, num_classes or input_size"
+    if isinstance(make, nn.Module):
+        hint = "name a function that returns it, such as def build(): return Net()"
+        raise ConfigError(f"{spec}: is a network, not a function that makes one", hint)
+    hint = "it can be called with nothing, num_classes or input_size, which is given as (channels, height, width)"
     with _foreign(spec, "called", hint):
         declared = inspect.signature(make).parameters
         offered = {"num_classes": num_classes, "input_size": input_size}

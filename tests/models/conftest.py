@@ -18,6 +18,15 @@ def broken(num_classes):
     raise ValueError("two\\nlines")
 def text():
     return "no module"
+def square(num_classes=5, input_size=32):
+    return nn.Sequential(nn.Flatten(), nn.Linear(3 * input_size * (input_size % 2), num_classes))
+class Zoo:
+    make = staticmethod(fixed)
+    class Inner:
+        @classmethod
+        def make(cls, num_classes):
+            return fixed()
+net = fixed()
 """
 
 

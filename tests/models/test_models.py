@@ -288,6 +288,8 @@ def test_user_factory(user_code, source):
     net = build(f"{source}:make", 5, (3, 8, 8), allow_code=True)
     assert net[1].weight.shape == (5, 192)
     assert build(f"{source}:fixed", 4, (3, 8, 8), allow_code=True)[1].out_features == 4
+    for factory in ("Zoo.make", "Zoo.Inner.make"):
+        assert build(f"{source}:{factory}", 4, (3, 8, 8), allow_code=True)[1].out_features == 4
 
 
 @pytest.mark.parametrize(
@@ -297,6 +299,10 @@ def test_user_factory(user_code, source):
         ("broken", ConfigError, "ValueError: two lines"),
         ("text", ConfigError, "returned str"),
         ("absent", ConfigError, "absent"),
+        ("Zoo.absent", ConfigError, r"no function Zoo\.absent"),
+        ("fixed.absent.make", ConfigError, r"no function fixed\.absent\.make"),
+        ("square", ConfigError, r"unsupported operand.*input_size, which is given as \(channels, height, width\)"),
+        ("net", ConfigError, "user_net.py:net: is a network, not a function that makes one -- name a function"),
     ],
 )
 def test_user_factory_that_does_not_fit(user_code, factory, error, message):
