@@ -19,6 +19,7 @@ from dfkd_cli.errors import ArtifactError, ConfigError
 from dfkd_cli.models.classifier import noise, undisturbed
 
 LOG = logging.getLogger(__name__)
+_ONE_LOGIT, _TWO = "a network with one logit z has two classes", "the logits (0, z)"
 
 
 @dataclass(frozen=True)
@@ -79,17 +80,13 @@ def adapt(net: nn.Module, spec: str, num_classes: int, habits: Habits) -> None:
     """
     if num_classes < 2:
         raise ConfigError(
-            f"{spec}: of one class there is nothing to learn",
-            "a network with one logit z has two classes: give it --num-classes 2 and the logits (0, z)",
+            f"{spec}: of one class there is nothing to learn", f"{_ONE_LOGIT}: give it --num-classes 2 and {_TWO}"
         )
     logits = {training: logits_in(output) for training, output in habits.outputs.items()}
     if _size(logits[False]) != (1, num_classes):
-        several = not isinstance(habits.outputs[False], Tensor)
         raise ArtifactError(
             f"{spec}: gives {_shown(habits.outputs[False])} for an image instead of logits {(1, num_classes)}",
-            "return the logits first, or under the name `logits`; or check --num-classes"
-            if several
-            else "check --num-classes",
+            _how_logits(habits.outputs[False], num_classes),
         )
     if _size(alone := logits_in(habits.alone)) != (1, num_classes):
         raise ArtifactError(
@@ -118,6 +115,17 @@ def adapt(net: nn.Module, spec: str, num_classes: int, habits: Habits) -> None:
             return values.clamp_min(torch.finfo(values.dtype).tiny).log() if net.training in probable else values
 
         net.register_forward_hook(answer)
+
+
+def _how_logits(output: Any, num_classes: int) -> str:
+    """A hint how something else that a network returns for an image becomes logits."""
+    size = _size(logits_in(output))
+    if size == (1, num_classes, 1, 1):
+        return "it keeps the dimensions of an image: add flatten(1) at its end"
+    if num_classes == 2 and size in ((1,), (1, 1)):
+        return f"{_ONE_LOGIT}: return {_TWO}, torch.cat([torch.zeros_like(z), z], 1) of z (B, 1)"
+    several = not isinstance(output, Tensor)
+    return f"{'return the logits first, or under the name `logits`; or ' * several}check --num-classes"
 
 
 def require_training(net: nn.Module, spec: str, num_classes: int, input_size: tuple[int, int, int], batch: int) -> None:

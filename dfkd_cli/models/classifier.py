@@ -238,15 +238,22 @@ def probe(net: nn.Module, input_size: tuple[int, int, int], count: int = 1) -> A
 
 def noise(net: nn.Module, input_size: tuple[int, int, int], count: int) -> Tensor:
     """Always the same normal noise (B, C, H, W), where the network is."""
-    like = next(net.parameters(), torch.empty(0))
+    like = _like(net)
     images = torch.randn(count, *input_size, generator=torch.Generator().manual_seed(0))
     return images.to(like.device, like.dtype)
+
+
+def _like(net: nn.Module) -> Tensor:
+    """A tensor where the network is, of the type that its images have: whole and complex numbers may be beside it."""
+    parameters = list(net.parameters())
+    floats = (parameter for parameter in parameters if parameter.dtype.is_floating_point)
+    return next(floats, torch.empty(0, device=parameters[0].device if parameters else None))
 
 
 @contextlib.contextmanager
 def undisturbed(net: nn.Module, training: bool = False) -> Iterator[None]:
     """Run ``net`` in one mode and without gradients; then modes, buffers and the random state are as they were."""
-    like = next(net.parameters(), torch.empty(0))
+    like = _like(net)
     modes = [(module, module.training) for module in net.modules()]
     buffers = [
         (module, name, buffer, buffer.clone())

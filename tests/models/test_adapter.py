@@ -150,6 +150,27 @@ def test_one_logit_is_refused(adapted):
         adapted(Net(classes=1), 1)
 
 
+@pytest.mark.parametrize("end", [lambda net, y, x: y, lambda net, y, x: y[:, 0], lambda net, y, x: (y, x)])
+def test_one_logit_of_two_classes_is_told_how_it_becomes_two(adapted, end):
+    with pytest.raises(ArtifactError, match=r"instead of logits \(1, 2\) -- .*two classes: return the logits \(0, z\)"):
+        adapted(Net(end=end, classes=1), 2)
+    two = adapted(Net(end=lambda net, y, x: torch.cat([torch.zeros_like(y), y], 1), classes=1), 2)  # as is told
+    assert two(torch.rand(3, *SIZE)).shape == (3, 2)
+
+
+def test_logits_with_the_dimensions_of_an_image_are_told_to_be_flattened(adapted):
+    with pytest.raises(ArtifactError, match=r"gives \(1, 4, 1, 1\) for an image.* add flatten\(1\)"):
+        adapted(Net(end=lambda net, y, x: y[..., None, None]))
+
+
+@pytest.mark.parametrize("first", [torch.tensor(3), torch.tensor([1j]), torch.tensor([True])])
+def test_the_first_parameter_need_not_be_of_floating_point(adapted, first):
+    net = Net()
+    net.steps = nn.Parameter(first, requires_grad=False)  # before those of its layers
+    assert next(net.parameters()).dtype == first.dtype
+    assert adapted(net)(torch.rand(3, *SIZE)).shape == (3, CLASSES)
+
+
 def test_log_probabilities_are_logits_and_probabilities_become_them(adapted, caplog):
     images = torch.rand(5, *SIZE)
     logged = adapted(Net(end=lambda net, y, x: y.log_softmax(1)))
