@@ -25,7 +25,9 @@ from dfkd_cli.models.classifier import is_batch_norm
 LOG = logging.getLogger(__name__)
 _PREFERRED = ("state_dict", "model_state_dict", "model", "net", "weights", "teacher")  # of what fits equally well
 _AUXILIARY = re.compile(r"aux", re.IGNORECASE)  # heads that only help in training, as of Inception
+_COUNTS = re.compile(r"(.*\.)?total_(ops|params)")  # buffers that thop leaves in every layer whose cost it counted
 _UNCOUNTED = "num_batches_tracked"  # inference does not use it; files from before PyTorch 0.4.1 lack it
+_LEFT_OUT = "torch.save({k: v for k, v in state.items() if k in net.state_dict()}, NEW)"
 _LISTED = 3  # keys named in a message
 _DENSENET = re.compile(r"(denselayer\d+\.(?:norm|conv))\.([12])(?=\.)")  # torchvision's names before PyTorch 0.4
 _DEPTH = 20  # containers within containers that a file may have
@@ -200,7 +202,7 @@ def _shared_prefixes(keys: Iterable[str]) -> Iterator[str]:
 def _check_fit(state: dict[str, Tensor], net: nn.Module, file: Path) -> dict[str, Tensor]:
     """What fits, in place of names that layers had before by those that they have.
 
-    Refuses what does not; leaves out auxiliary heads that the network does not have, and says so.
+    Refuses what does not; leaves out auxiliary heads and counts that the network does not have, and says so.
     """
     expected = net.state_dict()
     # Tied weights are one tensor under several keys, of which a file may have one.
@@ -211,7 +213,10 @@ def _check_fit(state: dict[str, Tensor], net: nn.Module, file: Path) -> dict[str
     ]  # fmt: skip
     if auxiliary := [key for key in state if key not in expected and _AUXILIARY.match(key)]:
         LOG.warning("%s: auxiliary heads are left out: %s", file, some(_outermost(auxiliary)))
-        state = {key: value for key, value in state.items() if key not in auxiliary}
+    if counts := [key for key in state if key not in expected and _COUNTS.fullmatch(key)]:
+        LOG.warning("%s: counts of operations and parameters are left out: %s", file, some(counts))
+    left_out = {*auxiliary, *counts}
+    state = {key: value for key, value in state.items() if key not in left_out}
     unexpected = [key for key in state if key not in expected]
     shapes = [
         f"{key} {tuple(state[key].shape)} instead of {tuple(expected[key].shape)}"
@@ -223,10 +228,12 @@ def _check_fit(state: dict[str, Tensor], net: nn.Module, file: Path) -> dict[str
     diff = [f"{title} {some(keys)}" for title, keys in problems.items() if keys]
     renamed = _renamed(state, net) if diff else state
     if renamed is None:
-        raise ArtifactError(
-            f"{file}: the weights do not fit the model: {'; '.join(diff)}",
-            "check the model SPEC, the number of classes and the input size",
-        )
+        hint = "check the model SPEC, the number of classes and the input size"
+        # All that the model needs is there, and what else there is belongs to none of its parts: it is no deeper one.
+        apart = [name for name in _outermost(unexpected) if name not in _outermost(expected) and not name.isdigit()]
+        if not (missing or shapes) and apart == _outermost(unexpected):
+            hint = f"where they are no layers of the model, leave them out: {_LEFT_OUT}"
+        raise ArtifactError(f"{file}: the weights do not fit the model: {'; '.join(diff)}", hint)
     return renamed
 
 

@@ -441,6 +441,53 @@ def test_official_weights_with_auxiliary_heads(tmp_path, caplog):
     torch.testing.assert_close(model(pixels), expected, rtol=1e-3, atol=1e-3)
 
 
+@pytest.mark.parametrize("prefix", ["", "module."])
+def test_counts_of_operations_are_left_out(tmp_path, source, caplog, prefix):
+    counted = target()
+    counted.load_state_dict(source.state_dict())
+    for layer in counted.modules():
+        layer.register_buffer("total_ops", torch.zeros(1, dtype=torch.float64))
+        layer.register_buffer("total_params", torch.zeros(1, dtype=torch.float64))
+    torch.save(prefixed(counted.state_dict(), prefix), tmp_path / "w")
+    net = target()
+    load_weights(net, tmp_path / "w")
+    assert same_weights(net, source)
+    assert "left out: total_ops, total_params, stem.total_ops and" in caplog.text
+    other = target()
+    other.register_buffer("total_ops", torch.ones(1))  # the network's own
+    load_weights(other, tmp_path / "w")
+    assert not other.total_ops.any()
+
+
+def test_what_is_only_beside_the_weights_is_told_to_be_left_out(tmp_path, source):
+    state = {**source.state_dict(), "criterion.weight": torch.ones(10)}
+    torch.save(state, tmp_path / "w")
+    net = target()
+    with pytest.raises(
+        ArtifactError, match=r"unexpected criterion\.weight -- where they are no .* leave them out: torch\.save"
+    ) as refused:
+        load_weights(net, tmp_path / "w")
+    how = refused.value.hint.partition(": ")[2]
+    eval(how, {"torch": torch, "state": state, "net": net, "NEW": tmp_path / "w"})
+    load_weights(net, tmp_path / "w")
+    assert same_weights(net, source)
+    del state["head.bias"]
+    torch.save(state, tmp_path / "w")
+    with pytest.raises(ArtifactError, match=r"unexpected criterion\.weight -- check the model SPEC"):
+        load_weights(net, tmp_path / "w")
+
+
+def test_what_a_deeper_network_has_more_is_not_told_to_be_left_out(tmp_path):
+    pairs = [
+        (build("resnet14", 10, (1, 8, 8)), target()),
+        (nn.Sequential(nn.Linear(4, 4), nn.Linear(4, 4)), nn.Sequential(nn.Linear(4, 4))),
+    ]
+    for deeper, net in pairs:
+        torch.save(deeper.state_dict(), tmp_path / "w")
+        with pytest.raises(ArtifactError, match=r"do not fit the model: unexpected .* -- check the model SPEC"):
+            load_weights(net, tmp_path / "w")
+
+
 def test_pixels_in_0_to_255_are_told_by_their_mean(tmp_path, caplog):
     said = ForeignModel(weights="w", input_size=(3, 8, 8), num_classes=4, mean=(123.7, 116.3, 103.5))
     locate("resnet8", said)
