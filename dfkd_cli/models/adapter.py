@@ -132,10 +132,11 @@ def require_training(net: nn.Module, spec: str, num_classes: int, input_size: tu
     """Check that a network can be trained on batches of so many images (C, H, W).
 
     Raises:
-        ConfigError: It fails, as BatchNorm does with one value for each channel, or gives no logits (B, K).
+        ConfigError: It fails, as BatchNorm does with one value for each channel, gives no logits (B, K), or lets no
+            gradient back.
     """
     try:
-        with undisturbed(net, training=True):
+        with undisturbed(net, training=True), torch.enable_grad():
             answers = net(noise(net, input_size, batch))
     except Exception as error:  # foreign code can raise anything
         few = "give more images, a larger --batch-size or a smaller --accumulate"
@@ -146,6 +147,10 @@ def require_training(net: nn.Module, spec: str, num_classes: int, input_size: tu
             f"{spec}: gives {_shown(answers)} for an image in training instead of logits {(1, num_classes)}",
             "return the logits first, or under the name `logits`",
         )
+    learns = any(parameter.requires_grad for parameter in net.parameters())
+    if learns and not answers.requires_grad:
+        hint = "leave torch.no_grad(), inference_mode() and detach() out of forward"
+        raise ConfigError(f"{spec}: no gradient comes back from its answers", hint)
 
 
 def logits_in(output: Any) -> Any:

@@ -63,6 +63,11 @@ backbone = lambda: Hidden("backbone")
 inference = lambda: Hidden("inference")
 by_hand = lambda: Hidden("plain")
 
+class Frozen(Net):
+    forward = torch.no_grad()(Net.forward)
+
+frozen_answers = lambda: Frozen()
+
 scripted = lambda: nn.Sequential(torch.jit.script(nn.Sequential(nn.Flatten(), nn.Linear(1024, 10))))
 deep = lambda: nn.Sequential(nn.Flatten(), nn.Linear(1024, 10), nn.BatchNorm1d(10))
 """
@@ -243,6 +248,16 @@ def test_what_does_not_let_a_method_look_inside_is_refused_before_anything_is_ma
         assert (code, words in err, len(err.strip().splitlines())) == (3, True, 1), err
         assert not Path("shards").exists()
     assert "these work without" not in err or "deepinversion" not in err.partition("without: ")[2]
+
+
+@pytest.mark.parametrize("mode", [[], ["--dry-run"]])
+def test_a_student_that_cannot_learn_is_refused_before_anything_is_made(here, cli, mode):
+    student = ["--student", "net.py:frozen_answers", "--transfer-set", "noise:8", "--steps", "1", "--batch-size", "4"]
+    code, _, err = cli("distill", *teacher("plain"), "--weights-key", "net", *student, *mode)
+    assert (code, "net.py:frozen_answers: no gradient comes back from its answers -- leave torch.no_grad()" in err) == (
+        2, True,
+    ), err  # fmt: skip
+    assert not Path("student").exists()
 
 
 def test_signals_of_one_row_have_a_preview(here, cli):
