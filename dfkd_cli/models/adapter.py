@@ -19,6 +19,7 @@ from dfkd_cli.errors import ArtifactError, ConfigError
 from dfkd_cli.models.classifier import noise, undisturbed
 
 LOG = logging.getLogger(__name__)
+NO_GRADIENTS = "torch.no_grad(), inference_mode(), detach()"
 _ONE_LOGIT, _TWO = "a network with one logit z has two classes", "the logits (0, z)"
 
 
@@ -128,6 +129,23 @@ def _how_logits(output: Any, num_classes: int) -> str:
     return f"{'return the logits first, or under the name `logits`; or ' * several}check --num-classes"
 
 
+def require_gradients(net: nn.Module, spec: str, input_size: tuple[int, int, int]) -> None:
+    """Check that gradients come back through a network to its images (C, H, W).
+
+    Raises:
+        ArtifactError: They do not.
+    """
+    images, hint = noise(net, input_size, 2).requires_grad_(), f"leave {NO_GRADIENTS} and rounding out of forward"
+    try:
+        with undisturbed(net), torch.enable_grad():
+            answer = logits_in(net(images)).square().sum()
+        reached = answer.requires_grad and torch.autograd.grad(answer, images, allow_unused=True)[0] is not None
+    except Exception as error:  # foreign code can raise anything
+        raise ArtifactError(f"{spec}: fails where gradients are taken: {str(error)[:200]}", hint) from error
+    if not reached:
+        raise ArtifactError(f"{spec}: no gradient comes back to its images", hint)
+
+
 def require_training(net: nn.Module, spec: str, num_classes: int, input_size: tuple[int, int, int], batch: int) -> None:
     """Check that a network can be trained on batches of so many images (C, H, W).
 
@@ -149,8 +167,7 @@ def require_training(net: nn.Module, spec: str, num_classes: int, input_size: tu
         )
     learns = any(parameter.requires_grad for parameter in net.parameters())
     if learns and not answers.requires_grad:
-        hint = "leave torch.no_grad(), inference_mode() and detach() out of forward"
-        raise ConfigError(f"{spec}: no gradient comes back from its answers", hint)
+        raise ConfigError(f"{spec}: no gradient comes back from its answers", f"leave {NO_GRADIENTS} out of forward")
 
 
 def logits_in(output: Any) -> Any:

@@ -20,6 +20,7 @@ from dfkd_cli.catalog import UNTRAINED, Command
 from dfkd_cli.config import option
 from dfkd_cli.data.seal import sealed
 from dfkd_cli.errors import machine_can_fail
+from dfkd_cli.models.adapter import require_gradients
 from dfkd_cli.models.classifier import Classifier
 from dfkd_cli.models.names import locate
 from dfkd_cli.options import ForeignModel
@@ -70,6 +71,7 @@ def run(settings: Settings, terminal: Terminal, dry_run: bool = False) -> dict[s
     location = locate(settings.inputs.teacher, settings.inputs)
     with sealed("bench is data-free", real_data(location)):
         teacher = location.open(settings.code).network().classifier
+        require_gradients(teacher.net, teacher.info.spec, teacher.info.input_size)
     device = pick_device(settings.run.device)
     results = sorted(timed(teacher.freeze().to(device), settings, device), key=lambda result: result["seconds"])
     terminal.answer(evaluation.rows(results, COLUMNS))

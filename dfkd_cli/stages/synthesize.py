@@ -28,8 +28,9 @@ from dfkd_cli.catalog import Choice, Command
 from dfkd_cli.config import option
 from dfkd_cli.data.seal import check_kept, kept, kept_by, sealed
 from dfkd_cli.errors import ArtifactError, ConfigError
+from dfkd_cli.models.adapter import require_gradients
 from dfkd_cli.models.attention import attention_layers
-from dfkd_cli.models.classifier import Classifier, is_batch_norm, noise, undisturbed
+from dfkd_cli.models.classifier import Classifier, is_batch_norm
 from dfkd_cli.models.directory import FILES as MODEL_FILES
 from dfkd_cli.models.directory import save_model
 from dfkd_cli.models.generators import FILES as GENERATOR_FILES
@@ -187,16 +188,8 @@ def _check_views(teacher: Classifier, batch_norm: bool) -> None:
     net, spec = teacher.net, teacher.info.spec
     if any(isinstance(module, torch.jit.ScriptModule) for module in net.modules()):
         raise ArtifactError(f"{spec} is TorchScript inside: no layer can be looked into", "build all of it in Python")
-    images = noise(net, teacher.info.input_size, 2).requires_grad_()
-    hint = "leave torch.no_grad(), inference_mode(), detach() and rounding out of forward"
-    try:
-        with undisturbed(net), torch.enable_grad(), batch_moments(teacher) as seen:
-            answer = net(images).square().sum()
-        reached = answer.requires_grad and torch.autograd.grad(answer, images, allow_unused=True)[0] is not None
-    except Exception as error:  # foreign code can raise anything
-        raise ArtifactError(f"{spec}: fails where gradients are taken: {str(error)[:200]}", hint) from error
-    if not reached:
-        raise ArtifactError(f"{spec}: no gradient comes back to its images", hint)
+    with batch_moments(teacher) as seen:
+        require_gradients(net, spec, teacher.info.input_size)
     if batch_norm and not seen:
         hint = f"call them in forward; these work without: {_fitting(teacher, ('batchnorm',))}"
         raise ArtifactError(f"{spec}: its BatchNorm layers are not called, so what goes into them is not seen", hint)

@@ -260,6 +260,12 @@ def test_a_student_that_cannot_learn_is_refused_before_anything_is_made(here, cl
     assert not Path("student").exists()
 
 
+def test_what_has_no_gradients_is_not_timed(here, cli):
+    _, *named = teacher("backbone")
+    code, _, err = cli("bench", *named, "--weights-key", "net")
+    assert (code, "net.py:backbone: no gradient comes back to its images" in err) == (3, True), err
+
+
 def test_signals_of_one_row_have_a_preview(here, cli):
     layers = "nn.AdaptiveAvgPool2d(2), nn.Flatten(), nn.Linear(4, 3)"
     Path("signal.py").write_text(f"from torch import nn\ndef net(): return nn.Sequential({layers})\n")
