@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
+import functools
 import logging
 from collections.abc import Sequence
 from dataclasses import dataclass
@@ -193,11 +194,16 @@ class ForeignWeights:
         bits, rest = few_bits(self.info.spec)
         return {"spec": bits + rest.partition(":")[2], "code": sha256}
 
-    def _hash(self, code: dict[str, str]) -> str:
+    @functools.cached_property
+    def _weights_sha256(self) -> str:
+        """Of a file that may be large, for all hashes that it is in."""
         if not self.weights.is_file():
             raise ArtifactError(f"no weights file {self.weights}", "check --weights")
+        return sha256_file(self.weights)
+
+    def _hash(self, code: dict[str, str]) -> str:
         facts = dataclasses.asdict(self.info) | code
-        return digest([sha256_file(self.weights), facts, *([self.key] if self.key else [])])
+        return digest([self._weights_sha256, facts, *([self.key] if self.key else [])])
 
     def open(self, code: Code) -> LoadedModel:
         """Build it and load the weights.
