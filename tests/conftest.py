@@ -18,7 +18,6 @@ import torch
 from forks import STAGES, start_server
 from pipeline import run
 from stand_ins import statistics_of
-from torch.utils.benchmark import Timer
 
 from dfkd_cli.artifacts.files import sha256_file
 from dfkd_cli.artifacts.metadata import write_metadata
@@ -158,10 +157,3 @@ def session_cli():
     yield run
     for number, handler in handlers.items():
         signal.signal(number, handler)
-
-
-@pytest.fixture
-def quick_latency(monkeypatch) -> None:
-    """No test here reads the latency; measuring it well would take most of the time."""
-    quick = functools.partialmethod(Timer.blocked_autorange, min_run_time=0.01)
-    monkeypatch.setattr(Timer, "blocked_autorange", quick)

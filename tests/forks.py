@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import contextlib
 import fcntl
+import functools
 import multiprocessing
 import os
 import pkgutil
@@ -21,10 +22,13 @@ from pathlib import Path
 from unittest import mock
 
 import torch
+from torch.utils.benchmark import Timer
 
 from dfkd_cli import stages
 
 os.fsync = lambda _: None  # no test cuts the power: what is written need not reach the disk
+# No test reads a latency of milliseconds; measuring it well would take most of the time of a command.
+Timer.blocked_autorange = functools.partialmethod(Timer.blocked_autorange, min_run_time=0.01)  # type: ignore
 
 # CUDA cannot be used in a fork of a process that has looked for it, as what is imported beforehand does.
 CONTEXT = multiprocessing.get_context("spawn" if torch.cuda.is_available() else "forkserver")

@@ -3,12 +3,10 @@
 from __future__ import annotations
 
 import contextlib
-import functools
 import importlib
 import io
 
 from forks import STAGES
-from torch.utils.benchmark import Timer
 
 from dfkd_cli.cli import app
 
@@ -21,8 +19,5 @@ for name in (*STAGES, *LATE.split()):
 with contextlib.redirect_stdout(io.StringIO()):  # finds the methods, and reads their options
     for words in ("synthesize --method zskd", "distill --method offline --objective response"):
         assert app.main([*words.split(), "--help"]) == 0
-
-# No test reads the latency of a command; measuring it well would take most of the time.
-Timer.blocked_autorange = functools.partialmethod(Timer.blocked_autorange, min_run_time=0.01)  # type: ignore
 
 importlib.import_module("dfkd_cli.frozen")

@@ -234,7 +234,6 @@ def test_test_images_alone_will_do(photos, tmp_path):
         load(str(tmp_path / "loose"), "test")
 
 
-@pytest.mark.usefixtures("quick_latency")
 def test_a_model_of_four_channels_is_evaluated_on_test_images_alone(photos, tmp_path, monkeypatch, cli):
     monkeypatch.chdir(tmp_path)
     for path in photos.rglob("*.png"):

@@ -15,7 +15,6 @@ from tiny_comparisons import results_in
 from dfkd_cli.artifacts.files import sha256_file
 from dfkd_cli.stages.chain import Chain, Hop
 
-pytestmark = pytest.mark.usefixtures("quick_latency")
 SETS = ("--transfer-set", "real:64")
 SHORT = (*SETS, "--steps", "30", "--batch-size", "16", "--temperature", "4", "--device", "cpu")
 TAKD = ("distill", "--method", "takd", "--student", "lenet5-half-dafl", "--assistants", "lenet5", "lenet5-half")

@@ -234,9 +234,7 @@ def test_an_interruption_between_rankings_changes_nothing(tmp_path, monkeypatch)
     assert torch.equal(whole.entropy, resumed.entropy)
 
 
-def test_a_killed_condensation_ends_alike_and_its_set_teaches_others(
-    teacher, tmp_path, monkeypatch, quick_latency, cli
-):
+def test_a_killed_condensation_ends_alike_and_its_set_teaches_others(teacher, tmp_path, monkeypatch, cli):
     monkeypatch.chdir(tmp_path)
     common = ("--teacher", str(teacher), "--batch-size", "20", "--device", "cpu")
     command = [

@@ -16,7 +16,6 @@ from dfkd_cli.artifacts.files import digest
 from dfkd_cli.artifacts.integrity import read_run
 from dfkd_cli.data.datasets import contents
 
-pytestmark = pytest.mark.usefixtures("quick_latency")
 STEP = ("--steps", "1", "--batch-size", "2")
 RNG = np.random.default_rng(0)
 

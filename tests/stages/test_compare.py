@@ -29,7 +29,6 @@ from dfkd_cli.report import html
 from dfkd_cli.report.results import spread
 from dfkd_cli.urls import COPIES
 
-pytestmark = pytest.mark.usefixtures("quick_latency")
 EVERYTHING = ("student0", "student1", "real", "baseline", "shards0")
 
 

@@ -190,7 +190,7 @@ def export(cli, model, out, *args):
     return cli("export", model, "--calibrate", "noise:64", "--allow-code", "--device", "cpu", "--out", out, *args)
 
 
-def test_eight_bits_are_exported_checked_and_evaluated(cli, place, tmp_path, quick_latency):
+def test_eight_bits_are_exported_checked_and_evaluated(cli, place, tmp_path):
     out = tmp_path / "export"
     code, said, err = export(cli, place / "small", out, "--bits", 8, "--min-agreement", 0.5, "--json")
     assert code == 0, err
@@ -249,7 +249,7 @@ def test_a_trained_copy_is_exported_with_its_own_bits(cli, place, tmp_path):
 
 
 @pytest.mark.parametrize("first", ["student", "export"])
-def test_an_export_and_its_student_are_measured_against_their_teacher(cli, place, tmp_path, first, quick_latency):
+def test_an_export_and_its_student_are_measured_against_their_teacher(cli, place, tmp_path, first):
     teacher, student, out = place / "small", tmp_path / "student", tmp_path / "export"
     learned = ["--teacher", teacher, "--transfer-set", "noise:64", "--student", f"w2a2:{teacher}", "--steps", 0]
     assert cli("distill", *learned, "--out", student, "--allow-code", "--device", "cpu")[0] == 0
@@ -301,7 +301,7 @@ def test_what_is_exported_is_copied_and_checked_without_the_record_of_its_run(cl
         assert (code, "model.onnx is damaged" in err) == (3, True), err
 
 
-def test_lineage_tells_whether_an_export_is_still_the_same(cli, finished, tmp_path, monkeypatch, quick_latency):
+def test_lineage_tells_whether_an_export_is_still_the_same(cli, finished, tmp_path, monkeypatch):
     monkeypatch.chdir(tmp_path)
     shutil.copytree(finished, "export")
     code, _, err = cli("evaluate", "export", "--device", "cpu", "--out", "ev")
@@ -335,7 +335,7 @@ grid:
 """
 
 
-def test_what_a_grid_exports_is_a_row_of_its_own(cli, place, tmp_path, monkeypatch, quick_latency):
+def test_what_a_grid_exports_is_a_row_of_its_own(cli, place, tmp_path, monkeypatch):
     shutil.copytree(place, tmp_path, dirs_exist_ok=True)
     monkeypatch.chdir(tmp_path)
     Path("grid.yaml").write_text(GRID)

@@ -141,7 +141,7 @@ def evaluate(*args) -> list[str]:
     return ["evaluate", "--allow-code", "--line", "--train-images", "40", *map(str, args)]
 
 
-def test_a_line_is_written_drawn_and_shown(here, cli, quick_latency):
+def test_a_line_is_written_drawn_and_shown(here, cli):
     code, out, err = cli(*evaluate("one", "other", "brighter", "one", "--out", "flat", "--json"))
     assert code == 0, err
     answer = json.loads(out)
@@ -178,7 +178,7 @@ def test_a_line_is_written_drawn_and_shown(here, cli, quick_latency):
     assert rows[6][-1] == f"{found['barrier']:.4f}"
 
 
-def test_a_loss_that_is_not_finite_is_none_and_no_trouble(here, cli, quick_latency):
+def test_a_loss_that_is_not_finite_is_none_and_no_trouble(here, cli):
     model = tiny_network.save(here / "broken", 3)
     nn.init.constant_(model.net[5].weight, 3e38)
     shutil.rmtree("broken")

@@ -27,7 +27,6 @@ GRID = {
     "student": {"steps": 2, "batch_size": 4},
     "rows": {"noise": {"distill": {"transfer_set": ["noise:4"]}}},
 }
-pytestmark = pytest.mark.usefixtures("quick_latency")
 
 
 @pytest.fixture(params=COMMANDS)

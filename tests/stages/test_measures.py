@@ -181,7 +181,7 @@ def named(module: str, forward) -> nn.Module:
     ],
     ids=["shapes", "stride", "code", "export"],
 )
-def test_each_network_of_a_spec_has_its_own_cost(one, other, what, quick_latency):
+def test_each_network_of_a_spec_has_its_own_cost(one, other, what):
     examiner = Examiner(CPU, None)
     classifiers = [net if isinstance(net, Classifier) else Classifier(net, INFO) for net in (one, other)]
     models = [LoadedModel(classifier, f"{n}", {}, f"d{n}") for n, classifier in enumerate(classifiers)]
@@ -190,7 +190,7 @@ def test_each_network_of_a_spec_has_its_own_cost(one, other, what, quick_latency
     assert measured[0] != measured[1]
 
 
-def test_repeats_over_seeds_are_timed_once(quick_latency):
+def test_repeats_over_seeds_are_timed_once():
     examiner, nets = Examiner(CPU, None), [nn.Conv2d(1, 16, 4) for _ in range(2)]
     models = [LoadedModel(Classifier(net, INFO), f"{seed}", {}, f"seed{seed}") for seed, net in enumerate(nets)]
     assert examiner.measure(models[0], None, None) == examiner.measure(models[1], None, None)

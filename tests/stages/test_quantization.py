@@ -33,7 +33,7 @@ def distill(teacher, student, out, *args) -> list[str]:
     ]
 
 
-def test_no_steps_calibrate_a_copy_that_stands_by_itself(cli, residual, tmp_path, quick_latency):
+def test_no_steps_calibrate_a_copy_that_stands_by_itself(cli, residual, tmp_path):
     out = tmp_path / "copy"
     code, said, err = cli(*distill(residual, f"w4a8:{residual}", out, "--steps", 0))
     assert code == 0, err

@@ -95,7 +95,7 @@ def test_a_student_from_s3_is_the_same_and_the_run_too(dfkd, cli, elsewhere, pla
     assert hashes(elsewhere / "work" / "begun") == hashes(place / "student")
 
 
-def test_models_and_comparisons_name_the_url(cli, elsewhere, quick_latency):
+def test_models_and_comparisons_name_the_url(cli, elsewhere):
     few = ("distill", "--student", "w8a8:s3://bucket/teacher", "--steps", 0, "--transfer-set", "s3://bucket/shards")
     assert cli(*few, "--teacher", "s3://bucket/teacher", "--out", "few")[0] == 0
     assert "s3://bucket/teacher" in [parent["path"] for parent in read_run(Path("few"))["parents"]]

@@ -11,7 +11,6 @@ from pipeline import edit
 from readme import fill
 from tiny_comparisons import accuracy, results_in
 
-pytestmark = pytest.mark.usefixtures("quick_latency")
 TOGETHER = ("--method", "kdcl", "--students", "lenet5-half", "lenet5", "--temperature", "2", "--batch-size", "16")
 PAIRS = ("pair0", "pair1")
 RECIPE = """

@@ -130,7 +130,7 @@ def training_images(count: int) -> Images:
     return Images(train.images(chosen).double() / 255, train.labels[chosen])
 
 
-def test_a_column_and_a_result(cli, model, tmp_path, quick_latency):
+def test_a_column_and_a_result(cli, model, tmp_path):
     command = ["evaluate", model, "--allow-code", "--sharpness", "--train-images", 40]
     code, out, err = cli(*command, "--out", tmp_path / "out", "--json")
     assert code == 0, err
@@ -148,7 +148,7 @@ def test_a_column_and_a_result(cli, model, tmp_path, quick_latency):
     assert "SHARPNESS" not in cli("evaluate", model, "--allow-code")[1]
 
 
-def test_one_that_is_not_found_is_said(cli, model, monkeypatch, quick_latency):
+def test_one_that_is_not_found_is_said(cli, model, monkeypatch):
     monkeypatch.setattr(module, "VECTORS", 3)
     monkeypatch.setattr(module, "RESTARTS", 1)
     code, out, err = cli("evaluate", model, "--allow-code", "--sharpness", "--train-images", 20, "--json")
@@ -191,7 +191,7 @@ def test_what_has_no_weights_is_refused():
         require_hessian(LoadedModel(model, "", {}, "oracle"), Images(images(2).pixels, torch.arange(2)))
 
 
-def test_all_training_images_where_there_are_fewer_than_by_default(cli, model, tmp_path, quick_latency):
+def test_all_training_images_where_there_are_fewer_than_by_default(cli, model, tmp_path):
     train = datasets.load("digits", "train")
     for half, count in (("train", 2), ("test", 1)):
         for index in range(10 * count):

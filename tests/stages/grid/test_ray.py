@@ -28,8 +28,6 @@ grid:
 """
 SMALL = {"include_dashboard": False, "object_store_memory": 2**27}
 
-pytestmark = pytest.mark.usefixtures("quick_latency")
-
 
 @pytest.fixture
 def cluster(monkeypatch) -> Iterator[Any]:

@@ -19,8 +19,6 @@ from dfkd_cli.stages.grid.commands import carry_out
 from dfkd_cli.stages.grid.planner import plan
 from dfkd_cli.ui import NORMAL, QUIET
 
-pytestmark = pytest.mark.usefixtures("quick_latency")
-
 
 @pytest.fixture(scope="module")
 def uninterrupted(tmp_path_factory, session_cli) -> Path:

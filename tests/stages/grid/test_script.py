@@ -76,7 +76,7 @@ def test_every_grid_of_the_recipes_can_be_planned_and_its_jobs_have_the_planned_
     assert len(seen) > 40
 
 
-def test_the_jobs_of_a_script_make_the_grid(slurm, teacher, tmp_path, monkeypatch, cli, quick_latency):
+def test_the_jobs_of_a_script_make_the_grid(slurm, teacher, tmp_path, monkeypatch, cli):
     place = tmp_path / "it's here"
     place.mkdir()
     monkeypatch.chdir(place)
