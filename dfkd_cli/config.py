@@ -260,7 +260,7 @@ def parse_yaml(text: str, where: str) -> dict[str, Any]:
     return copy.deepcopy(_parsed(text, where))
 
 
-@functools.lru_cache
+@functools.lru_cache(maxsize=1000)  # more than there are recipes: read in turn, fewer would keep none
 def _parsed(text: str, where: str) -> dict[str, Any]:
     """The grids read the same few recipes hundreds of times."""
     try:

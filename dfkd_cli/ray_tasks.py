@@ -63,7 +63,6 @@ class RayTasks(Launcher):
             raise ConfigError(f"--address {address}: not an address", "give HOST:PORT, as `ray start` says it")
         self.address, self.cpus, self.gpus = address, cpus, gpus
         self.running: dict[concurrent.futures.Future[DfkdError | None], tuple[Any, Any]] = {}  # name and task of each
-        self.end = contextlib.ExitStack()
 
     def __enter__(self) -> RayTasks:
         """Connect.
@@ -76,22 +75,27 @@ class RayTasks(Launcher):
         import ray
 
         where = "Ray" if self.address is None else f"--address {self.address}"
-        try:
-            if self.place is not None:  # Ray itself would try for minutes
-                socket.create_connection((self.place[1], int(self.place[2])), ANSWERS).close()
-            ray.init(self.address, include_dashboard=False, log_to_driver=False, logging_level=logging.ERROR)
-        except SystemExit:
-            raise Interrupted(signal.SIGTERM) from None
-        except Exception as error:
-            raise RunFailed(f"{where}: {error or type(error).__name__}", "is a Ray cluster running there?") from error
-        finally:
-            stop_on_signals()  # Ray has handlers of its own
-        self.end.enter_context(contextlib.redirect_stdout(_Told()))
-        listed: Any = ray.nodes
-        nodes = [node["Resources"] for node in listed() if node["Alive"]]
-        if not any(node.get("CPU", 0) >= self.cpus and node.get("GPU", 0) >= self.gpus for node in nodes):
-            what = f"{self.cpus} CPUs and {self.gpus:g} GPUs"
-            LOG.warning("no node of the Ray cluster has the %s that each command takes: they wait for one", what)
+        with contextlib.ExitStack() as end:
+            end.enter_context(contextlib.redirect_stdout(_Told()))  # until its threads have ended, which print
+            try:
+                if self.place is not None:  # Ray itself would try for minutes
+                    socket.create_connection((self.place[1], int(self.place[2])), ANSWERS).close()
+                ray.init(self.address, include_dashboard=False, log_to_driver=False, logging_level=logging.ERROR)
+            except SystemExit:
+                raise Interrupted(signal.SIGTERM) from None
+            except Exception as error:
+                raise RunFailed(
+                    f"{where}: {error or type(error).__name__}", "is a Ray cluster running there?"
+                ) from error
+            finally:
+                stop_on_signals()  # Ray has handlers of its own
+            end.callback(ray.shutdown)
+            listed: Any = ray.nodes
+            nodes = [node["Resources"] for node in listed() if node["Alive"]]
+            if not any(node.get("CPU", 0) >= self.cpus and node.get("GPU", 0) >= self.gpus for node in nodes):
+                what = f"{self.cpus} CPUs and {self.gpus:g} GPUs"
+                LOG.warning("no node of the Ray cluster has the %s that each command takes: they wait for one", what)
+            self.end = end.pop_all()
         return self
 
     def __exit__(self, *_: object) -> None:
@@ -101,7 +105,6 @@ class RayTasks(Launcher):
             ray.cancel(task)
         concurrent.futures.wait(self.running, ENDS)
         self.end.close()
-        ray.shutdown()
 
     @property
     def busy(self) -> int:

@@ -26,5 +26,5 @@ def test_a_student_does_not_start_from_its_teachers_first_weights():
 def test_seeding_one_device_is_what_manual_seed_does_to_it():
     seed_torch(torch.device("cpu"), "step", 1, 2)
     ours = torch.rand(5)
-    torch.manual_seed(derive("step", 1, 2))
+    torch.random.manual_seed(derive("step", 1, 2))
     assert torch.equal(ours, torch.rand(5))

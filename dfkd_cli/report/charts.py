@@ -10,6 +10,7 @@ from typing import Any
 
 from matplotlib import rc_context
 from matplotlib.figure import Figure
+from matplotlib.layout_engine import ConstrainedLayoutEngine
 from matplotlib.ticker import MaxNLocator, NullFormatter
 
 # Columns of metrics.csv that are shares; the others are losses.
@@ -21,7 +22,7 @@ _INK, _GRID = "#24292f", "#d8dee4"
 
 def top1(rows: Sequence[Mapping[str, Any]]) -> bytes:
     """Top-1 of every row: a dot for each seed, a diamond at the mean, a whisker of one standard deviation."""
-    figure = Figure(figsize=(7.5, 0.8 + 0.36 * len(rows)), layout="constrained")
+    figure = Figure(figsize=(7.5, 0.8 + 0.36 * len(rows)))
     axes = figure.subplots()
     axes.axvline(100 * rows[0]["top1"]["mean"], color=_COLOURS["teacher"], linestyle="--", linewidth=1)
     for place, row in enumerate(rows):
@@ -45,7 +46,7 @@ def sizes(curves: Mapping[str, Sequence[Mapping[str, Any]]], teacher: float) -> 
         curves: The rows of each curve, by its name.
         teacher: The teacher's top-1, a share.
     """
-    figure = Figure(figsize=(7.5, 3.6), layout="constrained")
+    figure = Figure(figsize=(7.5, 3.6))
     axes = figure.subplots()
     axes.axhline(100 * teacher, color=_COLOURS["teacher"], linestyle="--", linewidth=1)
     for name, rows in curves.items():
@@ -65,7 +66,7 @@ def frontier(panels: Mapping[str, Sequence[Mapping[str, Any]]]) -> bytes:
     Args:
         panels: Rows of students by the title of their panel.
     """
-    figure = Figure(figsize=(5.6 * len(panels), 5), layout="constrained")
+    figure = Figure(figsize=(5.6 * len(panels), 5))
     grid = figure.subplots(1, len(panels), squeeze=False)[0]
     for axes, (title, rows) in zip(grid, panels.items(), strict=True):
         points = sorted((row["seconds"]["total"]["mean"], 100 * row["top1"]["mean"], row) for row in rows)
@@ -104,7 +105,7 @@ def curves(runs: Sequence[Mapping[str, Sequence[float]]]) -> bytes | None:
     panels = [panel for panel in panels if panel]
     if not panels:
         return None
-    figure = Figure(figsize=(6, 2.3), layout="constrained")
+    figure = Figure(figsize=(6, 2.3))
     grid = figure.subplots(1, len(panels), squeeze=False)[0]
     for axes, panel in zip(grid, panels, strict=True):
         for number, name in enumerate(panel):
@@ -125,7 +126,7 @@ def lines(between: Sequence[Mapping[str, Any]]) -> bytes:
     Args:
         between: The ``lines`` of ``results.json`` of an evaluation.
     """
-    figure = Figure(figsize=(7.5, 3), layout="constrained")
+    figure = Figure(figsize=(7.5, 3))
     grid = figure.subplots(1, 2)
     for axes, key, factor, title in zip(grid, ("loss", "top1"), (1, 100), ("loss, nats", "top-1, %"), strict=True):
         for place in (0, 1):
@@ -170,5 +171,6 @@ def _picture(figure: Figure, panels: Sequence[Any], form: str, metadata: Mapping
     buffer = io.BytesIO()
     with warnings.catch_warnings():  # no font has the letters of every name: boxes stand for them
         warnings.filterwarnings("ignore", "Glyph .* missing", UserWarning)
+        ConstrainedLayoutEngine().execute(figure)  # as the figure's own, it would have all drawn twice
         figure.savefig(buffer, format=form, dpi=140, metadata=metadata)
     return buffer.getvalue()
