@@ -23,6 +23,14 @@ _ARCHIVES = {
     "archive_format": ("a torch.export file", "torch.export.load(FILE).state_dict"),
     "serialized_exported_program.json": ("a torch.export file", "torch.export.load(FILE).state_dict"),  # until 2.7
 }
+# What files of other kinds begin with, what they are, and how one gets to the weights.
+_OTHERS = {
+    b"version https://git-lfs": ("a pointer of Git LFS", "`git lfs pull` fetches the file that it stands for"),
+    b"<": ("a web page", "download the file itself"),
+    b"\x1f\x8b": ("compressed by gzip", "unpack it"),
+    b"\x89HDF": ("an HDF5 file, as Keras has", "only weights of PyTorch can be read"),
+    b"GGUF": ("a GGUF file", "only weights of PyTorch can be read"),
+}
 _CLASSES = 100  # of metadata, that a file may have
 _LISTED = 3  # names in a message
 # Of what the items of a class that is not PyTorch's own are put in, by the word for it in the error. An OrderedDict can
@@ -111,9 +119,11 @@ def _refuse(error: Exception, unread: list[str], path: Path) -> NoReturn:
         # Files from before PyTorch 1.6 name the source code of networks, and of nothing else, where storages are named.
         network = "Only persistent_load of storage" in str(error)
         refuse_code([name] if name else unread or ["TorchScript"], path, f"{LOADED}.state_dict()" if network else None)
-    raise ArtifactError(
-        f"{path}: not readable as weights of PyTorch or safetensors", "damaged, or another type of file"
-    ) from None
+    with path.open("rb") as stream:
+        start = stream.read(100).lstrip()
+    unknown = "not readable as weights of PyTorch or safetensors", "damaged, or another type of file"
+    what, hint = next((said for magic, said in _OTHERS.items() if start.startswith(magic)), unknown)
+    raise ArtifactError(f"{path}: {what}", hint) from None
 
 
 def _refuse_archive(path: Path) -> None:

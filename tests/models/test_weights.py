@@ -6,6 +6,7 @@ import argparse
 import collections
 import contextlib
 import copy
+import gzip
 import os
 import re
 import zipfile
@@ -179,6 +180,23 @@ def test_file_must_exist_and_be_of_a_known_type(tmp_path):
     (tmp_path / "w.onnx").touch()
     with pytest.raises(ArtifactError, match="not readable as weights of PyTorch or safetensors"):
         load_weights(target(), tmp_path / "w.onnx")
+
+
+@pytest.mark.parametrize(
+    ("content", "what", "hint"),
+    [
+        (b"version https://git-lfs.github.com/spec/v1\noid sha256:4d7a\nsize 12345\n", "Git LFS", "git lfs pull"),
+        (b"\n<!DOCTYPE html>\n<html><body>404</body></html>", "a web page", "download the file itself"),
+        (gzip.compress(b"weights"), "compressed by gzip", "unpack it"),
+        (b"\x89HDF\r\n\x1a\n" + bytes(100), "HDF5", "only weights of PyTorch"),
+    ],
+)
+def test_files_of_other_kinds_are_named_with_what_brings_the_weights(tmp_path, content, what, hint):
+    file = tmp_path / "w.pth"
+    file.write_bytes(content)
+    with pytest.raises(ArtifactError, match=what) as refused:
+        load_weights(target(), file)
+    assert hint in str(refused.value.hint)
 
 
 @pytest.mark.parametrize("name", ["w.th", "w.pth.tar", "pytorch_model.bin", "W.PTH", "w", "w.safetensors", "w.pt"])
