@@ -49,6 +49,9 @@ class Unread:
     def __setstate__(self, state: Any) -> None:
         self.network = isinstance(state, dict) and {"_parameters", "_modules"} <= state.keys()
 
+    def __setitem__(self, *_: Any) -> None:
+        raise TypeError(f"Can only SETITEM for dict, but got {type(self)}")  # as newer versions of PyTorch say first
+
     @property
     def array(self) -> bool:
         """Whether it is an array of NumPy's."""

@@ -263,7 +263,8 @@ class Regime(Learner):
             milestones = [round(share * steps) for share in c.milestones]
             return ChainedScheduler([rise, MultiStepLR(optimizer, milestones, c.gamma)])
         fall = CosineAnnealingLR(optimizer, T_max=steps - warmup)
-        return SequentialLR(optimizer, [rise, fall], milestones=[warmup])
+        # Older versions of PyTorch begin with the first of a sequence even where the second begins at once.
+        return SequentialLR(optimizer, [rise, fall], milestones=[warmup]) if warmup else fall
 
     def on_fit_start(self) -> None:
         """Get the batches ready on this process's device."""

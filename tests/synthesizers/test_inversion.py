@@ -14,6 +14,7 @@ import pytest
 import torch
 from comparisons import assert_same_state, state
 from pipeline import kill_after_saving
+from scipy.integrate import trapezoid
 from stand_ins import work
 from tiny_synthesizers import synthesizer
 from torch import Tensor, nn
@@ -183,7 +184,7 @@ def test_gaussian_divergence():
     np.testing.assert_allclose(found, oracles.gaussian_divergence(*p, *q), rtol=1e-12)
     x = np.linspace(-30, 30, 200_001)[:, None]  # and by integration, which tells the two directions apart
     log_p, log_q = (-((x - m) ** 2) / (2 * v) - np.log(2 * np.pi * v) / 2 for m, v in (p, q))
-    np.testing.assert_allclose(found, np.trapezoid(np.exp(log_p) * (log_p - log_q), x, axis=0), rtol=1e-6)
+    np.testing.assert_allclose(found, trapezoid(np.exp(log_p) * (log_p - log_q), x, axis=0), rtol=1e-6)
     mean, variances = torch.zeros(2), torch.tensor([0.0, 4e-6])
     dead = gaussian_divergence(Moments(mean, variances), Moments(mean, torch.zeros(2)))
     np.testing.assert_allclose(dead, [0, (4 - 1 - np.log(4)) / 2], rtol=1e-6)  # variances are at least 1e-6

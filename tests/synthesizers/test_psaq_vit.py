@@ -6,6 +6,7 @@ import numpy as np
 import oracles
 import pytest
 import torch
+from scipy.integrate import trapezoid
 from tiny_synthesizers import synthesizer
 from torch import nn
 
@@ -44,7 +45,7 @@ def entropy(values: list[np.ndarray], bandwidth: float, points: int, among: list
         for image in cosines(each):
             kernels = np.exp(-((places[:, None] - image.reshape(1, -1)) ** 2) / (2 * bandwidth**2))
             density = kernels.mean(1) / np.sqrt(2 * np.pi * bandwidth**2) + 1e-4
-            single.append(np.trapezoid(-density * np.log(density), places))
+            single.append(trapezoid(-density * np.log(density), places))
         total += np.mean(single)
     return total
 
