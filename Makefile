@@ -1,4 +1,4 @@
-.PHONY: help format lint quick test kill-test mutation-test bench gpu demo readme clean
+.PHONY: help format lint quick test oldest kill-test mutation-test bench gpu demo readme clean
 SHELL := bash
 BIN := $(CURDIR)/.venv/bin
 
@@ -34,6 +34,14 @@ format: .venv/.done ## Format the code
 	$(BIN)/ruff format .
 	$(BIN)/ruff check --fix .
 
+oldest: ## The quick tests with the oldest versions that pyproject.toml allows; what libraries draw and write differs
+	python3 -m venv .oldest
+	.oldest/bin/pip install --quiet uv
+	.oldest/bin/uv pip install --quiet --python .oldest --resolution lowest-direct -e . "pytest>=9" "pytest-xdist>=3.6"
+	OMP_NUM_THREADS=1 .oldest/bin/python -m pytest -n auto --dist loadfile --no-loadscope-reorder -m "not slow" \
+	  --deselect tests/report/test_readme.py::test_pictures_are_made_from_what_is_kept \
+	  --deselect "tests/data/test_image_files.py::test_four_channels_are_those_of_the_file[YCbCr]"
+
 kill-test: .venv/.done ## Kill commands of every kind at COUNT=100 random moments: the same hashes each time
 	OMP_NUM_THREADS=1 $(BIN)/python tests/kills.py $(COUNT)
 
@@ -50,4 +58,4 @@ readme: .venv/.done ## Write the tables of the READMEs anew, from results/ and t
 	$(BIN)/python tests/readme.py README.md results/README.md
 
 clean: ## Remove what the other targets made
-	rm -rf demo build dist .venv *.egg-info .pytest_cache .ruff_cache .mypy_cache
+	rm -rf demo build dist .venv .oldest *.egg-info .pytest_cache .ruff_cache .mypy_cache
