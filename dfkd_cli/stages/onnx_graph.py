@@ -29,6 +29,7 @@ from dfkd_cli.models.classifier import Classifier
 from dfkd_cli.models.quantized import RoundingLayer, integers, unchanging
 
 OPSET, WITH_INT4 = 20, 21  # runtimes need to know no more than the file has
+EXPORTS, INSTALL = "2.11", "pip install 'dfkd[export]'"  # the first PyTorch whose exporter takes rounding
 INPUT, OUTPUT = "pixels", "logits"
 PACKED = 4  # bits of which two share a byte
 TINY = 1e-30  # the least scale of a channel that BatchNorm multiplies by 0
@@ -39,7 +40,7 @@ def to_onnx(classifier: Classifier, facts: dict[str, Any]) -> bytes:
     """An ONNX model that answers as the classifier does in evaluation, with its classes and ``facts`` as metadata.
 
     Raises:
-        ConfigError: onnx or onnxscript is not installed.
+        ConfigError: onnx or onnxscript is not installed, or PyTorch is too old.
         ArtifactError: The network cannot be exported.
     """
     try:
@@ -47,7 +48,9 @@ def to_onnx(classifier: Classifier, facts: dict[str, Any]) -> bytes:
         import onnxscript  # noqa: F401  # torch's exporter needs it
         from onnx_ir.passes import common
     except ImportError as error:
-        raise ConfigError(f"{error.name} is not installed", "pip install 'dfkd[export]'") from None
+        raise ConfigError(f"{error.name} is not installed", INSTALL) from None
+    if torch.__version__ < EXPORTS:
+        raise ConfigError(f"export: PyTorch {torch.__version__} is too old for it", INSTALL)
 
     with unchanging(classifier.net):
         model = _exported(classifier.eval())

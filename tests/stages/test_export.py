@@ -394,6 +394,12 @@ def test_nothing_is_reported_home(exported, tmp_path):
     assert not list(tmp_path.glob("home/**/*onnxruntime*"))
 
 
+def test_a_pytorch_that_cannot_is_named(cli, place, tmp_path, monkeypatch):
+    monkeypatch.setattr(torch, "__version__", torch.torch_version.TorchVersion("2.10.1+cu128"))
+    code, _, err = export(cli, place / "small", tmp_path / "export")
+    assert (code, "PyTorch 2.10.1+cu128 is too old for it -- pip install 'dfkd[export]'" in err) == (2, True), err
+
+
 def test_what_fails_leaves_no_model(cli, place, tmp_path, monkeypatch):
     out = tmp_path / "deciding"
     code, _, err = export(cli, place / "deciding", out)
