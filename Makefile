@@ -37,7 +37,7 @@ format: .venv/.done ## Format the code
 oldest: ## The quick tests with the oldest versions that pyproject.toml allows; what libraries draw and write differs
 	python3 -m venv .oldest
 	.oldest/bin/pip install --quiet uv
-	.oldest/bin/uv pip install --quiet --python .oldest --resolution lowest-direct -e . "pytest>=9" "pytest-xdist>=3.6"
+	.oldest/bin/uv pip install --quiet --python .oldest --resolution lowest-direct -e . "pytest>=9" "pytest-xdist>=3.8"
 	OMP_NUM_THREADS=1 .oldest/bin/python -m pytest -n auto --dist loadfile --no-loadscope-reorder -m "not slow" \
 	  --deselect tests/report/test_readme.py::test_pictures_are_made_from_what_is_kept \
 	  --deselect "tests/data/test_image_files.py::test_four_channels_are_those_of_the_file[YCbCr]"
