@@ -190,6 +190,7 @@ def test_file_must_exist_and_be_of_a_known_type(tmp_path):
         (gzip.compress(b"weights"), "compressed by gzip", "unpack it"),
         (b"\x89HDF\r\n\x1a\n" + bytes(100), "HDF5", "only weights of PyTorch"),
     ],
+    ids=["lfs", "html", "gzip", "hdf5"],  # not the bytes: those of gzip have the time in them
 )
 def test_files_of_other_kinds_are_named_with_what_brings_the_weights(tmp_path, content, what, hint):
     file = tmp_path / "w.pth"
