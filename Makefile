@@ -1,6 +1,7 @@
 .PHONY: help format lint quick test oldest kill-test mutation-test bench gpu demo readme clean
 SHELL := bash
 BIN := $(CURDIR)/.venv/bin
+TESTS := -m pytest -n auto --dist loadfile --no-loadscope-reorder
 
 help: ## List the targets
 	@grep -E '^[a-z-]+:.*##' $(MAKEFILE_LIST) | sed 's/:.*##/\t/'
@@ -20,10 +21,10 @@ demo: .venv/.done ## The five commands on the bundled digits, in demo/, with the
 	  dfkd compare student/ )
 
 test: .venv/.done lint ## All tests, style and types
-	OMP_NUM_THREADS=1 $(BIN)/python -m pytest -n auto --dist loadfile --no-loadscope-reorder
+	OMP_NUM_THREADS=1 $(BIN)/python $(TESTS)
 
 quick: .venv/.done ## The tests that run no whole commands: mathematics, files, settings
-	OMP_NUM_THREADS=1 $(BIN)/python -m pytest -n auto --dist loadfile --no-loadscope-reorder -m "not slow"
+	OMP_NUM_THREADS=1 $(BIN)/python $(TESTS) -m "not slow"
 
 lint: .venv/.done ## Style, unused code, docstrings, types
 	$(BIN)/ruff format --check .
@@ -38,7 +39,7 @@ oldest: ## The quick tests with the oldest versions that pyproject.toml allows; 
 	python3 -m venv .oldest
 	.oldest/bin/pip install --quiet uv
 	.oldest/bin/uv pip install --quiet --python .oldest --resolution lowest-direct -e . "pytest>=9" "pytest-xdist>=3.8"
-	OMP_NUM_THREADS=1 .oldest/bin/python -m pytest -n auto --dist loadfile --no-loadscope-reorder -m "not slow" \
+	OMP_NUM_THREADS=1 .oldest/bin/python $(TESTS) -m "not slow" \
 	  --deselect tests/report/test_readme.py::test_pictures_are_made_from_what_is_kept \
 	  --deselect "tests/data/test_image_files.py::test_four_channels_are_those_of_the_file[YCbCr]"
 

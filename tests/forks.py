@@ -27,7 +27,7 @@ from torch.utils.benchmark import Timer
 from dfkd_cli import stages
 
 os.fsync = lambda _: None  # no test cuts the power: what is written need not reach the disk
-if not torch.cuda.is_available():  # it formats a stack trace for each kind of device that is not there
+if not torch.cuda.is_available():  # for each kind of device that is not there, it formats a stack trace
     torch.manual_seed = torch.default_generator.manual_seed
 # No test reads a latency of milliseconds; measuring it well would take most of the time of a command.
 Timer.blocked_autorange = functools.partialmethod(Timer.blocked_autorange, min_run_time=0.01)  # type: ignore

@@ -16,6 +16,7 @@ from dfkd_cli.models.classifier import Classifier, ModelInfo
 from dfkd_cli.models.directory import Input, Provenance, read_info
 
 RECORD, FILE = "export.json", "model.onnx"
+INSTALL = "pip install 'dfkd[export]'"
 # Without it, on x86 CPUs that have no VNNI, sums of two products of 8 bits are cut to 16 bits.
 EXACT = ("session.x64quantprecision", "1")
 
@@ -69,7 +70,7 @@ class OnnxNetwork(nn.Module):
         try:
             import onnxruntime
         except ImportError:
-            raise ConfigError("onnxruntime is not installed", "pip install 'dfkd[export]'") from None
+            raise ConfigError("onnxruntime is not installed", INSTALL) from None
         options = onnxruntime.SessionOptions()
         options.intra_op_num_threads, options.log_severity_level = threads, 4  # what it would log, it also raises
         if self.exact:

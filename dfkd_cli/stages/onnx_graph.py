@@ -26,10 +26,11 @@ from torch import Tensor
 
 from dfkd_cli.errors import ArtifactError, ConfigError
 from dfkd_cli.models.classifier import Classifier
+from dfkd_cli.models.exported import INSTALL
 from dfkd_cli.models.quantized import RoundingLayer, integers, unchanging
 
 OPSET, WITH_INT4 = 20, 21  # runtimes need to know no more than the file has
-EXPORTS, INSTALL = "2.11", "pip install 'dfkd[export]'"  # the first PyTorch whose exporter takes rounding
+EXPORTS = "2.11"  # the first PyTorch whose exporter takes rounding
 INPUT, OUTPUT = "pixels", "logits"
 PACKED = 4  # bits of which two share a byte
 TINY = 1e-30  # the least scale of a channel that BatchNorm multiplies by 0
