@@ -46,6 +46,8 @@ _DEVICES = ("null", "zero", "full", "random", "urandom", "tty", "ptmx", "pts", "
 _FONTS = os.path.join(os.environ.get("XDG_CACHE_HOME") or "~/.cache", "matplotlib")  # torchmetrics imports it
 _CACHES = (_FONTS, "~/.config/matplotlib", "~/.nv", "/tmp/nvidia-mps")
 _SUFFIXES = tuple(importlib.machinery.all_suffixes())
+_SETTINGS = (".json", ".yaml", ".yml", ".toml", ".ini", ".cfg")  # what code reads beside itself, if it is not large
+_LARGE = 2**16  # bytes
 
 
 @dataclass(frozen=True)
@@ -206,19 +208,31 @@ def _all_but(places: Iterable[str], sealed: Iterable[str]) -> Iterator[Rule]:
 
 
 def _code(folder: str, sealed: Iterable[str] = (), whole: bool = True) -> Iterator[Rule]:
-    """Rules that let modules in a directory be imported, and those in its packages: no other file beside them.
+    """Rules that let modules in a directory be imported, and those in its packages, and their settings be read.
 
-    No package is where datasets lie, whatever its name and files.
+    No other file beside them. No package is where datasets lie, whatever its name and files.
     """
     entries = _entries(folder)
-    files = [entry.path for entry in entries if entry.name.endswith(_SUFFIXES)]
-    if whole or files:
+    modules = [entry.path for entry in entries if entry.name.endswith(_SUFFIXES)]
+    if whole or modules:
         yield folder, LIST
-        yield from ((file, READ) for file in files)
+        yield from ((file, READ) for file in modules)
+        yield from ((entry.path, READ) for entry in entries if _has_settings(entry))
         for entry in entries:
             inside = os.path.join(os.path.realpath(entry.path), "")
             if entry.name.isidentifier() and entry.is_dir(follow_symlinks=False) and inside not in sealed:
                 yield from _code(entry.path, sealed, whole=False)
+
+
+def _has_settings(entry: os.DirEntry[str]) -> bool:
+    """Whether a file is small and of a kind that code reads its settings from; not a link, which may lead to data."""
+    with contextlib.suppress(OSError):  # it has gone
+        return (
+            entry.name.endswith(_SETTINGS)
+            and entry.is_file(follow_symlinks=False)
+            and entry.stat(follow_symlinks=False).st_size < _LARGE
+        )
+    return False
 
 
 def _entries(directory: str) -> list[os.DirEntry[str]]:

@@ -104,7 +104,10 @@ def kept() -> Iterator[None]:
         cause = error.__cause__ if isinstance(error, DfkdError) else error
         denied = isinstance(cause, PermissionError) or "Permission denied" in str(cause)
         if denied and _by_kernel and _active:
-            hint = "it can read what the command names, Python, the system and modules beside its code: make it one"
+            hint = (
+                "it can read what the command names, Python, the system, and beside its code modules, JSON, YAML, TOML "
+                "and INI files below 64 KiB"
+            )
             raise DataSealed(f"{cause}: refused, as {_active[-1].reason}", hint) from error
         raise
 

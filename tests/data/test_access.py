@@ -146,6 +146,9 @@ def test_code_of_the_working_directory_can_be_imported_and_no_data_there_read(he
     Path("utils/layers.py").write_text("from torch.nn import Flatten")
     Path("data/private.py").write_text("x = 1")
     Path("private.txt").write_text("x")
+    Path("models/net.json").write_text("{}")
+    Path("models/private.json").write_bytes(bytes(2**16))
+    Path("models/link.json").symlink_to("../private.txt")
     env = {
         "PYTHONSAFEPATH": "1",
         "PYTHONPATH": str(Path(dfkd_cli.__file__).parents[1]),
@@ -153,9 +156,11 @@ def test_code_of_the_working_directory_can_be_imported_and_no_data_there_read(he
     }
     reads = """from utils.layers import Flatten
 import os, dfkd_cli.data.seal as seal
+open("models/net.json").close()  # small settings beside the code
 seal._active = ()  # what Python keeps: the kernel alone is left
 for way in (open, os.open):
-    for name in ("private.txt", "plain/private.txt", "data/private.txt", "data/private.py"):
+    for name in ("private.txt", "plain/private.txt", "data/private.txt", "data/private.py",
+                 "models/private.json", "models/link.json"):
         try:
             way(name, *([os.O_RDONLY] if way is os.open else []))
             raise RuntimeError(f"read {name}")
