@@ -95,11 +95,13 @@ def each_read(value: Any, change: Callable[[str], str], key: str = "", above: st
 
 
 def placed(name: str, folders: Iterable[Path]) -> str:
-    """A relative path, or the SPEC of a Python file, in the first of the folders that has it.
+    """A relative path, or the SPEC of a Python file, in the first of the folders that has it; ``~`` is the user's home.
 
     As it is where none has, where it means the same from here, and where it is the name of something built in.
     """
     bits, spec = catalog.few_bits(name)
+    if spec.startswith("~"):
+        return bits + os.path.expanduser(spec)
     file, colon, factory = spec.partition(":")
     path = Path(file if file.endswith(".py") else spec)
     if not spec or path.is_absolute():

@@ -226,6 +226,17 @@ def test_relative_paths_are_those_beside_who_names_them(here):
     assert placed("./net.py:build", [here]) == "./net.py:build"  # the same from here: a spelling is an identity
 
 
+def test_the_users_home_is_where_a_recipe_says_so(here, monkeypatch):
+    monkeypatch.setenv("HOME", "/home/of/somebody")
+    write("r.yaml", {"teacher": "~/net.py:build", "student": "w8a8:~/net.py:build", "weights": "~/net.pt"})
+    place = "/home/of/somebody/net"
+    assert read_recipe(Path("r.yaml")) == {
+        "teacher": f"{place}.py:build",
+        "student": f"w8a8:{place}.py:build",
+        "weights": f"{place}.pt",
+    }
+
+
 @pytest.mark.parametrize("key", READ)
 def test_what_may_lie_at_a_url_may_lie_beside_the_recipe(key, here):
     network("there", 4)
