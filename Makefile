@@ -1,5 +1,6 @@
 .PHONY: help format lint quick test oldest kill-test mutation-test bench gpu demo readme clean
 SHELL := bash
+export PYTHONDONTWRITEBYTECODE :=  # tests start hundreds of processes: what they import is compiled once
 BIN := $(CURDIR)/.venv/bin
 TESTS := -m pytest -n auto --dist loadfile --no-loadscope-reorder
 

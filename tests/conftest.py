@@ -8,6 +8,7 @@ import importlib
 import os
 import signal
 import subprocess
+import sys
 from collections.abc import Callable, Iterator, Mapping
 from pathlib import Path
 from types import CodeType
@@ -59,12 +60,15 @@ def _names(code: CodeType) -> set[str]:
 def imports(request) -> Iterator[None]:
     """What commands need is imported before the first test; looking for garbage in it took an eighth of the time.
 
-    The server of ``forks.py`` does the same meanwhile.
+    The server of ``forks.py`` does the same meanwhile. From then on nothing that is compiled is kept: of networks that
+    tests write and change within a second, it would be taken for the new one.
     """
+    os.environ["PYTHONDONTWRITEBYTECODE"] = "1"
     if any(item.get_closest_marker("slow") for item in request.session.items):
         start_server()
         for name in STAGES:
             importlib.import_module(name)
+    sys.dont_write_bytecode = True
     gc.freeze()
     yield
     gc.unfreeze()

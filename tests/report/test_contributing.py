@@ -24,7 +24,7 @@ def repository(tmp_path_factory) -> Path:
     """A copy with all the examples, and with pages that list them."""
     root = tmp_path_factory.mktemp("stranger") / "repository"
     for name in (".github", "dfkd_cli", "recipes", "results", "tests"):
-        shutil.copytree(ROOT / name, root / name, ignore=shutil.ignore_patterns("__pycache__"))
+        shutil.copytree(ROOT / name, root / name)
     for name in ("README.md", "pyproject.toml"):
         shutil.copy(ROOT / name, root / name)
     examples = EXAMPLES.findall(PAGE.read_text(encoding="utf-8"))
