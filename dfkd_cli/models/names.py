@@ -22,7 +22,7 @@ from dfkd_cli.models.committee import committee
 from dfkd_cli.models.directory import identity, load_model, read_record
 from dfkd_cli.models.exported import RECORD as EXPORT
 from dfkd_cli.models.exported import load_export, read_export
-from dfkd_cli.models.registry import build, code_file, code_sha256, family, load_code
+from dfkd_cli.models.registry import build, code_file, code_hashes, family, load_code
 from dfkd_cli.models.weights import load_weights
 from dfkd_cli.options import FOREIGN, ForeignModel, SeenTeacher
 from dfkd_cli.trust import Code
@@ -180,19 +180,14 @@ class ForeignWeights:
         Raises:
             ArtifactError: A file is missing.
         """
-        if code_file(self.info.spec) is None:
-            return self._hash({})
-        return self._hash(self._code(code_sha256(self.info.spec)))
+        return self.hashes[0]
 
     @property
-    def older(self) -> list[str]:
-        """What earlier versions recorded of one with code: its whole file stood for that, or the SPEC as typed."""
-        file = code_file(self.info.spec)
-        return [] if file is None else [self._hash(self._code(sha256_file(file))), self._hash({})]
-
-    def _code(self, sha256: str) -> dict[str, str]:
+    def hashes(self) -> list[str]:
+        """That hash, and with code those of earlier versions: by its whole file, and by the SPEC as it was typed."""
         bits, rest = few_bits(self.info.spec)
-        return {"spec": bits + rest.partition(":")[2], "code": sha256}
+        factory = {"spec": bits + rest.partition(":")[2]}
+        return [*(self._hash(factory | {"code": code}) for code in code_hashes(self.info.spec)), self._hash({})]
 
     @functools.cached_property
     def _weights_sha256(self) -> str:
@@ -214,10 +209,9 @@ class ForeignWeights:
         """
         with torch.random.fork_rng(devices=[]):
             net = build(self.info.spec, self.info.num_classes, self.info.input_size, code.may_run(self.name))
-        sha256, size = self.sha256, self.weights.stat().st_size
+        (sha256, *older), size = self.hashes, self.weights.stat().st_size
         load_weights(net, self.weights, self.key)
         # Its older hashes are in its line, which its students go on with: images that were made then fit all of them.
-        older = self.older
         record = dataclasses.asdict(self.info) | {"provenance": {"line": older} if older else {}}
         formerly = older[0] if older else None
         return LoadedModel(Classifier(net, self.info), sha256, record, self.name, size=size, formerly=formerly)
@@ -241,9 +235,9 @@ class UserFunction:
         code.check(self.name)
         function = Function(load_code(self.name), self.name, self.info.num_classes)
         asked = Classifier(function, self.info.of_pixels())
-        file, facts = code_file(self.name), dataclasses.asdict(self.info)
-        sha256 = digest([facts, None if file is None else code_sha256(self.name)])
-        formerly = None if file is None else digest([facts, sha256_file(file)])
+        facts = dataclasses.asdict(self.info)
+        sha256, *older = (digest([facts, code]) for code in (*code_hashes(self.name),) or (None,))
+        formerly = older[0] if older else None
         return LoadedModel(asked, sha256, facts | {"provenance": {}}, self.name, unknown=True, formerly=formerly)
 
 
@@ -364,11 +358,8 @@ class Architecture:
             return [{"role": "weights", "path": self.copied.name, "sha256": self.copied.sha256}]
         if self.directory is not None:
             return [{"role": "architecture", "path": self.directory, "sha256": digest(self.spec)}]
-        file = code_file(self.spec)
-        if file is None:
-            return []
-        hashes = {"sha256": code_sha256(self.spec), "formerly": sha256_file(file)}
-        return [{"role": "architecture", "path": str(file)} | hashes]
+        hashes = dict(zip(("sha256", "formerly"), code_hashes(self.spec), strict=False))
+        return [{"role": "architecture", "path": str(code_file(self.spec))} | hashes] if hashes else []
 
 
 def architecture(name: str, code: Code = Code(), teacher: Location | None = None) -> Architecture:  # noqa: B008

@@ -20,7 +20,7 @@ import torch
 from torch import nn
 
 from dfkd_cli import models
-from dfkd_cli.artifacts.files import digest
+from dfkd_cli.artifacts.files import digest, sha256_file
 from dfkd_cli.catalog import few_bits, listed, stands_for
 from dfkd_cli.errors import ArtifactError, ConfigError, did_you_mean
 from dfkd_cli.models.adapter import adapt, watch
@@ -105,17 +105,21 @@ def code_file(spec: str) -> Path | None:
     return Path(source) if colon and source.endswith(".py") else None
 
 
-def code_sha256(spec: str) -> str:
-    """Stands for the code that a SPEC names: the function and all that it uses in its file.
+def code_hashes(spec: str) -> list[str]:
+    """What stands for the code that a SPEC names, and then what did so for earlier versions; nothing without a file.
+
+    It is the function and all that it uses in its file. Earlier it was the whole file.
 
     Raises:
         ArtifactError: There is no such file.
     """
     file, (_, _, name) = code_file(spec), few_bits(spec)[1].partition(":")
-    if file is None or not file.is_file():
+    if file is None:
+        return []
+    if not file.is_file():
         raise ArtifactError(f"no file {file}", "check the SPEC")
     text = file.read_bytes().decode("utf-8", errors="replace")
-    return digest(used(text, name.partition(".")[0]))
+    return [digest(used(text, name.partition(".")[0])), sha256_file(file)]
 
 
 def _torchvision(name: str, num_classes: int, input_size: Size) -> nn.Module:

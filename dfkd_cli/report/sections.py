@@ -60,8 +60,8 @@ def arrange(models: Sequence[Model], dataset: str | None, code: Code, judge: Mod
     teacher_hashes = {model.teacher for model in models}
     by_hash = {model.sha256: model for model in reversed(models)}
     for model in models:  # what students of older versions record of a foreign one
-        for older in model.location.older if isinstance(model.location, ForeignWeights) else ():
-            by_hash.setdefault(older, model)
+        for sha256 in model.location.hashes if isinstance(model.location, ForeignWeights) else ():
+            by_hash.setdefault(sha256, model)
     for model in models:
         if model.teacher is not None and not model.is_grid_teacher and not _is(model, judge):
             teacher = _teacher_of(model, by_hash, code) if judge is None or model.group is not None else judge
