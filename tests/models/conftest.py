@@ -1,10 +1,14 @@
-"""A user's own network."""
+"""A user's own network, and one whose weights are in files."""
 
 from __future__ import annotations
 
 from pathlib import Path
 
 import pytest
+import torch
+from torch import nn
+
+from dfkd_cli.models.registry import build
 
 FACTORY = """
 from torch import nn
@@ -36,3 +40,11 @@ def user_code(tmp_path, monkeypatch) -> Path:
     (tmp_path / "helper.py").write_text("from torch import nn\nlinear = nn.Linear\n")
     monkeypatch.chdir(tmp_path)
     return tmp_path
+
+
+@pytest.fixture(scope="module")
+def source() -> nn.Module:
+    """A network with other weights than those of one that a test draws, which is after seed 0."""
+    with torch.random.fork_rng():
+        torch.manual_seed(1)
+        return build("resnet8", 10, (1, 8, 8))
