@@ -168,6 +168,11 @@ def require_training(net: nn.Module, spec: str, num_classes: int, input_size: tu
     learns = any(parameter.requires_grad for parameter in net.parameters())
     if learns and not answers.requires_grad:
         raise ConfigError(f"{spec}: no gradient comes back from its answers", f"leave {NO_GRADIENTS} out of forward")
+    try:
+        nn.ModuleList([net]).state_dict()
+    except TypeError as error:
+        hint = "let its state_dict take *args and **kwargs and hand them on, as PyTorch calls it"
+        raise ConfigError(f"{spec}: its weights cannot be kept: {error}", hint) from error
 
 
 def logits_in(output: Any) -> Any:

@@ -222,9 +222,12 @@ def _follows(logits: Tensor, output: Tensor) -> bool:
 
 
 def is_batch_norm(layer: nn.Module) -> TypeGuard[_BatchNorm]:
-    """Whether a layer is BatchNorm, or the like of somebody's own, with frozen statistics."""
-    own = all(isinstance(getattr(layer, name, None), Tensor) for name in ("running_mean", "running_var"))
-    return isinstance(layer, _BatchNorm) or (own and not isinstance(layer, _NormBase))
+    """Whether a layer is BatchNorm, or the like of somebody's own: with statistics of each channel, in any shape."""
+    if isinstance(layer, _NormBase):
+        return isinstance(layer, _BatchNorm)
+    sizes = [value.shape for name in ("running_mean", "running_var")
+             if isinstance(value := getattr(layer, name, None), Tensor) and not is_lazy(value)]  # fmt: skip
+    return len(sizes) == 2 and sizes[0] == sizes[1] and sizes[0].numel() == max(sizes[0], default=0)
 
 
 def probe(net: nn.Module, input_size: tuple[int, int, int], count: int = 1) -> Any:
@@ -252,23 +255,30 @@ def _like(net: nn.Module) -> Tensor:
 
 @contextlib.contextmanager
 def undisturbed(net: nn.Module, training: bool = False) -> Iterator[None]:
-    """Run ``net`` in one mode and without gradients; then modes, buffers and the random state are as they were."""
-    like = _like(net)
+    """Run ``net`` in one mode and without gradients; then modes, values and the random state are as they were.
+
+    So are parameters that a pass changes, as statistics may be. What a network does when its mode is set, such as to
+    merge weights, it has to undo itself when it is set back.
+    """
+    like, was = _like(net), net.training
     modes = [(module, module.training) for module in net.modules()]
-    buffers = [
-        (module, name, buffer, buffer.clone())
-        for module in net.modules()
-        for name, buffer in module.named_buffers(recurse=False)
-        if not is_lazy(buffer)
-    ]
     with torch.no_grad(), torch.random.fork_rng(devices=[like.device] if like.is_cuda else []):
         net.train(training)
+        held = [
+            (module, name, tensor, tensor.clone())
+            for module in net.modules()
+            for name, tensor in (*module.named_parameters(recurse=False), *module.named_buffers(recurse=False))
+            if not is_lazy(tensor)
+        ]
         try:
             yield
         finally:
+            for module, name, tensor, value in held:
+                setattr(module, name, tensor)  # another one may have been put in its place
+                if tensor.shape != value.shape:
+                    tensor.resize_(value.shape)
+                if not torch.equal(tensor, value):
+                    tensor.copy_(value)
+            net.train(was)
             for module, mode in modes:
                 module.training = mode
-            for module, name, buffer, value in buffers:
-                setattr(module, name, buffer)  # it may have been put in another one's place
-                if not torch.equal(buffer, value):
-                    buffer.copy_(value)

@@ -16,9 +16,9 @@ from dfkd_cli.artifacts.integrity import check_finished, intact
 from dfkd_cli.artifacts.records import Classes, Count, Hashed, ImageShape, read_json
 from dfkd_cli.catalog import few_bits
 from dfkd_cli.errors import ArtifactError, ConfigError, RunFailed
-from dfkd_cli.models.classifier import Classifier, ModelInfo
+from dfkd_cli.models.classifier import Classifier, ModelInfo, undisturbed
 from dfkd_cli.models.registry import build, family
-from dfkd_cli.models.weights import load_weights, not_finite
+from dfkd_cli.models.weights import load_weights, not_finite, state_of
 from dfkd_cli.trust import Code
 
 SCHEMA = 1
@@ -69,16 +69,19 @@ def identity(record: Mapping[str, Any]) -> str:
 
 
 def save_weights(path: Path, net: nn.Module) -> str:
-    """Write a network's weights as safetensors. Returns their sha256.
+    """Write a network's weights as safetensors, as they are in training. Returns their sha256.
+
+    Some networks merge weights for evaluation, and would do so again with what was merged.
 
     Raises:
         RunFailed: They are not finite: :func:`~dfkd_cli.models.weights.not_finite`.
     """
-    # Copies of their own: safetensors refuses tensors that share memory, such as tied weights.
-    state = {
-        key: value.detach().to("cpu", copy=True, memory_format=torch.contiguous_format)
-        for key, value in net.state_dict().items()
-    }
+    with undisturbed(net, training=True):
+        # Copies of their own: safetensors refuses tensors that share memory, such as tied weights.
+        state = {
+            key: value.detach().to("cpu", copy=True, memory_format=torch.contiguous_format)
+            for key, value in state_of(net).items()
+        }
     if not_finite(state, net):
         raise RunFailed(
             f"{path}: the weights are not finite",
@@ -129,10 +132,11 @@ def load_model(
         with torch.random.fork_rng(devices=[]):
             code = code or Code(artifacts=allow_code)
             spec = code.locate(info.spec, directory)
-            net = build(spec, info.num_classes, info.input_size, code.may_run(spec))
+            net = build(
+                spec, info.num_classes, info.input_size, code.may_run(spec), lambda net: load_weights(net, weights)
+            )
     except ConfigError as error:  # not the user's words but the directory's
         raise ArtifactError(f"{directory}: {error.message}", error.hint) from error
-    load_weights(net, weights)
     return Classifier(net, info), record
 
 

@@ -11,6 +11,7 @@ from pathlib import Path
 from typing import Any, ClassVar, Literal
 
 import torch
+from torch import nn
 
 from dfkd_cli.artifacts.files import digest, sha256_file
 from dfkd_cli.artifacts.shards import MANIFEST, ShardReader, as_pixels
@@ -207,10 +208,13 @@ class ForeignWeights:
             ConfigError: It cannot be built.
             ArtifactError: The file is missing, or is not of this network; or the SPEC is code that may not run.
         """
-        with torch.random.fork_rng(devices=[]):
-            net = build(self.info.spec, self.info.num_classes, self.info.input_size, code.may_run(self.name))
         (sha256, *older), size = self.hashes, self.weights.stat().st_size
-        load_weights(net, self.weights, self.key)
+
+        def load(net: nn.Module) -> None:
+            load_weights(net, self.weights, self.key)
+
+        with torch.random.fork_rng(devices=[]):
+            net = build(self.info.spec, self.info.num_classes, self.info.input_size, code.may_run(self.name), load)
         # Its older hashes are in its line, which its students go on with: images that were made then fit all of them.
         record = dataclasses.asdict(self.info) | {"provenance": {"line": older} if older else {}}
         formerly = older[0] if older else None

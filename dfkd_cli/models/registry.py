@@ -18,21 +18,27 @@ from typing import Any
 
 import torch
 from torch import nn
+from torch.nn.parameter import is_lazy
 
 from dfkd_cli import models
 from dfkd_cli.artifacts.files import digest, sha256_file
 from dfkd_cli.catalog import few_bits, listed, stands_for
 from dfkd_cli.errors import ArtifactError, ConfigError, did_you_mean
-from dfkd_cli.models.adapter import adapt, watch
+from dfkd_cli.models.adapter import Habits, adapt, logits_in, watch
 from dfkd_cli.models.quantized import quantize
 from dfkd_cli.models.source import used
-from dfkd_cli.models.weights import require_tensors
+from dfkd_cli.models.weights import require_tensors, state_of
 
 Size = tuple[int, int, int]
 
 
-def build(spec: str, num_classes: int, input_size: Size, allow_code: bool = False) -> nn.Module:
-    """A freshly initialised network that turns normalised images (B, C, H, W) into logits (B, K).
+Load = Callable[[nn.Module], None]
+
+
+def build(
+    spec: str, num_classes: int, input_size: Size, allow_code: bool = False, load: Load | None = None
+) -> nn.Module:
+    """A network that turns normalised images (B, C, H, W) into logits (B, K).
 
     Args:
         spec: A built-in name, ``torchvision:NAME``, ``timm:NAME``, ``package.module:factory`` or ``./file.py:factory``.
@@ -41,10 +47,12 @@ def build(spec: str, num_classes: int, input_size: Size, allow_code: bool = Fals
         num_classes: Number of logits K.
         input_size: Images (C, H, W).
         allow_code: Whether ``spec`` may name code to import. The user's own words may, a stranger's artifact may not.
+        load: What puts its weights into it; without, it is freshly initialised.
 
     Raises:
         ConfigError: The name is unknown, or the network cannot be built or run for these images.
-        ArtifactError: Code was named but is not allowed, or the network's output is not (B, K).
+        ArtifactError: Code was named but is not allowed, the network's output is not (B, K), or that of weights is not
+            finite.
     """
     bits, rest = few_bits(spec)
     if bits:
@@ -53,6 +61,8 @@ def build(spec: str, num_classes: int, input_size: Size, allow_code: bool = Fals
         if not (2 <= weights <= 8 and 2 <= activations <= 8):
             raise ConfigError(f"{spec}: {bits[:-1]} is not a pair of widths from 2 to 8", "e.g. w8a8, w4a8 or w4a4")
         quantize(net, weights, activations, input_size, rest)
+        if load is not None:
+            load(net)
         return net
     source, colon, name = spec.partition(":")
     if not colon:
@@ -66,11 +76,37 @@ def build(spec: str, num_classes: int, input_size: Size, allow_code: bool = Fals
     else:
         raise ArtifactError(f"{spec}: this model is code, which is not run", "pass --allow-code if you trust it")
     shown = "x".join(map(str, input_size))
-    with _as_config_error(f"{spec}: cannot run on {shown} images", "check --input-size; --debug shows where"):
-        habits = watch(net, input_size)
+
+    def run() -> Habits:
+        with _as_config_error(f"{spec}: cannot run on {shown} images", "check --input-size; --debug shows where"):
+            return watch(net, input_size)
+
+    if load is not None:
+        _load(net, load, run)
+    habits = run()
     adapt(net, spec, num_classes, habits)
+    if load is not None and not logits_in(habits.outputs[False]).isfinite().all():
+        raise ArtifactError(f"{spec}: with these weights its answers are not finite", "take an earlier file of weights")
     require_tensors(net)
     return net
+
+
+def _load(net: nn.Module, load: Load, run: Callable[[], Any]) -> None:
+    """Put weights into a network before it runs: what it makes of those that it has then, it may keep.
+
+    Of some networks parts come into being when they run.
+    """
+    before = state_of(net)
+    try:
+        if not any(map(is_lazy, before.values())):
+            load(net)
+            return
+        run()
+    except ArtifactError:
+        run()
+        if state_of(net).keys() == before.keys():
+            raise
+    load(net)
 
 
 @contextlib.contextmanager
@@ -219,8 +255,8 @@ def _user_code(spec: str, num_classes: int, input_size: Size) -> nn.Module:
 
 @contextlib.contextmanager
 def _foreign(spec: str, when: str, hint: str | Callable[[Exception], str]) -> Iterator[None]:
-    """Run a user's code as a script's: it sees no arguments of this program's, and does not end it."""
-    words, source = sys.argv, spec.partition(":")[0]
+    """Run a user's code as a script's: it sees no arguments of this program's, does not end it, and sets no types."""
+    words, source, floats = sys.argv, spec.partition(":")[0], torch.get_default_dtype()
     sys.argv = [source]
     try:
         with _as_config_error(f"{spec}: failed", hint), _beside(source):
@@ -231,6 +267,7 @@ def _foreign(spec: str, when: str, hint: str | Callable[[Exception], str]) -> It
         raise ConfigError(f"{spec}: ends the program when it is {when}: {error.code}", mend) from error
     finally:
         sys.argv = words
+        torch.set_default_dtype(floats)
 
 
 def _beside(source: str) -> AbstractContextManager[None]:

@@ -64,7 +64,7 @@ def recorded_moments(classifier: Classifier) -> dict[str, Moments]:
     for name, layer in _layers(classifier).items():
         mean, variance = layer.running_mean, layer.running_var
         assert isinstance(mean, Tensor) and isinstance(variance, Tensor)  # what batch_norms() is about
-        moments[name] = Moments(mean, variance)
+        moments[name] = Moments(mean.flatten(), variance.flatten())
     return moments
 
 
@@ -239,12 +239,18 @@ def layer_divergence(seen: Moments, recorded: Moments, reverse: bool = False) ->
 
 @contextlib.contextmanager
 def _inputs(classifier: Classifier, take: Callable[[str, int, Tensor], None]) -> Iterator[None]:
-    """Call ``take`` with the name of a BatchNorm layer, which of its runs in this pass it is, and what goes into it."""
+    """Call ``take`` with the name of a BatchNorm layer, which of its runs in this pass it is, and what goes into it.
+
+    That is (B, C, ...), also where a layer of somebody's own takes (B, ..., C).
+    """
     runs: Counter[str] = Counter()
+
+    channels = {name: len(recorded.mean) for name, recorded in recorded_moments(classifier).items()}
 
     def watch(name: str) -> Any:
         def before(_: nn.Module, inputs: tuple[Any, ...], named: dict[str, Any]) -> None:
-            take(name, runs[name], first(*inputs, *named.values()))
+            values = first(*inputs, *named.values())
+            take(name, runs[name], values if values.shape[1] == channels[name] else values.transpose(1, -1))
             runs[name] += 1
 
         return before

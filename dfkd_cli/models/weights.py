@@ -73,14 +73,16 @@ def load_weights(net: nn.Module, file: Path, key: str | None = None) -> None:
             raise ConfigError(f"--weights-key {key}: not in {file}", did_you_mean(key, _outermost(entries)))
         entries = within
     require_tensors(net)
-    expected = net.state_dict()
+    expected = state_of(net)
     found = _fitting(entries, expected, file)
     _check_kinds(found, net, file)
     state = _check_fit(found, net, file)
     if bad := not_finite(state, net):
         hint = "the training that made them failed; take an earlier file"
         raise ArtifactError(f"{file}: not finite: {some(bad)}", hint)
-    net.load_state_dict(_of_versions(state, expected), strict=False)  # strictness is checked above, in fewer words
+    nn.Module.load_state_dict(
+        net, _of_versions(state, expected), strict=False
+    )  # strictness is checked above, in fewer words
 
 
 def _of_versions(state: Mapping[str, Tensor], like: Mapping[str, Tensor] | None = None) -> OrderedDict[str, Tensor]:
@@ -204,7 +206,7 @@ def _check_fit(state: dict[str, Tensor], net: nn.Module, file: Path) -> dict[str
 
     Refuses what does not; leaves out auxiliary heads and counts that the network does not have, and says so.
     """
-    expected = net.state_dict()
+    expected = state_of(net)
     # Tied weights are one tensor under several keys, of which a file may have one.
     there = {_place(expected[key]) for key in state if key in expected}
     missing = [
@@ -240,11 +242,11 @@ def _check_fit(state: dict[str, Tensor], net: nn.Module, file: Path) -> dict[str
 def _renamed(state: Mapping[str, Tensor], net: nn.Module) -> dict[str, Tensor] | None:
     """The state of a copy of the network that has taken one with other names, as far as its layers know these."""
     state = {_DENSENET.sub(r"\1\2", key): value for key, value in state.items()}
-    for like in (None, net.state_dict()):
+    for like in (None, state_of(net)):
         with contextlib.suppress(Exception):  # it cannot be copied, does not fit, or code of its own fails
             twin = copy.deepcopy(net)
-            twin.load_state_dict(_of_versions(state, like))
-            return dict(twin.state_dict())
+            nn.Module.load_state_dict(twin, _of_versions(state, like))
+            return dict(state_of(twin))
     return None
 
 
@@ -263,7 +265,7 @@ def _place(value: Tensor) -> tuple[Any, ...]:
 
 def _check_kinds(state: Mapping[str, Tensor], net: nn.Module, file: Path) -> None:
     """Refuse what can be no network's weights as it is: sparse, without values, complex, or whole numbers."""
-    expected, parameters = net.state_dict(), dict(net.named_parameters(remove_duplicate=False))
+    expected, parameters = state_of(net), dict(net.named_parameters(remove_duplicate=False))
 
     def fits(value: Tensor, parameter: Tensor | None) -> bool:
         floating = parameter is None or value.is_floating_point() or not parameter.is_floating_point()
@@ -282,13 +284,18 @@ def plain(value: Any) -> bool:
     return isinstance(value, Tensor) and value.layout is torch.strided and not (value.is_meta or value.is_quantized)
 
 
+def state_of(net: nn.Module) -> dict[str, Tensor]:
+    """What a network holds, by the names that PyTorch gives it, whatever its own ``state_dict`` may do."""
+    return nn.Module.state_dict(net)
+
+
 def require_tensors(net: nn.Module) -> None:
     """Check that a network's state can be stored, before it is trained.
 
     Raises:
         ConfigError: There is more in it than dense tensors.
     """
-    if others := [key for key, value in net.state_dict().items() if not plain(value)]:
+    if others := [key for key, value in state_of(net).items() if not plain(value)]:
         what = f"{type(net).__name__}: its state is more than dense tensors: {some(others)}"
         raise ConfigError(what, "keep it in buffers, or out of the state_dict: without get_extra_state")
 
@@ -296,10 +303,14 @@ def require_tensors(net: nn.Module) -> None:
 def not_finite(state: Mapping[str, Tensor], net: nn.Module) -> list[str]:
     """Of a network's state, the keys of parameters and of BatchNorm's statistics that are not finite.
 
-    Other buffers may hold anything: infinity as masks do, NaN where nothing has been seen yet.
+    Nor is the square root of a variance below 0. Other buffers may hold anything: infinity as masks do, NaN where
+    nothing has been seen yet.
     """
     vital = {key for key, _ in net.named_parameters(remove_duplicate=False)}
+    variances = set()
     for path, layer in net.named_modules(remove_duplicate=False):
         if is_batch_norm(layer):
             vital |= {f"{path}.{name}" if path else name for name, _ in layer.named_buffers(recurse=False)}
-    return [key for key, value in state.items() if key in vital and not value.float().isfinite().all()]
+            variances.add(f"{path}.running_var" if path else "running_var")
+    bad = [key for key, value in state.items() if key in vital and not value.float().isfinite().all()]
+    return bad + [f"{key} (below 0)" for key, value in state.items() if key in variances and (value < 0).any()]
