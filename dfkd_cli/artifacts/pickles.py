@@ -31,6 +31,7 @@ _OTHERS = {
     b"\x89HDF": ("an HDF5 file, as Keras has", "only weights of PyTorch can be read"),
     b"GGUF": ("a GGUF file", "only weights of PyTorch can be read"),
 }
+_MAGIC = 0x1950A86A20F9469CFC6C.to_bytes(10, "little")  # in what torch.save wrote before PyTorch 1.6
 _CLASSES = 100  # of metadata, that a file may have
 _LISTED = 3  # names in a message
 # Of what the items of a class that is not PyTorch's own are put in, by the word for it in the error. An OrderedDict can
@@ -115,9 +116,12 @@ def _refuse(error: Exception, unread: list[str], path: Path) -> NoReturn:
     """Say what is the matter with a file that cannot be read, perhaps for what it holds beside tensors."""
     name = next(iter(re.findall(r"GLOBAL (\S+)", str(error))), None)
     protocol = _protocol(path)
+    if protocol is not None and not _is_ours(path):
+        what = "a pickle that torch.save did not write, which is never read: it would run code"
+        raise ArtifactError(f"{path}: {what}", alone('pickle.load(open(FILE, "rb"))')) from None
     if protocol not in (None, PROTOCOL):
         what = f"written with pickle_protocol={protocol}, which is never read: it would run code"
-        raise ArtifactError(f"{path}: {what}", alone()) from None
+        raise ArtifactError(f"{path}: {what}", alone(LOADED)) from None
     if name or unread or "TorchScript" in str(error):
         # Files from before PyTorch 1.6 name the source code of networks, and of nothing else, where storages are named.
         network = "Only persistent_load of storage" in str(error)
@@ -138,6 +142,18 @@ def _refuse_archive(path: Path) -> None:
         if name in _ARCHIVES:
             what, weights = _ARCHIVES[name]
             raise ArtifactError(f"{path}: {what}", f"save its weights alone: torch.save({weights}, NEW)")
+    if names and all(name.endswith(".npy") for name in names):
+        weights = "{k: torch.as_tensor(v) for k, v in numpy.load(FILE).items()}"
+        if names[0].startswith("arr_"):  # which says in what order they were given, and no name
+            weights = "dict(zip(net.state_dict(), map(torch.as_tensor, numpy.load(FILE).values())))"
+        raise ArtifactError(f"{path}: arrays of NumPy", f"save them as tensors: torch.save({weights}, NEW)")
+
+
+def _is_ours(path: Path) -> bool:
+    """Whether a file looks like one of ``torch.save``'s."""
+    with path.open("rb") as stream:
+        start = stream.read(100)
+        return _MAGIC in start or zipfile.is_zipfile(stream)
 
 
 def refuse_code(names: Iterable[str], path: Path, weights: str | None = None) -> NoReturn:

@@ -141,6 +141,8 @@ def require_gradients(net: nn.Module, spec: str, input_size: tuple[int, int, int
             answer = logits_in(net(images)).square().sum()
         reached = answer.requires_grad and torch.autograd.grad(answer, images, allow_unused=True)[0] is not None
     except Exception as error:  # foreign code can raise anything
+        if "checkpoint" in str(error).lower():
+            hint = "switch gradient checkpointing off where it is built"
         raise ArtifactError(f"{spec}: fails where gradients are taken: {str(error)[:200]}", hint) from error
     if not reached:
         raise ArtifactError(f"{spec}: no gradient comes back to its images", hint)

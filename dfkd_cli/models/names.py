@@ -193,6 +193,8 @@ class ForeignWeights:
     @functools.cached_property
     def _weights_sha256(self) -> str:
         """Of a file that may be large, for all hashes that it is in."""
+        if self.weights.is_dir():
+            raise ArtifactError(f"{self.weights} is a directory", "give the file of weights in it to --weights")
         if not self.weights.is_file():
             raise ArtifactError(f"no weights file {self.weights}", "check --weights")
         return sha256_file(self.weights)

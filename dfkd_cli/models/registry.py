@@ -78,7 +78,7 @@ def build(
     shown = "x".join(map(str, input_size))
 
     def run() -> Habits:
-        with _as_config_error(f"{spec}: cannot run on {shown} images", "check --input-size; --debug shows where"):
+        with _as_config_error(f"{spec}: cannot run on {shown} images", _of_run):
             return watch(net, input_size)
 
     if load is not None:
@@ -220,8 +220,31 @@ def load_code(spec: str) -> Callable[..., Any]:
     return made
 
 
+def _of_run(error: Exception) -> str:
+    """A hint for a network that cannot run."""
+    text = str(error).lower()
+    if isinstance(error, TypeError) and "missing" in text:
+        return "it gets images alone: give what else its forward takes a default"
+    if "cuda" in text or "nvidia" in text:
+        return "leave .cuda() and devices out of it: it is put where it is to run"
+    if any(kind in text for kind in ("dtype", "bfloat16", "half", "double")):
+        return "it is run in float32: leave other types out of it"
+    if isinstance(error, AssertionError):
+        return "it is tried on noise with mean 0 and std 1, two at a time: check --input-size, or what it asserts"
+    return "check --input-size; --debug shows where"
+
+
+def _of_call(error: Exception) -> str:
+    """A hint for a factory that fails."""
+    if isinstance(error, OSError):
+        return "build it without weights that have to be fetched, or are elsewhere: --weights brings them"
+    return "it can be called with nothing, num_classes or input_size, which is given as (channels, height, width)"
+
+
 def _of_import(spec: str, error: Exception) -> str:
     """A hint for what a file cannot import."""
+    if isinstance(error, ModuleNotFoundError):
+        return "modules are looked for beside the file, here, and in the directories that PYTHONPATH names"
     if not isinstance(error, ImportError) or "no known parent package" not in str(error):
         return ""
     file, _, name = spec.partition(":")
@@ -238,8 +261,7 @@ def _user_code(spec: str, num_classes: int, input_size: Size) -> nn.Module:
     if isinstance(make, nn.Module):
         hint = "name a function that returns it, such as def build(): return Net()"
         raise ConfigError(f"{spec}: is a network, not a function that makes one", hint)
-    hint = "it can be called with nothing, num_classes or input_size, which is given as (channels, height, width)"
-    with _foreign(spec, "called", hint):
+    with _foreign(spec, "called", _of_call):
         declared = inspect.signature(make).parameters
         offered = {"num_classes": num_classes, "input_size": input_size}
         named = {key: value for key, value in offered.items() if key in declared}

@@ -27,6 +27,8 @@ _PREFERRED = ("state_dict", "model_state_dict", "model", "net", "weights", "teac
 _AUXILIARY = re.compile(r"aux", re.IGNORECASE)  # heads that only help in training, as of Inception
 _COUNTS = re.compile(r"(.*\.)?total_(ops|params)")  # buffers that thop leaves in every layer whose cost it counted
 _UNCOUNTED = "num_batches_tracked"  # inference does not use it; files from before PyTorch 0.4.1 lack it
+_STATISTICS = ("running_mean", "running_var")
+_WHOLE_NUMBERS = ("zero_point", "_packed_params._packed_params")
 _LEFT_OUT = "torch.save({k: v for k, v in state.items() if k in net.state_dict()}, NEW)"
 _LISTED = 3  # keys named in a message
 _DENSENET = re.compile(r"(denselayer\d+\.(?:norm|conv))\.([12])(?=\.)")  # torchvision's names before PyTorch 0.4
@@ -235,6 +237,10 @@ def _check_fit(state: dict[str, Tensor], net: nn.Module, file: Path) -> dict[str
         apart = [name for name in _outermost(unexpected) if name not in _outermost(expected) and not name.isdigit()]
         if not (missing or shapes) and apart == _outermost(unexpected):
             hint = f"where they are no layers of the model, leave them out: {_LEFT_OUT}"
+        elif not (unexpected or shapes) and all(key.endswith(_STATISTICS) for key in missing):
+            hint = "the statistics of BatchNorm are buffers: save net.state_dict(), not the parameters alone"
+        elif any(key.endswith(_WHOLE_NUMBERS) for key in unexpected):
+            hint = "they are of a quantized network: give those that it was made from"
         raise ArtifactError(f"{file}: the weights do not fit the model: {'; '.join(diff)}", hint)
     return renamed
 

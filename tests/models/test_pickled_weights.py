@@ -6,6 +6,7 @@ import argparse
 import collections
 import contextlib
 import os
+import pickle
 import re
 import zipfile
 from datetime import date
@@ -56,7 +57,7 @@ def mended(net: nn.Module, file: Path) -> nn.Module:
     new = file.with_name("new")
     (how,) = re.findall(r"torch\.save\(.*, NEW\)", refused.value.hint)
     assert "\n" not in str(refused.value)
-    eval(how, {"torch": torch, "FILE": file, "NEW": new})
+    eval(how, {"torch": torch, "numpy": np, "pickle": pickle, "net": net, "FILE": file, "NEW": new})
     load_weights(net, new)
     return net
 
@@ -80,6 +81,26 @@ def test_what_is_told_of_objects_gives_the_weights(tmp_path, source, wrap):
 
 def test_what_is_told_of_a_network_in_an_old_file_gives_the_weights(tmp_path, source):
     torch.save(source, tmp_path / "w", _use_new_zipfile_serialization=False)
+    assert same_weights(mended(target(), tmp_path / "w"), source)
+
+
+def arrays(net: nn.Module) -> dict[str, np.ndarray]:
+    return {key: value.numpy() for key, value in net.state_dict().items()}
+
+
+@pytest.mark.parametrize(
+    "write",
+    [
+        lambda net, file: np.savez(file, **arrays(net)),
+        lambda net, file: np.savez_compressed(file, *arrays(net).values()),  # as federated systems hand them over
+        lambda net, file: torch.save(net.state_dict(), file, pickle_protocol=5),
+        lambda net, file: pickle.dump(net.state_dict(), file),
+        lambda net, file: pickle.dump(net.state_dict(), file, protocol=2),
+    ],
+)
+def test_what_is_told_of_what_others_write_gives_the_weights(tmp_path, source, write):
+    with (tmp_path / "w").open("wb") as file:
+        write(source, file)
     assert same_weights(mended(target(), tmp_path / "w"), source)
 
 

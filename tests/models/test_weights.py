@@ -340,6 +340,19 @@ def test_weights_that_do_not_fit_are_named_and_change_nothing(tmp_path, source):
     assert all(torch.equal(value, before[key]) for key, value in net.state_dict().items())
 
 
+@pytest.mark.parametrize(
+    ("change", "hint"),
+    [
+        (lambda state: {k: v for k, v in state.items() if "running" not in k}, "statistics of BatchNorm are buffers"),
+        (lambda state: state | {"head.zero_point": torch.zeros(1)}, "of a quantized network"),
+    ],
+)
+def test_what_is_the_matter_with_weights_is_said(tmp_path, source, change, hint):
+    torch.save(change(source.state_dict()), tmp_path / "w")
+    with pytest.raises(ArtifactError, match=hint):
+        load_weights(target(), tmp_path / "w")
+
+
 def test_a_wrapper_that_holds_itself_has_an_end(tmp_path):
     content: dict = {}
     content["model"] = content
