@@ -207,21 +207,28 @@ def _all_but(places: Iterable[str], sealed: Iterable[str]) -> Iterator[Rule]:
             todo += [target for target in targets if not inside.startswith(os.path.join(target, ""))]
 
 
-def _code(folder: str, sealed: Iterable[str] = (), whole: bool = True) -> Iterator[Rule]:
+def _code(folder: str, sealed: Iterable[str] = (), whole: bool = True, holder: bool = True) -> Iterator[Rule]:
     """Rules that let modules in a directory be imported, and those in its packages, and their settings be read.
 
-    No other file beside them. No package is where datasets lie, whatever its name and files.
+    No other file beside them. No package is where datasets lie, whatever its name and files. A directory without
+    modules is none either, unless it may be a ``holder`` of packages.
     """
     entries = _entries(folder)
     modules = [entry.path for entry in entries if entry.name.endswith(_SUFFIXES)]
-    if whole or modules:
+    if not (whole or modules or holder):
+        return
+    within = [
+        rule
+        for entry in entries
+        if entry.name.isidentifier() and entry.is_dir(follow_symlinks=False)
+        and os.path.join(os.path.realpath(entry.path), "") not in sealed
+        for rule in _code(entry.path, sealed, whole=False, holder=whole or bool(modules))
+    ]  # fmt: skip
+    if whole or modules or within:
         yield folder, LIST
         yield from ((file, READ) for file in modules)
         yield from ((entry.path, READ) for entry in entries if _has_settings(entry))
-        for entry in entries:
-            inside = os.path.join(os.path.realpath(entry.path), "")
-            if entry.name.isidentifier() and entry.is_dir(follow_symlinks=False) and inside not in sealed:
-                yield from _code(entry.path, sealed, whole=False)
+        yield from within
 
 
 def _has_settings(entry: os.DirEntry[str]) -> bool:

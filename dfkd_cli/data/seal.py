@@ -105,8 +105,8 @@ def kept() -> Iterator[None]:
         denied = isinstance(cause, PermissionError) or "Permission denied" in str(cause)
         if denied and _by_kernel and _active:
             hint = (
-                "it can read what the command names, Python, the system, and beside its code modules, JSON, YAML, TOML "
-                "and INI files below 64 KiB"
+                "it writes its output alone, and reads what the command names, Python, the system, the directories "
+                "that PYTHONPATH names, and of those of its code modules and small JSON, YAML, TOML and INI files"
             )
             raise DataSealed(f"{cause}: refused, as {_active[-1].reason}", hint) from error
         raise

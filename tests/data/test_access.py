@@ -140,10 +140,12 @@ def test_what_a_command_names_can_be_read(here, dfkd, extra):
 @needs_landlock
 def test_code_of_the_working_directory_can_be_imported_and_no_data_there_read(here, dfkd):
     """As ``dfkd`` is started: without the working directory among the places of modules."""
-    for folder in ("models", "utils", "data", "plain"):
-        Path(folder).mkdir()
+    for folder in ("models", "utils", "data", "plain", "src/parts"):
+        Path(folder).mkdir(parents=True)
         Path(folder, "private.txt").write_text("x")
     Path("utils/layers.py").write_text("from torch.nn import Flatten")
+    Path("src/parts/more.py").write_text("from torch.nn import Linear")
+    Path("src/private.txt").write_text("x")
     Path("data/private.py").write_text("x = 1")
     Path("private.txt").write_text("x")
     Path("models/net.json").write_text("{}")
@@ -155,11 +157,12 @@ def test_code_of_the_working_directory_can_be_imported_and_no_data_there_read(he
         "DFKD_DATA": str(here / "data"),
     }
     reads = """from utils.layers import Flatten
+from src.parts.more import Linear
 import os, dfkd_cli.data.seal as seal
 open("models/net.json").close()  # small settings beside the code
 seal._active = ()  # what Python keeps: the kernel alone is left
 for way in (open, os.open):
-    for name in ("private.txt", "plain/private.txt", "data/private.txt", "data/private.py",
+    for name in ("private.txt", "plain/private.txt", "src/private.txt", "data/private.txt", "data/private.py",
                  "models/private.json", "models/link.json"):
         try:
             way(name, *([os.O_RDONLY] if way is os.open else []))
