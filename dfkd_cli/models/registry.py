@@ -8,6 +8,7 @@ import functools
 import importlib
 import importlib.util
 import inspect
+import os
 import pkgutil
 import sys
 from collections.abc import Callable, Iterator
@@ -277,8 +278,11 @@ def _user_code(spec: str, num_classes: int, input_size: Size) -> nn.Module:
 
 @contextlib.contextmanager
 def _foreign(spec: str, when: str, hint: str | Callable[[Exception], str]) -> Iterator[None]:
-    """Run a user's code as a script's: it sees no arguments of this program's, does not end it, and sets no types."""
-    words, source, floats = sys.argv, spec.partition(":")[0], torch.get_default_dtype()
+    """Run a user's code as a script's: it sees no arguments of this program's, does not end it, and changes nothing.
+
+    That is neither the type of new tensors nor the working directory.
+    """
+    words, source, floats, here = sys.argv, spec.partition(":")[0], torch.get_default_dtype(), os.getcwd()
     sys.argv = [source]
     try:
         with _as_config_error(f"{spec}: failed", hint), _beside(source):
@@ -290,6 +294,7 @@ def _foreign(spec: str, when: str, hint: str | Callable[[Exception], str]) -> It
     finally:
         sys.argv = words
         torch.set_default_dtype(floats)
+        os.chdir(here)
 
 
 def _beside(source: str) -> AbstractContextManager[None]:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import copy
+import os
 from pathlib import Path
 
 import pytest
@@ -290,12 +291,13 @@ def test_parts_may_come_into_being_when_a_network_runs(opened, make):
         torch.testing.assert_close(model.eval()(IMAGES), plain.eval()(IMAGES))
 
 
-def test_a_users_file_does_not_change_the_type_of_new_tensors(opened):
+def test_a_users_code_changes_neither_the_type_of_new_tensors_nor_the_working_directory(opened, tmp_path):
     def make() -> Net:
         torch.set_default_dtype(torch.float64)
+        os.chdir("/")
         return Net()
 
     weights = Net().state_dict()
     model = opened(make, weights)
-    assert torch.get_default_dtype() is torch.float32
+    assert (torch.get_default_dtype(), Path.cwd()) == (torch.float32, tmp_path)
     assert model(torch.zeros(2, *SIZE)).dtype is torch.float32
