@@ -33,6 +33,7 @@ from dfkd_cli.config import hints, plain, strip_none
 from dfkd_cli.data import landlock, seal
 from dfkd_cli.data.landlock import LIST, READ, REMOVE_DIR, WRITE
 from dfkd_cli.errors import ArtifactError
+from dfkd_cli.models.source import LARGE, SETTINGS
 from dfkd_cli.options import SeenTeacher
 from dfkd_cli.processes import writes_records
 from dfkd_cli.settings import Settings
@@ -46,8 +47,6 @@ _DEVICES = ("null", "zero", "full", "random", "urandom", "tty", "ptmx", "pts", "
 _FONTS = os.path.join(os.environ.get("XDG_CACHE_HOME") or "~/.cache", "matplotlib")  # torchmetrics imports it
 _CACHES = (_FONTS, "~/.config/matplotlib", "~/.nv", "/tmp/nvidia-mps")
 _SUFFIXES = tuple(importlib.machinery.all_suffixes())
-_SETTINGS = (".json", ".yaml", ".yml", ".toml", ".ini", ".cfg")  # what code reads beside itself, if it is not large
-_LARGE = 2**16  # bytes
 
 
 @dataclass(frozen=True)
@@ -235,9 +234,9 @@ def _has_settings(entry: os.DirEntry[str]) -> bool:
     """Whether a file is small and of a kind that code reads its settings from; not a link, which may lead to data."""
     with contextlib.suppress(OSError):  # it has gone
         return (
-            entry.name.endswith(_SETTINGS)
+            entry.name.endswith(SETTINGS)
             and entry.is_file(follow_symlinks=False)
-            and entry.stat(follow_symlinks=False).st_size < _LARGE
+            and entry.stat(follow_symlinks=False).st_size < LARGE
         )
     return False
 

@@ -242,7 +242,7 @@ class UserFunction:
         function = Function(load_code(self.name), self.name, self.info.num_classes)
         asked = Classifier(function, self.info.of_pixels())
         facts = dataclasses.asdict(self.info)
-        sha256, *older = (digest([facts, code]) for code in (*code_hashes(self.name),) or (None,))
+        sha256, *older = (digest([facts, code]) for code in (*code_hashes(self.name), None))
         formerly = older[0] if older else None
         return LoadedModel(asked, sha256, facts | {"provenance": {}}, self.name, unknown=True, formerly=formerly)
 
@@ -364,8 +364,10 @@ class Architecture:
             return [{"role": "weights", "path": self.copied.name, "sha256": self.copied.sha256}]
         if self.directory is not None:
             return [{"role": "architecture", "path": self.directory, "sha256": digest(self.spec)}]
+        if (file := code_file(self.spec)) is None:
+            return []
         hashes = dict(zip(("sha256", "formerly"), code_hashes(self.spec), strict=False))
-        return [{"role": "architecture", "path": str(code_file(self.spec))} | hashes] if hashes else []
+        return [{"role": "architecture", "path": str(file)} | hashes]
 
 
 def architecture(name: str, code: Code = Code(), teacher: Location | None = None) -> Architecture:  # noqa: B008

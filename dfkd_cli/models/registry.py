@@ -27,7 +27,7 @@ from dfkd_cli.catalog import few_bits, listed, stands_for
 from dfkd_cli.errors import ArtifactError, ConfigError, did_you_mean
 from dfkd_cli.models.adapter import Habits, adapt, logits_in, watch
 from dfkd_cli.models.quantized import quantize
-from dfkd_cli.models.source import used
+from dfkd_cli.models.source import beside, used
 from dfkd_cli.models.weights import require_tensors, state_of
 
 Size = tuple[int, int, int]
@@ -143,20 +143,26 @@ def code_file(spec: str) -> Path | None:
 
 
 def code_hashes(spec: str) -> list[str]:
-    """What stands for the code that a SPEC names, and then what did so for earlier versions; nothing without a file.
+    """What stands for the code that a SPEC names, and then what did so for earlier versions; nothing of a library's.
 
-    It is the function and all that it uses in its file. Earlier it was the whole file.
+    It is the function and all that it uses in its file and in others beside it. Earlier it was what it uses in its
+    file, and before that the whole file; in a module it was nothing.
 
     Raises:
         ArtifactError: There is no such file.
     """
-    file, (_, _, name) = code_file(spec), few_bits(spec)[1].partition(":")
-    if file is None:
-        return []
-    if not file.is_file():
+    source, _, name = few_bits(spec)[1].partition(":")
+    file = code_file(spec)
+    if file is not None and not file.is_file():
         raise ArtifactError(f"no file {file}", "check the SPEC")
-    text = file.read_bytes().decode("utf-8", errors="replace")
-    return [digest(used(text, name.partition(".")[0])), sha256_file(file)]
+    module = Path(f"{source.replace('.', '/')}.py")
+    if file is None and not (name and module.is_file()):
+        return []
+    text, factory = (file or module).read_bytes().decode("utf-8", errors="replace"), name.partition(".")[0]
+    own, others = used(text, factory), beside(file or module, factory)
+    if file is None:
+        return [digest([own, others])]
+    return [*([digest([own, others])] if others else []), digest(own), sha256_file(file)]
 
 
 def _torchvision(name: str, num_classes: int, input_size: Size) -> nn.Module:

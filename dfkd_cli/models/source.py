@@ -1,8 +1,67 @@
-"""What of a Python file belongs to a function in it: the rest may change, and the function is the same."""
+"""What of Python files belongs to a function: the rest may change, and the function is the same."""
 
 from __future__ import annotations
 
 import ast
+import contextlib
+from collections.abc import Iterator
+from pathlib import Path
+
+SETTINGS = (".json", ".yaml", ".yml", ".toml", ".ini", ".cfg")  # kinds of files that code reads its settings from
+LARGE = 2**16  # bytes that no file of settings has
+
+
+def beside(file: Path, name: str) -> list[tuple[str, str]]:
+    """What a function of a file uses of other files of its author's: texts by what they are, wherever all of them lie.
+
+    These are modules beside the file, in the working directory or in packages there, as far as what is used imports
+    them by name, and small files of settings beside any of them that are named in a text of their own.
+
+    Args:
+        file: The file.
+        name: Such as ``build``.
+    """
+    found = set[tuple[str, str]]()
+    todo, seen = [(file, name, (file.parent, Path()))], set[tuple[Path, str]]()
+    while todo:
+        place, wanted, folders = todo.pop()
+        if (place, wanted) in seen:
+            continue
+        seen.add((place, wanted))
+        text = _text(place)
+        part = used(text, wanted) if wanted else text
+        if place != file:
+            found.add((f"{place.stem}:{wanted}", part))
+        with contextlib.suppress(SyntaxError, ValueError):
+            for node in ast.walk(ast.parse(part)):
+                if isinstance(node, ast.Constant) and isinstance(node.value, str) and node.value.endswith(SETTINGS):
+                    with contextlib.suppress(OSError, ValueError):  # a text that is no name
+                        if (named := place.parent / node.value).stat().st_size < LARGE:
+                            found.add((node.value, _text(named)))
+                elif isinstance(node, (ast.Import, ast.ImportFrom)):
+                    todo += [(module, of, folders) for module, of in _imported(node, place, folders)]
+    return sorted(found)
+
+
+def _imported(node: ast.Import | ast.ImportFrom, place: Path, folders: tuple[Path, ...]) -> Iterator[tuple[Path, str]]:
+    """The files that a statement imports from folders, and which of their names: all of them where that is empty."""
+    if isinstance(node, ast.Import):
+        wanted = [(alias.name, "") for alias in node.names]
+    else:
+        module = node.module or ""
+        folders = (place.parents[node.level - 1],) if 0 < node.level <= len(place.parents) else folders
+        inner = [f"{module}.{alias.name}".strip(".") for alias in node.names]
+        wanted = [(module, "" if alias.name == "*" else alias.name) for alias in node.names if module or node.level]
+        wanted += [(name, "") for name in inner]
+    for name, of in wanted:
+        path = Path(*name.split("."))
+        places = (folder / option for folder in folders for option in (path.with_suffix(".py"), path / "__init__.py"))
+        if name and (found := next((option for option in places if option.is_file()), None)):
+            yield found, of
+
+
+def _text(file: Path) -> str:
+    return file.read_bytes().decode("utf-8", errors="replace")
 
 
 def used(text: str, name: str) -> str:

@@ -3,10 +3,12 @@
 from __future__ import annotations
 
 import ast
+from pathlib import Path
 
 import pytest
 
-from dfkd_cli.models.source import used
+from dfkd_cli.models.registry import code_hashes
+from dfkd_cli.models.source import LARGE, used
 
 FILE = '''"""What people keep in one file."""
 import os, sys
@@ -87,3 +89,63 @@ def test_only_that_counts(before, after, same):
 )
 def test_of_what_cannot_be_told_apart_all_counts(text):
     assert used(text, "build") == text
+
+
+FILES = {
+    "zoo/net.py": """
+from layers import Block, other
+from zoo.parts import deep as below
+import tools.more
+import plots
+import json, absent
+
+def build():
+    from . import late
+    c = json.load(open(f"{HERE}/" + "act.json")), "sizes.yaml"
+    return Block(below.x, tools.more.y, late, c)
+
+def drawn():
+    return plots.draw(other())
+""",
+    "zoo/parts/__init__.py": "from .deep import x",
+    "zoo/parts/deep.py": "x = 1",
+    "zoo/late.py": "z = 1",
+    "zoo/act.json": "{}",
+    "zoo/sizes.yaml": " " * LARGE,
+    "zoo/plots.py": "def draw(x): pass",
+    "layers.py": "class Block: pass\n\ndef other(): pass\n",
+    "tools/more.py": "y = 1",
+    "other.json": "{}",
+}
+USED = {"zoo/net.py", "zoo/parts/__init__.py", "zoo/parts/deep.py", "zoo/late.py", "zoo/act.json", "layers.py",
+        "tools/more.py"}  # fmt: skip
+
+
+@pytest.mark.parametrize("spec", ["zoo/net.py:build", "w8a8:./zoo/net.py:build", "zoo.net:build"])
+def test_what_a_function_uses_of_other_files_belongs_to_it_wherever_all_lie(spec, tmp_path, monkeypatch):
+    def write(root: Path, changed: str = "", text: str = " # changed\nx = 3") -> str:
+        for name, content in FILES.items():
+            (root / name).parent.mkdir(parents=True, exist_ok=True)
+            (root / name).write_text(content + text * (name == changed))
+        monkeypatch.chdir(root)
+        return code_hashes(spec)[0]
+
+    before = write(tmp_path / "a")
+    assert {name for name in FILES if write(tmp_path / "a", name) != before} == USED - {"layers.py", "zoo/net.py"}
+    assert write(tmp_path / "a", "layers.py", "\ndef more(): pass") == before
+    assert write(tmp_path / "a", "layers.py", "\nBlock = other") != before
+    assert write(tmp_path / "b") == before
+
+
+def test_what_stood_for_code_before_is_known(tmp_path, monkeypatch):
+    """As it stands where nothing of another file is used: no hash on record has changed."""
+    monkeypatch.chdir(tmp_path)
+    Path("net.py").write_text("import torch\ndef build(): return torch.nn.Flatten()\n")
+    alone = code_hashes("net.py:build")
+    assert len(alone) == 2
+    Path("net.py").write_text("import torch\nimport more\ndef build(): return torch.nn.Flatten()\n")
+    assert code_hashes("net.py:build")[0] == alone[0]
+    Path("more.py").write_text("x = 1")
+    Path("net.py").write_text("import more\ndef build(): return more.x\n")
+    assert len(code_hashes("net.py:build")) == 3
+    assert (code_hashes("torch.nn:Flatten"), code_hashes("lenet5")) == ([], [])

@@ -1,4 +1,4 @@
-"""Datasets in directories that change between commands."""
+"""Datasets in directories, and a network's own files, that change between commands."""
 
 from __future__ import annotations
 
@@ -8,6 +8,7 @@ from pathlib import Path
 
 import numpy as np
 import pytest
+import torch
 from PIL import Image
 from pipeline import edit
 from tiny_comparisons import results_in
@@ -131,3 +132,37 @@ def test_a_grid_notices_that_its_datasets_changed(here, cli):
     Path("photos").rename("gone")
     code, _, err = cli(*command)
     assert (code, "comparison is already complete" in err) == (0, True), err
+
+
+NETWORK = """
+import json, pathlib
+import torch
+from parts import head
+
+def build():
+    width = json.loads((pathlib.Path(__file__).parent / "net.json").read_text())["width"]
+    return torch.nn.Sequential(torch.nn.Flatten(), torch.nn.Linear(64, width), head(width))
+"""
+
+
+@pytest.mark.parametrize("spec", ["./net.py:build", "net:build"])
+@pytest.mark.parametrize(("changed", "more"), [("net.json", " "), ("parts.py", "torch")])
+def test_a_network_is_another_one_when_files_change_that_it_uses(spec, changed, more, tmp_path, monkeypatch, cli):
+    monkeypatch.chdir(tmp_path)
+    Path("net.py").write_text(NETWORK)
+    Path("net.json").write_text('{"width": 3}')
+    Path("parts.py").write_text("import torch\ndef head(width): return torch.nn.Linear(width, 2)\n")
+    state = {
+        "1.weight": torch.zeros(3, 64),
+        "1.bias": torch.ones(3),
+        "2.weight": torch.ones(2, 3),
+        "2.bias": torch.ones(2),
+    }
+    torch.save(state, "w.pt")
+    seen = ("--teacher", spec, "--weights", "w.pt", "--input-size", "1", "8", "8", "--num-classes", "2")
+    command = ("synthesize", "--method", "noise", "--num-images", "4", "--device", "cpu", *seen)
+    assert cli(*command)[0] == 0
+    assert "already complete" in cli(*command)[2]
+    Path(changed).write_text(Path(changed).read_text() + more)
+    code, _, err = cli(*command)
+    assert (code, "holds another run: another teacher" in err) == (2, True), err
