@@ -68,7 +68,7 @@ def used(text: str, name: str) -> str:
     """The statements of a file that define a name, and all that these use.
 
     So are those that may do anything when the file is imported. Left out are what only defines other names, the block
-    of ``__name__ == "__main__"``, and comments between statements. Code of other files is not looked into.
+    of ``__name__ == "__main__"``, and comments between statements. Of code in other files see :func:`beside`.
 
     Args:
         text: The whole file, which is returned where it cannot be parsed or does not define the name by a statement.

@@ -244,7 +244,6 @@ def _inputs(classifier: Classifier, take: Callable[[str, int, Tensor], None]) ->
     That is (B, C, ...), also where a layer of somebody's own takes (B, ..., C).
     """
     runs: Counter[str] = Counter()
-
     channels = {name: len(recorded.mean) for name, recorded in recorded_moments(classifier).items()}
 
     def watch(name: str) -> Any:

@@ -82,9 +82,8 @@ def load_weights(net: nn.Module, file: Path, key: str | None = None) -> None:
     if bad := not_finite(state, net):
         hint = "the training that made them failed; take an earlier file"
         raise ArtifactError(f"{file}: not finite: {some(bad)}", hint)
-    nn.Module.load_state_dict(
-        net, _of_versions(state, expected), strict=False
-    )  # strictness is checked above, in fewer words
+    # Strictness is checked above, in fewer words; what a network's own method takes is not known.
+    nn.Module.load_state_dict(net, _of_versions(state, expected), strict=False)
 
 
 def _of_versions(state: Mapping[str, Tensor], like: Mapping[str, Tensor] | None = None) -> OrderedDict[str, Tensor]:
