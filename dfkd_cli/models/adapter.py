@@ -6,9 +6,11 @@ up for that in every later pass. It is not wrapped in another module, which woul
 
 from __future__ import annotations
 
+import contextlib
 import dataclasses
 import logging
 from collections.abc import Mapping
+from contextlib import AbstractContextManager
 from dataclasses import dataclass
 from typing import Any
 
@@ -129,8 +131,19 @@ def _how_logits(output: Any, num_classes: int) -> str:
     return f"{'return the logits first, or under the name `logits`; or ' * several}check --num-classes"
 
 
-def require_gradients(net: nn.Module, spec: str, input_size: tuple[int, int, int]) -> None:
+def require_gradients(
+    net: nn.Module, spec: str, input_size: tuple[int, int, int], looked_into: AbstractContextManager[Any] | None = None
+) -> Any:
     """Check that gradients come back through a network to its images (C, H, W).
+
+    Args:
+        net: The network.
+        spec: What it is called.
+        input_size: Of its images.
+        looked_into: What lasts while it runs, and not while gradients are taken.
+
+    Returns:
+        What ``looked_into`` gives.
 
     Raises:
         ArtifactError: They do not.
@@ -138,14 +151,17 @@ def require_gradients(net: nn.Module, spec: str, input_size: tuple[int, int, int
     images, hint = noise(net, input_size, 2).requires_grad_(), f"leave {NO_GRADIENTS} and rounding out of forward"
     try:
         with undisturbed(net), torch.enable_grad():
-            answer = logits_in(net(images)).square().sum()
-        reached = answer.requires_grad and torch.autograd.grad(answer, images, allow_unused=True)[0] is not None
+            with looked_into or contextlib.nullcontext() as seen:
+                answer = logits_in(net(images)).square().sum()
+            # In the same mode: what is checkpointed is computed anew.
+            reached = answer.requires_grad and torch.autograd.grad(answer, images, allow_unused=True)[0] is not None
     except Exception as error:  # foreign code can raise anything
         if "checkpoint" in str(error).lower():
             hint = "switch gradient checkpointing off where it is built"
         raise ArtifactError(f"{spec}: fails where gradients are taken: {str(error)[:200]}", hint) from error
     if not reached:
         raise ArtifactError(f"{spec}: no gradient comes back to its images", hint)
+    return seen
 
 
 def require_training(net: nn.Module, spec: str, num_classes: int, input_size: tuple[int, int, int], batch: int) -> None:

@@ -188,12 +188,8 @@ def _check_views(teacher: Classifier, batch_norm: bool) -> None:
     net, spec = teacher.net, teacher.info.spec
     if any(isinstance(module, torch.jit.ScriptModule) for module in net.modules()):
         raise ArtifactError(f"{spec} is TorchScript inside: no layer can be looked into", "build all of it in Python")
-    require_gradients(net, spec, teacher.info.input_size)
-    if not batch_norm:
-        return
-    with batch_moments(teacher) as seen:
-        require_gradients(net, spec, teacher.info.input_size)
-    if not seen:
+    seen = require_gradients(net, spec, teacher.info.input_size, batch_moments(teacher) if batch_norm else None)
+    if batch_norm and not seen:
         hint = f"call them in forward; these work without: {_fitting(teacher, ('batchnorm',))}"
         raise ArtifactError(f"{spec}: its BatchNorm layers are not called, so what goes into them is not seen", hint)
 

@@ -11,9 +11,10 @@ import torch
 import torch.nn.functional as F
 from stand_ins import classifier
 from torch import Tensor, nn
+from torch.utils.checkpoint import checkpoint
 
 from dfkd_cli.errors import ArtifactError, ConfigError
-from dfkd_cli.models.adapter import require_training
+from dfkd_cli.models.adapter import require_gradients, require_training
 from dfkd_cli.models.classifier import Classifier
 from dfkd_cli.models.directory import load_model, save_model
 from dfkd_cli.models.names import locate
@@ -301,3 +302,18 @@ def test_a_users_code_changes_neither_the_type_of_new_tensors_nor_the_working_di
     model = opened(make, weights)
     assert (torch.get_default_dtype(), Path.cwd()) == (torch.float32, tmp_path)
     assert model(torch.zeros(2, *SIZE)).dtype is torch.float32
+
+
+class Checkpointed(Net):
+    """Keeps nothing of its first layers for the gradients, but computes them anew."""
+
+    def forward(self, x: Tensor) -> Tensor:
+        first = checkpoint(lambda y: F.relu(self.bn(self.conv(y))), x, use_reentrant=False)
+        return self.fc(first.mean((2, 3)))
+
+
+def test_checkpointed_layers_let_gradients_back_but_cannot_be_looked_into():
+    model = classifier(Checkpointed(), "net", SIZE, CLASSES).freeze()
+    require_gradients(model.net, "net", SIZE)
+    with pytest.raises(ArtifactError, match="switch gradient checkpointing off"):
+        require_gradients(model.net, "net", SIZE, batch_moments(model))
