@@ -254,16 +254,30 @@ def _like(net: nn.Module) -> Tensor:
 
 
 @contextlib.contextmanager
+def in_mode(net: nn.Module, training: bool) -> Iterator[None]:
+    """Set the mode of ``net`` and all its modules, and then set each back.
+
+    What a network does when its mode is set, such as to merge weights, it has to undo itself when it is set back.
+    """
+    was, modes = net.training, [(module, module.training) for module in net.modules()]
+    net.train(training)
+    try:
+        yield
+    finally:
+        net.train(was)
+        for module, mode in modes:
+            module.training = mode
+
+
+@contextlib.contextmanager
 def undisturbed(net: nn.Module, training: bool = False) -> Iterator[None]:
     """Run ``net`` in one mode and without gradients; then modes, values and the random state are as they were.
 
-    So are parameters that a pass changes, as statistics may be. What a network does when its mode is set, such as to
-    merge weights, it has to undo itself when it is set back.
+    So are parameters that a pass changes, as statistics may be.
     """
-    like, was = _like(net), net.training
-    modes = [(module, module.training) for module in net.modules()]
-    with torch.no_grad(), torch.random.fork_rng(devices=[like.device] if like.is_cuda else []):
-        net.train(training)
+    like = _like(net)
+    cuda = [like.device] if like.is_cuda else []
+    with torch.no_grad(), torch.random.fork_rng(devices=cuda), in_mode(net, training):
         held = [
             (module, name, tensor, tensor.clone())
             for module in net.modules()
@@ -279,6 +293,3 @@ def undisturbed(net: nn.Module, training: bool = False) -> Iterator[None]:
                     tensor.resize_(value.shape)
                 if not torch.equal(tensor, value):
                     tensor.copy_(value)
-            net.train(was)
-            for module, mode in modes:
-                module.training = mode

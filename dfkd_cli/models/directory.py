@@ -16,7 +16,7 @@ from dfkd_cli.artifacts.integrity import check_finished, intact
 from dfkd_cli.artifacts.records import Classes, Count, Hashed, ImageShape, read_json
 from dfkd_cli.catalog import few_bits
 from dfkd_cli.errors import ArtifactError, ConfigError, RunFailed
-from dfkd_cli.models.classifier import Classifier, ModelInfo, undisturbed
+from dfkd_cli.models.classifier import Classifier, ModelInfo, in_mode
 from dfkd_cli.models.registry import build, family
 from dfkd_cli.models.weights import load_weights, not_finite, state_of
 from dfkd_cli.trust import Code
@@ -76,7 +76,7 @@ def save_weights(path: Path, net: nn.Module) -> str:
     Raises:
         RunFailed: They are not finite: :func:`~dfkd_cli.models.weights.not_finite`.
     """
-    with undisturbed(net, training=True):
+    with in_mode(net, training=True):
         # Copies of their own: safetensors refuses tensors that share memory, such as tied weights.
         state = {
             key: value.detach().to("cpu", copy=True, memory_format=torch.contiguous_format)

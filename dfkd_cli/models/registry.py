@@ -27,7 +27,7 @@ from dfkd_cli.catalog import few_bits, listed, stands_for
 from dfkd_cli.errors import ArtifactError, ConfigError, did_you_mean
 from dfkd_cli.models.adapter import Habits, adapt, logits_in, watch
 from dfkd_cli.models.quantized import quantize
-from dfkd_cli.models.source import beside, used
+from dfkd_cli.models.source import beside, text_of, used
 from dfkd_cli.models.weights import require_tensors, state_of
 
 Size = tuple[int, int, int]
@@ -158,8 +158,8 @@ def code_hashes(spec: str) -> list[str]:
     module = Path(f"{source.replace('.', '/')}.py")
     if file is None and not (name and module.is_file()):
         return []
-    text, factory = (file or module).read_bytes().decode("utf-8", errors="replace"), name.partition(".")[0]
-    own, others = used(text, factory), beside(file or module, factory)
+    place, factory = file or module, name.partition(".")[0]
+    own, others = used(text_of(place), factory), beside(place, factory)
     if file is None:
         return [digest([own, others])]
     return [*([digest([own, others])] if others else []), digest(own), sha256_file(file)]

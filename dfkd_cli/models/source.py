@@ -22,13 +22,14 @@ def beside(file: Path, name: str) -> list[tuple[str, str]]:
         name: Such as ``build``.
     """
     found = set[tuple[str, str]]()
-    todo, seen = [(file, name, (file.parent, Path()))], set[tuple[Path, str]]()
+    folders = (file.parent, Path())
+    todo, seen = [(file, name)], set[tuple[Path, str]]()
     while todo:
-        place, wanted, folders = todo.pop()
+        place, wanted = todo.pop()
         if (place, wanted) in seen:
             continue
         seen.add((place, wanted))
-        text = _text(place)
+        text = text_of(place)
         part = used(text, wanted) if wanted else text
         if place != file:
             found.add((f"{place.stem}:{wanted}", part))
@@ -37,9 +38,9 @@ def beside(file: Path, name: str) -> list[tuple[str, str]]:
                 if isinstance(node, ast.Constant) and isinstance(node.value, str) and node.value.endswith(SETTINGS):
                     with contextlib.suppress(OSError, ValueError):  # a text that is no name
                         if (named := place.parent / node.value).stat().st_size < LARGE:
-                            found.add((node.value, _text(named)))
+                            found.add((node.value, text_of(named)))
                 elif isinstance(node, (ast.Import, ast.ImportFrom)):
-                    todo += [(module, of, folders) for module, of in _imported(node, place, folders)]
+                    todo += _imported(node, place, folders)
     return sorted(found)
 
 
@@ -60,7 +61,8 @@ def _imported(node: ast.Import | ast.ImportFrom, place: Path, folders: tuple[Pat
             yield found, of
 
 
-def _text(file: Path) -> str:
+def text_of(file: Path) -> str:
+    """What is in a file, whatever its bytes."""
     return file.read_bytes().decode("utf-8", errors="replace")
 
 

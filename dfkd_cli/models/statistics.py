@@ -11,6 +11,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 from torch.autograd.function import once_differentiable
+from torch.nn.modules.batchnorm import _BatchNorm
 
 from dfkd_cli.models.activations import first
 from dfkd_cli.models.classifier import Classifier, probe
@@ -244,12 +245,11 @@ def _inputs(classifier: Classifier, take: Callable[[str, int, Tensor], None]) ->
     That is (B, C, ...), also where a layer of somebody's own takes (B, ..., C).
     """
     runs: Counter[str] = Counter()
-    channels = {name: len(recorded.mean) for name, recorded in recorded_moments(classifier).items()}
 
-    def watch(name: str) -> Any:
+    def watch(name: str, channels: int) -> Any:
         def before(_: nn.Module, inputs: tuple[Any, ...], named: dict[str, Any]) -> None:
             values = first(*inputs, *named.values())
-            take(name, runs[name], values if values.shape[1] == channels[name] else values.transpose(1, -1))
+            take(name, runs[name], values if values.shape[1] == channels else values.transpose(1, -1))
             runs[name] += 1
 
         return before
@@ -257,10 +257,11 @@ def _inputs(classifier: Classifier, take: Callable[[str, int, Tensor], None]) ->
     with contextlib.ExitStack() as hooks:
         hooks.enter_context(classifier.net.register_forward_pre_hook(lambda *_: runs.clear()))
         for name, layer in _layers(classifier).items():
-            hooks.enter_context(layer.register_forward_pre_hook(watch(name), with_kwargs=True))
+            channels = layer.running_mean.numel()  # type: ignore[union-attr]  # batch_norms() have them
+            hooks.enter_context(layer.register_forward_pre_hook(watch(name, channels), with_kwargs=True))
         yield
 
 
-def _layers(classifier: Classifier) -> dict[str, nn.Module]:
+def _layers(classifier: Classifier) -> dict[str, _BatchNorm]:
     normalising = set(classifier.batch_norms())
     return {name: layer for name, layer in classifier.net.named_modules() if layer in normalising}
