@@ -227,13 +227,6 @@ def stands_for(pattern: str, name: str) -> bool:
     return re.fullmatch(re.sub(r"<\w+>", r"[0-9]+", pattern), name) is not None
 
 
-def few_bits(spec: str) -> tuple[str, str]:
-    """What asks for few bits in a model SPEC, such as ``w4a8:`` in ``w4a8:teacher/``, or nothing; and the rest."""
-    match = re.match(r"w\d+a\d+:|", spec)
-    assert match is not None
-    return match.group(), spec[match.end() :]
-
-
 def listed(name: str) -> str:
     """How the list of models has a built-in architecture of that name, or :class:`ConfigError`."""
     known = [item["name"] for item in models()]

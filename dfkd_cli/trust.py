@@ -10,6 +10,7 @@ from typing import Any
 
 from dfkd_cli import catalog
 from dfkd_cli.errors import ArtifactError
+from dfkd_cli.spec import Spec
 
 RECORDS = ("run.json", "model.json", "manifest.json")  # any of them makes an artifact of the directory that holds it
 CONFIG = "config.yaml"  # what every artifact calls its recipe
@@ -36,17 +37,16 @@ class Code:
 
     def may_run(self, spec: str) -> bool:
         """Whether the code that a SPEC names, seen from here, may run: did the user type this SPEC?"""
-        return self.artifacts or spec in self.typed or catalog.few_bits(spec)[1] in self.typed
+        return self.artifacts or spec in self.typed or Spec.read(spec).rest in self.typed
 
     def check(self, spec: str) -> None:
         """Raise :class:`ArtifactError` where a SPEC names code that may not run."""
-        source, colon, _ = catalog.few_bits(spec)[1].partition(":")
-        if colon and source not in ("torchvision", "timm") and not self.may_run(spec):
+        if Spec.read(spec).is_code and not self.may_run(spec):
             raise ArtifactError(f"{spec}: this model is code, which is not run", "pass --allow-code if you trust it")
 
     def locate(self, spec: str, directory: Path) -> str:
         """Where the Python file lies that a model directory names: where the user says, in it, beside it, or here."""
-        if not catalog.few_bits(spec)[1].partition(":")[0].endswith(".py"):
+        if Spec.read(spec).file is None:
             return spec
         return placed(spec, [*([Path(self.folder)] if self.folder else []), directory, directory.parent])
 
@@ -99,17 +99,16 @@ def placed(name: str, folders: Iterable[Path]) -> str:
 
     As it is where none has, where it means the same from here, and where it is the name of something built in.
     """
-    bits, spec = catalog.few_bits(name)
-    if spec.startswith("~"):
-        return bits + os.path.expanduser(spec)
-    file, colon, factory = spec.partition(":")
-    path = Path(file if file.endswith(".py") else spec)
-    if not spec or path.is_absolute():
+    spec = Spec.read(name)
+    if spec.rest.startswith("~"):
+        return spec.bits + os.path.expanduser(spec.rest)
+    path = spec.file or Path(spec.rest)
+    if not spec.rest or path.is_absolute():
         return name
     place = next((folder / path for folder in folders if os.path.exists(folder / path)), path)
-    if place == path or (os.path.exists(path) and os.path.samefile(path, place)) or catalog.is_built_in(spec):
+    if place == path or (os.path.exists(path) and os.path.samefile(path, place)) or catalog.is_built_in(spec.rest):
         return name
-    return f"{bits}{place}{colon}{factory}" if file.endswith(".py") else f"{bits}{place}"
+    return f"{spec.bits}{place}" + (f":{spec.name}" if spec.file else "")
 
 
 def _placed(value: Any, folders: list[Path], key: str = "", above: str = "") -> Any:

@@ -13,7 +13,7 @@ PACKAGE = Path(dfkd_cli.__file__).parent
 FILES = {path: ".".join((*path.relative_to(PACKAGE.parent).parts[:-1], path.stem)) for path in PACKAGE.rglob("*.py")}
 # Each layer may import those before it, and what stands in its own folder. Single modules are named by themselves.
 LAYERS = (
-    {"errors", "seeds", "urls"},
+    {"errors", "seeds", "spec", "urls"},
     {"config", "processes", "streams", "tables", "ui", "unimported"},
     {"options", "workers"},
     {"ray_tasks"},

@@ -21,10 +21,10 @@ from pathlib import Path
 from typing import Any
 
 from dfkd_cli.artifacts.server import Server
-from dfkd_cli.catalog import few_bits
 from dfkd_cli.errors import ArtifactError, ConfigError, DfkdError, RunFailed, machine_can_fail
 from dfkd_cli.processes import end_with_parent
 from dfkd_cli.settings import Settings
+from dfkd_cli.spec import Spec
 from dfkd_cli.ui import Progress, Terminal
 from dfkd_cli.urls import copies, copies_directory, is_url, know_copies, take_credentials, with_credentials
 
@@ -47,14 +47,14 @@ def on_this_machine(settings: Settings, terminal: Terminal, known: bool = False)
     urls: dict[str, str] = {}
 
     def collect(text: str) -> str:
-        if is_url(url := few_bits(text)[1]):
+        if is_url(url := Spec.read(text).rest):
             urls[text] = url
         return text
 
     settings.each_read(collect)
     wanted = {url for url in urls.values() if not (known and os.path.isdir(copies().get(url, "")))}
     know_copies(fetch(wanted, terminal) if wanted else {}, anew=not known)  # not what the environment says
-    return settings.each_read(lambda text: few_bits(text)[0] + copies()[urls[text]] if text in urls else text)
+    return settings.each_read(lambda text: Spec.read(text).bits + copies()[urls[text]] if text in urls else text)
 
 
 def fetch(urls: Collection[str], terminal: Terminal) -> dict[str, str]:

@@ -15,12 +15,12 @@ from dfkd_cli import __version__
 from dfkd_cli.artifacts.files import check_inside, remove, take_lock, write_text
 from dfkd_cli.artifacts.integrity import RUN, SCRATCH, hash_of, intact, read_run, runs_within, write_run
 from dfkd_cli.artifacts.records import read_json
-from dfkd_cli.catalog import few_bits
 from dfkd_cli.config import dump_yaml, options
 from dfkd_cli.errors import ArtifactError, ConfigError, DfkdError, Interrupted
 from dfkd_cli.options import MOST_THREADS, Run
 from dfkd_cli.processes import writes_records
 from dfkd_cli.settings import Settings
+from dfkd_cli.spec import Spec
 from dfkd_cli.trust import CONFIG
 from dfkd_cli.ui import Terminal
 
@@ -162,7 +162,7 @@ class RunDirectory:
 
     def _spare_parents(self) -> None:
         """Refuse to clear the directory of what the command reads."""
-        read = [few_bits(parent["path"])[1] for parent in self.record["parents"] if "path" in parent]
+        read = [Spec.read(parent["path"]).rest for parent in self.record["parents"] if "path" in parent]
         read += filter(None, [getattr(self.settings.inputs, "weights", None)])
         for path in read:
             if Path(path).resolve().is_relative_to(self.path.resolve()):

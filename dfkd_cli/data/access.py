@@ -28,7 +28,6 @@ from typing import Any
 from dfkd_cli import catalog
 from dfkd_cli.artifacts.integrity import LEVELS, RUN, SCRATCH
 from dfkd_cli.artifacts.records import read_json
-from dfkd_cli.catalog import few_bits
 from dfkd_cli.config import hints, plain, strip_none
 from dfkd_cli.data import landlock, seal
 from dfkd_cli.data.landlock import LIST, READ, REMOVE_DIR, WRITE
@@ -37,6 +36,7 @@ from dfkd_cli.models.source import LARGE, SETTINGS
 from dfkd_cli.options import SeenTeacher
 from dfkd_cli.processes import writes_records
 from dfkd_cli.settings import Settings
+from dfkd_cli.spec import Spec
 from dfkd_cli.unimported import PACKAGE
 from dfkd_cli.urls import copies
 
@@ -144,7 +144,9 @@ def access(settings: Settings, dry_run: bool = False) -> Access | None:
     inputs: type = type(settings.inputs)
     kinds = hints(inputs)
     values = [value for name, value in plain(settings.inputs).items() if _is_text(kinds[name])]
-    names = [few_bits(name)[1] for value in values for name in (value if isinstance(value, list) else [value]) if name]
+    names = [
+        Spec.read(name).rest for value in values for name in (value if isinstance(value, list) else [value]) if name
+    ]
     code = set[str]()
     for name in names:
         code |= _code_of(name)
@@ -178,13 +180,13 @@ def _records_around(name: str) -> list[str]:
 
 def _code_of(spec: str) -> set[str]:
     """The directories that the code of a model SPEC is imported from."""
-    source, colon, _ = few_bits(spec)[1].partition(":")
-    if not colon:
+    read = Spec.read(spec)
+    if not read.source:
         return set()
-    if source.endswith(".py"):
-        return {os.path.dirname(source) or ".", "."}
+    if read.file is not None:
+        return {str(read.file.parent), "."}
     with contextlib.suppress(ImportError, ValueError):
-        if package := importlib.util.find_spec(source.partition(".")[0]):
+        if package := importlib.util.find_spec(read.source.partition(".")[0]):
             return {".", *(package.submodule_search_locations or [os.path.dirname(package.origin or "")])}
     return {"."}
 

@@ -14,11 +14,11 @@ from torch import nn
 from dfkd_cli.artifacts.files import digest, write_atomic, write_json
 from dfkd_cli.artifacts.integrity import check_finished, intact
 from dfkd_cli.artifacts.records import Classes, Count, Hashed, ImageShape, read_json
-from dfkd_cli.catalog import few_bits
 from dfkd_cli.errors import ArtifactError, ConfigError, RunFailed
 from dfkd_cli.models.classifier import Classifier, ModelInfo, in_mode
 from dfkd_cli.models.registry import build, family
 from dfkd_cli.models.weights import load_weights, not_finite, state_of
+from dfkd_cli.spec import Spec
 from dfkd_cli.trust import Code
 
 SCHEMA = 1
@@ -142,10 +142,10 @@ def load_model(
 
 def _check_size(info: ModelInfo, weights: Path) -> None:
     """A record can say any size: what is beyond that of its weights is seen before it takes any memory."""
-    build_one = family(few_bits(info.spec)[1])
+    build_one = family(Spec.read(info.spec).rest)
     if build_one is not None:
         with torch.random.fork_rng(devices=[]), torch.device("meta"):
-            net = build_one(few_bits(info.spec)[1], info.num_classes, info.input_size)
+            net = build_one(Spec.read(info.spec).rest, info.num_classes, info.input_size)
         if sum(tensor.nbytes for tensor in net.state_dict().values()) > 10 * weights.stat().st_size + 2**28:
             raise ArtifactError(
                 f"{weights}: the weights do not fit the model: {info.num_classes} classes of images "

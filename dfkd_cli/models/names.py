@@ -15,7 +15,6 @@ from torch import nn
 
 from dfkd_cli.artifacts.files import digest, sha256_file
 from dfkd_cli.artifacts.shards import MANIFEST, ShardReader, as_pixels
-from dfkd_cli.catalog import few_bits
 from dfkd_cli.errors import ArtifactError, ConfigError
 from dfkd_cli.models.black_box import BlackBox, Function
 from dfkd_cli.models.classifier import Classifier, ModelInfo
@@ -23,9 +22,10 @@ from dfkd_cli.models.committee import committee
 from dfkd_cli.models.directory import identity, load_model, read_record
 from dfkd_cli.models.exported import RECORD as EXPORT
 from dfkd_cli.models.exported import load_export, read_export
-from dfkd_cli.models.registry import build, code_file, code_hashes, family, load_code
+from dfkd_cli.models.registry import build, code_hashes, family, load_code
 from dfkd_cli.models.weights import load_weights
 from dfkd_cli.options import FOREIGN, ForeignModel, SeenTeacher
+from dfkd_cli.spec import LIBRARIES, Spec
 from dfkd_cli.trust import Code
 
 LOG = logging.getLogger(__name__)
@@ -186,8 +186,8 @@ class ForeignWeights:
     @property
     def hashes(self) -> list[str]:
         """That hash, and with code those of earlier versions: by its whole file, and by the SPEC as it was typed."""
-        bits, rest = few_bits(self.info.spec)
-        factory = {"spec": bits + rest.partition(":")[2]}
+        spec = Spec.read(self.info.spec)
+        factory = {"spec": spec.bits + spec.name}
         return [*(self._hash(factory | {"code": code}) for code in code_hashes(self.info.spec)), self._hash({})]
 
     @functools.cached_property
@@ -324,8 +324,8 @@ def _info(name: str, said: ForeignModel) -> ModelInfo:
         missing = [f"--{key.replace('_', '-')}" for key in ("input_size", "num_classes") if getattr(said, key) is None]
         raise ConfigError(f"teacher {name}: its file does not say its input", f"give {' and '.join(missing)}")
     channels = said.input_size[0]
-    file, (bits, rest) = code_file(name), few_bits(name)
-    spec = name if file is None else f"{bits}{file}:{rest.partition(':')[2]}"  # without a leading ./
+    read = Spec.read(name)
+    spec = name if read.file is None else f"{read.bits}{read.file}:{read.name}"  # without a leading ./
     mean, std = said.mean or (0.0,) * channels, said.std or (1.0,) * channels
     if max(map(abs, mean + std)) > 1:
         LOG.warning("teacher %s: mean %s, std %s are of pixels in [0,255]; here pixels are in [0,1], divide by 255",
@@ -335,7 +335,7 @@ def _info(name: str, said: ForeignModel) -> ModelInfo:
             "%s: its official weights take ImageNet's mean and std only to undo them; taken are 0.5 and 0.5", spec
         )
         mean = std = (0.5,) * channels
-    if said.mean is said.std is None and rest.startswith(("torchvision:", "timm:")):
+    if said.mean is said.std is None and read.source in LIBRARIES:
         LOG.warning(
             "teacher %s: pixels in [0,1] are not normalised; weights of such networks mostly take --mean %s --std %s",
             name, *(" ".join(map(str, values)) for values in IMAGENET),
@@ -364,7 +364,7 @@ class Architecture:
             return [{"role": "weights", "path": self.copied.name, "sha256": self.copied.sha256}]
         if self.directory is not None:
             return [{"role": "architecture", "path": self.directory, "sha256": digest(self.spec)}]
-        if (file := code_file(self.spec)) is None:
+        if (file := Spec.read(self.spec).file) is None:
             return []
         hashes = dict(zip(("sha256", "formerly"), code_hashes(self.spec), strict=False))
         return [{"role": "architecture", "path": str(file)} | hashes]
@@ -380,7 +380,7 @@ def architecture(name: str, code: Code = Code(), teacher: Location | None = None
         ArtifactError: A directory without a model.
         ConfigError: A copy of the teacher, which is not one network.
     """
-    bits, rest = few_bits(name)
+    bits, rest = (read := Spec.read(name)).bits, read.rest
     if bits and not rest:
         if not isinstance(teacher, ModelDirectory | ForeignWeights):
             raise ConfigError(f"{name} is a copy of the teacher, which has to be one network", f"{name}DIR")
@@ -390,6 +390,6 @@ def architecture(name: str, code: Code = Code(), teacher: Location | None = None
     if family(rest) is None and Path(rest).is_dir():
         spec = code.locate(read_record(Path(rest))["spec"], Path(rest))
         if bits:
-            return Architecture(bits + few_bits(spec)[1], copied=ModelDirectory(rest))
+            return Architecture(bits + Spec.read(spec).rest, copied=ModelDirectory(rest))
         return Architecture(spec, rest)
     return Architecture(name)

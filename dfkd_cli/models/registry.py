@@ -23,12 +23,13 @@ from torch.nn.parameter import is_lazy
 
 from dfkd_cli import models
 from dfkd_cli.artifacts.files import digest, sha256_file
-from dfkd_cli.catalog import few_bits, listed, stands_for
+from dfkd_cli.catalog import listed, stands_for
 from dfkd_cli.errors import ArtifactError, ConfigError, did_you_mean
 from dfkd_cli.models.adapter import Habits, adapt, logits_in, watch
 from dfkd_cli.models.quantized import quantize
 from dfkd_cli.models.source import beside, text_of, used
 from dfkd_cli.models.weights import require_tensors, state_of
+from dfkd_cli.spec import LIBRARIES, Spec
 
 Size = tuple[int, int, int]
 
@@ -55,23 +56,22 @@ def build(
         ArtifactError: Code was named but is not allowed, the network's output is not (B, K), or that of weights is not
             finite.
     """
-    bits, rest = few_bits(spec)
-    if bits:
-        net = build(rest, num_classes, input_size, allow_code)
-        weights, activations = map(int, bits[1:-1].split("a"))
+    read = Spec.read(spec)
+    if read.bits:
+        net = build(read.rest, num_classes, input_size, allow_code)
+        weights, activations = map(int, read.bits[1:-1].split("a"))
         if not (2 <= weights <= 8 and 2 <= activations <= 8):
-            raise ConfigError(f"{spec}: {bits[:-1]} is not a pair of widths from 2 to 8", "e.g. w8a8, w4a8 or w4a4")
-        quantize(net, weights, activations, input_size, rest)
+            raise ConfigError(
+                f"{spec}: {read.bits[:-1]} is not a pair of widths from 2 to 8", "e.g. w8a8, w4a8 or w4a4"
+            )
+        quantize(net, weights, activations, input_size, read.rest)
         if load is not None:
             load(net)
         return net
-    source, colon, name = spec.partition(":")
-    if not colon:
+    if read.source in LIBRARIES:
+        net = {"torchvision": _torchvision, "timm": _timm}[read.source](read.name, num_classes, input_size)
+    elif not read.is_code:
         net = _families()[listed(spec)](spec, num_classes, input_size)
-    elif source == "torchvision":
-        net = _torchvision(name, num_classes, input_size)
-    elif source == "timm":
-        net = _timm(name, num_classes, input_size)
     elif allow_code:
         net = _user_code(spec, num_classes, input_size).float()  # as pixels are
     else:
@@ -136,12 +136,6 @@ def family(name: str) -> Callable[[str, int, Size], nn.Module] | None:
     return None
 
 
-def code_file(spec: str) -> Path | None:
-    """The file whose code a SPEC names, or None."""
-    source, colon, _ = few_bits(spec)[1].partition(":")
-    return Path(source) if colon and source.endswith(".py") else None
-
-
 def code_hashes(spec: str) -> list[str]:
     """What stands for the code that a SPEC names, and then what did so for earlier versions; nothing of a library's.
 
@@ -151,14 +145,14 @@ def code_hashes(spec: str) -> list[str]:
     Raises:
         ArtifactError: There is no such file.
     """
-    source, _, name = few_bits(spec)[1].partition(":")
-    file = code_file(spec)
+    read = Spec.read(spec)
+    file = read.file
     if file is not None and not file.is_file():
         raise ArtifactError(f"no file {file}", "check the SPEC")
-    module = Path(f"{source.replace('.', '/')}.py")
-    if file is None and not (name and module.is_file()):
+    module = Path(f"{read.source.replace('.', '/')}.py")
+    if file is None and not (read.is_code and read.name and module.is_file()):
         return []
-    place, factory = file or module, name.partition(".")[0]
+    place, factory = file or module, read.name.partition(".")[0]
     own, others = used(text_of(place), factory), beside(place, factory)
     if file is None:
         return [digest([own, others])]
@@ -209,14 +203,13 @@ def load_code(spec: str) -> Callable[..., Any]:
     Raises:
         ConfigError: There is none, or importing it fails.
     """
-    source, _, name = spec.partition(":")
-    is_file = source.endswith(".py")
-    if is_file and not Path(source).is_file():
+    source, name, file = (read := Spec.read(spec)).source, read.name, read.file
+    if file is not None and not file.is_file():
         raise ConfigError(
             f"{spec}: no such file {source}", "check the SPEC; where an artifact's files lie, say with --code-dir"
         )
     with _foreign(spec, "imported", functools.partial(_of_import, spec)):
-        module = _import_file(Path(source)) if is_file else importlib.import_module(source)
+        module = _import_file(file) if file is not None else importlib.import_module(source)
     found: Any = module
     for part in name.split("."):  # as of a function in a class
         found = getattr(found, part, None)
@@ -254,12 +247,12 @@ def _of_import(spec: str, error: Exception) -> str:
         return "modules are looked for beside the file, here, and in the directories that PYTHONPATH names"
     if not isinstance(error, ImportError) or "no known parent package" not in str(error):
         return ""
-    file, _, name = spec.partition(":")
-    path, root = Path(file).resolve(), Path.cwd()
+    read = Spec.read(spec)
+    path, root = Path(read.source).resolve(), Path.cwd()
     if path.parent == root or not path.is_relative_to(root):
         root = path.parent.parent
     module = ".".join(path.relative_to(root).with_suffix("").parts)
-    return f"name it as a package: {module}:{name}" + ("" if root == Path.cwd() else f", in {root}")
+    return f"name it as a package: {module}:{read.name}" + ("" if root == Path.cwd() else f", in {root}")
 
 
 def _user_code(spec: str, num_classes: int, input_size: Size) -> nn.Module:
@@ -288,7 +281,7 @@ def _foreign(spec: str, when: str, hint: str | Callable[[Exception], str]) -> It
 
     That is neither the type of new tensors nor the working directory.
     """
-    words, source, floats, here = sys.argv, spec.partition(":")[0], torch.get_default_dtype(), os.getcwd()
+    words, source, floats, here = sys.argv, Spec.read(spec).source, torch.get_default_dtype(), os.getcwd()
     sys.argv = [source]
     try:
         with _as_config_error(f"{spec}: failed", hint), _beside(source):

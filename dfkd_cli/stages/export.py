@@ -22,7 +22,7 @@ from torch import Tensor, nn
 
 from dfkd_cli.artifacts.files import write_atomic, write_json
 from dfkd_cli.artifacts.run import RunDirectory
-from dfkd_cli.catalog import UNTRAINED, Command, few_bits
+from dfkd_cli.catalog import UNTRAINED, Command
 from dfkd_cli.config import option
 from dfkd_cli.data.seal import check_kept, kept, kept_by, sealed
 from dfkd_cli.data.sources import Source
@@ -33,6 +33,7 @@ from dfkd_cli.models.names import LoadedModel, locate
 from dfkd_cli.models.quantized import computed_in_float, find_ranges, quantisers, quantize
 from dfkd_cli.options import ForeignModel
 from dfkd_cli.settings import Settings
+from dfkd_cli.spec import Spec
 from dfkd_cli.stages.inputs import TransferSet, may_be_real, open_transfer_set, real_data
 from dfkd_cli.stages.measures import cost, share
 from dfkd_cli.stages.onnx_graph import WITH_INT4, opset, to_onnx
@@ -220,7 +221,7 @@ def _in_float(simulated: Classifier) -> Classifier:
     plain = copy.deepcopy(simulated)
     for module in quantisers(plain.net):
         module.calibrated = False
-    plain.info = dataclasses.replace(plain.info, spec=few_bits(plain.info.spec)[1])
+    plain.info = dataclasses.replace(plain.info, spec=Spec.read(plain.info.spec).rest)
     return plain
 
 

@@ -12,6 +12,7 @@ from dfkd_cli.artifacts.files import digest
 from dfkd_cli.errors import ConfigError
 from dfkd_cli.options import Assisted, Several
 from dfkd_cli.settings import TYPED, Layer, Settings, resolve
+from dfkd_cli.spec import Spec
 from dfkd_cli.stages.grid.commands import Grid, PlannedRun, choose_rows, passed_flags, qualified
 from dfkd_cli.stages.grid.language import GridRow, GridTeacher, mapping, parse
 from dfkd_cli.urls import named
@@ -221,7 +222,7 @@ class _Planner:
         for spec in [*([read] if isinstance(read, str) else read), *new]:
             if not Path(spec).is_dir():
                 settings.code.check(spec)
-        for name in (catalog.few_bits(spec)[1] for spec in new):
+        for name in (Spec.read(spec).rest for spec in new):
             if name and {":", "/"}.isdisjoint(name) and not Path(name).is_dir():
                 catalog.listed(name)
         return settings, frozenset(path for source in reads.values() for path in source.made_by)
