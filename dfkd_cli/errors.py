@@ -10,6 +10,8 @@ from collections.abc import Iterable, Iterator, Mapping
 from types import MappingProxyType
 from typing import Any
 
+_LISTED = 3  # names in a message
+
 
 class DfkdError(Exception):
     """An expected failure. ``code`` is its machine name, ``exit_code`` the process's exit status.
@@ -108,3 +110,10 @@ def did_you_mean(name: str, choices: Iterable[str], otherwise: str | None = None
     alike = [difflib.SequenceMatcher(a=other, b=name).ratio() for other in close]
     best = [repr(other) for other, ratio in zip(close, alike, strict=True) if ratio > alike[0] - 1e-9]
     return f"did you mean {' or '.join(best)}?"
+
+
+def some(names: Iterable[str]) -> str:
+    """The first of names, and how many more there are."""
+    names = list(names)
+    more = f" and {len(names) - _LISTED} more" if len(names) > _LISTED else ""
+    return ", ".join(names[:_LISTED]) + more

@@ -13,7 +13,7 @@ from typing import Any, NoReturn
 
 import torch
 
-from dfkd_cli.errors import ArtifactError
+from dfkd_cli.errors import ArtifactError, some
 
 PROTOCOL = 2  # of pickle, in which torch.save writes: the only one that PyTorch reads without running code
 LOADED = "torch.load(FILE, weights_only=False)"
@@ -33,7 +33,6 @@ _OTHERS = {
 }
 _MAGIC = 0x1950A86A20F9469CFC6C.to_bytes(10, "little")  # in what torch.save wrote before PyTorch 1.6
 _CLASSES = 100  # of metadata, that a file may have
-_LISTED = 3  # names in a message
 # Of what the items of a class that is not PyTorch's own are put in, by the word for it in the error. An OrderedDict can
 # have attributes too.
 _FILLED = {"SETITEM": OrderedDict, "lists": list}
@@ -174,13 +173,6 @@ def alone(weights: str | None = None) -> str:
     weights = weights or f'{LOADED}["state_dict"]'
     how = f"torch.save({weights}, NEW)"
     return f"save the state_dict alone, best as .safetensors, such as, where you trust the file, {how}"
-
-
-def some(names: Iterable[str]) -> str:
-    """The first of names, and how many more there are."""
-    names = list(names)
-    more = f" and {len(names) - _LISTED} more" if len(names) > _LISTED else ""
-    return ", ".join(names[:_LISTED]) + more
 
 
 def _protocol(path: Path) -> int | None:

@@ -22,7 +22,6 @@ from torch.nn.functional import interpolate, pad
 from torchvision.transforms.v2 import functional as transforms
 
 from dfkd_cli.artifacts.files import digest, take_lock
-from dfkd_cli.artifacts.pickles import some
 from dfkd_cli.data import seal
 from dfkd_cli.data.image_files import (
     ImageFiles,
@@ -37,7 +36,7 @@ from dfkd_cli.data.image_files import (
     labelled_files,
     mixed,
 )
-from dfkd_cli.errors import ArtifactError, ConfigError, DfkdError, did_you_mean
+from dfkd_cli.errors import ArtifactError, ConfigError, DfkdError, did_you_mean, some
 from dfkd_cli.models.classifier import ModelInfo
 
 DATASETS = {

@@ -20,8 +20,7 @@ from PIL import ExifTags, Image, ImageOps, UnidentifiedImageError
 from torch import Tensor
 from torchvision.datasets.folder import IMG_EXTENSIONS
 
-from dfkd_cli.artifacts.pickles import some
-from dfkd_cli.errors import ArtifactError, DfkdError
+from dfkd_cli.errors import ArtifactError, DfkdError, some
 
 LOG = logging.getLogger(__name__)
 T = TypeVar("T")

@@ -18,8 +18,8 @@ import torch
 from safetensors import SafetensorError
 from torch import Tensor, nn
 
-from dfkd_cli.artifacts.pickles import LOADED, Unread, read_foreign, refuse_code, some
-from dfkd_cli.errors import ArtifactError, ConfigError, did_you_mean
+from dfkd_cli.artifacts.pickles import LOADED, Unread, read_foreign, refuse_code
+from dfkd_cli.errors import ArtifactError, ConfigError, did_you_mean, some
 from dfkd_cli.models.classifier import is_batch_norm
 
 LOG = logging.getLogger(__name__)
