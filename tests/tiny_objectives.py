@@ -24,12 +24,15 @@ from dfkd_cli.stages.distill import Inputs as Distill
 from dfkd_cli.stages.distill import connect
 
 OBJECTIVES = catalog.entries("objectives")
+APART = {("fitnets", "projection")}  # options that need more than a value, and have tests of their own
 
 
 def variants(name: str) -> list[dict]:
     """Settings of an objective: none, and each other choice that its options leave."""
     found: list[dict] = [{}]
     for key, hint in hints(OBJECTIVES[name].config).items():
+        if (name, key) in APART:
+            continue
         default = getattr(OBJECTIVES[name].config(), key)
         choices = (True, False) if hint is bool else typing.get_args(hint) if typing.get_origin(hint) is Literal else ()
         found += [{key: choice} for choice in choices if choice != default]
@@ -79,6 +82,7 @@ def offline(
     teacher: Classifier,
     count: int = 6,
     values: Mapping[str, dict] = MappingProxyType({}),
+    config: Config = Config(),  # noqa: B008
     **training,
 ):
     """A regime with these objectives and their settings, and labelled images for it."""
@@ -91,7 +95,7 @@ def offline(
     settings = build(Distill, STILL | {"holdout": 0, "batch_size": count, "warmup": 0} | training)
     objectives = connect(chosen, student, teacher, 0)
     task = Task(student, teacher, Given(given.pixels, given.labels), objectives, settings, 0)
-    return Offline(task, Config()), given
+    return Offline(task, config), given
 
 
 def gradients(learner: Offline) -> Tensor:

@@ -22,6 +22,7 @@ from torch.nn.modules.batchnorm import _BatchNorm
 from dfkd_cli.errors import ArtifactError, ConfigError
 from dfkd_cli.models.activations import Call, Tap, calls_of
 from dfkd_cli.models.classifier import Classifier, is_batch_norm
+from dfkd_cli.models.committee import Committee
 
 BEFORE = ".pre"
 LAST, STAGES, PENULTIMATE, LOGITS = "last", "stages", "penultimate", "logits"
@@ -38,7 +39,8 @@ class Taps:
         self.classifier = classifier
         self._calls = calls_of(classifier)
         self._latest = {call.path: call for call in self._calls}
-        self.stages = {f"stage{i}": path for i, path in enumerate(self._stages(), start=1)}
+        several = isinstance(classifier.net, Committee)  # each has stages of its own
+        self.stages = {f"stage{i}": path for i, path in enumerate([] if several else self._stages(), start=1)}
 
     def _stages(self) -> list[str]:
         """The paths of the stages, from the first to the last."""
@@ -72,7 +74,7 @@ class Taps:
             ConfigError: There is none; the message names those that there are.
             ArtifactError: ``penultimate`` of a network without a linear layer at its end.
         """
-        if name == PENULTIMATE:
+        if name == PENULTIMATE and not isinstance(self.classifier.net, Committee):
             return Tap(self.classifier.head(), before=True)
         if name.endswith(BEFORE):
             return self._before_activation(name)
@@ -87,6 +89,9 @@ class Taps:
     def _call(self, name: str) -> Call:
         path = "" if name == LOGITS else self.stages.get(name, name)
         if path not in self._latest or (path == "" and name != LOGITS):
+            if isinstance(self.classifier.net, Committee):
+                hint = f"use one teacher, {LOGITS}, or the path of a module, which begins with members.0 in the first"
+                raise ConfigError(f"several teachers together have no features {name!r}", hint)
             choices = ", ".join([*self.stages, PENULTIMATE, LOGITS])
             raise ConfigError(
                 f"{self.classifier.info.spec} has no features {name!r}",

@@ -77,7 +77,7 @@ class BSS(AnswerObjective):
 
     def forward(self, student: Outputs, teacher: Outputs, images: Images) -> dict[str, Tensor]:
         """Terms ``soft``, ``boundary`` where there are images for it and, where it has a weight, ``hard``."""
-        terms = {"soft": self.soft(student, teacher)} | self.hard(student, teacher, images)
+        terms = {"soft": self.cross_entropies(student, teacher).mean()} | self.hard(student, teacher, images)
         labels = hard_labels(teacher, images)
         chosen = candidates(student.logits.detach(), teacher.logits, labels, self.config.boundary_images)
         if len(chosen) > 1 and self.config.boundary * self.strength("boundary"):
@@ -107,10 +107,6 @@ class BSS(AnswerObjective):
 
         passes = -(-len(rows) // max(len(base), AT_ONCE // pixels[0].numel()))
         return loss(slice(None)) if passes == 1 else added_up(own, loss, passes)
-
-    def soft(self, student: Outputs, teacher: Outputs) -> Tensor:
-        """Cross-entropy of the softened answers, mean over images."""
-        return self.cross_entropies(student, teacher).mean()
 
     def cross_entropies(self, student: Outputs, teacher: Outputs) -> Tensor:
         """Cross-entropy of the softened answers, for each image (B,)."""

@@ -100,7 +100,9 @@ class CRD(FeatureObjective):
 
     @torch.no_grad()
     def after_step(self) -> None:
-        """Write the images of the step into the memories."""
+        """Write the images of the step into the memories; a teacher that has stopped is asked about none."""
+        if not self.seen:
+            return
         *seen, scales = zip(*self.seen, strict=True)
         embedded, positions, classes = (torch.cat(parts) for parts in seen)
         self.seen.clear()

@@ -20,7 +20,6 @@ from __future__ import annotations
 from dataclasses import dataclass
 
 import torch
-import torch.nn.functional as F
 from torch import Tensor
 
 from dfkd_cli.config import option
@@ -59,11 +58,13 @@ class DKD(AnswerObjective):
 
 def decoupled(student: Tensor, teacher: Tensor, target: Tensor, temperature: float) -> dict[str, Tensor]:
     """The two terms of logits (B, K) for target classes (B,)."""
-    own = F.one_hot(target, student.shape[1]).bool()
+    own = target[:, None]
+    other = torch.arange(student.shape[1] - 1, device=target.device)
+    other = other + (other >= own)  # a mask would wait for the device, to know how many it takes
     pairs, others = [], []
     for logits in (student / temperature, teacher / temperature):
-        rest = logits[~own].view(len(logits), -1)
-        pairs.append(torch.stack([logits[own], rest.logsumexp(1)], dim=1))  # two logits: y, and all others as one
+        rest = logits.gather(1, other)
+        pairs.append(torch.cat([logits.gather(1, own), rest.logsumexp(1, keepdim=True)], dim=1))  # y; all others as one
         others.append(rest)
     return {
         "target": divergence(*pairs) * temperature**2,

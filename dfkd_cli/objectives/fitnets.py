@@ -77,6 +77,10 @@ class FitNets(PairwiseObjective):
 
     def __init__(self, config: Config) -> None:
         super().__init__(config)
+        if config.width is not None and config.project != "both":
+            raise ConfigError("fitnets: width is that of project: both", "give it, or leave width out")
+        if config.projection != "orthogonal" and not self.projects_teacher:
+            raise ConfigError("fitnets: projection is of the teacher's channels", "give project: teacher, or both")
         self.regressors = nn.ModuleList()
 
     def prepare(self, student: tuple[int, ...], teacher: tuple[int, ...]) -> None:

@@ -12,6 +12,7 @@ from torch import nn
 from dfkd_cli.errors import ArtifactError, ConfigError
 from dfkd_cli.models.activations import Tap, batch_statistics, values_at
 from dfkd_cli.models.classifier import Classifier, ModelInfo
+from dfkd_cli.models.committee import committee
 from dfkd_cli.models.registry import build
 from dfkd_cli.models.statistics import batch_moments, running_moments
 from dfkd_cli.models.taps import Taps, find_taps
@@ -96,6 +97,16 @@ def test_an_unknown_name_is_refused_with_those_that_there_are(name):
     assert "lenet5 has no features" in caught.value.message
     assert "stage1, stage2, penultimate, logits" in caught.value.hint
     assert "\n" not in str(caught.value)
+
+
+@pytest.mark.parametrize("name", ["stage1", "last", "stages", "penultimate"])
+def test_several_teachers_have_no_stages_in_common(name):
+    """Each has its own, and the last one's would be taken for those of all."""
+    made = committee([classifier("lenet5"), classifier("lenet5-half")], "logits")
+    with pytest.raises(ConfigError, match=f"several teachers together have no features '{name}'"):
+        find_taps(made, [name])
+    assert find_taps(made, ["members.1.net.stage1"])["members.1.net.stage1"].layer is made.net.members[1].net.stage1
+    assert Taps(made).shape("logits") == (10,)
 
 
 def test_no_linear_layer_no_penultimate():

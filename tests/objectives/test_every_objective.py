@@ -10,6 +10,7 @@ from pathlib import Path
 import numpy as np
 import pytest
 import torch
+from stand_ins import work
 from tiny_objectives import CLASSES, OBJECTIVES, connected, gradients, images, network, offline, variants
 from torch import Tensor
 
@@ -18,6 +19,7 @@ from dfkd_cli.errors import ConfigError
 from dfkd_cli.models.classifier import Classifier
 from dfkd_cli.models.taps import Taps
 from dfkd_cli.objectives.base import Objective, Outputs
+from dfkd_cli.regimes.offline import Config
 from dfkd_cli.settings import recipe_layer, resolve
 from dfkd_cli.stages.grid.planner import plan
 
@@ -50,6 +52,16 @@ def test_the_student_learns_and_the_teacher_does_not(name, values):
     assert all(p.grad is None for p in learner.teacher.parameters())
     assert all(p.grad is not None and p.grad.isfinite().all() for p in learner.objectives.parameters())
     assert all(torch.equal(value, teacher[key]) for key, value in learner.teacher.state_dict().items())
+
+
+@ALL
+def test_a_teacher_may_stop(name, tmp_path):
+    student, teacher = networks(name)
+    learner, _ = offline({name: None}, student, teacher, config=Config(teacher_epochs=1), batch_size=3, epochs=2)
+    asked = []
+    learner.teacher.register_forward_pre_hook(lambda *_: asked.append(True))
+    work(learner, tmp_path / "run")
+    assert asked
 
 
 @ALL

@@ -122,7 +122,8 @@ def test_in_a_phase_the_flow_is_descended(tmp_path):
         torch.testing.assert_close(new, expected, rtol=1e-4, atol=1e-6)
 
 
-def test_two_classes_cannot_be_decoupled():
+@pytest.mark.parametrize("name", ["dkd", "dist"])
+def test_two_classes_can_be_neither_decoupled_nor_correlated(name):
     two = Classifier(nn.Sequential(nn.Flatten(), nn.Linear(128, 2)), ModelInfo("t", 2, SIZE, (0.0,) * 2, (1.0,) * 2))
-    with pytest.raises(ConfigError, match="dkd needs three classes"):
-        connected("dkd", two, two)
+    with pytest.raises(ConfigError, match=f"{name} needs three classes"):
+        connected(name, two, two)

@@ -103,7 +103,7 @@ def test_principal_directions_are_those_of_all_batches_together(shape):
     np.testing.assert_allclose(objective.get_buffer("projection0"), principal(features, 3), rtol=0, atol=1e-9)
 
 
-@pytest.mark.parametrize("values", [{"project": "student", "projection": "principal"}, {"project": "both"}])
+@pytest.mark.parametrize("values", [{"project": "student"}, {"project": "both"}])
 def test_a_teacher_is_not_asked_where_no_directions_are_wanted(values):
     outputs = iter([Outputs(torch.zeros(1, 1))])
     fitnets((3,), (5,), **values).observe(outputs)
@@ -158,6 +158,12 @@ def test_what_cannot_be_projected():
     student, teacher = network(1, 3, 6), network(2, 4, 5)
     with pytest.raises(ConfigError, match="5 channels of the teacher have no 6 principal directions"):
         connected("fitnets", student, teacher, project="teacher", projection="principal")
+
+
+@pytest.mark.parametrize("values", [{"width": 2}, {"width": 2, "project": "teacher"}, {"projection": "principal"}])
+def test_options_of_another_projection_are_refused(values):
+    with pytest.raises(ConfigError, match=f"{next(iter(values))} is "):
+        connected("fitnets", network(1, 3, 4), network(2, 4, 6), **values)
 
 
 def test_flags_of_both_sides(cli, teacher, tmp_path):
