@@ -12,7 +12,8 @@ student too, which is in evaluation mode meanwhile.
 
 Images are made in rounds, a batch in each, against the student as it is; then the student is trained on all images so
 far. The paper's training of the student for this was never released: defaults are those of later papers that compare
-with it (arXiv:2105.08584), but for the temperature, 3, which its authors gave. See ``deepinversion`` for the rest.
+with it (arXiv:2105.08584), but for the temperature, 3, which its authors gave, and for what fits photographs alone:
+images are neither cropped nor mirrored unless ``crop`` and ``flip`` say so. See ``deepinversion`` for the rest.
 """
 
 from __future__ import annotations

@@ -120,6 +120,11 @@ class Synthesizer(Learner):
         self.todo = self.writer.missing() if self.stateless else list(range(self.writer.count))
         self.rounds = -(-len(self.todo) // self.processes)
 
+    @property
+    def warmup_rounds(self) -> int:
+        """Rounds at the start that only make images: a student rests."""
+        return 0
+
     def done(self, rounds: int) -> int:
         return sum(self._count(shard) for shard in self.todo[: rounds * self.processes])
 
@@ -223,7 +228,7 @@ class ImageOptimizer(Synthesizer):
             channels, height, width = self.teacher.info.input_size
             try:
                 for network in filter(None, (self.teacher, task.student)):
-                    probe(network.net, (channels, height // 2, width // 2))
+                    probe(network.net, (channels, -(-height // 2), -(-width // 2)))
             except Exception:  # it is the network that complains, and users' code can raise anything
                 self.fixed_size = True
 
@@ -290,7 +295,7 @@ class ImageOptimizer(Synthesizer):
 
     def make(self, first: int, count: int) -> Impressions:
         """Run the inner iterations on one batch. Images and optimiser are new in every round."""
-        targets = move_data_to_device(self.targets(first, count), self.device)
+        targets = self._aims(first, count)
         images = self.start(count).to(self.device).requires_grad_()
         terms: Mapping[str, Tensor] = {}
         with self.looking() as show:
@@ -307,7 +312,7 @@ class ImageOptimizer(Synthesizer):
             count: Images of the batch; the gradient is in all of them.
         """
         seed_torch(self.device, "shard", self.seed, 0)
-        targets = move_data_to_device(self.targets(0, count), self.device)
+        targets = self._aims(0, count)
         images = self.start(count).to(self.device).requires_grad_()
         divisor, _ = self.resolutions()[0]
         with self.looking() as show:
@@ -319,11 +324,16 @@ class ImageOptimizer(Synthesizer):
             found[name] = float(term.detach()), float(gradient.norm())
         return found
 
+    def _aims(self, first: int, count: int) -> Any:
+        """The targets where the images are, exact whatever ``--precision`` is."""
+        with torch.autocast(self.device.type, enabled=False):
+            return move_data_to_device(self.targets(first, count), self.device)
+
     def _coarse(self, images: Tensor, divisor: int) -> Tensor:
         """Images with sides divided, or where the network takes no others, of their sides with pixels as large."""
         if divisor == 1:
             return images
-        coarse = F.avg_pool2d(images, divisor)
+        coarse = F.avg_pool2d(images, divisor, ceil_mode=True)  # the last row and column of odd sides too
         return F.interpolate(coarse, images.shape[2:]) if self.fixed_size else coarse
 
     def _optimize(

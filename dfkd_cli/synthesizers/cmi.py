@@ -69,8 +69,7 @@ class CMI(PooledGenerator):
 
     def __init__(self, task: SynthesisTask, config: Config) -> None:
         super().__init__(task, config)
-        layers = enumerate(self.teacher.batch_norms())
-        inputs = {str(index): Tap(layer, before=True) for index, layer in layers}
+        inputs = {str(index): Tap(layer, before=True) for index, layer in enumerate(self.teacher.batch_norms())}
         taps = inputs if config.taps is None else find_taps(self.teacher, config.taps)
         self.taps, self.summary = taps if config.contrast else {}, channel_means
         with values_at(taps, channel_means) as features:

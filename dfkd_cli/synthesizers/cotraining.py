@@ -202,7 +202,6 @@ class PoolTrainer(CoTrainer):
 
     @property
     def warmup_rounds(self) -> int:
-        """Rounds at the start that only make images."""
         return round(self.config.warmup_share * self.rounds)
 
     @property

@@ -25,6 +25,7 @@ from torch import Tensor
 
 from dfkd_cli.config import option
 from dfkd_cli.data.sources import Images
+from dfkd_cli.errors import ConfigError
 from dfkd_cli.models.taps import find_taps
 from dfkd_cli.objectives.base import Outputs
 from dfkd_cli.objectives.response import soft_loss
@@ -46,7 +47,7 @@ class Config(GeneratorTraining):
     student_images: StudentImages = "same"
     student_weight_decay: float = 5e-4
     student_temperature: float = option(1.0, "softmax temperature of the student's loss", above=0)
-    features: str = option("penultimate", "the teacher's features: stage1 ..., penultimate, a module's path")
+    features: str = option("penultimate", "the teacher's features: stage1 ..., last, penultimate, a module's path")
     one_hot: float = option(0.05, "weight of the cross-entropy with the teacher's own class", low=0)
     information: float = option(5.0, "weight of the negative entropy of the mean answer", low=0)
     activation: float = option(0.01, "weight of the features' size", low=0)
@@ -62,12 +63,17 @@ class DAFL(StreamTrainer):
         super().__init__(task, config)
         if config.activation:
             self.taps = find_taps(self.teacher, [config.features])
+            if len(self.taps) != 1:
+                raise ConfigError(
+                    f"--features {config.features}: more than one place", f"give one of {', '.join(self.taps)}"
+                )
 
     def generator_terms(self, look: Look) -> dict[str, Tensor]:
         """One-hot, information and, where it has a weight, activation."""
         terms = {"one_hot": one_hot(look.logits), "information": information(look.logits)}
         if self.config.activation:
-            terms["activation"] = -look.features[self.config.features].abs().mean()
+            (features,) = look.features.values()
+            terms["activation"] = -features.abs().mean()
         return terms
 
     def student_terms(self, student: Outputs, teacher: Outputs, images: Images) -> dict[str, Tensor]:

@@ -27,7 +27,9 @@ class Inverter(ImageOptimizer):
             if self.config.total_variation:
                 terms["total_variation"] = torch.stack([part.norm() for part in differences]).sum()
             if self.config.total_variation_l1:
-                terms["total_variation_l1"] = torch.stack([part.abs().mean() for part in differences]).sum()
+                terms["total_variation_l1"] = torch.stack(
+                    [part.abs().mean() if part.numel() else part.sum() for part in differences]
+                ).sum()
         if self.config.l2:
             terms["l2"] = look.images.flatten(1).norm(dim=1).mean()
         return terms

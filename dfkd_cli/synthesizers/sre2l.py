@@ -73,9 +73,9 @@ class SRe2L(DeepInversion):
         c, size = self.config, list(images.shape[-2:])
         shape = size[1] / size[0]  # windows are as wide for their height as the images, give or take a third
         least = least_area(progress, c.crop, c.curriculum, c.curriculum_form)
-        crop = v2.RandomResizedCrop(size, scale=(least, 1), ratio=(shape * (3 / 4), shape * (4 / 3)))
-        window = images if least == 1 else crop(images)
-        return super().view(window, progress)
+        if least < 1:
+            images = v2.RandomResizedCrop(size, (least, 1), (shape * (3 / 4), shape * (4 / 3)))(images)
+        return super().view(images, progress)
 
 
 def least_area(progress: float, crop: float, curriculum: float, form: str) -> float:

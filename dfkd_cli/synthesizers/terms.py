@@ -91,12 +91,9 @@ def statistics_distance(seen: Mapping[str, Moments], recorded: Mapping[str, Mome
         recorded: The teacher's, by layer.
         first: ``w`` of the first layer; the others have 1.
     """
-    distances: list[Tensor] = []
-    for name, ours in seen.items():
-        theirs = recorded[name]
-        distance = (ours.mean - theirs.mean).norm() + (ours.variance - theirs.variance).norm()
-        distances.append(distance if distances else first * distance)
-    return torch.stack(distances).sum()
+    pairs = [(ours, recorded[name]) for name, ours in seen.items()]
+    each = [(ours.mean - theirs.mean).norm() + (ours.variance - theirs.variance).norm() for ours, theirs in pairs]
+    return torch.stack([first * each[0], *each[1:]]).sum()
 
 
 def statistics_divergence(

@@ -31,7 +31,7 @@ from torch import Tensor
 from dfkd_cli.config import option
 from dfkd_cli.models.classifier import unit_weights
 from dfkd_cli.synthesis_options import CoarseToFine
-from dfkd_cli.synthesizers.base import ImageOptimizer, Look
+from dfkd_cli.synthesizers.base import ImageOptimizer, Look, SynthesisTask
 from dfkd_cli.synthesizers.terms import tempered_cross_entropy, total_variation
 
 
@@ -55,9 +55,13 @@ class ZSKD(ImageOptimizer):
 
     config: Config
 
+    def __init__(self, task: SynthesisTask, config: Config) -> None:
+        super().__init__(task, config)
+        self.similarity = class_similarity(unit_weights(self.teacher.head()))
+
     def targets(self, first: int, count: int) -> Tensor:
         """Soft labels; image ``n`` is of class ``n mod K``, and the betas take turns."""
-        similarity = class_similarity(unit_weights(self.teacher.head()))
+        similarity = self.similarity
         index = torch.arange(first, first + count)
         beta = torch.tensor(self.config.beta)[index // len(similarity) % len(self.config.beta)]
         return dirichlet_targets(similarity[index % len(similarity)], beta)

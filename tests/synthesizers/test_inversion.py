@@ -94,6 +94,15 @@ def test_image_priors_are_the_papers(name, shape, tmp_path):
     assert torch.autograd.gradcheck(lambda x: method.terms(Look(x, logits), target)[name], tensor(pixels))
 
 
+@pytest.mark.parametrize("shape", [(2, 1, 1, 4), (2, 1, 4, 1), (2, 1, 1, 1)])
+def test_a_line_of_pixels_varies_along_it_alone(shape, tmp_path):
+    method = synthesizer("deepdream", tmp_path, total_variation_l1=1.0, total_variation=0.0)
+    pixels = RNG.normal(size=shape)
+    line = np.diff(pixels.reshape(2, -1), axis=1)
+    terms = method.terms(Look(tensor(pixels), torch.zeros(2, 4)), torch.eye(4)[:2])
+    np.testing.assert_allclose(terms["total_variation_l1"].item(), np.abs(line).mean() if line.size else 0, rtol=1e-12)
+
+
 def test_flat_images_have_no_gradient_that_is_not_finite(tmp_path):
     method = synthesizer("deepdream", tmp_path, total_variation=1.0, total_variation_l1=1.0, l2=1.0)
     images = torch.zeros(2, 1, 3, 3, requires_grad=True)
@@ -343,6 +352,25 @@ def test_teachers_of_one_size_see_larger_pixels_first(spec, make_teacher, tmp_pa
     change = (seen[1] - start).unflatten(2, (-1, 2)).unflatten(4, (-1, 2)).transpose(3, 4).flatten(4)
     assert (change != 0).any()
     torch.testing.assert_close(change, change[..., :1].expand_as(change), atol=1e-5, rtol=1e-3)
+
+
+@pytest.mark.parametrize("size", [(2, 5, 3), (2, 1, 7)])
+@pytest.mark.parametrize("fixed", [False, True])
+def test_coarse_images_have_all_of_an_odd_side(size, fixed, tmp_path):
+    """Where sides are odd, the last row and column are in windows of their own, of fewer pixels."""
+    method = synthesizer("deepdream", tmp_path, smooth_teacher(), coarse_iterations=1)
+    method.fixed_size = fixed
+    images = torch.from_numpy(RNG.normal(size=(3, *size))).requires_grad_()
+    coarse = method._coarse(images, 2)
+    rows, columns = (range(0, side, 2) for side in size[1:])
+    pixels = images.detach().numpy()
+    means = np.array([[pixels[..., i : i + 2, j : j + 2].mean((2, 3)) for j in columns] for i in rows]).transpose(
+        2, 3, 0, 1
+    )
+    if not fixed:
+        np.testing.assert_allclose(coarse.detach().numpy(), means, rtol=1e-12)
+    (gradient,) = torch.autograd.grad(coarse.sum(), images)
+    assert (gradient != 0).all()
 
 
 # -- what is watched ---------------------------------------------------------------------------------------------------

@@ -18,7 +18,7 @@ from torch import nn
 from dfkd_cli import catalog
 from dfkd_cli.artifacts.shards import ShardWriter
 from dfkd_cli.config import build
-from dfkd_cli.errors import ArtifactError
+from dfkd_cli.errors import ArtifactError, ConfigError
 from dfkd_cli.models.classifier import Classifier, ModelInfo
 from dfkd_cli.models.directory import load_model
 from dfkd_cli.models.generators import Generator, Generators, load_generators, save_generators
@@ -324,6 +324,21 @@ def test_networks_of_other_stages_are_paired_by_their_taps(make_method):
     made = make_method("zskt", **names)
     assert made.maps.pairs == (("stage1", "stage2"),)
     assert list(made.student_taps[0]) == ["stage1"] and list(made.teacher_taps) == ["stage2"]
+
+
+def test_dafl_takes_features_by_any_name_of_one_place(make_method):
+    assert list(make_method("dafl", features="last").taps) == ["stage2"]
+    with pytest.raises(ConfigError, match="--features stages: more than one place -- give one of stage1, stage2"):
+        make_method("dafl", features="stages")
+
+
+@pytest.mark.parametrize("features", ["last", "penultimate", "stage1"])
+def test_dafls_activation_is_that_of_its_place(features, make_method):
+    made = make_method("dafl", features=features)
+    with made.looking() as show:
+        look = show(torch.rand(4, *made.teacher.info.input_size))
+    (values,) = look.features.values()
+    np.testing.assert_allclose(made.generator_terms(look)["activation"].item(), -values.abs().mean().item(), rtol=1e-6)
 
 
 CURVED = ["synthesize", "--method", "dfad", *SMALL, "--steps", "41", "--out", "s", "--device", "cpu"]  # three rounds

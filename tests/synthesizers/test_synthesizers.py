@@ -49,6 +49,20 @@ def targets_of(method: Synthesizer, batches: list[int]) -> Tensor:
     return torch.cat([method.targets(int(first), count) for first, count in zip(starts, batches, strict=False)])
 
 
+@pytest.mark.parametrize("name", ["zskd", "soft-target"])
+def test_targets_are_exact_in_any_precision(name, tmp_path):
+    method = synthesizer(name, tmp_path)
+    torch.manual_seed(0)
+    exact = method.soft_labels(method.targets(0, 6))
+    with torch.autocast("cpu", torch.bfloat16):
+        torch.manual_seed(0)
+        rounded = method.soft_labels(method.targets(0, 6))
+        torch.manual_seed(0)
+        made = method.make(0, 6).targets
+    assert torch.equal(made, exact)
+    assert name == "zskd" or not torch.equal(rounded, exact)  # what it would be otherwise
+
+
 # -- class similarity --------------------------------------------------------------------------------------------------
 
 
