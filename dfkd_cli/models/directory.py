@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import dataclasses
 from collections.abc import Mapping
 from pathlib import Path
@@ -16,7 +17,7 @@ from dfkd_cli.artifacts.integrity import check_finished, intact
 from dfkd_cli.artifacts.records import Classes, Count, Hashed, ImageShape, read_json
 from dfkd_cli.errors import ArtifactError, ConfigError, RunFailed
 from dfkd_cli.models.classifier import Classifier, ModelInfo, in_mode
-from dfkd_cli.models.registry import build, family
+from dfkd_cli.models.registry import build, code_hashes, family
 from dfkd_cli.models.weights import load_weights, not_finite, state_of
 from dfkd_cli.spec import Spec
 from dfkd_cli.trust import Code
@@ -58,6 +59,7 @@ class ModelRecord(Input):
     schema: Literal[1]
     kind: Literal["model"]
     weights: Hashed
+    code: NotRequired[str]
     metrics: NotRequired[dict[str, Any]]
     provenance: NotRequired[Provenance]
 
@@ -101,11 +103,25 @@ def save_model(directory: Path, classifier: Classifier, *, metrics: dict[str, An
         "kind": "model",
         **dataclasses.asdict(classifier.info),
         "weights": {"file": WEIGHTS, "sha256": sha256},
+        **_code(classifier.info.spec),
         "metrics": metrics,
         "provenance": provenance,
     }
     write_json(directory / RECORD, record)
     return identity(record)
+
+
+def _code(spec: str) -> dict[str, str]:
+    """What stands for the user's code that makes a network, where there is any; its file may be gone by now."""
+    with contextlib.suppress(ArtifactError):
+        return dict(zip(("code",), code_hashes(spec), strict=False))
+    return {}
+
+
+def changed_code(record: Mapping[str, Any], spec: str) -> str | None:
+    """What stands for the code of a model, at the SPEC where it lies, if it is not the code that it was made with."""
+    now = code_hashes(spec)
+    return now[0] if now and record.get("code", now[0]) not in now else None
 
 
 def load_model(

@@ -19,7 +19,7 @@ from dfkd_cli.errors import ArtifactError, ConfigError
 from dfkd_cli.models.black_box import BlackBox, Function
 from dfkd_cli.models.classifier import Classifier, ModelInfo
 from dfkd_cli.models.committee import committee
-from dfkd_cli.models.directory import identity, load_model, read_record
+from dfkd_cli.models.directory import changed_code, identity, load_model, read_record
 from dfkd_cli.models.exported import RECORD as EXPORT
 from dfkd_cli.models.exported import load_export, read_export
 from dfkd_cli.models.registry import build, code_hashes, family, load_code
@@ -140,7 +140,11 @@ class ModelDirectory:
     def open(self, code: Code) -> LoadedModel:
         """Read and check it, as :func:`~dfkd_cli.models.directory.load_model` does."""
         classifier, record = load_model(Path(self.name), code=code)
-        return LoadedModel(classifier, identity(record), record, self.name, size=_size(self.name, record))
+        sha256 = identity(record)
+        if now := changed_code(record, spec := code.locate(classifier.info.spec, Path(self.name))):
+            LOG.warning("%s was made with other code than %s has now: it counts as another model", self.name, spec)
+            sha256 = digest([sha256, now])
+        return LoadedModel(classifier, sha256, record, self.name, size=_size(self.name, record))
 
 
 @dataclass(frozen=True)
@@ -362,12 +366,13 @@ class Architecture:
         """What it is read from, as a run's parents: a directory counts by what its record says, a file by its code."""
         if self.copied is not None:
             return [{"role": "weights", "path": self.copied.name, "sha256": self.copied.sha256}]
-        if self.directory is not None:
-            return [{"role": "architecture", "path": self.directory, "sha256": digest(self.spec)}]
-        if (file := Spec.read(self.spec).file) is None:
+        if self.directory is None and Spec.read(self.spec).file is None:
             return []
-        hashes = dict(zip(("sha256", "formerly"), code_hashes(self.spec), strict=False))
-        return [{"role": "architecture", "path": str(file)} | hashes]
+        known = code_hashes(self.spec)
+        if self.directory is not None:
+            known = [*known[:1], digest(self.spec)]
+        path = self.directory or str(Spec.read(self.spec).file)
+        return [{"role": "architecture", "path": path} | dict(zip(("sha256", "formerly"), known, strict=False))]
 
 
 def architecture(name: str, code: Code = Code(), teacher: Location | None = None) -> Architecture:  # noqa: B008

@@ -94,7 +94,7 @@ def used(text: str, name: str) -> str:
 def _defined(statement: ast.stmt) -> set[str] | None:
     """The names that a statement defines and that is all it does; None where it may do anything."""
     if isinstance(statement, (ast.FunctionDef, ast.AsyncFunctionDef, ast.ClassDef)):
-        return {statement.name}
+        return None if statement.decorator_list else {statement.name}  # it may be put on a list
     if isinstance(statement, (ast.Import, ast.ImportFrom)):
         names = {alias.asname or alias.name.partition(".")[0] for alias in statement.names}
         return None if "*" in names else names

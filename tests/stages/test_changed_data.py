@@ -166,3 +166,55 @@ def test_a_network_is_another_one_when_files_change_that_it_uses(spec, changed, 
     Path(changed).write_text(Path(changed).read_text() + more)
     code, _, err = cli(*command)
     assert (code, "holds another run: another teacher" in err) == (2, True), err
+
+
+OWN = """
+import torch
+
+MODELS = {}
+
+def register(made):
+    MODELS[made.__name__] = made
+    return made
+
+@register
+class Small(torch.nn.Sequential):
+    def __init__(self):
+        super().__init__(torch.nn.Flatten(), torch.nn.Linear(1024, 8), torch.nn.ReLU(), torch.nn.Linear(8, 2))
+
+def build():
+    return MODELS["Small"]()
+"""
+
+
+def test_a_model_whose_code_has_changed_counts_as_another(here, cli):
+    """It has the same weights, and gives other answers: nothing goes on with it, and that is said."""
+    Path("net.py").write_text(OWN)
+    learn = (
+        "train-teacher",
+        "--dataset",
+        "photos",
+        *STEP,
+        "--model",
+        "./net.py:build",
+        "--input-size",
+        "1",
+        "32",
+        "32",
+    )
+    assert cli(*learn)[0] == 0
+    made = ("synthesize", "--method", "noise", "--num-images", "4", "--device", "cpu", "--allow-code")
+    pupil = ("distill", "--transfer-set", "noise:4", *STEP, "--student", "teacher", "--allow-code", "--device", "cpu")
+    for command in (made, pupil):
+        assert cli(*command)[0] == 0
+        assert "already complete" in cli(*command)[2]
+    Path("net.py").write_text(OWN + "\n\ndef other(): pass\n")
+    for command in (made, pupil):
+        assert "already complete" in cli(*command)[2]
+    Path("net.py").write_text(OWN.replace("ReLU", "Tanh"))
+    for command in (made, pupil):
+        code, _, err = cli(*command)
+        assert (code, "holds another run: another teacher" in err) == (2, True), err
+    assert "another architecture" in err  # the student's too, which it has from there
+    code, _, err = cli("evaluate", "teacher", "--allow-code", "--device", "cpu")
+    assert (code, "teacher was made with other code than ./net.py:build has now" in err) == (0, True), err
