@@ -242,7 +242,7 @@ class Run:
 
     out: str | None = option(None, "directory to write", volatile=True)
     overwrite: bool = option(False, "replace what is there", volatile=True, typed=True)
-    seed: int = option(0, "seed of everything random", low=0)
+    seed: int = option(0, "seed of everything random", low=0, high=2**63 - 1)
     device: Literal["auto", "cpu", "cuda", "mps"] = option("auto", "device", volatile=True)
     devices: int = option(1, "number of devices (processes)", low=1, volatile=True)
     num_nodes: int = option(1, "machines that share the run, and see the same --out", low=1, volatile=True)

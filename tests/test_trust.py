@@ -194,11 +194,12 @@ def test_a_recipe_may_say_that_nothing_is_overwritten(here, cli):
 
 @pytest.mark.parametrize("file", ["config.yaml", "run.json", "metrics.csv", "model.json"])
 @pytest.mark.parametrize("more", [[], ["--overwrite"], ["--dry-run"]], ids=str)
-def test_files_of_the_users_own_are_neither_deleted_nor_overwritten(file, more, here, cli):
+@pytest.mark.parametrize("text", ['{"lr": 0.1}', "[1]", ""])
+def test_files_of_the_users_own_are_neither_deleted_nor_overwritten(text, file, more, here, cli):
     Path("mine").mkdir()
-    Path("mine", file).write_text('{"lr": 0.1}')
+    Path("mine", file).write_text(text)
     refused(cli("distill", *NOISE, *STEP, "--out", "mine", *more), 2, "mine is not empty and was not made by dfkd")
-    assert Path("mine", file).read_text() == '{"lr": 0.1}'
+    assert Path("mine", file).read_text() == text
     assert [path.name for path in Path("mine").iterdir()] == [file]
 
 

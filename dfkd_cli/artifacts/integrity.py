@@ -131,12 +131,13 @@ def on_record(directory: Path) -> dict[Path, str]:
     Raises:
         ArtifactError: The record is damaged.
     """
-    made = _run_around(directory)
+    made, place = _run_around(directory), directory.absolute()
     if made is None:
         return {}
     run = read_run(made)
     hashes = run["kept"] | {file["path"]: file["sha256"] for file in run["artifacts"]}
-    return {made / name: sha256 for name, sha256 in hashes.items() if (made / name).parent == directory}
+    files = {made.absolute() / name: sha256 for name, sha256 in hashes.items()}
+    return {directory / path.name: sha256 for path, sha256 in files.items() if path.parent == place}
 
 
 def made_by(directory: Path) -> Path | None:
@@ -156,7 +157,7 @@ def runs_within(directory: Path) -> list[Path]:
 
 
 def _run_around(directory: Path) -> Path | None:
-    places = (directory, *directory.parents)[:LEVELS]
+    places = (directory, *directory.absolute().parents)[:LEVELS]
     return next((place for place in places if (place / RUN).exists() and (place / CONFIG).exists()), None)
 
 

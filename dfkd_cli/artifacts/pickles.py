@@ -78,7 +78,8 @@ def read_foreign(path: Path) -> Any:
     unread: dict[str, type[Unread]] = {}
     while True:
         try:
-            check_sums(path)
+            if not unread:
+                check_sums(path)
             allowed: list[Any] = [(stand_in, name) for name, stand_in in unread.items()]
             with path.open("rb") as stream, torch.serialization.safe_globals(allowed), warnings.catch_warnings():
                 warnings.simplefilter("ignore")  # of protocols and layouts, which are refused with words of our own

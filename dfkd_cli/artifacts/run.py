@@ -6,6 +6,7 @@ import contextlib
 import logging
 import secrets
 import sys
+import tempfile
 import time
 from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
@@ -59,6 +60,7 @@ class RunDirectory:
     ) -> None:
         self.path, self.settings, self.facts = path, settings, facts
         self.parents = parents
+        self.before: dict[str, str] = {}  # by path, the hashes of what it had made when it was finished
         self.identity = {**_own(settings), "parents": _as_recorded(parents, [])}
         self.record: dict[str, Any] = {
             "schema": 1,
@@ -106,9 +108,10 @@ class RunDirectory:
                 if "sealed" in self.record and previous.get("sealed") != self.record["sealed"]:
                     self.record["sealed"] = "python"  # the weaker one holds for the whole
                 # Its identity too, which shards have in them: an older version knew fewer options.
-                lasting = {"identity", "started", "seconds", "within", "concerns", "id", "kept"}
+                lasting = {"identity", "started", "seconds", "within", "concerns", "id", "kept", "device"}
                 lasting -= {"concerns"} if previous.get("cut_at") else set()  # they were of the smaller set
                 self.record |= {key: previous[key] for key in lasting if key in previous}
+                self.before = {file["path"]: file["sha256"] for file in previous["artifacts"]}
                 self._go_on_with_threads(previous.get("versions", {}).get("threads"))
         if not writes_records():
             return False
@@ -122,6 +125,10 @@ class RunDirectory:
         for pattern in (".*.tmp", "*/.*.tmp"):
             for left_by_a_kill in self.path.glob(pattern):
                 remove(left_by_a_kill)
+        if self.settings.run.num_nodes == 1:  # else other machines may have theirs there
+            for scratch in (self.path / SCRATCH).glob("*"):
+                if str(scratch.absolute()) != tempfile.gettempdir():
+                    remove(scratch)
         groups: tuple[type, ...] = (Run, type(self.settings.inputs))
         only_typed = {name for group in groups for name, traits in options(group).items() if traits.get("typed")}
         replayable = {key: value for key, value in self.settings.plain().items() if key not in only_typed}
@@ -269,13 +276,15 @@ def _previous(path: Path, afresh: bool) -> dict[str, Any] | None:
     except NotADirectoryError:
         raise ConfigError(f"{path} is a file", "choose another --out") from None
     if (path / RUN).exists():
+        ours = (path / CONFIG).exists()  # by a name alone nothing is ours, and may be removed
         try:
             if "identity" in read_json(path / RUN, dict[str, Any]):
                 return read_run(path)
         except ArtifactError as error:
-            if afresh:
+            if ours and afresh:
                 return {}
-            raise ArtifactError(error.message, AFRESH) from None
+            if ours:
+                raise ArtifactError(error.message, AFRESH) from None
     if present:
         raise ConfigError(f"{path} is not empty and was not made by dfkd", "choose another --out")
     return None

@@ -16,6 +16,7 @@ import os
 import tempfile
 from collections.abc import Mapping
 from pathlib import Path
+from types import MappingProxyType
 from typing import Any, Literal, NotRequired, TypedDict
 
 import safetensors.torch
@@ -104,10 +105,18 @@ class ShardWriter:
         count: Shards in all.
         key: Written into each shard, so that a file from another run is never taken for one of ours; by default what
             stands for ``head``.
+        before: Hashes of files that the directory had when it was finished, by their names.
     """
 
-    def __init__(self, directory: Path, head: Mapping[str, Any], count: int, key: str | None = None) -> None:
-        self.directory, self.head, self.count = directory, dict(head), count
+    def __init__(
+        self,
+        directory: Path,
+        head: Mapping[str, Any],
+        count: int,
+        key: str | None = None,
+        before: Mapping[str, str] = MappingProxyType({}),
+    ) -> None:
+        self.directory, self.head, self.count, self.before = directory, dict(head), count, before
         self.key = key or digest(self.head)
         self.rows: dict[int, dict[str, Any]] = {}
         self.confidences: dict[int, float] = {}  # by shard, summed over its images: the teacher's highest probability
@@ -136,6 +145,7 @@ class ShardWriter:
             recorded = {row["file"]: row["sha256"] for row in read_json(self.directory / MANIFEST, Manifest)["shards"]}
         except ArtifactError:
             recorded = {}  # no manifest, or a damaged one: it is made anew from the shards
+        recorded |= self.before
         for path in self.directory.glob(f"{HASHES}*"):
             with contextlib.suppress(OSError):
                 lines = path.read_bytes().decode(errors="replace").splitlines()
@@ -162,7 +172,13 @@ class ShardWriter:
             index: The shard's number.
             tensors: Its fields.
             terms: The loss terms it ended with.
+
+        Raises:
+            RunFailed: The teacher's answers are not finite.
         """
+        if not tensors["logits"].isfinite().all():
+            hint = "images may lie too far out: lower --lr; or the teacher answers so to images in range"
+            raise RunFailed(f"shard {index}: the teacher's answers are not finite", hint)
         tensors = {name: tensor.detach().cpu().contiguous() for name, tensor in tensors.items()}
         # One entry only: safetensors writes several in random order, and equal work must give equal bytes.
         facts = json.dumps({"key": self.key, "index": index, "terms": dict(terms)})

@@ -211,7 +211,7 @@ def _make(
     head = manifest_head(settings, info, teacher.sha256, config.dtype, True, used)
     began = {key: value for key, value in head["config"].items() if key in directory.record["identity"]}
     key = digest({**head, "config": began})  # the same for a run that an older version began, which knew fewer options
-    writer = ShardWriter(directory.path, head, -(-count // config.of_a_shard), key)
+    writer = ShardWriter(directory.path, head, -(-count // config.of_a_shard), key, directory.before)
     processes = settings.run.devices * settings.run.num_nodes
     task = SynthesisTask(teacher.classifier, count, settings.run.seed, writer, processes, **extras)
     synthesizer = settings.method.entry.load()(task, config)
@@ -229,6 +229,8 @@ def _make(
     writer.collect()
     if deadline and writer.missing():
         count = _cut(writer, synthesizer, deadline, directory, terminal)
+    if student and writer.count <= synthesizer.warmup_rounds:
+        directory.warn("student/ has learned nothing yet: all rounds were of the warm-up (--warmup-share)", terminal)
     manifest = writer.write_manifest()
     if synthesizer.stateless:
         rows = [{"round": index, **shard["terms"]} for index, shard in enumerate(manifest["shards"])]

@@ -12,6 +12,9 @@ import pytest
 import torch
 from pipeline import edit
 
+from dfkd_cli.artifacts.integrity import intact, on_record
+from dfkd_cli.errors import ArtifactError
+
 SYNTHESIZE = ["synthesize", "--method", "zskd", "--num-images", "16", "--batch-size", "8", "--iterations", "2"]
 DISTILL = ["distill", "--steps", "201", "--batch-size", "2", "--snapshots", "2", "--transfer-set", "shards"]
 COMPARE = ["compare", "student", "--out", "new"]
@@ -89,6 +92,24 @@ def refuse(cli, command: list[str], *words: str) -> None:
     assert len(err.strip().splitlines()) == 1, err
     for word in words:
         assert word in err
+
+
+def test_shards_are_those_on_record_whatever_the_manifest_has_lost(here: Path, finished: Path, cli) -> None:
+    flip("shards/shard-00001.safetensors")
+    flip("shards/manifest.json", 0)
+    code, _, err = cli(*SYNTHESIZE)
+    assert code == 0, err
+    assert results(here) == results(finished)
+
+
+def test_what_is_on_record_is_known_from_inside_too(here: Path, monkeypatch) -> None:
+    part = Path("student/snapshots")
+    expected = {Path(path.name): sha256 for path, sha256 in on_record(part).items()}
+    flip(str(part / min(expected)))
+    monkeypatch.chdir(part)
+    assert on_record(Path(".")) == expected and len(expected) > 1
+    with pytest.raises(ArtifactError, match="damaged"):
+        intact(min(expected))
 
 
 def test_what_a_record_says_is_what_was_recorded(here: Path, cli) -> None:
