@@ -87,7 +87,7 @@ class Access:
         finally:
             if made and writes_records():
                 shutil.rmtree(made[0], ignore_errors=True)
-                for directory in made[1:]:
+                for directory in (made[0].parent, *made[1:]):
                     with contextlib.suppress(OSError):
                         directory.rmdir()
 
@@ -107,6 +107,7 @@ class Access:
         with contextlib.suppress(OSError):  # a directory, as an earlier process left it
             scratch.unlink()  # a link in what was received may lead anywhere
         scratch.mkdir(exist_ok=True)
+        scratch = Path(tempfile.mkdtemp(dir=scratch))  # a process that is refused the output does not take this one's
         with contextlib.suppress(OSError):
             os.makedirs(os.path.expanduser(_FONTS), exist_ok=True)
         tempfile.tempdir = os.environ["TMPDIR"] = str(scratch)
@@ -124,7 +125,18 @@ class Access:
         linked = [
             entry.path for place in self.inputs for entry in _entries(place) if entry.is_symlink() and entry.is_file()
         ]
-        whole = [*_SYSTEM, *prefixes, *folders, str(PACKAGE), str(catalog.recipes_directory()), *self.inputs, *linked]
+        # Names of other machines: on many systems the file is a link to where nothing else is read.
+        names = [os.path.realpath("/etc/resolv.conf")] if self.asks else []
+        whole = [
+            *names,
+            *_SYSTEM,
+            *prefixes,
+            *folders,
+            str(PACKAGE),
+            str(catalog.recipes_directory()),
+            *self.inputs,
+            *linked,
+        ]
         yield from _all_but(whole, self.sealed)
         yield from ((place, READ) for place in self.inputs if place in copies().values())  # datasets lie around them
         for folder in (*sys.path, *self.code):

@@ -10,6 +10,7 @@ import socket
 import subprocess
 import sys
 import threading
+import time
 from collections.abc import Iterator
 from pathlib import Path
 
@@ -224,6 +225,28 @@ def test_a_refusal_that_was_swallowed_ends_the_run(here, monkeypatch, dfkd, cli,
     assert (code, "data/x was opened" in err) == (4, True), err
     assert {key: record("student")[key] for key in ("status", "data_free")} == {"status": "failed", "data_free": False}
     assert not Path("student/model.json").exists()
+
+
+@needs_landlock
+@pytest.mark.slow
+def test_a_second_start_leaves_the_first_its_temporary_files(here, dfkd):
+    """It is refused, and ends while the first one, whose function writes such files, still runs."""
+    Path("box.py").write_text(
+        "import os, tempfile, time, torch\n"
+        "def ask(pixels):\n"
+        "    while not os.path.exists('shards/go'):\n        time.sleep(0.1)\n"
+        "    with tempfile.TemporaryFile():\n        return torch.full((len(pixels), 10), 0.1)\n"
+    )
+    command = [*NOISE, "--teacher", "./box.py:ask", "--answers", "probabilities", *FOREIGN]
+    first = subprocess.Popen([sys.executable, "-m", "dfkd_cli", *command], stderr=subprocess.PIPE, text=True)
+    while first.poll() is None and not Path("shards/run.json").exists():
+        time.sleep(0.1)
+    second = dfkd(*command, cwd=here)
+    Path("shards/go").touch()
+    _, err = first.communicate()
+    assert (second.returncode, "another process is writing here" in second.stderr) == (2, True), second.stderr
+    assert first.returncode == 0, err
+    assert not Path("shards/.scratch").exists()
 
 
 def test_a_student_cannot_read_the_dataset_of_its_teacher_while_it_is_built(here, make_teacher, cli):
