@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import dataclasses
 import logging
+import os
 from collections.abc import Callable, Collection, Mapping, Sequence
 from pathlib import Path
 from typing import Any, NamedTuple
@@ -11,6 +12,7 @@ from typing import Any, NamedTuple
 from dfkd_cli import catalog, config, trust
 from dfkd_cli.errors import ConfigError, did_you_mean
 from dfkd_cli.options import FOREIGN, Run
+from dfkd_cli.spec import Spec
 from dfkd_cli.trust import Code
 from dfkd_cli.urls import named
 
@@ -156,7 +158,7 @@ def resolve(command: str, sources: Sequence[tuple[Any, ...]]) -> Settings:
     weights = {(c.flag, entry.name, "weight") for c in record.choices if c.several for entry, _ in chosen[c.flag]}
     for source, layer, _ in layers:
         sections |= {name: layer[name] for name in record.sections if name in layer}
-        if "teacher" in layer and layer["teacher"] != values["inputs",].get("teacher"):
+        if "teacher" in layer and _places(layer["teacher"]) != _places(values["inputs",].get("teacher")):
             of_another = {name for name in FOREIGN if values["inputs",].pop(name, None) is not None}
             if source == TYPED and (unsaid := sorted(of_another - layer.keys())) and not _says_itself(layer["teacher"]):
                 LOG.warning("--teacher: the recipe speaks of another, so not of its %s", ", ".join(unsaid))
@@ -197,6 +199,12 @@ def resolve(command: str, sources: Sequence[tuple[Any, ...]]) -> Settings:
     sayings = [*labels["run",].items(), *labels["inputs",].items()]
     typed = {name for name, label in sayings if label.startswith((TYPED, ASSIGNED))}
     return Settings(command, run, built["inputs",], components, sections, code, frozenset(typed))
+
+
+def _places(teacher: Any) -> list[str]:
+    """A teacher, or several, told apart however their paths are written."""
+    names = [] if teacher is None else [teacher] if isinstance(teacher, str) else teacher
+    return [f"{spec.bits}{os.path.realpath(spec.source or spec.rest)}:{spec.name}" for spec in map(Spec.read, names)]
 
 
 def _says_itself(teacher: Any) -> bool:

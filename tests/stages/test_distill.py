@@ -215,6 +215,18 @@ def test_what_a_recipe_says_of_its_teacher_is_not_said_of_another(tmp_path, capl
         assert ("--teacher: the recipe speaks of another, so not of its mean" in caplog.text) == told
 
 
+@pytest.mark.parametrize("typed", ["net.py:build", "./net.py:build", "here/../net.py:build", "{cwd}/net.py:build"])
+def test_a_recipes_own_teacher_may_be_named_again(typed, tmp_path, monkeypatch, caplog):
+    """However its path is written, what the recipe says of it holds."""
+    monkeypatch.chdir(tmp_path)
+    (tmp_path / "here").mkdir()
+    (tmp_path / "net.py").touch()
+    (tmp_path / "net.yaml").write_text("teacher: ./net.py:build\nweights: net.pt\nmean: [0.5]\n")
+    flags = typed_layer({"teacher": [typed.format(cwd=tmp_path)]})
+    inputs = resolve("distill", [recipe_layer("net.yaml", "distill"), flags]).inputs
+    assert (inputs.mean, inputs.weights, caplog.text) == ((0.5,), "net.pt", "")
+
+
 def test_images_by_the_class(cli, make_teacher, tmp_path):
     """So many times the classes, which take turns; of two counts the later word is the one that counts."""
     teacher = make_teacher("lenet5")
