@@ -75,7 +75,7 @@ _PUBLISHED = {
     "svhn": ("SVHN", 3),
 }
 # What its readers raise where files are absent, damaged, or cannot be downloaded.
-_UNREADABLE = (OSError, RuntimeError, ValueError, AssertionError, EOFError, pickle.UnpicklingError)
+_UNREADABLE = (OSError, RuntimeError, ValueError, LookupError, AssertionError, EOFError, pickle.UnpicklingError)
 
 
 @dataclass(frozen=True, eq=False)

@@ -279,9 +279,10 @@ def _user_code(spec: str, num_classes: int, input_size: Size) -> nn.Module:
 def _foreign(spec: str, when: str, hint: str | Callable[[Exception], str]) -> Iterator[None]:
     """Run a user's code as a script's: it sees no arguments of this program's, does not end it, and changes nothing.
 
-    That is neither the type of new tensors nor the working directory.
+    That is the type of new tensors, the number of threads, and the working directory.
     """
-    words, source, floats, here = sys.argv, Spec.read(spec).source, torch.get_default_dtype(), os.getcwd()
+    words, source, here = sys.argv, Spec.read(spec).source, os.getcwd()
+    floats, threads = torch.get_default_dtype(), torch.get_num_threads()
     sys.argv = [source]
     try:
         with _as_config_error(f"{spec}: failed", hint), _beside(source):
@@ -293,6 +294,7 @@ def _foreign(spec: str, when: str, hint: str | Callable[[Exception], str]) -> It
     finally:
         sys.argv = words
         torch.set_default_dtype(floats)
+        torch.set_num_threads(threads)
         os.chdir(here)
 
 
@@ -321,7 +323,8 @@ def _importable(*folders: Path) -> Iterator[None]:
         yield
     finally:
         for entry in entries:
-            sys.path.remove(entry)
+            with contextlib.suppress(ValueError):  # it may have removed it itself
+                sys.path.remove(entry)
         added = {k: module for k, module in sys.modules.items() if k not in before and not k.startswith(_USER)}
         roots = {name for name, module in added.items() if "." not in name and _homes(module) & {*entries}}
         own.update({name: module for name, module in added.items() if name.partition(".")[0] in roots | {*own}})
