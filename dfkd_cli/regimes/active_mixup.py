@@ -176,8 +176,8 @@ class ActiveMixup(Offline):
         optimizer.state.clear()
         for group in optimizer.param_groups:
             group["lr"] = group["initial_lr"] = self.training_config.lr
-        schedule: Any = self.lr_schedulers()
-        schedule.load_state_dict(self.schedule(optimizer.optimizer, *self.span(step)).state_dict())
+        # Not its state into the old one: with fewer steps it may be of another kind.
+        self.trainer.strategy.lr_scheduler_configs[0].scheduler = self.schedule(optimizer.optimizer, *self.span(step))
 
     def made(self) -> Mapping[str, Source]:
         """All that was asked about but what was held out; nothing without steps, which ask about no mixtures."""

@@ -103,6 +103,7 @@ class Regime(Learner):
         self.peers = nn.ModuleList(peer.lay_out() for peer in task.peers)
         self.teacher = None if task.teacher is None else task.teacher.freeze().lay_out()
         self.first: dict[str, float] = {}  # what each term was in its first step
+        self.steps_before = 0  # of earlier processes
         self.held_classes: Tensor | None = None  # (N,): what is right for the held-out images, once it was asked for
         self.weights = {name: weight for name, (weight, _) in task.objectives.items()}
         self.losses = {name: objective for name, (_, objective) in task.objectives.items()}
@@ -230,7 +231,7 @@ class Regime(Learner):
 
     def on_load_checkpoint(self, checkpoint: dict[str, Any]) -> None:
         """Later rounds are compared with the first one."""
-        self.first = checkpoint.get("first", {})
+        self.first, self.steps_before = checkpoint.get("first", {}), checkpoint["global_step"]
 
     def after_step(self) -> None:
         """What else happens after each step of the student. Nothing by default."""
@@ -250,7 +251,7 @@ class Regime(Learner):
         else:
             cls = {"adam": torch.optim.Adam, "adamw": torch.optim.AdamW}[c.optimizer]
             optimizer = cls(parameters, c.lr, weight_decay=c.weight_decay, fused=True)
-        return [optimizer], [self.schedule(optimizer, *self.span(0))]
+        return [optimizer], [self.schedule(optimizer, *self.span(max(self.steps_before - 1, 0)))]
 
     def schedule(self, optimizer: torch.optim.Optimizer, start: int, stop: int) -> LRScheduler:
         """The learning rates of a training from its first step to the one after its last."""
@@ -280,9 +281,9 @@ class Regime(Learner):
         if (share := self.batches.batch_size // passes) < 1:
             what = f"a batch of {self.batches.batch_size} images has none for some of the {passes} passes of a step"
             raise ConfigError(what, "raise --batch-size, or lower --accumulate")
-        if share < 2:
-            info = self.student.info
-            require_training(self.student.net, info.spec, info.num_classes, info.input_size, share)
+        for student in self.students if share < 2 else ():
+            info = student.info
+            require_training(student.net, info.spec, info.num_classes, info.input_size, share)
 
     def round(self, index: int) -> Mapping[str, Tensor]:
         """A stretch of optimiser steps. Logs each term's mean over the steps that had it, and the held-out measure."""

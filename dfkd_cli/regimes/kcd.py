@@ -78,6 +78,8 @@ class Condensation(Offline):
             ranked = min(len(self.per_epoch) // config.period, len(self.sizes) - 1)
             self.per_epoch.append(self.sizes[ranked] // training.batch_size)
             self.starts.append(self.starts[-1] + self.per_epoch[-1])
+        if len(self.per_epoch) <= config.period:
+            self.note = f"kcd: images are ranked every {config.period} epochs, and it learns for {len(self.per_epoch)}"
         self.steps = self.starts[-1] if training.steps is None else training.steps
         self.rounds = -(-self.steps // STEPS_PER_ROUND)
         self.recorded: dict[str, Any] | None = None

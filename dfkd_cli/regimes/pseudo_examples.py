@@ -31,7 +31,9 @@ from torch import Tensor
 
 from dfkd_cli.config import option
 from dfkd_cli.data.sources import Images, Source, Subset
+from dfkd_cli.errors import ConfigError
 from dfkd_cli.models.activations import averages_kept
+from dfkd_cli.models.adapter import require_training
 from dfkd_cli.options import TaughtAtFirst
 from dfkd_cli.regimes.base import Task
 from dfkd_cli.regimes.offline import Offline
@@ -70,6 +72,18 @@ class PseudoExamples(Offline):
         if self.ascent_state is not None:
             self.ascent.load_state_dict(self.ascent_state)
 
+    def on_train_start(self) -> None:
+        """Check that the student can be shown the pseudo images, and that there is one process.
+
+        With BatchNorm of its own, each would move them elsewhere.
+        """
+        super().on_train_start()
+        if self.trainer.world_size > 1:
+            raise ConfigError("--method pseudo-examples: images are moved by one process", "give --devices 1")
+        if len(self.pseudo) < 2:
+            info = self.student.info
+            require_training(self.student.net, info.spec, info.num_classes, info.input_size, len(self.pseudo))
+
     def on_save_checkpoint(self, checkpoint: dict[str, Any]) -> None:
         """The pixels are a buffer and saved as such; Lightning does not know of their optimiser."""
         super().on_save_checkpoint(checkpoint)
@@ -99,7 +113,7 @@ class PseudoExamples(Offline):
         return self.total(terms), self.named(terms)
 
     def after_step(self) -> None:
-        """Move the pseudo images uphill. Every process moves all of them, so that all processes have the same."""
+        """Move the pseudo images uphill."""
         if not self.share:
             return  # nobody learns from them any more
         self.eval()

@@ -211,6 +211,39 @@ def test_no_steps_ask_about_no_mixtures(tmp_path, teacher, cli):
     assert not (tmp_path / "copy" / "asked").exists()
 
 
+@pytest.mark.parametrize("stopped", [False, True])
+def test_each_training_has_the_rates_of_its_own_length(stopped, tmp_path, monkeypatch):
+    """The first is too short for a warm-up, the second is not, also where that is continued."""
+    rates, settings = [], {"warmup": 0.2, "schedule": "cosine", "optimizer": "sgd", "lr": 0.5, "epochs": 2}
+    for module in (base, active_mixup):
+        monkeypatch.setattr(module, "STEPS_PER_ROUND", 5)
+
+    def run(path, *callbacks):
+        learner = mixup(Given(pictures()), batch_size=5, config={"rounds": 1, "mixups": 27}, **settings)
+        step = learner.after_step
+        monkeypatch.setattr(
+            learner, "after_step", lambda: (rates.append(learner.optimizers().param_groups[0]["lr"]), step())
+        )
+        return work(learner, path, *callbacks)
+
+    if stopped:
+        check_interruption(run, tmp_path)
+        rates[:] = rates[-14 - 2 :]
+    else:
+        run(tmp_path / "run")
+    first, second = 2, 14
+    assert len(rates) == first + second
+    alone = []
+    optimizer = torch.optim.SGD([torch.zeros(1, requires_grad=True)], lr=0.5)
+    learner = mixup(Given(pictures()), batch_size=5, config={"rounds": 1, "mixups": 27}, **settings)
+    schedule = learner.schedule(optimizer, 0, second)
+    for _ in range(second):
+        optimizer.step()
+        schedule.step()
+        alone.append(optimizer.param_groups[0]["lr"])
+    assert rates[first:] == pytest.approx(alone, abs=1e-9)
+
+
 def test_an_interruption_between_or_within_trainings_changes_nothing(tmp_path, monkeypatch):
     for steps in (4, 7):  # two rounds end within the first training, or within the second
         for module in (base, active_mixup):

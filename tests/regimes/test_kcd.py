@@ -173,6 +173,12 @@ def test_a_set_that_would_be_no_batch(config, word):
         regime("kcd", given(), batch_size=5, epochs=2, config=config)
 
 
+@pytest.mark.parametrize(("epochs", "said"), [(3, True), (4, False)])
+def test_a_training_that_ends_before_the_first_ranking_says_so(epochs, said):
+    learner = regime("kcd", given(), batch_size=5, epochs=epochs, config={"period": 3})
+    assert (learner.note is not None and "every 3 epochs, and it learns for 3" in learner.note) == said
+
+
 @pytest.mark.parametrize(("steps", "per_epoch"), [(5, [8]), (16, [8, 6, 4]), (40, [8, 7, 6, 5, 4, 4, 4, 4])])
 def test_steps_are_as_many_as_are_given_and_so_is_their_schedule(steps, per_epoch, tmp_path):
     learner = regime("kcd", given(), batch_size=5, steps=steps, config={"period": 1, "keep": 0.5}, schedule="cosine")

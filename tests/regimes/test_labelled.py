@@ -128,7 +128,7 @@ def test_class_wise_is_gradient_descent_towards_the_answers_to_partners(tmp_path
 
 
 def test_partners_are_changed_as_images_are(tmp_path):
-    learner = regime("cs-kd", given(), objectives=[(1.0, response())], steps=1, **PLAIN, noise=0.3)
+    learner = regime("cs-kd", given(), objectives=[(1.0, response(hard=1.0))], steps=1, **PLAIN, noise=0.3)
     shown, chosen, original = [], [], Batches.partners
     learner.student.register_forward_pre_hook(lambda _, args: shown.append(args[0]))
 
@@ -325,6 +325,21 @@ def test_objectives_that_look_into_a_teacher_need_one(name):
     entry = entries("objectives")[name]
     with pytest.raises(ConfigError, match="looks into a teacher network"):
         regime("cs-kd", given(), objectives=[(1.0, entry.load()(entry.config()))])
+
+
+def test_of_itself_alone_a_network_learns_nothing():
+    with pytest.raises(ConfigError, match=r"without labels .* give --hard 1"):
+        regime("cs-kd", given(), objectives=[(1.0, response()), (0.0, response(hard=1.0))])
+
+
+@pytest.mark.parametrize(("method", "more"), [("kdcl", {"peers": [network(1)]}), ("pseudo-examples", {})])
+def test_every_network_is_asked_whether_it_learns_from_one_image(method, more, tmp_path):
+    """The first one does; a peer, or the pseudo image alone, is refused in one line."""
+    norm = network(3, nn.Linear(9, 9), nn.BatchNorm1d(9))
+    single = {"peers": [norm]} if more else {"student": norm, "config": {"pseudo_images": 1}}
+    learner = regime(method, given(), objectives=[(1.0, response())], batch_size=1 if more else 4, steps=1, **single)
+    with pytest.raises(ConfigError, match="cannot be trained on 1 images at once"):
+        work(learner, tmp_path / "run")
 
 
 # -- all of them -------------------------------------------------------------------------------------------------------

@@ -135,7 +135,7 @@ def test_labels_are_learned_by_their_shares(method, labelled, tmp_path):
 def test_methods_that_compare_labels_refuse_mixtures(method):
     peers = {"peers": [network(2)]} if method == "kdcl" else {}
     with pytest.raises(ConfigError, match="not about mixtures") as error:
-        regime(method, Given(pixels(), LABELS), cutmix=1.0, **peers)
+        regime(method, Given(pixels(), LABELS), objectives=[(1.0, response(hard=1.0))], cutmix=1.0, **peers)
     assert "--cutmix" in error.value.hint
 
 
