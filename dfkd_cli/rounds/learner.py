@@ -5,6 +5,7 @@ from __future__ import annotations
 import math
 from abc import ABC, abstractmethod
 from collections.abc import Mapping
+from types import MappingProxyType
 from typing import Any
 
 import lightning.pytorch as pl
@@ -25,10 +26,12 @@ class Learner(pl.LightningModule, ABC):
         stateless: Whether rounds are independent of each other, so that no checkpoint is needed to continue.
         teacher: The classifier that is frozen while the rounds are done, or None.
         note: What the user is told when the run starts, or None.
+        measures: The terms and measures of the latest round.
         takes_memory: The options that decide how much memory is taken, for who runs out of it.
     """
 
     rounds: int
+    measures: Mapping[str, Tensor] = MappingProxyType({})
     note: str | None = None
     teacher: Any
     stateless = False
@@ -77,6 +80,7 @@ class Learner(pl.LightningModule, ABC):
         # All processes stop together: one that only vanished would take the others down without a word.
         if not self.trainer.strategy.reduce_boolean_decision(failure is None, all=True):
             raise failure or RunFailed("another process of this run failed", "see its message")
+        self.measures = terms
         self.log_dict(dict(terms), on_step=True, on_epoch=False)
 
     @staticmethod

@@ -139,9 +139,9 @@ class _Report(Callback):
         self.progress = Progress(self.terminal, self.what, module.unit, total, before)
 
     def on_train_epoch_end(self, trainer: pl.Trainer, module: pl.LightningModule) -> None:
-        measures = {name: float(value) for name, value in trainer.callback_metrics.items()}
-        shown = " ".join(f"{name} {value:.4g}" for name, value in list(measures.items())[:3])
         assert isinstance(module, Learner)
+        measures = {name: float(value) for name, value in module.measures.items()}  # Lightning's are of all rounds
+        shown = " ".join(f"{name} {value:.4g}" for name, value in list(measures.items())[:3])
         self.progress.update(module.done(module.current_round + 1), shown)
         concern = module.concern(measures)
         self.since = concern, self.since[1] + 1 if concern == self.since[0] else 1

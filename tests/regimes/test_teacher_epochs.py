@@ -61,6 +61,15 @@ def test_labels_go_on_with_the_same_momentum(last, fade, labelled, tmp_path):
     assert asked.count(True) == (min(last, 6) if labelled else 6)  # of images without labels its classes are wanted
 
 
+def test_a_round_is_judged_by_its_own_terms(tmp_path, monkeypatch):
+    """Lightning keeps those of earlier rounds, which may be of what is learned no more."""
+    monkeypatch.setattr(base, "STEPS_PER_ROUND", 1)
+    learner, seen = regime("offline", Given(pixels(), LABELS), steps=3, config={"teacher_epochs": 1}, **PLAIN), []
+    monkeypatch.setattr(learner, "concern", lambda measures: seen.append(set(measures)))
+    work(learner, tmp_path / "run")
+    assert seen == [{"soft"}, {"labels"}, {"labels"}]
+
+
 def test_without_it_the_teacher_teaches_throughout(tmp_path):
     losses = [regime("offline", Given(pixels(), LABELS), config=c).loss(Given(pixels(), LABELS).all())[0]
               for c in ({}, {"teacher_epochs": 1})]  # fmt: skip
