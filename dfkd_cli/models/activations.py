@@ -47,11 +47,6 @@ def values_at(taps: Mapping[K, Tap], summary: Callable[[Tensor], Tensor] = torch
         yield seen
 
 
-def outputs_of(layers: Mapping[str, nn.Module]) -> contextlib.AbstractContextManager[dict[str, Tensor]]:
-    """The latest output (B, ...) of each layer by its name, whenever the network runs inside the ``with`` block."""
-    return values_at({name: Tap(layer) for name, layer in layers.items()})
-
-
 @contextlib.contextmanager
 def batch_statistics(classifier: Classifier) -> Iterator[None]:
     """BatchNorm layers use each batch's statistics inside the ``with`` block, and learn nothing from it.

@@ -194,7 +194,7 @@ def _subclass(kind: Any, own: Any) -> Any:
 # -- networks ----------------------------------------------------------------------------------------------------------
 
 
-def quantize(net: nn.Module, weights: int, activations: int, input_size: tuple[int, int, int], spec: str) -> list[str]:
+def quantize(net: nn.Module, weights: int, activations: int, input_size: tuple[int, int, int], spec: str) -> None:
     """Make a network round, in place; the ranges of its activations are still to be found.
 
     Args:
@@ -203,10 +203,6 @@ def quantize(net: nn.Module, weights: int, activations: int, input_size: tuple[i
         activations: Bits of activations.
         input_size: C, H, W.
         spec: What the network is called.
-
-    Returns:
-        The modules in which something is computed that stays float: other layers, those whose weight is computed
-        (weight and spectral norm), attention, functional convolutions.
 
     Raises:
         ConfigError: Nothing in it can be quantised.
@@ -221,11 +217,14 @@ def quantize(net: nn.Module, weights: int, activations: int, input_size: tuple[i
         _become(layer, RoundingLayer, weight_bits=w, input_bits=a)
     for module in seen.joints():
         _become(module, Rounding, output_bits=JOINT)
-    return seen.elsewhere
 
 
 def computed_in_float(net: nn.Module, input_size: tuple[int, int, int]) -> list[str]:
-    """The modules in which something is computed that stays float: other layers, attention, functional convolutions."""
+    """The modules in which something is computed that stays float.
+
+    That is in other layers, in those whose weight is computed (weight and spectral norm), in attention, and in
+    functional convolutions.
+    """
     return Dataflow(net, input_size).elsewhere
 
 

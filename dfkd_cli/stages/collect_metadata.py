@@ -23,7 +23,7 @@ from dfkd_cli.config import option
 from dfkd_cli.data import datasets
 from dfkd_cli.data.sources import Source, batches
 from dfkd_cli.errors import ConfigError, RunFailed
-from dfkd_cli.models.activations import outputs_of, pre_activations
+from dfkd_cli.models.activations import Tap, pre_activations, values_at
 from dfkd_cli.models.classifier import Classifier, probe
 from dfkd_cli.models.names import locate
 from dfkd_cli.models.statistics import Covariance, RunningMoments
@@ -119,7 +119,7 @@ def collect(
     """
     classifier = classifier.eval().to(device)
     layers, classes = pre_activations(classifier), range(classifier.info.num_classes)
-    with outputs_of(layers) as outputs:
+    with values_at({name: Tap(layer) for name, layer in layers.items()}) as outputs:
         probe(classifier.net, classifier.info.input_size)
         shapes = {name: tuple(outputs[name].shape[1:]) for name in layers}
         units = {name: math.prod(shape) for name, shape in shapes.items()}

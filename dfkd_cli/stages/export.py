@@ -201,15 +201,15 @@ def _simulation(classifier: Classifier, images: Source, bits: int | None) -> Cla
     """The classifier that is exported: the model itself, or a copy with quantisers of 8 bits.
 
     Raises:
-        ConfigError: The model has quantisers of its own, and a float is wanted; or nothing in it can be quantised.
+        ConfigError: The model has quantisers of its own, and other bits are wanted; or nothing in it can be quantised.
     """
     info, has_own = classifier.info, bool(quantisers(classifier.net))
-    if has_own and bits == 32:
+    if has_own and bits is not None:
         raise ConfigError(
-            f"{info.spec} has few bits already", "leave out --bits 32, or export the model it was copied from"
+            f"{info.spec} has few bits already", f"leave out --bits {bits}, or export the model it was copied from"
         )
     simulated = copy.deepcopy(classifier).to(memory_format=torch.contiguous_format).eval()
-    if bits == 8 and not has_own:
+    if bits == 8:
         quantize(simulated.net, 8, 8, info.input_size, info.spec)
         find_ranges(simulated, shown(images))
         simulated.info = dataclasses.replace(info, spec=f"w8a8:{info.spec}")

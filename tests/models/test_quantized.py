@@ -15,6 +15,7 @@ from dfkd_cli.models.quantized import (
     Rounding,
     RoundingLayer,
     affine,
+    computed_in_float,
     find_ranges,
     follow_ranges,
     quantisers,
@@ -178,7 +179,8 @@ def test_what_is_added_is_rounded_too():
 def test_a_layer_computes_with_rounded_weight_and_input():
     torch.manual_seed(0)
     net = nn.Sequential(nn.Flatten(), nn.Linear(768, 6), nn.ReLU(), nn.Linear(6, 5), nn.ReLU(), nn.Linear(5, 10))
-    assert quantize(net, 3, 4, SIZE, "test") == []
+    quantize(net, 3, 4, SIZE, "test")
+    assert computed_in_float(net, SIZE) == []
     find_ranges(Classifier(net, ModelInfo("t", 10, SIZE, (0.0,) * 3, (1.0,) * 3)), [torch.rand(32, *SIZE)])
     hidden = torch.rand(7, 6) * 3
     layer = net[3]
@@ -246,7 +248,8 @@ class Attentive(nn.Module):
 
 def test_what_stays_float_is_named():
     net = Attentive()
-    assert sorted(quantize(net, 8, 8, SIZE, "test")) == ["", "attention"]
+    quantize(net, 8, 8, SIZE, "test")
+    assert sorted(computed_in_float(net, SIZE)) == ["", "attention"]
     assert {name for name, module in net.named_modules() if isinstance(module, RoundingLayer)} == {"patches", "head"}
 
 
@@ -265,7 +268,8 @@ def test_layers_whose_weight_is_computed_stay_float(norm):
     made = Classifier(nn.Sequential(*layers), ModelInfo("test", 10, SIZE, (0.0,) * 3, (1.0,) * 3)).eval()
     pixels = torch.rand(2, *SIZE)
     plain = made(pixels).detach()
-    assert quantize(made.net, 8, 8, SIZE, "test") == ["2"]
+    quantize(made.net, 8, 8, SIZE, "test")
+    assert computed_in_float(made.net, SIZE) == ["2"]
     find_ranges(made, [pixels])
     kinds = {"0": RoundingLayer, "1": Rounding, "5": RoundingLayer}  # what goes to a float layer leaves the integers
     assert {name: type(made.net.get_submodule(name)).__mro__[1] for name in kinds} == kinds

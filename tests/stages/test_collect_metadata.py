@@ -19,7 +19,7 @@ from dfkd_cli.artifacts.metadata import read_metadata
 from dfkd_cli.data import datasets
 from dfkd_cli.data.sources import RealSource
 from dfkd_cli.errors import RunFailed
-from dfkd_cli.models.activations import outputs_of, pre_activations
+from dfkd_cli.models.activations import Tap, pre_activations, values_at
 from dfkd_cli.models.classifier import Classifier, ModelInfo
 from dfkd_cli.models.directory import identity, load_model
 from dfkd_cli.models.statistics import Covariance
@@ -128,18 +128,17 @@ def test_layers_are_found_in_the_order_they_run_and_normalised_ones_by_their_bat
 
     made = Classifier(Backwards(), ModelInfo("b", 2, (1, 3, 3), mean=(0.0,), std=(1.0,)))
     assert list(pre_activations(made)) == ["body", "head"]
-    with outputs_of(pre_activations(made)) as outputs:
+    with values_at({name: Tap(layer) for name, layer in pre_activations(made).items()}) as outputs:
         images = torch.randn(8, 1, 3, 3)
         made(images)
     assert (outputs["body"] < 0).any()  # what was there before the activation in place
     torch.testing.assert_close(outputs["body"], made.net.body(images.flatten(1)))
 
 
-@pytest.mark.parametrize("watch", [outputs_of, lambda layers: fixed_dropout(list(layers.values()))])
+@pytest.mark.parametrize("watch", [lambda layer: values_at({"3": Tap(layer)}), lambda layer: fixed_dropout([layer])])
 def test_hooks_are_gone_however_the_block_ends(watch):
     teacher = small_teacher()
-    layers = {"3": teacher.net[3]}
-    with pytest.raises(ZeroDivisionError), watch(layers):
+    with pytest.raises(ZeroDivisionError), watch(teacher.net[3]):
         assert teacher.net[3]._forward_hooks
         raise ZeroDivisionError
     assert not teacher.net[3]._forward_hooks
