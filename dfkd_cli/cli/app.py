@@ -238,12 +238,10 @@ def _computing(command: catalog.Command, how: Run) -> AbstractContextManager[Non
     Raises:
         ConfigError: There is no such device, or it does not compute so.
     """
-    from dfkd_cli.stages.inputs import pick_device
+    from dfkd_cli.stages.inputs import check_precision, pick_device
 
     processes = how.devices if command.shared else 1
-    device = pick_device(how.device, processes)
-    if device.type == "cpu" and how.precision == "16":
-        raise ConfigError("--precision 16: not on a CPU", "give --precision bf16, or 32, which is faster on most")
+    check_precision(how, pick_device(how.device, processes))
     return computing_with(how.threads or share_of_threads(processes))
 
 

@@ -63,7 +63,7 @@ def _row(
         "label": label,
         "role": role,
         "model": first.record.get("spec"),
-        "cotrained": first.provenance.get("command") == "synthesize",
+        "cotrained": _cotrained(first),
         "data_free": bool(first.provenance.get("data_free")),
         "uses": list(first.provenance.get("uses", ())),
         "series": first.series,
@@ -97,7 +97,7 @@ def _run(model: Model, section: Section, measured: Mapping[Path, Measures]) -> d
         "gap": measured[model.path]["top1"] - measured[teacher.path]["top1"],  # below zero: worse than the teacher
         "seconds": model.seconds,
         "work": {str(directory): seconds for directory, seconds in model.work.items()},
-        "selected": _selected(kept, curves.get("agreement", [])),
+        "selected": None if _cotrained(model) else _selected(kept, curves.get("agreement", [])),
         "best_test": max(kept, key=lambda snapshot: snapshot["top1"], default=None),
         "rounds": len(curves.get("round", [])),
         "last": {name: column[-1] for name, column in curves.items() if math.isfinite(column[-1])},
@@ -105,6 +105,11 @@ def _run(model: Model, section: Section, measured: Mapping[Path, Measures]) -> d
         "concerns": model.run.get("concerns", []),
         **{key: model.run.get(key) for key in ("device", "sealed", "argv", "versions", "started")},
     }
+
+
+def _cotrained(model: Model) -> bool:
+    """Whether it is a student in the loop: it is measured on the images of a round before that, and kept after it."""
+    return bool(model.provenance.get("command") == "synthesize")
 
 
 def _selected(kept: Sequence[Mapping[str, Any]], agreement: Sequence[float]) -> Mapping[str, Any] | None:

@@ -12,6 +12,7 @@ from dfkd_cli.artifacts.integrity import read_run
 from dfkd_cli.models.names import LoadedModel, ModelDirectory
 from dfkd_cli.options import Assisted
 from dfkd_cli.settings import Component, Settings
+from dfkd_cli.stages.snapshots import SNAPSHOTS
 from dfkd_cli.ui import Terminal
 
 ASSISTANTS = "assistants"
@@ -47,13 +48,13 @@ class Chain:
     ) -> None:
         self.settings, self.teach, self.start = settings, teach, Hop((), teacher, 1.0)
 
-    def hop(self, teacher: Hop, spec: str, role: str | None = None) -> Hop:
+    def hop(self, teacher: Hop, spec: str, role: str | None = None, snapshots: int = 0) -> Hop:
         """A network of that SPEC, taught by a teacher: an assistant, or something else by its role."""
         path = (*teacher.path, spec)
-        place = self.settings.out / ASSISTANTS / "--".join(re.sub(r"[^\w.-]+", "_", name).lstrip("._") for name in path)
+        name = "--".join(re.sub(r"[^\w.-]+", "_", name).lstrip("._") for name in path)
+        place = self.settings.out / ASSISTANTS / (f"{name}.{SNAPSHOTS}" if snapshots else name)
         offline, own = catalog.find("regimes", "offline", "method"), self.settings.method.config
         taught = offline.config(teacher_epochs=own.teacher_epochs, fade=own.fade)
-        snapshots = self.settings.inputs.snapshots if role == STUDENT else 0
         hop = dataclasses.replace(
             self.settings,
             inputs=dataclasses.replace(self.settings.inputs, student=spec, snapshots=snapshots),
@@ -81,10 +82,10 @@ class Chain:
         reached = [self.start]
         for spec in assistants:
             reached.append(self._best(reached, spec))
-        return self._best(reached, student, STUDENT)
+        return self._best(reached, student, STUDENT, self.settings.inputs.snapshots)
 
-    def _best(self, teachers: Sequence[Hop], spec: str, role: str | None = None) -> Hop:
-        return max((self.hop(teacher, spec, role) for teacher in teachers), key=lambda hop: hop.agreement)
+    def _best(self, teachers: Sequence[Hop], spec: str, role: str | None = None, snapshots: int = 0) -> Hop:
+        return max((self.hop(teacher, spec, role, snapshots) for teacher in teachers), key=lambda hop: hop.agreement)
 
 
 def follow(

@@ -33,7 +33,8 @@ from dfkd_cli.stages.calibrate import calibrate, check
 from dfkd_cli.stages.chain import follow
 from dfkd_cli.stages.inputs import TransferSet, may_be_real, open_transfer_set, real_data
 from dfkd_cli.stages.measures import agreement
-from dfkd_cli.stages.training import Work, architectures, connect, fresh, rehearse, students, train
+from dfkd_cli.stages.quantization import calibrate_copies
+from dfkd_cli.stages.training import Work, architectures, connect, fresh, rehearse, students, taught_by, train
 from dfkd_cli.ui import Terminal
 
 REHEARSED = 20  # images, of which the share that a regime keeps is a batch of two
@@ -195,6 +196,8 @@ def run(settings: Settings, terminal: Terminal, dry_run: bool = False) -> dict[s
             return learn(settings, job, terminal)
         settings.method.entry.load()(task, settings.method.config)  # of all images: are they, and --queries, enough?
         known = "teacher" in settings.method.entry.needs and not isinstance(task.teacher, BlackBox)  # which costs
+        if known:
+            calibrate_copies(task, Terminal(silent=True))  # until then a copy answers as the teacher does
         measured = calibrate(task) if known else []
 
         def short(cut: Settings, quiet: Terminal) -> dict[str, Any]:
@@ -244,10 +247,10 @@ def learn(settings: Settings, job: Job, terminal: Terminal) -> dict[str, Any]:
         }
         return Work(task, provenance, score, finished)
 
-    def teach(hop: Settings, taught_by: LoadedModel, role: str, aside: Terminal) -> None:
+    def teach(hop: Settings, mentor: LoadedModel, role: str, aside: Terminal) -> None:
         info = dataclasses.replace(teacher.classifier.info, spec=hop.inputs.student)
-        student = fresh(info, role, settings.run.seed, settings.code)
-        learn(hop, job.between(taught_by, student, hop), aside)
+        student = fresh(info, role, settings.run.seed, settings.code, taught_by(settings))
+        learn(hop, job.between(mentor, student, hop), aside)
 
     def begin() -> Work:
         return work(*follow(settings, teacher, teach, terminal))

@@ -20,7 +20,7 @@ from dfkd_cli.models import generators
 from dfkd_cli.models.classifier import ModelInfo
 from dfkd_cli.models.generators import RECORD as GENERATORS
 from dfkd_cli.models.names import LoadedModel, Location
-from dfkd_cli.options import MOST_IMAGES
+from dfkd_cli.options import MOST_IMAGES, Run
 from dfkd_cli.seeds import derive
 
 LOG = logging.getLogger(__name__)
@@ -194,6 +194,12 @@ def _impressions(name: str, info: ModelInfo, seed: int, wanted: Collection[str] 
     if source.shape != info.input_size:
         raise ArtifactError(f"{name} has images of {source.shape}, the teacher takes {info.input_size}")
     return TransferSet(source, {"role": "transfer-set", "path": name, "sha256": sha256}, uses, made_from, real)
+
+
+def check_precision(how: Run, device: torch.device) -> None:
+    """Refuse what Lightning would change without a word."""
+    if device.type == "cpu" and how.precision == "16":
+        raise ConfigError("--precision 16: not on a CPU", "give --precision bf16, or 32, which is faster on most")
 
 
 def pick_device(name: str, count: int = 1) -> torch.device:

@@ -33,13 +33,12 @@ from dfkd_cli.seeds import derive
 from dfkd_cli.settings import Component, Settings
 from dfkd_cli.stages.inputs import pick_device
 from dfkd_cli.stages.quantization import calibrate_copies, check_steps, copy_weights
-from dfkd_cli.stages.snapshots import SNAPSHOTS, Snapshots
+from dfkd_cli.stages.snapshots import Snapshots
 from dfkd_cli.trust import Code
 from dfkd_cli.ui import Terminal
 
 OF_A_SHARD = 1000  # images
 QUERIES = "queries"  # where answers of a black box are kept
-WRITTEN = *FILES, "metrics.csv"
 
 
 def fresh(
@@ -238,10 +237,10 @@ def _taken(finished: Path, run: RunDirectory, terminal: Terminal) -> tuple[list[
     """Copy a model that was trained elsewhere. Returns the files, and what was measured, as where it is trained."""
     record, files = read_run(finished), list[Path]()
     for name in (file["path"] for file in record["artifacts"]):
-        if name in WRITTEN or Path(name).parent.name == SNAPSHOTS:
-            (run.path / name).parent.mkdir(exist_ok=True)
-            write_atomic(run.path / name, intact(finished / name).read_bytes())
-            files.append(run.path / name)
+        (run.path / name).parent.mkdir(exist_ok=True)
+        write_atomic(run.path / name, intact(finished / name).read_bytes())
+        files.append(run.path / name)
+    run.record |= {key: record[key] for key in ("device",) if key in record}
     for concern in record["concerns"]:
         run.warn(concern, terminal)
     return files, record["metrics"]

@@ -241,3 +241,11 @@ def test_the_best_way_to_each_network_goes_on():
     assert len(chain.made) == len({*chain.made}) == 6
     assert chain.dense(["a", "b"]).path == ("a", "b")
     assert chain.midway(["a", "b"], "s").path == ("b",)  # 0.3 is nearer to (1 + 0) / 2 than 0.1
+
+
+@pytest.mark.parametrize("path", ["auto", "best"])
+def test_an_assistant_may_be_as_the_student_and_that_a_copy_of_the_teacher(path, here, cli):
+    command = (*TAKD[: TAKD.index("--student")], *SHORT, "--path", path, "--snapshots", 1, "--device", "cpu")
+    code, _, err = cli(*command, "--student", "w8a8:", "--assistants", "lenet5-half", "w8a8:", "--out", path)
+    assert code == 0, err
+    assert "device" in record(here / path)

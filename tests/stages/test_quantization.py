@@ -161,6 +161,13 @@ def test_bits_alone_are_a_copy_of_the_teacher(cli, teacher, tmp_path):
     assert (code, "a copy of the teacher, which has to be one network" in err) == (2, True), err
 
 
+def test_a_copy_is_rehearsed_as_it_will_be_trained(cli, teacher, tmp_path):
+    """Before its ranges are found it answers as the teacher does, so that no objective would teach it anything."""
+    for mode in (["--dry-run"], []):
+        code, _, err = cli(*distill(teacher, "w4a4:", tmp_path / "s", "--steps", 2), *mode)
+        assert code == 0, err
+
+
 def test_a_foreign_teacher_can_be_copied(cli, teacher, tmp_path):
     (tmp_path / "net.py").write_text(
         "from dfkd_cli.models.lenet import build\ndef net(): return build('lenet5', 10, (1, 32, 32))"

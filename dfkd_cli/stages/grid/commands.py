@@ -20,6 +20,7 @@ from dfkd_cli.errors import ConfigError, DfkdError, RunFailed, did_you_mean, mac
 from dfkd_cli.options import FOREIGN, Run
 from dfkd_cli.processes import computing_with
 from dfkd_cli.settings import Layer, Settings, resolve
+from dfkd_cli.stages.inputs import check_precision, pick_device
 from dfkd_cli.trust import CONFIG
 from dfkd_cli.ui import LOGGER, Notes, Terminal
 
@@ -151,6 +152,8 @@ def carry_out(
     settings = on_this_machine(resolve(command, [Layer("", values, typed)]), quiet, known=True)
     if retried:
         _outwait_lost(settings.out / LOCK)
+    if "device" not in catalog.command(command).ignores:
+        check_precision(settings.run, pick_device(settings.run.device))
     alone = not LOGGER.handlers  # in a process of its own nobody hears its notes yet
     heard = Notes(quiet).heard() if alone else contextlib.nullcontext()
     try:

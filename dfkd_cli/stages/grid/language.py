@@ -206,7 +206,8 @@ def _layers(command: str, *sections: _Section, own: tuple[str, ...] = _OWN) -> l
         recipe = values.pop("recipe", None)
         if recipe is not None:
             # Whether these are the user's own words the recipe of the grid decides, which named it.
-            recipes.append(recipe_layer(str(recipe), command)._replace(typed=frozenset()))
+            source, said, _ = recipe_layer(str(recipe), command)
+            recipes.append(Layer(source, {key: value for key, value in said.items() if key not in own}))
         layers.append(Layer(f"{where}.", values))
     return recipes + layers
 

@@ -201,6 +201,21 @@ def test_a_row_that_fails_does_not_lose_the_others(here, cli, monkeypatch):
     assert section["failed"] == []
 
 
+def test_a_rows_recipe_says_nothing_that_the_grid_decides(here, cli):
+    """And a row does not compute otherwise than it says, as a command of its own does not."""
+    (here / "made.yaml").write_text("method: noise\nnum_images: 8\nbatch_size: 4\ndeadline: 0s\nseed: 7\nout: other\n")
+    row = {"synthesize": {"recipe": "made.yaml"}, "distill": {"steps": 1, "batch_size": 4}}
+    half = {"distill": {"transfer_set": ["noise:4"], "steps": 1, "batch_size": 4, "precision": "16"}}
+    (here / "own.yaml").write_text(
+        json.dumps({"command": "compare", "grid": {"seeds": [0], "rows": {"a": row, "b": half}}})
+    )
+    code, _, err = cli("compare", "--recipe", "own.yaml", "--teacher", "teacher", "--device", "cpu", "--out", "own")
+    assert (code, "failed: b" in err) == (4, True), err
+    (section,) = results_in(here / "own")["sections"]
+    assert [row["num_images"] for row in section["rows"]] == [None, 8]
+    assert "--precision 16: not on a CPU" in section["failed"][0]["message"]
+
+
 def test_no_row_is_begun_where_the_grids_own_teacher_fails(tmp_path, monkeypatch, cli):
     monkeypatch.chdir(tmp_path)
     rows = {"noise": {"distill": {"transfer_set": ["noise:8"], "steps": 1}}}
