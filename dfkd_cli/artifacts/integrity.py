@@ -157,7 +157,8 @@ def runs_within(directory: Path) -> list[Path]:
 
 
 def _run_around(directory: Path) -> Path | None:
-    places = (directory, *directory.absolute().parents)[:LEVELS]
+    above = () if directory.is_absolute() else Path.cwd().parents  # of what is named from inside
+    places = (directory, *directory.parents, *above)[:LEVELS]
     return next((place for place in places if (place / RUN).exists() and (place / CONFIG).exists()), None)
 
 

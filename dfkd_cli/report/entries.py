@@ -197,7 +197,7 @@ def read_model(location: Location, code: Code) -> Model:
         if (path / CONFIG).exists():  # a model that was copied alone has neither
             LOG.warning("%s: no %s, which says how it was made", path, RUN)
         return one
-    run, place = read_run(origin), path.relative_to(origin)
+    run, place = read_run(origin), path.absolute().relative_to(origin.absolute())
     made = (origin / MANIFEST).is_file()  # along with the model
     places = [origin] if made else [find(parent, origin, MANIFEST) for parent in run["parents"]]
     shards = [read_shards(place) for place in places if place is not None]

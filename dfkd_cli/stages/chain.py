@@ -47,6 +47,7 @@ class Chain:
         self, settings: Settings, teacher: LoadedModel, teach: Callable[[Settings, LoadedModel, str], object]
     ) -> None:
         self.settings, self.teach, self.start = settings, teach, Hop((), teacher, 1.0)
+        self.snapshots = settings.inputs.snapshots  # of what is trained in the student's place
 
     def hop(self, teacher: Hop, spec: str, role: str | None = None, snapshots: int = 0) -> Hop:
         """A network of that SPEC, taught by a teacher: an assistant, or something else by its role."""
@@ -82,7 +83,7 @@ class Chain:
         reached = [self.start]
         for spec in assistants:
             reached.append(self._best(reached, spec))
-        return self._best(reached, student, STUDENT, self.settings.inputs.snapshots)
+        return self._best(reached, student, STUDENT, self.snapshots)
 
     def _best(self, teachers: Sequence[Hop], spec: str, role: str | None = None, snapshots: int = 0) -> Hop:
         return max((self.hop(teacher, spec, role, snapshots) for teacher in teachers), key=lambda hop: hop.agreement)

@@ -234,19 +234,29 @@ def test_a_second_start_leaves_the_first_its_temporary_files(here, dfkd):
     Path("box.py").write_text(
         "import os, tempfile, time, torch\n"
         "def ask(pixels):\n"
-        "    while not os.path.exists('shards/go'):\n        time.sleep(0.1)\n"
+        "    while not os.path.exists('student/go'):\n        time.sleep(0.1)\n"
         "    with tempfile.TemporaryFile():\n        return torch.full((len(pixels), 10), 0.1)\n"
     )
-    command = [*NOISE, "--teacher", "./box.py:ask", "--answers", "probabilities", *FOREIGN]
+    command = [
+        "distill",
+        "--teacher",
+        "./box.py:ask",
+        "--answers",
+        "probabilities",
+        *FOREIGN,
+        "--transfer-set",
+        "noise:4",
+    ]
+    command += ["--student", "lenet5-half", "--steps", "1", "--batch-size", "4", "--holdout", "0"]
     first = subprocess.Popen([sys.executable, "-m", "dfkd_cli", *command], stderr=subprocess.PIPE, text=True)
-    while first.poll() is None and not Path("shards/run.json").exists():
+    while first.poll() is None and not Path("student/run.json").exists():
         time.sleep(0.1)
     second = dfkd(*command, cwd=here)
-    Path("shards/go").touch()
+    Path("student/go").touch()
     _, err = first.communicate()
     assert (second.returncode, "another process is writing here" in second.stderr) == (2, True), second.stderr
     assert first.returncode == 0, err
-    assert not Path("shards/.scratch").exists()
+    assert not Path("student/.scratch").exists()
 
 
 def test_a_student_cannot_read_the_dataset_of_its_teacher_while_it_is_built(here, make_teacher, cli):

@@ -226,13 +226,22 @@ def test_a_path_is_chosen_by_agreement(path, here, cli):
 
 def test_the_best_way_to_each_network_goes_on():
     """Against all ways, where what a hop gives depends on the pair alone."""
-    gains = {("", "a"): 0.1, ("", "b"): 0.3, ("a", "b"): 0.15, ("", "s"): 0.0, ("a", "s"): 0.5, ("b", "s"): 0.35}
+    gains = {
+        ("", "a"): 0.1,
+        ("", "b"): 0.3,
+        ("a", "b"): 0.15,
+        ("", "s"): 0.0,
+        ("a", "s"): 0.5,
+        ("b", "s"): 0.35,
+        ("", "z"): 0.0,
+    }
 
     class Tried(Chain):
         def __init__(self) -> None:
-            self.start, self.made = Hop((), None, 0.0), []
+            self.start, self.made, self.snapshots = Hop((), None, 0.0), [], 1
 
-        def hop(self, teacher: Hop, spec: str, role: str | None = None) -> Hop:
+        def hop(self, teacher: Hop, spec: str, role: str | None = None, snapshots: int = 0) -> Hop:
+            assert snapshots == (spec == "s")
             self.made.append((*teacher.path, spec))
             return Hop(self.made[-1], None, teacher.agreement + gains[(teacher.path or ("",))[-1], spec])
 
@@ -240,7 +249,7 @@ def test_the_best_way_to_each_network_goes_on():
     assert chain.best(["a", "b"], "s").path == ("b", "s")  # 0.65; a, s: 0.6; a, b, s: 0.6
     assert len(chain.made) == len({*chain.made}) == 6
     assert chain.dense(["a", "b"]).path == ("a", "b")
-    assert chain.midway(["a", "b"], "s").path == ("b",)  # 0.3 is nearer to (1 + 0) / 2 than 0.1
+    assert chain.midway(["a", "b"], "z").path == ("b",)  # 0.3 is nearer to (1 + 0) / 2 than 0.1
 
 
 @pytest.mark.parametrize("path", ["auto", "best"])
