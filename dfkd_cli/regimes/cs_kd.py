@@ -21,7 +21,6 @@ import torch
 from torch import Tensor
 
 from dfkd_cli.data.sources import Images
-from dfkd_cli.errors import ConfigError
 from dfkd_cli.regimes.base import Task
 from dfkd_cli.regimes.distillation import Answers, Distillation, in_every_mode
 
@@ -41,7 +40,7 @@ class ClassWise(Distillation):
     def __init__(self, task: Task, config: Config) -> None:
         super().__init__(task, config)
         if not any(weight and getattr(loss.config, "hard", 0) for weight, loss in task.objectives.values()):
-            raise ConfigError("cs-kd: without labels the network would learn from itself alone", "give --hard 1")
+            self.note = "cs-kd: without hard labels the network learns from itself alone: give --hard 1"
 
     def loss(self, images: Images) -> tuple[Tensor, dict[str, Tensor]]:
         """The objectives between the answers to each image and to its partner."""

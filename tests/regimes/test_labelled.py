@@ -327,9 +327,10 @@ def test_objectives_that_look_into_a_teacher_need_one(name):
         regime("cs-kd", given(), objectives=[(1.0, entry.load()(entry.config()))])
 
 
-def test_of_itself_alone_a_network_learns_nothing():
-    with pytest.raises(ConfigError, match=r"without labels .* give --hard 1"):
-        regime("cs-kd", given(), objectives=[(1.0, response()), (0.0, response(hard=1.0))])
+def test_a_network_that_learns_from_itself_alone_says_so():
+    for weight, noted in ((0.0, True), (1.0, False)):
+        learner = regime("cs-kd", given(), objectives=[(1.0, response()), (weight, response(hard=1.0))])
+        assert ("give --hard 1" in (learner.note or "")) == noted
 
 
 @pytest.mark.parametrize(("method", "more"), [("kdcl", {"peers": [network(1)]}), ("pseudo-examples", {})])

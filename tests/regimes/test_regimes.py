@@ -318,8 +318,8 @@ def test_recipes_of_condensed_images_have_the_released_protocols(recipe, length,
         ("sre2l-imagenet", (0.25, 0.01, 4000, 0.08, 0, 16, True)),
         ("cda-imagenet", (0.25, 0.01, 4000, 0.08, 1, 16, True)),
         ("sre2l-tiny-imagenet", (0.1, 1, 4000, 0.08, 0, 4, True)),
-        ("cda-tiny-imagenet", (0.4, 0.05, 4000, 0.08, 1, 4, True)),
-        ("sre2l-cifar100", (0.25, 0.01, 1000, 1, 0, 4, False)),
+        ("cda-tiny-imagenet", (0.4, 0.05, 4000, 0.08, 1, 2, True)),
+        ("sre2l-cifar100", (0.25, 0.01, 1000, 1, 0, 2, False)),
     ],
 )
 def test_recipes_that_condense_have_the_released_settings(recipe, expected):

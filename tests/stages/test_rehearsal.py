@@ -70,6 +70,7 @@ def typed(command: catalog.Command, choice: catalog.Choice | None, entry: catalo
     if choice is not None:
         values |= longer(entry.config, more, (*keep, "shard_size"))  # which is a multiple of another length
         values |= {"width": 0.1} if hints(entry.config).get("width") is float else {}  # small generators do as well
+        values |= {"project": "both"} if "project" in hints(entry.config) else {}  # width is of that
         chosen = [*beside(command, choice), f"--{choice.flag}", *(["response"] if choice.several else []), entry.name]
     return [command.name, *chosen, *flags(values), "--dry-run"]
 
