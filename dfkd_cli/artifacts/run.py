@@ -125,10 +125,11 @@ class RunDirectory:
         for pattern in (".*.tmp", "*/.*.tmp"):
             for left_by_a_kill in self.path.glob(pattern):
                 remove(left_by_a_kill)
-        if self.settings.run.num_nodes == 1:  # else other machines may have theirs there
-            for scratch in (self.path / SCRATCH).glob("*"):
-                if str(scratch.absolute()) != tempfile.gettempdir():
-                    remove(scratch)
+        scratch = self.path / SCRATCH
+        if self.settings.run.num_nodes == 1 and not scratch.is_symlink():  # else other machines may have theirs there
+            for left_by_a_kill in scratch.glob("*"):
+                if str(left_by_a_kill.absolute()) != tempfile.gettempdir():
+                    remove(left_by_a_kill)
         groups: tuple[type, ...] = (Run, type(self.settings.inputs))
         only_typed = {name for group in groups for name, traits in options(group).items() if traits.get("typed")}
         replayable = {key: value for key, value in self.settings.plain().items() if key not in only_typed}
