@@ -258,6 +258,12 @@ def test_unknown_names_bring_the_closest(command, layer, closest):
     assert caught.value.hint == f"did you mean {closest!r}?"
 
 
+def test_a_seed_is_one_that_every_generator_takes():
+    assert resolve("distill", [("--", {"seed": 2**63 - 1})]).run.seed == 2**63 - 1
+    with pytest.raises(ConfigError, match="--seed"):
+        resolve("distill", [("--", {"seed": "1e39"})])
+
+
 def test_messages_name_the_layer():
     with pytest.raises(ConfigError, match=r"^my.yaml: lr: 'x' is not a number"):
         resolve("train-teacher", [("my.yaml: ", {"lr": "x"}), ("--", {"seed": "1"})])

@@ -13,7 +13,7 @@ from torch import Tensor
 
 from dfkd_cli.artifacts.files import sha256_file
 from dfkd_cli.artifacts.shards import HASHES, MANIFEST, ShardReader, ShardWriter, shard_name
-from dfkd_cli.errors import ArtifactError
+from dfkd_cli.errors import ArtifactError, RunFailed
 
 SHAPE, CLASSES = (1, 2, 2), 3
 HEAD = {
@@ -116,6 +116,15 @@ def test_equal_work_gives_equal_bytes(tmp_path):
     for name in ("a", "b"):
         write(tmp_path / name, count=24)
     assert (tmp_path / "a" / MANIFEST).read_bytes() == (tmp_path / "b" / MANIFEST).read_bytes()
+
+
+@pytest.mark.parametrize("value", [float("nan"), float("inf")])
+def test_answers_that_are_not_finite_are_no_result(tmp_path, value):
+    made = tensors(0)
+    made["logits"][1, 0] = value
+    with pytest.raises(RunFailed, match="shard 0: the teacher's answers are not finite"):
+        ShardWriter(tmp_path, HEAD, 1).write(0, made, {})
+    assert not list(tmp_path.glob("shard-*"))
 
 
 def test_the_order_of_the_work_does_not_show(tmp_path):

@@ -160,11 +160,12 @@ def test_who_waits_for_a_download_takes_what_it_has_brought(monkeypatch, tmp_pat
     assert loaded.result().labels.tolist() == [7, 3]
 
 
-def test_damaged_files_are_an_artifact_error(tmp_path):
+@pytest.mark.parametrize("kind", [b"\x08", b"\x0a"])  # of numbers, the second of no known one
+def test_damaged_files_are_an_artifact_error(kind, tmp_path):
     raw = tmp_path / "MNIST" / "raw"
     raw.mkdir(parents=True)
     for name in ("train-images-idx3", "train-labels-idx1", "t10k-images-idx3", "t10k-labels-idx1"):
-        (raw / f"{name}-ubyte").write_bytes(b"\0\0\x08\x01\0\0\0\x09short")
+        (raw / f"{name}-ubyte").write_bytes(b"\0\0" + kind + b"\x01\0\0\0\x09short")
     with pytest.raises(ArtifactError):
         load("mnist", "train", data_dir=str(tmp_path))
 

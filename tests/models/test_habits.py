@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import copy
 import os
+import sys
 from pathlib import Path
 
 import pytest
@@ -292,15 +293,21 @@ def test_parts_may_come_into_being_when_a_network_runs(opened, make):
         torch.testing.assert_close(model.eval()(IMAGES), plain.eval()(IMAGES))
 
 
-def test_a_users_code_changes_neither_the_type_of_new_tensors_nor_the_working_directory(opened, tmp_path):
+def test_what_a_users_code_changes_for_all_is_undone(opened, tmp_path):
+    """The type of new tensors, threads, the working directory, and what of the import path we brought."""
+    threads = torch.get_num_threads()
+
     def make() -> Net:
         torch.set_default_dtype(torch.float64)
+        torch.set_num_threads(threads + 1)
         os.chdir("/")
+        sys.path.pop(0)
         return Net()
 
-    weights = Net().state_dict()
+    weights, places = Net().state_dict(), [*sys.path]
     model = opened(make, weights)
     assert (torch.get_default_dtype(), Path.cwd()) == (torch.float32, tmp_path)
+    assert (torch.get_num_threads(), sys.path) == (threads, places)
     assert model(torch.zeros(2, *SIZE)).dtype is torch.float32
 
 
