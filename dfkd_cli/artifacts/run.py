@@ -277,14 +277,13 @@ def _previous(path: Path, afresh: bool) -> dict[str, Any] | None:
     except NotADirectoryError:
         raise ConfigError(f"{path} is a file", "choose another --out") from None
     if (path / RUN).exists():
-        ours = (path / CONFIG).exists()  # by a name alone nothing is ours, and may be removed
         try:
             if "identity" in read_json(path / RUN, dict[str, Any]):
                 return read_run(path)
         except ArtifactError as error:
-            if ours and afresh:
-                return {}
-            if ours:
+            if (path / CONFIG).exists():  # by a name alone nothing is ours, and may be removed
+                if afresh:
+                    return {}
                 raise ArtifactError(error.message, AFRESH) from None
     if present:
         raise ConfigError(f"{path} is not empty and was not made by dfkd", "choose another --out")

@@ -114,7 +114,8 @@ def save_model(directory: Path, classifier: Classifier, *, metrics: dict[str, An
 def _code(spec: str) -> dict[str, str]:
     """What stands for the user's code that makes a network, where there is any; its file may be gone by now."""
     with contextlib.suppress(ArtifactError):
-        return dict(zip(("code",), code_hashes(spec), strict=False))
+        if known := code_hashes(spec):
+            return {"code": known[0]}
     return {}
 
 
@@ -158,10 +159,11 @@ def load_model(
 
 def _check_size(info: ModelInfo, weights: Path) -> None:
     """A record can say any size: what is beyond that of its weights is seen before it takes any memory."""
-    build_one = family(Spec.read(info.spec).rest)
+    plain = Spec.read(info.spec).rest
+    build_one = family(plain)
     if build_one is not None:
         with torch.random.fork_rng(devices=[]), torch.device("meta"):
-            net = build_one(Spec.read(info.spec).rest, info.num_classes, info.input_size)
+            net = build_one(plain, info.num_classes, info.input_size)
         if sum(tensor.nbytes for tensor in net.state_dict().values()) > 10 * weights.stat().st_size + 2**28:
             raise ArtifactError(
                 f"{weights}: the weights do not fit the model: {info.num_classes} classes of images "

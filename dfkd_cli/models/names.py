@@ -366,13 +366,13 @@ class Architecture:
         """What it is read from, as a run's parents: a directory counts by what its record says, a file by its code."""
         if self.copied is not None:
             return [{"role": "weights", "path": self.copied.name, "sha256": self.copied.sha256}]
-        if self.directory is None and Spec.read(self.spec).file is None:
+        file = Spec.read(self.spec).file
+        if self.directory is None and file is None:
             return []
         known = code_hashes(self.spec)
-        if self.directory is not None:
-            known = [*known[:1], digest(self.spec)]
-        path = self.directory or str(Spec.read(self.spec).file)
-        return [{"role": "architecture", "path": path} | dict(zip(("sha256", "formerly"), known, strict=False))]
+        known = known if self.directory is None else [*known[:1], digest(self.spec)]
+        hashes = dict(zip(("sha256", "formerly"), known, strict=False))
+        return [{"role": "architecture", "path": self.directory or str(file)} | hashes]
 
 
 def architecture(name: str, code: Code = Code(), teacher: Location | None = None) -> Architecture:  # noqa: B008

@@ -277,9 +277,9 @@ def _user_code(spec: str, num_classes: int, input_size: Size) -> nn.Module:
 
 @contextlib.contextmanager
 def _foreign(spec: str, when: str, hint: str | Callable[[Exception], str]) -> Iterator[None]:
-    """Run a user's code as a script's: it sees no arguments of this program's, does not end it, and changes nothing.
+    """Run a user's code as a script's: it sees no arguments of this program's, and does not end it.
 
-    That is the type of new tensors, the number of threads, and the working directory.
+    The type of new tensors, the number of threads and the working directory are afterwards as they were.
     """
     words, source, here = sys.argv, Spec.read(spec).source, os.getcwd()
     floats, threads = torch.get_default_dtype(), torch.get_num_threads()

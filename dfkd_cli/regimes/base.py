@@ -281,9 +281,13 @@ class Regime(Learner):
         if (share := self.batches.batch_size // passes) < 1:
             what = f"a batch of {self.batches.batch_size} images has none for some of the {passes} passes of a step"
             raise ConfigError(what, "raise --batch-size, or lower --accumulate")
-        for student in self.students if share < 2 else ():
+        self.require_images(share)
+
+    def require_images(self, count: int) -> None:
+        """Refuse networks that cannot be trained on so few images at once as one."""
+        for student in self.students if count < 2 else ():
             info = student.info
-            require_training(student.net, info.spec, info.num_classes, info.input_size, share)
+            require_training(student.net, info.spec, info.num_classes, info.input_size, count)
 
     def round(self, index: int) -> Mapping[str, Tensor]:
         """A stretch of optimiser steps. Logs each term's mean over the steps that had it, and the held-out measure."""

@@ -33,7 +33,6 @@ from dfkd_cli.config import option
 from dfkd_cli.data.sources import Images, Source, Subset
 from dfkd_cli.errors import ConfigError
 from dfkd_cli.models.activations import averages_kept
-from dfkd_cli.models.adapter import require_training
 from dfkd_cli.options import TaughtAtFirst
 from dfkd_cli.regimes.base import Task
 from dfkd_cli.regimes.offline import Offline
@@ -80,9 +79,7 @@ class PseudoExamples(Offline):
         super().on_train_start()
         if self.trainer.world_size > 1:
             raise ConfigError("--method pseudo-examples: images are moved by one process", "give --devices 1")
-        if len(self.pseudo) < 2:
-            info = self.student.info
-            require_training(self.student.net, info.spec, info.num_classes, info.input_size, len(self.pseudo))
+        self.require_images(len(self.pseudo))
 
     def on_save_checkpoint(self, checkpoint: dict[str, Any]) -> None:
         """The pixels are a buffer and saved as such; Lightning does not know of their optimiser."""

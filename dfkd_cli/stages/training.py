@@ -240,7 +240,8 @@ def _taken(finished: Path, run: RunDirectory, terminal: Terminal) -> tuple[list[
         (run.path / name).parent.mkdir(exist_ok=True)
         write_atomic(run.path / name, intact(finished / name).read_bytes())
         files.append(run.path / name)
-    run.record |= {key: record[key] for key in ("device",) if key in record}
+    if "device" in record:  # older records may have none
+        run.record["device"] = record["device"]
     for concern in record["concerns"]:
         run.warn(concern, terminal)
     return files, record["metrics"]
