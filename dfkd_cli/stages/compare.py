@@ -83,16 +83,14 @@ class Inputs(SeenTeacher):
         typed=True,
     )
     script: str | None = option(
-        None,
-        "with --dry-run: write the plan to this file, a script of SLURM jobs (sh FILE)",
-        volatile=True,
-        typed=True,
+        None, "with --dry-run: write a script of SLURM jobs (sh FILE)", volatile=True, typed=True
     )
     teacher: str | None = option(
         None, "teacher: model directory or SPEC (default: the one each student records)", parent=True
     )
     dataset: str | None = option(None, "dataset to test on (default: the teacher's)")
     data_dir: str | None = option(None, "where datasets lie", volatile=True)
+    batch_size: int = option(500, "images per forward pass of what is measured", low=1, rehearsal=2, volatile=True)
     fail_below: float | None = option(
         None, "gate: exit 5 when any student's top-1 is below (0 to 1)", low=0, high=1, volatile=True
     )
@@ -342,7 +340,7 @@ def _results(
     """``results.json``. A grid is the first section, or the first ones where it has several teachers."""
     settings = directory.settings
     device = pick_device(settings.run.device)
-    examiner = Examiner(device, settings.inputs.data_dir)
+    examiner = Examiner(device, settings.inputs.data_dir, settings.inputs.batch_size)
     # What does not fit is found before anything is measured.
     tests = [[examiner.images(s.dataset, read_info(m.record, m.path), str(m.path)) for m in s.models] for s in sections]
     if examiner.caveat:

@@ -173,6 +173,23 @@ def test_a_gate_closes_after_everything_was_written(here, cli):
     assert (code, "there is no student" in err) == (2, True)
 
 
+def test_a_large_model_is_shown_few_images_at_once(here, cli):
+    """It takes eight of the 360 at most, and says of more what PyTorch says."""
+    code = "import torch\nclass Net(torch.nn.Module):\n    def __init__(self):\n        super().__init__()\n"
+    code += "        self.last = torch.nn.Linear(1024, 10)\n    def forward(self, x):\n        if len(x) > 8:\n"
+    code += "            raise RuntimeError('out of memory')\n        return self.last(x.flatten(1))\n"
+    (here / "large.py").write_text(code)
+    torch.save({"last.weight": torch.eye(10, 1024), "last.bias": torch.zeros(10)}, here / "large.pt")
+    seen = ("--teacher", "./large.py:Net", "--weights", "large.pt", "--input-size", "1", "32", "32")
+    command = ("compare", "student0", *seen, "--num-classes", "10", "--dataset", "digits", "--out", "few")
+    code, _, err = cli(*command)
+    assert (code, "out of memory -- lower --batch-size" in err) == (4, True), err
+    code, _, err = cli(*command, "--batch-size", "8")
+    assert code == 0, err
+    (section,) = results_in(here / "few")["sections"]
+    assert section["rows"][1]["top1"]["mean"] == pytest.approx(accuracy(here / "student0"))
+
+
 def test_measures_are_taken_once(here, compared, cli):
     shutil.copytree("all", "once")
     file = here / "once" / "measurements.json"
