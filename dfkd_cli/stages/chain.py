@@ -3,8 +3,9 @@
 from __future__ import annotations
 
 import dataclasses
+import itertools
 import re
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterable, Sequence
 from pathlib import Path
 
 from dfkd_cli import catalog
@@ -87,6 +88,16 @@ class Chain:
 
     def _best(self, teachers: Sequence[Hop], spec: str, role: str | None = None, snapshots: int = 0) -> Hop:
         return max((self.hop(teacher, spec, role, snapshots) for teacher in teachers), key=lambda hop: hop.agreement)
+
+
+def who_teaches_whom(config: Assisted, student: str) -> Iterable[tuple[str | None, str]]:
+    """The SPECs of each teacher, None for the first, and the network that it teaches on some way to such a student."""
+    assistants, way = config.through(student), getattr(config, "path", "dense")
+    if way == "auto":
+        return [(None, student), *((None, spec) for spec in assistants), *((spec, student) for spec in assistants)]
+    stations = [None, *assistants, student]
+    pairs = itertools.pairwise(stations) if way == "dense" else itertools.combinations(stations, 2)
+    return ((teacher, taught) for teacher, taught in pairs if taught is not None)
 
 
 def follow(

@@ -30,7 +30,7 @@ from dfkd_cli.options import Assisted, PerClass, SeenTeacher, Training
 from dfkd_cli.regimes.base import Task
 from dfkd_cli.settings import Component, Settings
 from dfkd_cli.stages.calibrate import calibrate, check
-from dfkd_cli.stages.chain import follow
+from dfkd_cli.stages.chain import follow, who_teaches_whom
 from dfkd_cli.stages.inputs import TransferSet, may_be_real, open_transfer_set, real_data
 from dfkd_cli.stages.measures import agreement
 from dfkd_cli.stages.quantization import calibrate_copies
@@ -190,6 +190,8 @@ def run(settings: Settings, terminal: Terminal, dry_run: bool = False) -> dict[s
         task = job.task(settings)
         if task.objectives:
             check(task)
+        if isinstance(settings.method.config, Assisted):
+            _check_hops(settings, job)
         if note := job.labels_note:
             terminal.say(note)
         if not dry_run:
@@ -210,6 +212,21 @@ def run(settings: Settings, terminal: Terminal, dry_run: bool = False) -> dict[s
     for term in measured:
         terminal.answer(str(term))
     return answer | {"terms": [dataclasses.asdict(term) for term in measured]}
+
+
+def _check_hops(settings: Settings, job: Job) -> None:
+    """Make every network of a chain, and pair each two that a hop has, before the first of them is trained."""
+    networks: dict[str | None, Classifier] = {None: job.teacher.classifier}
+    for teacher, taught in who_teaches_whom(settings.method.config, settings.inputs.student):
+        if taught not in networks:
+            networks[taught] = _assistant(settings, job.teacher, taught, "assistant")
+        connect(settings.components["objective"], networks[taught], networks[teacher], settings.run.seed)
+
+
+def _assistant(settings: Settings, teacher: LoadedModel, spec: str, role: str) -> Classifier:
+    """A network that learns between the teacher and the student, or in the student's place."""
+    info = dataclasses.replace(teacher.classifier.info, spec=spec)
+    return fresh(info, role, settings.run.seed, settings.code, taught_by(settings))
 
 
 def learn(settings: Settings, job: Job, terminal: Terminal) -> dict[str, Any]:
@@ -248,8 +265,7 @@ def learn(settings: Settings, job: Job, terminal: Terminal) -> dict[str, Any]:
         return Work(task, provenance, score, finished)
 
     def teach(hop: Settings, mentor: LoadedModel, role: str, aside: Terminal) -> None:
-        info = dataclasses.replace(teacher.classifier.info, spec=hop.inputs.student)
-        student = fresh(info, role, settings.run.seed, settings.code, taught_by(settings))
+        student = _assistant(settings, teacher, hop.inputs.student, role)
         learn(hop, job.between(mentor, student, hop), aside)
 
     def begin() -> Work:

@@ -13,7 +13,8 @@ from pipeline import HANGS, edit, finish
 from tiny_comparisons import results_in
 
 from dfkd_cli.artifacts.files import sha256_file
-from dfkd_cli.stages.chain import Chain, Hop
+from dfkd_cli.regimes import takd
+from dfkd_cli.stages.chain import Chain, Hop, who_teaches_whom
 
 SETS = ("--transfer-set", "real:64")
 SHORT = (*SETS, "--steps", "30", "--batch-size", "16", "--temperature", "4", "--device", "cpu")
@@ -58,6 +59,32 @@ def test_hops_of_own_code_lie_where_nothing_is_hidden(here, cli):
     code, _, err = cli(*TAKD[:5], "--assistants", "./net.py:small", *SHORT, "--teacher", "teacher", "--out", "own")
     assert code == 0, err
     assert [path.name for path in Path("own", "assistants").iterdir()] == ["net.py_small"]
+
+
+@pytest.mark.parametrize(
+    ("assistants", "more", "word"),
+    [
+        (("lenet5", "resnet20x"), (), "resnet20x"),
+        (("lenet5", "resnet8"), ("--objective", "response", "rkd", "--taps", "fc2"), "fc2"),
+    ],
+)
+def test_what_no_hop_can_be_made_of_is_found_before_the_first(assistants, more, word, here, cli):
+    code, _, err = cli(*TAKD[:6], *assistants, *SHORT, *more, "--out", "chain")
+    assert (code, word in err, err.count("\n")) == (2, True, 1), err
+    assert not Path("chain").exists()
+
+
+@pytest.mark.parametrize(
+    ("path", "pairs"),
+    [
+        ("dense", {(None, "a"), ("a", "b"), ("b", "s")}),
+        ("auto", {(None, "a"), (None, "b"), (None, "s"), ("a", "s"), ("b", "s")}),
+        ("best", {(None, "a"), (None, "b"), (None, "s"), ("a", "b"), ("a", "s"), ("b", "s")}),
+    ],
+)
+def test_who_may_teach_whom(path, pairs):
+    config = takd.Config(assistants=("a", "b"), path=path)
+    assert set(who_teaches_whom(config, "s")) == pairs
 
 
 def test_a_chain_is_its_hops_one_after_the_other(here, cli):
