@@ -55,6 +55,10 @@ from dfkd_cli.synthesis_options import ImageOptimization
 from dfkd_cli.synthesizers.base import ImageOptimizer, Look, SynthesisTask
 from dfkd_cli.synthesizers.terms import total_variation
 
+DROPOUTS: dict[type[nn.Module], Callable[[Tensor, float], Tensor]] = {
+    nn.Dropout: F.dropout, nn.Dropout1d: F.dropout1d, nn.Dropout2d: F.dropout2d, nn.Dropout3d: F.dropout3d
+}  # fmt: skip
+
 
 @dataclass(frozen=True, kw_only=True)
 class Config(ImageOptimization):
@@ -102,9 +106,9 @@ class Lopes(ImageOptimizer):
         self.taps = {name: Tap(self.teacher.net.get_submodule(name)) for name in metadata.layers if name in watched}
         # A class without statistics cannot be sampled.
         self.possible = torch.tensor([label for label, count in enumerate(metadata.counts) if count])
-        self.dropouts = []
+        self.dropouts: list[nn.Module] = []
         if config.variant == "all-dropout":
-            self.dropouts = [layer for layer in self.teacher.net.modules() if isinstance(layer, nn.Dropout)]
+            self.dropouts = [m for m in self.teacher.net.modules() if any(isinstance(m, kind) for kind in DROPOUTS)]
             if not self.dropouts:
                 raise ArtifactError(f"{self.teacher.info.spec} has no dropout layer", "choose another --variant")
         self.factor, self.basis = functools.cache(self._factor), functools.cache(self._basis)
@@ -226,20 +230,23 @@ def spectral_distance(gaps: Sequence[tuple[Tensor, Tensor]], images: int, parts:
         images: Of the batch; each is in the gaps once for every part.
         parts: Parts that are compared; the result is the mean over them.
     """
-    return torch.stack([(gap @ basis).square().sum() / basis.shape[1] for gap, basis in gaps]).sum() / (images * parts)
+    with torch.autocast(gaps[0][0].device.type, enabled=False):
+        squares = [(gap.float() @ basis).square().sum() / basis.shape[1] for gap, basis in gaps]
+    return torch.stack(squares).sum() / (images * parts)
 
 
 @contextlib.contextmanager
-def fixed_dropout(layers: Sequence[nn.Dropout]) -> Iterator[None]:
+def fixed_dropout(layers: Sequence[nn.Module]) -> Iterator[None]:
     """Multiply what each of the layers gives by one mask of zeros and 1 / (1 - p), drawn when it first runs.
 
     A layer that runs at several places has one for each shape that comes by.
     """
     masks: dict[tuple[nn.Module, torch.Size], Tensor] = {}
 
-    def drop(layer: nn.Dropout, _: Any, output: Tensor) -> Tensor:
+    def drop(layer: Any, _: Any, output: Tensor) -> Tensor:
         if (key := (layer, output.shape)) not in masks:  # on the CPU, so that masks do not depend on the device
-            masks[key] = F.dropout(torch.ones(output.shape), layer.p).to(output)
+            function = next(function for kind, function in DROPOUTS.items() if isinstance(layer, kind))
+            masks[key] = function(torch.ones(output.shape), layer.p).to(output)
         return output * masks[key]
 
     with contextlib.ExitStack() as hooks:

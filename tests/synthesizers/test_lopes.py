@@ -210,6 +210,25 @@ def test_dropout_masks_are_fixed_and_new_in_every_batch_and_scaled_as_in_trainin
         assert torch.equal(layer(images), wide) and torch.equal(layer(images[:, :7]), narrow)
 
 
+@pytest.mark.parametrize(("layer", "sides"), [(nn.Dropout1d(0.4), 1), (nn.Dropout2d(0.4), 2), (nn.Dropout3d(0.4), 3)])
+def test_dropout_of_whole_channels_drops_whole_channels(layer, sides):
+    images = torch.rand(20, 30, *[3] * sides) + 0.1
+    with fixed_dropout([layer.eval()]):
+        first = layer(images)
+        assert torch.equal(layer(images), first)
+    kept = (first != 0).flatten(2)
+    assert torch.equal(kept.any(2), kept.all(2)) and 0 < kept.sum() < kept.numel()
+    torch.testing.assert_close(first, images * (first != 0) / 0.6)
+
+
+@pytest.mark.parametrize("kind", [nn.Dropout, nn.Dropout2d])
+def test_every_kind_of_dropout_layer_is_found(kind, tmp_path):
+    teacher = small_teacher()
+    statistics = statistics_of(teacher, covariance_units=26)
+    teacher.net[3] = kind(0.2)
+    assert method(teacher, tmp_path, statistics, variant="all-dropout").dropouts == [teacher.net[3]]
+
+
 @pytest.mark.parametrize(
     ("variant", "units", "word"),
     [
