@@ -98,7 +98,8 @@ class PSAQViT(Inverter):
             aim = targets.variation * look.images.numel() ** 0.5
             terms["total_variation"] = (terms["total_variation"] - aim).abs()
         if look.features:
-            values = [self.layers[path].patches(seen) for path, seen in look.features.items()]
+            with torch.autocast(self.device.type, enabled=False):
+                values = [self.layers[path].patches(seen.float()) for path, seen in look.features.items()]
             terms["patch_entropy"] = -patch_entropy(values, self.config.bandwidth, self.config.points)
         return terms
 
@@ -122,8 +123,8 @@ def patch_entropy(values: Sequence[Tensor], bandwidth: float, points: int) -> Te
     """
     entropies = []
     for each in values:
-        directions = F.normalize(each, dim=2)
         with torch.autocast(each.device.type, enabled=False):  # it would round them by half a bandwidth
+            directions = F.normalize(each.float(), dim=2)
             similarities = (directions @ directions.transpose(1, 2)).flatten(1)  # (B, N * N)
         low, high = similarities.detach().aminmax()
         places = torch.linspace(0, 1, points, device=each.device) * (high - low) + low

@@ -212,6 +212,16 @@ def test_similarities_are_not_rounded_where_networks_are():
         assert torch.equal(patch_entropy([values], 0.01, 10), exact)
 
 
+def test_what_attention_gives_is_not_rounded_where_networks_are(tmp_path):
+    method = synthesizer("psaq-vit", tmp_path, transformer("vit-1-32"))
+    images = torch.rand(2, *SIZE, generator=torch.Generator().manual_seed(0))
+    with method.looking() as show:
+        look = show(images)
+    exact = method.terms(look, method.targets(0, 2))["patch_entropy"]
+    with torch.autocast("cpu", torch.bfloat16):
+        assert torch.equal(method.terms(look, method.targets(0, 2))["patch_entropy"], exact)
+
+
 def test_rolls_are_shorter_in_the_first_half(tmp_path):
     method = synthesizer("psaq-vit", tmp_path, transformer(), jitter=4, view_flip=False)
     picture = torch.arange(64.0).view(1, 1, 8, 8).expand(1, 2, -1, -1)
