@@ -92,12 +92,13 @@ class Collaborative(Distillation):
         return self.ensemble(torch.stack([ask(student, images.pixels, {}).logits for student in self.students]), images)
 
     def ensemble(self, logits: Tensor, images: Images) -> Answers:
-        """What answers (M, B, K) of all students come to."""
-        if self.config.ensemble != "general":
-            return in_every_mode(ENSEMBLES[self.config.ensemble](logits, images.true_labels))
-        temperatures = {getattr(objective.config, "temperature", 1.0) for objective in self.losses.values()}
-        tau = temperatures.pop() if len(temperatures) == 1 else 1.0
-        return in_every_mode(tau * mixed(logits / tau, self.mixture).log())
+        """What answers (M, B, K) of all students come to, in float32."""
+        with torch.autocast(logits.device.type, enabled=False):
+            if self.config.ensemble != "general":
+                return in_every_mode(ENSEMBLES[self.config.ensemble](logits.float(), images.true_labels))
+            temperatures = {getattr(objective.config, "temperature", 1.0) for objective in self.losses.values()}
+            tau = temperatures.pop() if len(temperatures) == 1 else 1.0
+            return in_every_mode(tau * mixed(logits.float() / tau, self.mixture).log())
 
     def _weigh(self) -> None:
         """Measure the mixture at the start of an epoch."""

@@ -252,6 +252,17 @@ def test_students_descend_towards_what_they_say_together(rule, tmp_path):
         np.testing.assert_allclose(linear(student), w, atol=2e-4 if rule == "linear" else 1e-5)
 
 
+@pytest.mark.parametrize("rule", ["naive", "linear", "min-logit", "general"])
+def test_what_they_say_together_is_not_rounded_where_networks_are(rule):
+    more = {"holdout": 0.25} if rule == "general" else {}
+    learner = regime("kdcl", given(), peers=[network(5), network(6)], config={"ensemble": rule}, **more)
+    images = Images(torch.zeros(len(LABELS), *SIZE), LABELS)
+    logits = 30 * torch.randn(3, len(LABELS), CLASSES, generator=torch.Generator().manual_seed(0))
+    exact = learner.ensemble(logits, images)["eval"].logits
+    with torch.autocast("cpu", torch.bfloat16):
+        assert torch.equal(learner.ensemble(logits, images)["eval"].logits, exact)
+
+
 def test_general_is_measured_in_each_epoch_on_images_held_out(tmp_path):
     source = Given(pixels(20), torch.arange(20) % CLASSES)
     learner = regime(
