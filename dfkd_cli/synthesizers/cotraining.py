@@ -84,7 +84,7 @@ class CoTrainer(Synthesizer):
 
     def trained(self) -> Sequence[tuple[Optimizer, LRScheduler | None]]:
         """What is trained: an optimiser and its schedule for each network, the student's first."""
-        c, parameters = self.config, [parameter for net in self.students for parameter in net.parameters()]
+        c, parameters = self.config, [p for net in self.students for p in net.parameters() if p.requires_grad]
         optimizer: Optimizer
         if c.student_optimizer == "sgd":
             optimizer = torch.optim.SGD(parameters, c.student_lr, momentum=0.9, weight_decay=c.student_weight_decay)

@@ -156,6 +156,17 @@ def curves(directory: Path) -> list[dict[str, str]]:
         return list(csv.DictReader(file))
 
 
+@pytest.mark.parametrize("name", ["nayer", "adaptive-deepinversion", "dafl", "zskt"])
+def test_what_is_frozen_in_a_student_stays(name, tmp_path):
+    method = in_the_loop(name, tmp_path, student_steps=1, student_lr=0.3)
+    frozen, *trained = method.student.net.parameters()
+    frozen.requires_grad_(False)
+    before = [parameter.detach().clone() for parameter in (frozen, *trained)]
+    work(method, tmp_path)
+    assert torch.equal(frozen, before[0])
+    assert not any(torch.equal(now, then) for now, then in zip(trained, before[1:], strict=True))
+
+
 @pytest.mark.parametrize(
     ("name", "factor"), [*((name, 1.0) for name in POOLING), ("dafl", 1.0), ("dfq", 1.0), ("zskt", 0.25)]
 )
