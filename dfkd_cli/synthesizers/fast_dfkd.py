@@ -54,7 +54,7 @@ class Config(PooledGeneration):
     adversarial: float = 1.33
     warmup_share: float = 0.09
     student_lr: float = option(0.2, "the student's first learning rate, which falls along a cosine")
-    student_batch_size: int = option(256, low=1)
+    student_batch_size: int = 256
 
 
 class FastDFKD(PooledGenerator):

@@ -61,7 +61,7 @@ class Config(PooledGeneration):
     warmup_share: float = 0.25
     student_lr: float = option(0.2, "the student's first learning rate, which falls along a cosine")
     student_steps: int = 200
-    student_batch_size: int = option(512, low=1)
+    student_batch_size: int = 512
 
 
 class NAYER(PooledGenerator):

@@ -25,11 +25,12 @@ from torch import Tensor, nn
 from dfkd_cli import catalog
 from dfkd_cli.artifacts.run import RunDirectory
 from dfkd_cli.artifacts.shards import ShardWriter
+from dfkd_cli.errors import ConfigError
 from dfkd_cli.models.classifier import Classifier, ModelInfo
 from dfkd_cli.models.statistics import AveragedMoments, Moments, batch_moments
 from dfkd_cli.rounds.trainer import fit
 from dfkd_cli.seeds import derive
-from dfkd_cli.settings import resolve
+from dfkd_cli.settings import Layer, resolve
 from dfkd_cli.synthesizers.base import SynthesisTask
 from dfkd_cli.synthesizers.cmi import contrastive_loss, initialise
 from dfkd_cli.synthesizers.fast_dfkd import reset_first_layer
@@ -554,6 +555,13 @@ def test_nayers_noisy_layers_are_new_in_every_batch_and_the_rest_goes_on(tmp_pat
     ):
         assert not torch.equal(noisy, trained) and (following - trained).abs().max() > 1
         assert not torch.equal(norm, norm_trained) and torch.equal(norm_following, norm_trained)
+
+
+@pytest.mark.parametrize("name", NAMES)
+def test_a_step_of_the_student_has_two_images_at_least(name):
+    """BatchNorm learns nothing of one."""
+    with pytest.raises(ConfigError, match="student_batch_size: 1 is out of range"):
+        resolve("synthesize", [Layer("", {"method": name, "student_batch_size": 1})])
 
 
 def test_nayer_takes_all_classes_in_every_block(tmp_path):
