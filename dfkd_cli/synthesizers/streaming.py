@@ -12,8 +12,10 @@ from torch.optim import Optimizer
 from torch.optim.lr_scheduler import CosineAnnealingLR, LRScheduler
 
 from dfkd_cli.data.sources import Images
+from dfkd_cli.errors import ConfigError
 from dfkd_cli.models.classifier import Classifier
 from dfkd_cli.models.generators import Generators
+from dfkd_cli.models.quantized import quantisers
 from dfkd_cli.models.registry import build
 from dfkd_cli.objectives.base import Outputs
 from dfkd_cli.rounds.learner import weighted_sum
@@ -44,6 +46,9 @@ class StreamTrainer(CoTrainer):
     def __init__(self, task: SynthesisTask, config: GeneratorTraining) -> None:
         super().__init__(task, config)
         c, info = config, self.teacher.info
+        if c.students > 1 and quantisers(self.student.net):
+            what = f"--students {c.students}: all but {self.student.info.spec} would begin as other networks"
+            raise ConfigError(what, "a copy of the teacher learns alone: give --students 1")
         with torch.random.fork_rng(devices=[]):
             torch.manual_seed(derive("generator", self.seed))
             generators = Generators(info, c.latent, c.end, c.width, self.epsilon, c.generators)

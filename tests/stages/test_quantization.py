@@ -195,6 +195,12 @@ def test_a_copy_in_the_loop_has_ranges_that_follow(cli, residual, tmp_path):
     assert max(len(channel.unique()) for channel in weight) <= 2**4 - 1
 
 
+def test_a_copy_in_the_loop_learns_alone(cli, residual, tmp_path):
+    args = ["--teacher", residual, "--student", "w4a4:", "--students", 2, "--steps", 3, "--num-images", 8]
+    code, _, err = cli("synthesize", "--method", "dfq", *args, "--device", "cpu", "--out", tmp_path / "s")
+    assert (code, "a copy of the teacher learns alone: give --students 1" in err) == (2, True), err
+
+
 def test_what_cannot_be_a_copy_is_refused(cli, teacher, residual, tmp_path):
     refused = {
         (teacher, "lenet5-half", "--steps", 0): "--steps 0: nothing is learned",
