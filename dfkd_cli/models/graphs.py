@@ -75,7 +75,7 @@ class _Graphs:
     def _kind(self, inputs: Tensor) -> Hashable:
         """What a recorded pass depends on, other than by values."""
         precision = torch.get_autocast_dtype("cuda") if torch.is_autocast_enabled("cuda") else None
-        modes = tuple(layer.training for layer in self.layers)
+        modes = tuple((layer.training, getattr(layer, "track_running_stats", None)) for layer in self.layers)
         tensors = itertools.chain(self.net.parameters(), self.net.buffers())
         memory = tuple((tensor.data_ptr(), tensor.requires_grad) for tensor in tensors)
         return inputs.shape, inputs.dtype, precision, torch.is_grad_enabled(), modes, memory

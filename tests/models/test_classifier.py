@@ -9,7 +9,9 @@ from stand_ins import classifier
 from torch import nn
 
 from dfkd_cli.errors import ArtifactError, ConfigError
+from dfkd_cli.models.activations import averages_kept
 from dfkd_cli.models.classifier import Classifier, ModelInfo, probe
+from dfkd_cli.models.graphs import _Graphs
 from dfkd_cli.models.registry import build
 
 
@@ -176,3 +178,13 @@ def test_probe_puts_back_what_took_a_buffers_place():
     latest, shift = net.latest, net.shift
     assert probe(net, (3, 4, 4), 2).shape == (2, 4)
     assert net.latest is latest and not latest.any() and net.shift is shift
+
+
+def test_a_pass_that_leaves_batch_norms_averages_is_another_kind():
+    """A recorded one of either kind would do to them what it did when it was recorded."""
+    model = classifier(nn.Sequential(nn.Conv2d(1, 2, 3), nn.BatchNorm2d(2), nn.Flatten(), nn.Linear(2, 3)))
+    graphs, images = _Graphs(model.net), torch.zeros(2, *model.info.input_size)
+    usual = graphs._kind(images)
+    with averages_kept(model):
+        assert graphs._kind(images) != usual
+    assert graphs._kind(images) == usual
