@@ -73,6 +73,9 @@ class ActiveMixup(Offline):
             of = f"{count} images make {self.pairs} pairs, no more can be asked about"
             few = config.candidates is not None and config.candidates < min(config.mixups, self.pairs)
             self.note = f"--candidates {config.candidates}: no more are asked about in a round" if few else of
+        if self.train_source.labelled and any(getattr(o.config, "hard", 0) for o in self.losses.values()):
+            said = "active-mixup: mixtures have no labels, the black box's classes are taken, of real images too"
+            self.note = f"{self.note}; {said}" if self.note else said
         lengths = [length(task.training, size)[1] for size in self.sizes]
         self.starts = [0, *itertools.accumulate(lengths)]
         self.steps = self.starts[-1]

@@ -292,3 +292,10 @@ def test_too_many_pairs_to_look_at():
 
     with pytest.raises(ConfigError, match=r"20,000 images make 199,980,000 pairs -- give --candidates"):
         mixup(Given(torch.zeros(20_000, *SIZE, dtype=torch.uint8)), batch_size=3, epochs=1)
+
+
+@pytest.mark.parametrize(("labels", "hard", "said"), [(True, 0.5, True), (True, 0.0, False), (False, 0.5, False)])
+def test_that_true_labels_are_not_used_is_said(labels, hard, said):
+    source = Given(pictures(), torch.arange(COUNT) % 3 if labels else None)
+    learner = mixup(source, objectives=[(1.0, response(hard=hard))], config={"rounds": 1, "mixups": 2})
+    assert ("of real images too" in (learner.note or "")) == said
