@@ -132,8 +132,8 @@ class Model:
 
     @property
     def key(self) -> str:
-        """Equal for repeats over seeds."""
-        return self.row or digest([self.settings, self.part] if self.run else self.sha256)
+        """Equal for repeats over seeds; networks that different first teachers were at the head of are none."""
+        return self.row or digest([self.settings, self.part, self.line[-1:]] if self.run else self.sha256)
 
     @property
     def label(self) -> str:

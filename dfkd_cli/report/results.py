@@ -123,11 +123,15 @@ def _seed(model: Model) -> int | None:
 
 
 def _labels(models: Sequence[Model]) -> list[str]:
-    """The models' labels; where two of them are the same, with the settings that tell them apart."""
+    """The models' labels; where two of them are the same, with the settings, or the teachers, that tell them apart."""
+
+    def facts(model: Model) -> dict[str, Any]:
+        return {**_flat(model.settings), "teacher": " ".join(sha256[:8] for sha256 in model.line[-1:])}
+
     labels = []
     for model in models:
-        same = [_flat(other.settings) for other in models if other.label == model.label]
-        own = _flat(model.settings)
+        same = [facts(other) for other in models if other.label == model.label]
+        own = facts(model)
         if "student" in own:
             own.pop("model", None)  # which says the same
         varying = [k for k in own if any(own[k] != other.get(k) for other in same)]

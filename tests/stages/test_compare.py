@@ -225,6 +225,12 @@ def test_students_of_two_teachers_are_never_ranked_together(here, cli):
     found = [[row["runs"][0]["path"] for row in section["rows"]] for section in sections]
     assert found == [["teacher", "student0"], ["other", "others-student"]]
     assert (here / "mixed" / "table.md").read_text().count("| ROW |") == 2
+    # Where one model judges both, they are no repeats of one another either, alike as their settings are.
+    assert cli("distill", *SMALL, *arguments[2:4], "--out", "own-student")[0] == 0
+    assert cli("compare", "own-student", "others-student", "--teacher", "teacher", "--out", "judged")[0] == 0
+    (section,) = results_in(here / "judged")["sections"]
+    assert sorted(row["runs"][0]["path"] for row in section["rows"][1:]) == ["others-student", "own-student"]
+    assert len({row["label"] for row in section["rows"]}) == 3
 
 
 def test_a_student_finds_its_teacher_from_anywhere_or_says_what_to_do(made, tmp_path, monkeypatch, cli):
