@@ -14,6 +14,7 @@ from dfkd_cli.trust import CONFIG
 from dfkd_cli.urls import named
 
 RUN = "run.json"
+HASHES = ".hashes-"  # of shards that no manifest names yet
 SCRATCH = ".scratch"  # in an output: temporary files, also of processes that are to come
 LEVELS = 3  # how many directories above a file may have a record that names it: its own, and those that are around it
 

@@ -14,7 +14,7 @@ from typing import Any, BinaryIO
 
 from dfkd_cli import __version__
 from dfkd_cli.artifacts.files import check_inside, remove, take_lock, write_text
-from dfkd_cli.artifacts.integrity import RUN, SCRATCH, hash_of, intact, read_run, runs_within, write_run
+from dfkd_cli.artifacts.integrity import HASHES, RUN, SCRATCH, hash_of, intact, read_run, runs_within, write_run
 from dfkd_cli.artifacts.records import read_json
 from dfkd_cli.config import dump_yaml, options
 from dfkd_cli.errors import ArtifactError, ConfigError, DfkdError, Interrupted
@@ -26,6 +26,7 @@ from dfkd_cli.trust import CONFIG
 from dfkd_cli.ui import Terminal
 
 LOCK = ".lock"
+RECORDS_ONLY = (RUN, CONFIG, "metrics.csv")  # of a run that failed before its first round
 AFRESH = "give --overwrite to start afresh"
 UNSAID = {"judge": None, "unmade": 0}  # what a record means that does not have this fact; of others it may be the same
 LOG = logging.getLogger(__name__)
@@ -119,7 +120,8 @@ class RunDirectory:
         if afresh:
             self._spare_parents()
             for item in sorted(self.path.iterdir(), key=lambda item: item.name == RUN):  # last: it makes the rest ours
-                if item.name not in (LOCK, SCRATCH):
+                ours = self.settings.run.overwrite or item.name in RECORDS_ONLY or item.name.startswith(HASHES)
+                if ours and item.name not in (LOCK, SCRATCH):
                     remove(item)
         check_inside(self.path)
         for pattern in (".*.tmp", "*/.*.tmp"):
@@ -320,8 +322,7 @@ def _is_another(path: Path, recorded: Mapping[str, Any], settings: Settings, ide
 
 def begun(path: Path) -> bool:
     """Whether a directory has more in it than the records of a run that failed before its first round."""
-    records_only = (RUN, CONFIG, "metrics.csv")
-    return any(not item.name.startswith(".") and item.name not in records_only for item in path.iterdir())
+    return any(not item.name.startswith(".") and item.name not in RECORDS_ONLY for item in path.iterdir())
 
 
 def _as_recorded(parents: Sequence[Mapping[str, Any]], recorded: Sequence[Any]) -> list[dict[str, Any]]:

@@ -181,6 +181,11 @@ class Server:
             self.write(INDEX, index)
         return len(missing)
 
+    def has(self, name: str) -> bool:
+        """Whether a file is there."""
+        with self._talking():
+            return bool(self.fs.exists(self._at(name)))
+
     def write(self, name: str, content: bytes) -> None:
         """Write one file."""
         with self._talking(NOWHERE):

@@ -25,12 +25,11 @@ from safetensors import SafetensorError
 from torch import Tensor
 
 from dfkd_cli.artifacts.files import digest, remove, sha256_file, write_atomic, write_json, writing
-from dfkd_cli.artifacts.integrity import check_finished, intact
+from dfkd_cli.artifacts.integrity import HASHES, check_finished, intact
 from dfkd_cli.artifacts.records import Classes, Count, Hashed, ImageShape, read_json
 from dfkd_cli.errors import ArtifactError, RunFailed
 
 MANIFEST = "manifest.json"
-HASHES = ".hashes-"
 METADATA = "dfkd"
 REMAKE = "run the synthesize command again: it remakes what is damaged"
 

@@ -31,7 +31,7 @@ from dfkd_cli.artifacts.records import read_json
 from dfkd_cli.config import hints, plain, strip_none
 from dfkd_cli.data import landlock, seal
 from dfkd_cli.data.landlock import LIST, READ, REMOVE_DIR, WRITE
-from dfkd_cli.errors import ArtifactError
+from dfkd_cli.errors import ArtifactError, ConfigError
 from dfkd_cli.models.source import LARGE, SETTINGS
 from dfkd_cli.options import SeenTeacher
 from dfkd_cli.processes import writes_records
@@ -104,8 +104,10 @@ class Access:
             made = [place for place in (output, *output.parents) if not place.exists()]
             output.mkdir(parents=True, exist_ok=True)
         scratch = output / SCRATCH  # torch wants a place for temporary files
-        with contextlib.suppress(OSError):  # a directory, as an earlier process left it
-            scratch.unlink()  # a link in what was received may lead anywhere
+        if scratch.is_symlink():  # a link in what was received may lead anywhere
+            scratch.unlink()
+        if scratch.is_file():
+            raise ConfigError(f"{scratch} is a file", "choose another --out")
         scratch.mkdir(exist_ok=True)
         scratch = Path(tempfile.mkdtemp(dir=scratch))  # a process that is refused the output does not take this one's
         with contextlib.suppress(OSError):

@@ -259,6 +259,15 @@ def test_a_second_start_leaves_the_first_its_temporary_files(here, dfkd):
     assert not Path("student/.scratch").exists()
 
 
+@needs_landlock
+def test_a_file_of_the_users_with_our_name_stays(here, dfkd):
+    Path("mine").mkdir()
+    Path("mine", ".scratch").write_text("mine")
+    done = dfkd(*NOISE, *network("net.py", "pass"), "--out", "mine", cwd=here)
+    assert (done.returncode, "mine/.scratch is a file" in done.stderr) == (2, True), done.stderr
+    assert Path("mine", ".scratch").read_text() == "mine"
+
+
 def test_a_student_cannot_read_the_dataset_of_its_teacher_while_it_is_built(here, make_teacher, cli):
     """The teacher's record says where that lies."""
     Path("pets").mkdir()
