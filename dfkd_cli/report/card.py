@@ -2,34 +2,41 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from pathlib import Path
 from typing import Any
 
 from dfkd_cli.artifacts.integrity import read_run
 from dfkd_cli.config import dump_yaml
 from dfkd_cli.models.directory import RECORD, read_record
+from dfkd_cli.urls import each_text
 
 TAGS = ["dfkd", "knowledge-distillation", "image-classification"]
 
 
-def model_card(directory: Path, url: str) -> str | None:
-    """The text for a model directory that lies at a URL, in Markdown; None for what is no model."""
+def model_card(directory: Path, url: str, portable: Callable[[str], str]) -> str | None:
+    """The text for a model directory that lies at a URL, in Markdown; None for what is no model.
+
+    Args:
+        directory: The model's.
+        url: Where it is published.
+        portable: What is said elsewhere instead of a name that may be a path of this machine.
+    """
     if not (directory / RECORD).is_file():
         return None
     record = read_record(directory)
-    made, says = read_run(directory), record.get("provenance", {})
+    made, says = read_run(directory), each_text(record.get("provenance", {}), portable)
     free = bool(says.get("data_free"))
     head = {
         "library_name": "dfkd",
         "pipeline_tag": "image-classification",
         "tags": [*TAGS, *(["data-free"] if free else [])],
     }
-    size = "x".join(map(str, record["input_size"]))
+    spec, size = portable(record["spec"]), "x".join(map(str, record["input_size"]))
     paragraphs = [
         f"---\n{dump_yaml(head)}---",
         f"# {url.rstrip('/').rpartition('/')[2]}",
-        f"`{record['spec']}`: a classifier of {record['num_classes']} classes; it takes {size} pixels in [0,1].",
+        f"`{spec}`: a classifier of {record['num_classes']} classes; it takes {size} pixels in [0,1].",
         *_origin(says, made, free),
         *_figures(record.get("metrics", {})),
         "To evaluate it, or to teach others with it:",

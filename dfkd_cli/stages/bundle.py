@@ -25,6 +25,7 @@ from dfkd_cli.artifacts.server import Part, check_name
 from dfkd_cli.artifacts.shards import MANIFEST
 from dfkd_cli.config import dump_yaml, parse_yaml
 from dfkd_cli.errors import ArtifactError
+from dfkd_cli.report.table import escape
 from dfkd_cli.stages.lineage import RECORDS, hashes
 from dfkd_cli.trust import CONFIG
 from dfkd_cli.urls import each_text
@@ -153,7 +154,7 @@ def _of_pages(run: Path, parts: Mapping[str, Part], change: Change) -> dict[str,
         if name.endswith(PAGES):
             text = (run / name).read_text(encoding="utf-8")
             for old in sorted(changes, key=len, reverse=True):
-                for shown in (str, html.escape):
+                for shown in (str, html.escape, escape):
                     text = text.replace(shown(old), shown(changes[old]))
             changed[name] = _content(utf8(text))
     return changed

@@ -21,7 +21,7 @@ from pathlib import Path
 from typing import Any
 
 from dfkd_cli import catalog
-from dfkd_cli.artifacts.files import write_atomic
+from dfkd_cli.artifacts.files import check_inside, write_atomic
 from dfkd_cli.artifacts.server import Server, fits
 from dfkd_cli.catalog import RECIPES, UNTRAINED, Command
 from dfkd_cli.config import option
@@ -82,14 +82,16 @@ def _recipe(name: str, dest: Path, overwrite: bool, terminal: Terminal, dry_run:
 
 def _send(source: Path, server: Server, overwrite: bool, terminal: Terminal, dry_run: bool) -> dict[str, Any]:
     from dfkd_cli.report.card import model_card  # both import torch, which a recipe needs not
-    from dfkd_cli.stages.bundle import bundle
+    from dfkd_cli.stages.bundle import bundle, portable
 
     parts = bundle(source)
     if dry_run:
         return _would_copy(str(source), len(parts), sum(part.size for part in parts.values()), terminal)
     with closing(Progress(terminal, "cp", "files", len(parts))) as progress:
         copied = server.send(parts, overwrite, lambda done, _: progress.update(done))
-    if server.url.startswith("hf://") and (card := model_card(source, server.url)) is not None:
+    # A card that is there may be written by hand.
+    wanted = server.url.startswith("hf://") and (overwrite or not server.has(CARD))
+    if wanted and (card := model_card(source, server.url, portable)) is not None:
         server.write(CARD, card.encode())
     return _copied(server.url, len(parts), copied, terminal)
 
@@ -99,6 +101,7 @@ def _receive(server: Server, dest: Path, overwrite: bool, terminal: Terminal, dr
     said = {row["path"]: row for row in rows}
     if dest.is_file():
         raise ConfigError(f"{dest} is a file", "choose another directory")
+    check_inside(dest)
     there = {path.relative_to(dest).as_posix() for path in dest.rglob("*") if path.is_file()}
     strange = [name for name in sorted(there) if name not in said and not name.startswith(".")]
     if strange:

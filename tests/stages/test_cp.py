@@ -17,7 +17,8 @@ from dfkd_cli.artifacts.shards import ShardReader
 from dfkd_cli.errors import ConfigError
 from dfkd_cli.models.names import ModelDirectory
 from dfkd_cli.report.card import model_card
-from dfkd_cli.stages.bundle import portable
+from dfkd_cli.report.table import escape
+from dfkd_cli.stages.bundle import _content, _of_pages, portable
 from dfkd_cli.trust import Code
 
 
@@ -180,6 +181,17 @@ def test_what_is_no_finished_directory(cli, shards, url, tmp_path):
     assert not (tmp_path / "server").exists()
 
 
+def test_nothing_is_written_through_a_linked_directory(cli, place, url, tmp_path):
+    assert cli("cp", place, url)[0] == 3  # no artifact, but what lies in it may be
+    assert cli("cp", place / "student", url)[0] == 0
+    victim = tmp_path / "victim"
+    victim.mkdir()
+    (tmp_path / "home").mkdir()
+    (tmp_path / "home" / "checkpoints").symlink_to(victim)
+    one_line(cli("cp", url, tmp_path / "home"), 3, "is a link out of")
+    assert not any(victim.iterdir())
+
+
 @pytest.mark.parametrize("name", ["../secret", "/etc/passwd", "a/../../secret", ".hidden", "a\\b", "C:x", ""])
 def test_a_stranger_names_no_file_outside(cli, shards, url, name, tmp_path):
     (tmp_path / "secret").write_text("x")
@@ -224,7 +236,7 @@ def test_protocols_and_packages_that_are_missing(cli, shards, monkeypatch):
 def test_the_card_of_a_model(place, monkeypatch):
     server = Server("hf://user/model")
     assert (type(server.fs).__name__, server.root) == ("HfFileSystem", "user/model")
-    card = model_card(place / "student", server.url)
+    card = model_card(place / "student", server.url, portable)
     record, run = json.loads((place / "student" / "model.json").read_text()), read_run(place / "student")
     teacher, transfer_set = run["parents"][:2]
     assert card is not None and card.startswith("---\nlibrary_name: dfkd\n")
@@ -235,7 +247,26 @@ def test_the_card_of_a_model(place, monkeypatch):
     ):  # fmt: skip
         assert words in card, words
     assert str(place) not in card
-    assert model_card(place / "shards", server.url) is None
+    assert model_card(place / "shards", server.url, portable) is None
+
+
+def test_a_card_names_no_place_of_this_machine(place, tmp_path):
+    model = Path(shutil.copytree(place / "student", tmp_path / "student"))
+    record = json.loads((model / "model.json").read_text())
+    provenance = record["provenance"] | {"dataset": "/home/anna/clinic/patients"}
+    edit(model / "model.json", provenance=provenance, spec="/home/anna/net.py:build")
+    card = model_card(model, "hf://user/model", portable)
+    assert card is not None and "anna" not in card and "clinic" not in card
+    assert "never seen the data**: patients." in card and "`net.py:build`: a classifier" in card
+
+
+def test_pages_name_no_place_of_this_machine(tmp_path):
+    model = "/home/anna/my_project/net.py:build"
+    (tmp_path / "results.json").write_text(json.dumps({"model": model}))
+    (tmp_path / "table.md").write_text(f"| {escape(model)} | {model} |")
+    results = _content(json.dumps({"model": portable(model)}).encode())
+    parts = {"results.json": results, "table.md": Part("", 0, tmp_path / "table.md")}
+    assert _of_pages(tmp_path, parts, portable)["table.md"].content == b"| net.py:build | net.py:build |"
 
 
 def test_a_model_on_the_hub_has_its_card(cli, place, tmp_path, monkeypatch):
@@ -254,8 +285,13 @@ def test_a_model_on_the_hub_has_its_card(cli, place, tmp_path, monkeypatch):
     fsspec.register_implementation("hf", Hub, clobber=True)
     try:
         assert cli("cp", place / "student", "hf://user/model")[0] == 0
+        card = tmp_path / "hub" / "user" / "model" / "README.md"
+        card.write_text("written by hand")
+        assert cli("cp", place / "student", "hf://user/model")[0] == 0
+        assert card.read_text() == "written by hand"
+        assert cli("cp", place / "student", "hf://user/model", "--overwrite")[0] == 0
     finally:
         fsspec.register_implementation("hf", "huggingface_hub.HfFileSystem", clobber=True)
     hub = tmp_path / "hub" / "user" / "model"
-    assert (hub / "README.md").read_text() == model_card(place / "student", "hf://user/model")
+    assert (hub / "README.md").read_text() == model_card(place / "student", "hf://user/model", portable)
     assert "README.md" not in (hub / INDEX).read_text()
