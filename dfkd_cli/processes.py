@@ -18,6 +18,7 @@ from typing import Any
 from dfkd_cli.errors import ConfigError, Interrupted
 
 STOPPED = "interrupted", "stopped; what was finished is kept", "the same command continues"  # code, message, hint
+STARTED_BY = "DFKD_STARTED_BY"  # the number of the first process of a run, in the environment of its others
 MEETING = ("NODE_RANK", "MASTER_ADDR", "MASTER_PORT")  # what Lightning asks of each machine's environment
 _machine = 0  # this one's number among those that share the run
 _dedicated = False
@@ -96,6 +97,11 @@ def join_machines(count: int) -> None:
     _machine = int(number)
 
 
+def machine() -> int:
+    """The number of this machine among those that share a run."""
+    return _machine
+
+
 def writes_records() -> bool:
     """Whether this is the process of a run that writes its records: the first one of the first machine."""
     return _machine == 0 and first_process()
@@ -105,10 +111,9 @@ def writes_records() -> bool:
 def first_process() -> bool:
     """Whether this is the first process of a run on this machine.
 
-    Lightning starts the others of this machine itself and numbers them. Other launchers' numbers mean nothing here:
-    several commands, each with one device, may well run under one of them.
+    That one starts the others. Other launchers' numbers mean nothing here: several commands may well run under one.
     """
-    return os.environ.get("LOCAL_RANK", "0") in ("", "0") or "WORLD_SIZE" not in os.environ
+    return os.environ.get(STARTED_BY) != str(os.getppid())
 
 
 def end_with_parent() -> None:

@@ -348,13 +348,17 @@ def test_a_teacher_is_its_weights_and_how_they_are_used(here: Path, cli) -> None
 
 def test_numbers_of_other_launchers_mean_nothing(here: Path, dfkd) -> None:
     """Eight commands under one launcher are eight commands."""
-    others = {"SLURM_PROCID": "1", "RANK": "1", "NODE_RANK": "1", "LOCAL_RANK": "1"}
+    others = {"SLURM_PROCID": "1", "RANK": "1", "NODE_RANK": "1", "LOCAL_RANK": "1", "WORLD_SIZE": "2"}
     result = dfkd("ls", "--json", cwd=here, env=others)
     assert json.loads(result.stdout)["ok"] is True
     others = {"RANK": "1", "SLURM_PROCID": "1", "SLURM_NTASKS": "2", "SLURM_JOB_NAME": "many", "SLURM_JOB_ID": "4"}
     result = dfkd("distill", "--steps", "1", "--out", "beside", cwd=here, env=others)
     assert result.returncode == 0, result.stderr
     assert Path("beside/metrics.csv").read_text().count("\n") == 2
+    others = {"RANK": "1", "LOCAL_RANK": "1", "WORLD_SIZE": "2", "NODE_RANK": "1", "GROUP_RANK": "1"}
+    result = dfkd("distill", "--steps", "1", "--devices", "2", "--out", "under", cwd=here, env=others)
+    assert result.returncode == 0, result.stderr
+    assert json.loads(Path("under/run.json").read_text())["status"] == "done"
 
 
 def test_what_is_read_is_not_overwritten(here: Path, cli) -> None:

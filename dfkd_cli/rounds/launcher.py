@@ -14,6 +14,7 @@ from lightning.pytorch.strategies.launchers import _SubprocessScriptLauncher
 
 from dfkd_cli.artifacts.run import RunDirectory
 from dfkd_cli.errors import RunFailed
+from dfkd_cli.processes import STARTED_BY
 from dfkd_cli.ui import Terminal
 from dfkd_cli.workers import KILLED
 
@@ -39,7 +40,9 @@ class Launcher(_SubprocessScriptLauncher):
         return super().launch(work, *args, **more)
 
     def _call_children_scripts(self) -> None:
+        os.environ[STARTED_BY] = str(os.getpid())
         super()._call_children_scripts()
+        del os.environ[STARTED_BY]
         self.children, self.procs = self.procs, []  # what Lightning watches, it answers with SIGKILL
 
     @contextlib.contextmanager

@@ -29,7 +29,7 @@ from dfkd_cli.artifacts.files import write_atomic
 from dfkd_cli.artifacts.pickles import read_pickle
 from dfkd_cli.artifacts.run import AFRESH, RunDirectory
 from dfkd_cli.errors import ArtifactError, ConfigError
-from dfkd_cli.processes import stop_on_signals, writes_records
+from dfkd_cli.processes import first_process, machine, stop_on_signals, writes_records
 from dfkd_cli.rounds.curves import MetricsFile
 from dfkd_cli.rounds.launcher import Launcher
 from dfkd_cli.rounds.learner import Learner
@@ -182,7 +182,7 @@ def trainer_for(run: RunDirectory, loggers: list[Logger], rounds: int, callbacks
             num_nodes=settings.num_nodes,
             strategy=_Independent(find_unused_parameters=True) if settings.devices * settings.num_nodes > 1 else "auto",
             precision=_PRECISION[settings.precision],
-            plugins=[_AtomicCheckpoints(), LightningEnvironment()],
+            plugins=[_AtomicCheckpoints(), _Numbers()],
             logger=loggers,
             max_epochs=rounds,
             callbacks=callbacks,
@@ -197,6 +197,20 @@ def trainer_for(run: RunDirectory, loggers: list[Logger], rounds: int, callbacks
         return trainer
     except (MisconfigurationException, ValueError, RuntimeError) as error:
         raise ConfigError(f"--device {settings.device} --precision {settings.precision}: {error}") from None
+
+
+class _Numbers(LightningEnvironment):
+    """Lightning's, which took the numbers that another launcher gave a command for those of the command's processes."""
+
+    @property
+    def creates_processes_externally(self) -> bool:
+        return not first_process()
+
+    def local_rank(self) -> int:
+        return 0 if first_process() else super().local_rank()
+
+    def node_rank(self) -> int:
+        return machine()
 
 
 class _AtomicCheckpoints(TorchCheckpointIO):
