@@ -5,6 +5,7 @@ from __future__ import annotations
 import contextlib
 import json
 import logging
+import math
 import sys
 import time
 from collections.abc import Iterator, Mapping
@@ -57,7 +58,7 @@ class Terminal:
     def document(self, value: dict[str, Any]) -> None:
         """The one JSON document."""
         if self.as_json and not self.silent:
-            document = named({"schema": 1, **value})
+            document = finite(named({"schema": 1, **value}))  # records of older versions have NaN
             self.stdout.write(json.dumps(document, ensure_ascii=False, allow_nan=False) + "\n")
             self.stdout.flush()
 
@@ -67,6 +68,15 @@ class Terminal:
             self.document({"ok": False, "error": {"code": code, "message": message, "hint": hint}, **answer})
         if not self.silent:
             self.err.print(named(f"error: {message}" + (f" -- {hint}" if hint else "")), markup=False)
+
+
+def finite(value: Any) -> Any:
+    """Measures as JSON can have them: NaN and infinities, such as the accuracy in a class without images, are None."""
+    if isinstance(value, Mapping):
+        return {key: finite(item) for key, item in value.items()}
+    if isinstance(value, (list, tuple)):
+        return [finite(item) for item in value]
+    return None if isinstance(value, float) and not math.isfinite(value) else value
 
 
 LOGGER = logging.getLogger(__package__)

@@ -24,10 +24,10 @@ from dfkd_cli.options import SeenTeacher
 from dfkd_cli.report import evaluation
 from dfkd_cli.settings import Settings
 from dfkd_cli.stages.lines import pairs
-from dfkd_cli.stages.measures import check_gate, finite
+from dfkd_cli.stages.measures import check_gate
 from dfkd_cli.stages.opening import AGREEMENTS, Evaluation, Opener
 from dfkd_cli.stages.training import rehearse
-from dfkd_cli.ui import VERBOSE, Progress, Terminal
+from dfkd_cli.ui import VERBOSE, Progress, Terminal, finite
 from dfkd_cli.urls import named
 
 
@@ -196,14 +196,15 @@ def prepare(settings: Settings, terminal: Terminal) -> Plan:
         raise ArtifactError("nothing to evaluate: no student/ and no teacher/ here", "dfkd evaluate PATH ...")
     evaluations = [opener.open(path) for path in opener.paths]
     for flag, wanted in (
-        ("min-top1", inputs.min_top1 is not None),
-        ("min-agreement", inputs.min_agreement is not None),
-        ("unlabelled", inputs.unlabelled),
+        ("min-top1 0.97", inputs.min_top1 is not None),
+        ("min-agreement 0.97", inputs.min_agreement is not None),
+        ("unlabelled shards/", inputs.unlabelled),
         ("sharpness", inputs.sharpness),
         ("line", inputs.line),
     ):
         if wanted and not any(e.facts["kind"] == "model" for e in evaluations):
-            raise ConfigError(f"--{flag} needs a model, these are images", f"dfkd evaluate student/ --{flag}")
+            what = f"--{flag.partition(' ')[0]} needs a model, these are images"
+            raise ConfigError(what, f"dfkd evaluate student/ --{flag}")
     if inputs.min_agreement is not None and not inputs.unlabelled:
         raise ConfigError("--min-agreement: on which images?", "give --unlabelled")
     if opener.orphans:

@@ -242,12 +242,3 @@ def check_gate(
     below = [f"{path} {share:.6g}" for path, share in models if least is not None and share < least]
     if below:
         raise GateNotMet(f"{what} is below {least:.6g}: {', '.join(below)}", answer=answer)
-
-
-def finite(value: Any) -> Any:
-    """Measures as JSON can have them: NaN and infinities, such as the accuracy in a class without images, are None."""
-    if isinstance(value, dict):
-        return {key: finite(item) for key, item in value.items()}
-    if isinstance(value, list):
-        return [finite(item) for item in value]
-    return None if isinstance(value, float) and not math.isfinite(value) else value

@@ -14,10 +14,10 @@ from dfkd_cli.data import datasets
 from dfkd_cli.data.sources import RealSource
 from dfkd_cli.models.names import LoadedModel, Location
 from dfkd_cli.report.entries import Model
-from dfkd_cli.stages.measures import Examiner, finite, top1
+from dfkd_cli.stages.measures import Examiner, top1
 from dfkd_cli.stages.snapshots import look_back
 from dfkd_cli.trust import Code
-from dfkd_cli.ui import Progress
+from dfkd_cli.ui import Progress, finite
 
 MEASUREMENTS = "measurements.json"
 
@@ -52,4 +52,5 @@ class Meter:
         """Top-1 of the model at each round that it kept, ``{"round": ..., "top1": ...}``."""
         classifier = model.classifier.to(self.examiner.device)
         source = RealSource(self.examiner.images(dataset, classifier.info, model.path))
-        return [{"round": index, "top1": top1(classifier, source)} for index in look_back(path, classifier)]
+        share = functools.partial(top1, classifier, source, self.examiner.batch_size)
+        return [{"round": index, "top1": share()} for index in look_back(path, classifier)]

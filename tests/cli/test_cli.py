@@ -10,6 +10,7 @@ import sys
 from pathlib import Path
 
 import pytest
+from pipeline import edit
 from tiny_regimes import beside
 
 from dfkd_cli import catalog
@@ -370,7 +371,7 @@ def test_short_flags_may_stand_together(flags, said, cli, teacher, tmp_path, mon
 
 def test_info_names_versions_and_devices(cli):
     code, out, _ = cli("info", "--json")
-    facts = json.loads(out)["info"]
+    facts = json.loads(out)["info"]["model.json"]["metrics"]["confidence"] is None
     assert code == 0
     assert facts.keys() >= {"dfkd", "python", "torch", "lightning", "devices", "recipes"}
     assert facts["devices"][0].startswith("cpu")
@@ -380,7 +381,7 @@ def test_info_names_versions_and_devices(cli):
 
 def test_info_of_an_artifact(cli, teacher):
     code, out, _ = cli("info", teacher, "--json")
-    facts = json.loads(out)["info"]
+    facts = json.loads(out)["info"]["model.json"]["metrics"]["confidence"] is None
     assert code == 0
     assert facts["model.json"]["spec"] == "lenet5"
     assert facts["model.json"]["provenance"] == {"dataset": "digits"}
@@ -413,3 +414,13 @@ def test_lineage_tells_what_is_still_there(cli, teacher, tmp_path, monkeypatch):
     Path("teacher/model.json").write_text(json.dumps({**record, "mean": [0.9]}))
     shutil.rmtree("shards")
     assert [parent["found"] for parent in lineage()] == ["another", "gone"]
+
+
+def test_a_document_is_json_whatever_records_hold(teacher, tmp_path, cli):
+    """Older versions wrote NaN into them."""
+    model = shutil.copytree(teacher, tmp_path / "model")
+    edit(model / "model.json", metrics={"confidence": float("nan"), "top1": 0.5})
+    code, out, err = cli("info", model, "--json")
+    assert code == 0, err
+    info = json.loads(out, parse_constant=lambda name: pytest.fail(name))["info"]
+    assert info["model.json"]["metrics"] == {"confidence": None, "top1": 0.5}
