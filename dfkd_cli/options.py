@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 import re
 from dataclasses import dataclass, fields
 from typing import Literal
@@ -261,3 +262,10 @@ class Run:
     code_dir: str | None = option(
         None, "where those files lie (default: in the artifact, beside it, or here)", volatile=True, typed=True
     )
+
+    def __post_init__(self) -> None:
+        """An output has a name, in which ``~`` is the user's home wherever it was written."""
+        if self.out == "":
+            raise ConfigError("--out: no directory has an empty name", "give one, or leave it out")
+        if self.out is not None:
+            object.__setattr__(self, "out", os.path.expanduser(self.out))

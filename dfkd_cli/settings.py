@@ -203,7 +203,7 @@ def resolve(command: str, sources: Sequence[tuple[Any, ...]]) -> Settings:
 
 def _places(teacher: Any) -> list[str]:
     """A teacher, or several, told apart however their paths are written."""
-    names = [] if teacher is None else [teacher] if isinstance(teacher, str) else teacher
+    names = [] if teacher is None else map(str, teacher) if isinstance(teacher, (list, tuple)) else [str(teacher)]
     return [f"{spec.bits}{os.path.realpath(spec.source or spec.rest)}:{spec.name}" for spec in map(Spec.read, names)]
 
 

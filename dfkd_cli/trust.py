@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
+import datetime
 import os
 from collections.abc import Callable, Iterable, Iterator
 from pathlib import Path
@@ -120,4 +121,6 @@ def _placed(value: Any, folders: list[Path], key: str = "", above: str = "") -> 
     reads = key in PATHS or above == "teachers"
     if key == "recipe":
         reads = Path(str(value)).suffix in catalog.RECIPES
+    if reads and isinstance(value, datetime.date):  # as YAML reads a name like 2024-05-01
+        value = str(value)
     return placed(value, folders) if reads and isinstance(value, str) else value

@@ -10,10 +10,12 @@ from pathlib import Path
 import pytest
 import torch
 import yaml
+from pipeline import edit
 
 from dfkd_cli import catalog
 from dfkd_cli.config import options
 from dfkd_cli.models.registry import build
+from dfkd_cli.settings import recipe_layer, resolve
 from dfkd_cli.trust import PATHS, READ, of_artifact, placed, read_recipe
 
 NET = """
@@ -203,6 +205,25 @@ def test_files_of_the_users_own_are_neither_deleted_nor_overwritten(text, file, 
     assert [path.name for path in Path("mine").iterdir()] == [file]
 
 
+def test_what_the_user_hid_in_an_output_stays(here, cli):
+    """Of a run that failed before it learned anything only its records make room for another one."""
+    assert cli("distill", *NOISE, *STEP, "--out", "mine")[0] == 0
+    for path in Path("mine").iterdir():  # as if it had failed early
+        if path.name not in ("run.json", "config.yaml", ".lock"):
+            shutil.rmtree(path) if path.is_dir() else path.unlink()
+    edit(Path("mine/run.json"), status="failed", artifacts=[])
+    Path("mine/.git").mkdir()
+    for name in (".git/HEAD", ".gitignore"):
+        Path("mine", name).write_text("mine")
+    assert cli("distill", *NOISE, *STEP, "--lr", "0.123", "--out", "mine")[0] == 0
+    assert [Path("mine", name).read_text() for name in (".git/HEAD", ".gitignore")] == ["mine"] * 2
+
+
+def test_an_output_has_a_name(here, cli):
+    for command in (("distill", *NOISE, *STEP), ("evaluate", "teacher")):
+        refused(cli(*command, "--out", "", "--overwrite"), 2, "no directory has an empty name")
+
+
 # -- where paths lie ---------------------------------------------------------------------------------------------------
 
 
@@ -227,6 +248,15 @@ def test_relative_paths_are_those_beside_who_names_them(here):
     assert placed("./net.py:build", [here]) == "./net.py:build"  # the same from here: a spelling is an identity
 
 
+def test_names_that_yaml_reads_as_something_else(here, cli):
+    Path("r.yaml").write_text("teacher: 2024-05-01\n")
+    Path("2024-05-01").mkdir()
+    assert read_recipe(Path("r.yaml")) == {"teacher": "2024-05-01"}
+    for value in ("2024", "[2024, 5]"):
+        Path("r.yaml").write_text(f"teacher: {value}\n")
+        refused(cli("distill", *NOISE, *STEP, "--recipe", "r.yaml"), 3, "no teacher at 2024")
+
+
 def test_the_users_home_is_where_a_recipe_says_so(here, monkeypatch):
     monkeypatch.setenv("HOME", "/home/of/somebody")
     write("r.yaml", {"teacher": "~/net.py:build", "student": "w8a8:~/net.py:build", "weights": "~/net.pt"})
@@ -236,6 +266,8 @@ def test_the_users_home_is_where_a_recipe_says_so(here, monkeypatch):
         "student": f"w8a8:{place}.py:build",
         "weights": f"{place}.pt",
     }
+    write("out.yaml", {"out": "~/results"})
+    assert resolve("distill", [recipe_layer("out.yaml", "distill")]).out == Path("/home/of/somebody/results")
 
 
 @pytest.mark.parametrize("key", READ)
