@@ -36,6 +36,7 @@ _BESIDE = {".csv", ".db", ".html", ".ini", ".json", ".jsonl", ".log", ".md", ".p
 _BESIDE |= {".xml", ".yaml", ".yml", "license", "notice", "readme"}
 _HIDDEN = (".", "__MACOSX", "__pycache__", "@eaDir")  # the last holds previews, on Synology's servers
 _BLOCK = 16 << 10  # bytes of a large file that are looked at in one place
+_PLAIN = (".bmp", ".pgm", ".pnm", ".ppm", ".tif", ".tiff")  # pixels lie in them as they are, or may do so
 _LOOKED_AT = 1000  # files whose headers say of which shape a set is
 
 
@@ -206,12 +207,12 @@ def _entries(folder: str) -> list[os.DirEntry[str]]:
 def fingerprint(path: str) -> tuple[int, str]:
     """The size of a file, and the sha256 of what is in it.
 
-    Of more than 64 KiB only the first, the middle and the last 16 count, so that a large set takes seconds. In formats
-    that compress, other pixels make another file there too, or one of another size.
+    Of more than 64 KiB only the first, the middle and the last 16 count, so that a large set takes seconds: in formats
+    that compress, other pixels make another file there too, or one of another size. Of others all counts.
     """
     with _readable(path), open(path, "rb") as file:
         size = os.fstat(file.fileno()).st_size
-        if size <= 4 * _BLOCK:
+        if size <= 4 * _BLOCK or path.lower().endswith(_PLAIN):
             return size, sha256(file.read()).hexdigest()
         digest = sha256()
         for start in (0, (size - _BLOCK) // 2, size - _BLOCK):
