@@ -124,7 +124,7 @@ def patch_entropy(values: Sequence[Tensor], bandwidth: float, points: int) -> Te
     entropies = []
     for each in values:
         with torch.autocast(each.device.type, enabled=False):  # it would round them by half a bandwidth
-            directions = F.normalize(each.float(), dim=2)
+            directions = F.normalize(each, dim=2)
             similarities = (directions @ directions.transpose(1, 2)).flatten(1)  # (B, N * N)
         low, high = similarities.detach().aminmax()
         places = torch.linspace(0, 1, points, device=each.device) * (high - low) + low

@@ -15,7 +15,8 @@ from dfkd_cli.data.datasets import Dataset
 from dfkd_cli.data.sources import RealSource
 from dfkd_cli.models.classifier import Classifier, ModelInfo
 from dfkd_cli.models.names import LoadedModel
-from dfkd_cli.stages.measures import Examiner, agreement, cost, examine, finite, top1
+from dfkd_cli.stages.measures import Examiner, agreement, cost, examine, top1
+from dfkd_cli.ui import finite
 
 CPU = torch.device("cpu")
 

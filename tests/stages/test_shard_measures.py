@@ -16,8 +16,8 @@ from dfkd_cli.data.sources import ANSWERS, ShardSource
 from dfkd_cli.models.classifier import Classifier, ModelInfo
 from dfkd_cli.models.statistics import Moments, RunningMoments, recorded_moments
 from dfkd_cli.stages import shard_measures
-from dfkd_cli.stages.measures import finite
 from dfkd_cli.stages.shard_measures import bn_divergences, measure_images, measure_shards
+from dfkd_cli.ui import finite
 
 CPU = torch.device("cpu")
 
