@@ -162,12 +162,38 @@ def ignore_signals() -> None:
     _handle(lambda *_: None)  # not SIG_IGN: Python complains of a signal that has come and is ignored meanwhile
 
 
+@contextlib.contextmanager
+def holding_signals() -> Iterator[None]:
+    """Let a signal that comes inside the ``with`` block do what it does only at the end of that.
+
+    For work of libraries that must not be left halfway, and is short.
+    """
+    came: list[int] = []
+    if threading.current_thread() is not threading.main_thread():
+        yield  # signals are the main thread's
+        return
+    before = {number: handler for number in _numbers() if callable(handler := signal.getsignal(number))}
+    for number in before:
+        signal.signal(number, lambda signum, _frame: came.append(signum))
+    try:
+        yield
+    finally:
+        for number, handler in before.items():
+            signal.signal(number, handler)
+        for number in came:
+            signal.raise_signal(number)
+
+
+def _numbers() -> list[int]:
+    """The signals that end a run; Windows has no SIGHUP."""
+    return [getattr(signal, name) for name in ("SIGINT", "SIGTERM", "SIGHUP") if hasattr(signal, name)]
+
+
 def _handle(handler: Any) -> None:
     """Set what a signal does that ends a run: the first process ends it, and the others with it.
 
     What was told to ignore a hang-up, as ``nohup`` does, goes on ignoring it.
     """
-    for name in ("SIGINT", "SIGTERM", "SIGHUP"):
-        number = getattr(signal, name, None)  # Windows has no SIGHUP
-        if number is not None and (name != "SIGHUP" or signal.getsignal(number) != signal.SIG_IGN):
+    for number in _numbers():
+        if number in (signal.SIGINT, signal.SIGTERM) or signal.getsignal(number) != signal.SIG_IGN:
             signal.signal(number, handler if first_process() else signal.SIG_IGN)

@@ -14,7 +14,7 @@ from multiprocessing.connection import Connection, wait
 from typing import Any
 
 from dfkd_cli.errors import DfkdError, Interrupted, RunFailed
-from dfkd_cli.processes import ignore_signals, stop_on_signals
+from dfkd_cli.processes import holding_signals, ignore_signals, stop_on_signals
 
 # The message and its hint.
 KILLED = "a process was killed", "out of memory? let fewer work at a time; the same command continues"
@@ -113,9 +113,10 @@ class Workers(Launcher):
         ours, theirs = context.Pipe(duplex=False)
         threads = self.threads or max(1, torch.get_num_threads() // self.count)
         process = context.Process(target=_work, args=(theirs, call, arguments, inside, variables, threads))
-        process.start()
-        theirs.close()
-        self.working[ours] = name, process, gpu
+        with holding_signals():  # a process whose start was broken off complains, and nobody could end it
+            process.start()
+            theirs.close()
+            self.working[ours] = name, process, gpu
 
     def next(self) -> tuple[Any, DfkdError | None]:
         if self.here:

@@ -107,6 +107,30 @@ def test_a_worker_ends_with_its_parent(signum, tidied, tmp_path):
         parent.kill()
 
 
+STARTING = PARENT.replace(
+    "    stop_on_signals()\n",
+    """    stop_on_signals()
+    from multiprocessing import forkserver
+    connect = forkserver._forkserver.connect_to_new_process
+
+    def stop_when_connected(files):
+        ends = connect(files)
+        os.kill(os.getpid(), signal.SIGTERM)
+        return ends
+
+    forkserver.connect_to_new_process = stop_when_connected
+""",
+).replace("import contextlib, time", "import contextlib, os, signal, time")
+
+
+@pytest.mark.skipif(sys.platform != "linux", reason="forks")
+def test_a_worker_that_is_being_started_ends_without_a_word(tmp_path):
+    """It waits for what it shall do at that time, and Python says of one whose parent has gone that its input ended."""
+    (tmp_path / "parent.py").write_text(STARTING)
+    done = subprocess.run([sys.executable, "parent.py"], cwd=tmp_path, capture_output=True, text=True, check=False)
+    assert (done.returncode, done.stdout, done.stderr) == (0, "", "")
+
+
 RACE = """
 import os, signal
 from dfkd_cli.processes import ignore_signals, stop_on_signals
