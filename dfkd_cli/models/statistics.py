@@ -5,58 +5,17 @@ from __future__ import annotations
 import contextlib
 from collections import Counter, defaultdict
 from collections.abc import Callable, Iterator, Mapping
-from dataclasses import dataclass
 from typing import Any
 
 import torch
 from torch import Tensor, nn
-from torch.autograd.function import once_differentiable
 from torch.nn.modules.batchnorm import _BatchNorm
 
 from dfkd_cli.models.activations import first
 from dfkd_cli.models.classifier import Classifier, probe
+from dfkd_cli.models.moments import Moments, moments, normalise
 
 DEAD = 1e-5  # recorded variance of a channel that never told images apart
-
-
-@dataclass(frozen=True)
-class Moments:
-    """Mean and variance per channel, (C,) each."""
-
-    mean: Tensor
-    variance: Tensor
-
-
-def moments(values: Tensor, correction: int = 0) -> Moments:
-    """The moments of values (B, C, ...) by channel, over images and positions.
-
-    Args:
-        values: What goes into a BatchNorm layer.
-        correction: 1 for the unbiased variance.
-    """
-    return Moments(*_Moments.apply(values, correction))
-
-
-class _Moments(torch.autograd.Function):
-    """Mean and variance with their gradient in one pass, a fifth of the time that autograd's own takes on a CPU."""
-
-    @staticmethod
-    def forward(ctx: Any, values: Tensor, correction: int) -> tuple[Tensor, Tensor]:
-        axes = [axis for axis in range(values.ndim) if axis != 1]
-        count = values.numel() // values.shape[1]
-        ctx.count, ctx.freedom = count, max(count - correction, 1)
-        # Two plain sums: torch.var_mean over several axes takes twice the time.
-        mean = values.mean(axes, keepdim=True)
-        variance = (values - mean).square_().sum(axes) / ctx.freedom
-        ctx.save_for_backward(values, mean)
-        return mean.flatten(), variance
-
-    @staticmethod
-    @once_differentiable
-    def backward(ctx: Any, by_mean: Tensor, by_variance: Tensor) -> tuple[Tensor, None]:
-        values, mean = ctx.saved_tensors
-        slope = (2 / ctx.freedom * by_variance).view_as(mean)
-        return torch.addcmul(by_mean.view_as(mean) / ctx.count - slope * mean, values, slope), None
 
 
 def recorded_moments(classifier: Classifier) -> dict[str, Moments]:
@@ -154,14 +113,21 @@ def batch_moments(classifier: Classifier, correction: int = 0) -> Iterator[dict[
     """
     seen: dict[str, Moments] = {}
 
-    def take(name: str, run: int, values: Tensor) -> None:
-        latest = moments(values.float(), correction)
+    def keep(name: str, run: int, latest: Moments) -> None:
         if run:
             pairs = (seen[name].mean, latest.mean), (seen[name].variance, latest.variance)
             latest = Moments(*(former + (now - former) / (run + 1) for former, now in pairs))
         seen[name] = latest
 
-    with _inputs(classifier, take):
+    def take(name: str, run: int, values: Tensor) -> None:
+        keep(name, run, moments(values, correction))
+
+    def replace(name: str, run: int, values: Tensor, layer: _BatchNorm) -> Tensor:
+        output, latest = normalise(layer, values, correction)
+        keep(name, run, latest)
+        return output
+
+    with _inputs(classifier, take, replace):
         yield seen
 
 
@@ -239,10 +205,15 @@ def layer_divergence(seen: Moments, recorded: Moments, reverse: bool = False) ->
 
 
 @contextlib.contextmanager
-def _inputs(classifier: Classifier, take: Callable[[str, int, Tensor], None]) -> Iterator[None]:
+def _inputs(
+    classifier: Classifier,
+    take: Callable[[str, int, Tensor], None],
+    replace: Callable[[str, int, Tensor, _BatchNorm], Tensor] | None = None,
+) -> Iterator[None]:
     """Call ``take`` with the name of a BatchNorm layer, which of its runs in this pass it is, and what goes into it.
 
-    That is (B, C, ...), also where a layer of somebody's own takes (B, ..., C).
+    That is (B, C, ...), also where a layer of somebody's own takes (B, ..., C). ``replace`` is called instead of
+    a layer of PyTorch's own that normalises by recorded statistics and learns nothing, and returns what comes out.
     """
     runs: Counter[str] = Counter()
 
@@ -254,12 +225,29 @@ def _inputs(classifier: Classifier, take: Callable[[str, int, Tensor], None]) ->
 
         return before
 
+    def instead(name: str, layer: _BatchNorm, run: Callable[[str, int, Tensor, _BatchNorm], Tensor]) -> Any:
+        def forward(input: Tensor) -> Tensor:  # the name that it has in PyTorch
+            runs[name] += 1
+            return run(name, runs[name] - 1, input, layer)
+
+        return forward
+
     with contextlib.ExitStack() as hooks:
         hooks.enter_context(classifier.net.register_forward_pre_hook(lambda *_: runs.clear()))
         for name, layer in _layers(classifier).items():
+            if replace is not None and _plain(layer):
+                layer.forward = instead(name, layer, replace)  # type: ignore[method-assign]
+                hooks.callback(delattr, layer, "forward")
+                continue
             channels = layer.running_mean.numel()  # type: ignore[union-attr]  # batch_norms() have them
             hooks.enter_context(layer.register_forward_pre_hook(watch(name, channels), with_kwargs=True))
         yield
+
+
+def _plain(layer: _BatchNorm) -> bool:
+    """Whether a layer is PyTorch's own, as it was written, normalises by recorded statistics, and learns nothing."""
+    learns = layer.training or any(parameter.requires_grad for parameter in layer.parameters())
+    return not learns and type(layer).forward is _BatchNorm.forward and "forward" not in vars(layer)
 
 
 def _layers(classifier: Classifier) -> dict[str, _BatchNorm]:

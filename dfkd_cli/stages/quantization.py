@@ -13,9 +13,10 @@ from torch import Tensor, nn
 from dfkd_cli.data.sources import Source, Subset, batches
 from dfkd_cli.errors import ArtifactError, ConfigError
 from dfkd_cli.models.classifier import Classifier, ModelInfo
+from dfkd_cli.models.moments import Moments
 from dfkd_cli.models.names import Architecture, LoadedModel
 from dfkd_cli.models.quantized import computed_in_float, find_ranges, quantisers
-from dfkd_cli.models.statistics import Moments, layer_divergence, recorded_moments, running_moments
+from dfkd_cli.models.statistics import layer_divergence, recorded_moments, running_moments
 from dfkd_cli.regimes.base import Task
 from dfkd_cli.ui import Terminal
 

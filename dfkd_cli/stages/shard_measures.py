@@ -14,14 +14,8 @@ from torch import Tensor
 from dfkd_cli.artifacts.shards import ShardReader
 from dfkd_cli.data.sources import Images, Source
 from dfkd_cli.models.classifier import Classifier
-from dfkd_cli.models.statistics import (
-    DEAD,
-    LayerMoments,
-    Moments,
-    layer_divergence,
-    recorded_moments,
-    running_moments,
-)
+from dfkd_cli.models.moments import Moments
+from dfkd_cli.models.statistics import DEAD, LayerMoments, layer_divergence, recorded_moments, running_moments
 from dfkd_cli.stages.measures import BATCH, CPU
 
 SAMPLE, VALUES = 1000, 2**25  # images, evenly spaced, and their values at most, for what is too slow for all of them

@@ -22,7 +22,8 @@ from dfkd_cli.data.augment import RandomFlip, RandomRoll
 from dfkd_cli.models.activations import Tap, values_at
 from dfkd_cli.models.classifier import Classifier, probe
 from dfkd_cli.models.generators import Generators
-from dfkd_cli.models.statistics import Moments, batch_moments, recorded_moments
+from dfkd_cli.models.moments import Moments
+from dfkd_cli.models.statistics import batch_moments, recorded_moments
 from dfkd_cli.rounds.learner import Learner, weighted_sum
 from dfkd_cli.seeds import seed_torch
 from dfkd_cli.synthesizers.terms import blurred

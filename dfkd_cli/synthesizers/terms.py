@@ -10,7 +10,8 @@ import torch.nn.functional as F
 from torch import Tensor
 from torchvision.transforms.v2.functional import gaussian_blur
 
-from dfkd_cli.models.statistics import Moments, layer_divergence
+from dfkd_cli.models.moments import Moments
+from dfkd_cli.models.statistics import layer_divergence
 
 
 def tempered_cross_entropy(logits: Tensor, targets: Tensor, temperature: float) -> Tensor:

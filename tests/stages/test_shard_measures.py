@@ -14,7 +14,8 @@ from torch import nn
 from dfkd_cli.artifacts.shards import ShardReader
 from dfkd_cli.data.sources import ANSWERS, ShardSource
 from dfkd_cli.models.classifier import Classifier, ModelInfo
-from dfkd_cli.models.statistics import Moments, RunningMoments, recorded_moments
+from dfkd_cli.models.moments import Moments
+from dfkd_cli.models.statistics import RunningMoments, recorded_moments
 from dfkd_cli.stages import shard_measures
 from dfkd_cli.stages.shard_measures import bn_divergences, measure_images, measure_shards
 from dfkd_cli.ui import finite

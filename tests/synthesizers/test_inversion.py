@@ -24,7 +24,8 @@ from dfkd_cli.artifacts.files import sha256_file
 from dfkd_cli.artifacts.shards import ShardReader
 from dfkd_cli.models.classifier import Classifier, ModelInfo
 from dfkd_cli.models.directory import load_model
-from dfkd_cli.models.statistics import Moments, batch_moments, gaussian_divergence, moments, recorded_moments
+from dfkd_cli.models.moments import Moments, moments
+from dfkd_cli.models.statistics import batch_moments, gaussian_divergence, recorded_moments
 from dfkd_cli.seeds import seed_torch
 from dfkd_cli.synthesizers.adaptive_deepinversion import agreement
 from dfkd_cli.synthesizers.base import ImageOptimizer, Look

@@ -15,7 +15,7 @@ from torch import nn
 
 from dfkd_cli.models.classifier import Classifier, ModelInfo
 from dfkd_cli.models.directory import load_model
-from dfkd_cli.models.statistics import Moments, moments
+from dfkd_cli.models.moments import Moments, moments
 from dfkd_cli.synthesizers.base import Synthesizer
 from dfkd_cli.synthesizers.terms import roughness, statistics_distance, statistics_divergence
 

@@ -27,7 +27,8 @@ from dfkd_cli.artifacts.run import RunDirectory
 from dfkd_cli.artifacts.shards import ShardWriter
 from dfkd_cli.errors import ConfigError
 from dfkd_cli.models.classifier import Classifier, ModelInfo
-from dfkd_cli.models.statistics import AveragedMoments, Moments, batch_moments
+from dfkd_cli.models.moments import Moments
+from dfkd_cli.models.statistics import AveragedMoments, batch_moments
 from dfkd_cli.rounds.trainer import fit
 from dfkd_cli.seeds import derive
 from dfkd_cli.settings import Layer, resolve
