@@ -72,6 +72,8 @@ class Objective(nn.Module):
         optional: The terms that some batches do not have.
         relational: Whether images of a batch are compared with each other. Where processes share a batch, such an
             objective gets all of it: its terms are those that one process would have.
+        shrinking: Whether terms fall as ``1 / B`` with the images that are compared. Where a batch goes in parts, those
+            of a part are divided by the number of parts: they pull as those of the batch would.
         remembers: Whether something is kept of each image, by its position, which mixed images have not.
         default_weight: The weight of the whole objective where the user gives none: its paper's.
         teacher_mode: ``train`` where the teacher's BatchNorm has to use the statistics of the batch.
@@ -85,6 +87,7 @@ class Objective(nn.Module):
     terms: ClassVar[tuple[str, ...]] = ()
     optional: ClassVar[tuple[str, ...]] = ()
     relational: ClassVar[bool] = False
+    shrinking: ClassVar[bool] = False
     remembers: ClassVar[bool] = False
     default_weight: ClassVar[float] = 1.0
     teacher_mode: Literal["eval", "train"] = "eval"

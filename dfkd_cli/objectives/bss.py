@@ -3,7 +3,8 @@
 Heo, Lee, Yun, Choi. AAAI 2019. arXiv:1805.05532.
 
     x <- clip(x - attack_step (g + 1e-4) grad g / ||grad g||),  g = z_b(x) - z_k(x)       `iterations` times at most,
-                                        while the teacher's class is b still; x: normalised, clip: to those of [0,1]
+                                        while the teacher's class is b still; x: normalised, clip: to those of [0,1],
+                                        or as far beyond as the impression was
     P(k) = p_k / (1 - p_b)                                      of the other classes k
     soft     = -sum_k softmax(z_t / tau)_k log softmax(z_s / tau)_k              on the batch
     boundary = the same on the images x,  mean over them        code:  one k for each, drawn from P
@@ -161,8 +162,11 @@ def other_classes(logits: Tensor, base: Tensor) -> tuple[Tensor, Tensor, Tensor]
 
 
 def across(network: Classifier, pixels: Tensor, base: Tensor, target: Tensor, config: Config) -> Tensor:
-    """Move pixels (B, C, H, W) of classes ``base`` (B,) towards ``target`` (B,), until the network's answer changes."""
-    low, high = (network.normalise(torch.full_like(pixels[:1], bound)) for bound in (0.0, 1.0))
+    """Move pixels (B, C, H, W) of classes ``base`` (B,) towards ``target`` (B,), until the network's answer changes.
+
+    They stay within [0,1], and where impressions are beyond that, no further beyond than those.
+    """
+    low, high = network.normalise(pixels.clamp(max=0)), network.normalise(pixels.clamp(min=1))
     x = network.normalise(pixels)
     for _ in range(config.iterations):
         x.requires_grad_()

@@ -51,6 +51,7 @@ class InformationFlow(PairwiseObjective):
 
     kind = "information"
     relational = True
+    shrinking = True
     terms = ("flow",)
     config: Config
 

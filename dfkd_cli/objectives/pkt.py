@@ -37,6 +37,7 @@ class PKT(PairwiseObjective):
 
     kind = "information"
     relational = True
+    shrinking = True
     terms = ("neighbours",)
     default_weight = 30000.0
 

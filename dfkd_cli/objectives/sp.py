@@ -6,7 +6,8 @@ Tung, Mori. ICCV 2019. arXiv:1907.09682.
     similarity = 1 / B^2  sum_ij (G^s_ij - G^t_ij)^2
 
 The features are the last maps before the pooling. Each row adds at most 2, so the loss shrinks as 1 / B: the paper's
-weight 3000 belongs to batches of 64, and in batches of another size it takes 3000 B / 64 to pull as hard.
+weight 3000 belongs to batches of 64, and in batches of another size it takes 3000 B / 64 to pull as hard. Parts of a
+batch (``--accumulate``) pull as the batch would.
 """
 
 from __future__ import annotations
@@ -34,6 +35,7 @@ class SimilarityPreserving(PairwiseObjective):
 
     kind = "relation"
     relational = True
+    shrinking = True
     terms = ("similarity",)
     default_weight = 3000.0
 

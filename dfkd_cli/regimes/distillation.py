@@ -73,6 +73,8 @@ class Distillation(Regime):
                 if shared and objective.relational:
                     own, guide, seen = own.everywhere(), guide.everywhere(), seen.each(everywhere)
                 terms[name] = objective(own, guide, seen)
+                if objective.shrinking:
+                    terms[name] = {term: x / self.training_config.accumulate for term, x in terms[name].items()}
         return terms
 
     def total(self, terms: Mapping[str, Mapping[str, Tensor]]) -> Tensor:

@@ -80,7 +80,7 @@ class Offline(Distillation):
     def share(self) -> float:
         """The teacher's share of the loss at this time of the training; the labels have the rest."""
         epochs = self.config.teacher_epochs if isinstance(self.config, TaughtAtFirst) else None
-        if epochs is None:
+        if epochs is None or any(objective.alone for objective in self.losses.values()):
             return 1.0
         if self.config.fade:
             return max(0.0, 1 - self.epochs / epochs) if epochs else 0.0

@@ -295,16 +295,25 @@ class ImageOptimizer(Synthesizer):
             images.clamp_(low, high)
 
     def make(self, first: int, count: int) -> Impressions:
-        """Run the inner iterations on one batch. Images and optimiser are new in every round."""
-        targets = self._aims(first, count)
-        images = self.start(count).to(self.device).requires_grad_()
+        """Run the inner iterations on one batch. Images and optimiser are new in every round.
+
+        Where the statistics of a batch count, the last one of several is as large as the others, and what is too much
+        is thrown away: a few images alone can have neither the statistics nor their classes.
+        """
+        whole = count
+        if getattr(self.config, "statistics", 0):
+            whole = max(count, min(self.config.batch_size, self.num_images))
+        targets = self._aims(first, whole)
+        images = self.start(whole).to(self.device).requires_grad_()
         terms: Mapping[str, Tensor] = {}
         with self.looking() as show:
             for divisor, iterations in self.resolutions():
                 terms = self._optimize(images, targets, show, divisor, iterations)
-        images = images.detach()
+        images = images.detach()[:count]
         pixels = self.teacher.denormalise(images) if self.normalised else images
-        return Impressions(pixels, self.soft_labels(targets), {name: term.detach() for name, term in terms.items()})
+        labels = self.soft_labels(targets)
+        labels = None if labels is None else labels[:count]
+        return Impressions(pixels, labels, {name: term.detach() for name, term in terms.items()})
 
     def pulls(self, count: int) -> dict[str, tuple[float, float]]:
         """Each term in the first inner step on a new batch, unweighted, and the norm of its weighted gradient.

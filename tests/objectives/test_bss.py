@@ -57,8 +57,11 @@ def objective(student: Classifier, teacher: Classifier, **values) -> BSS:
 @pytest.mark.parametrize("size", [SIZE, (3, 5, 2), (1, 1, 7)])
 @pytest.mark.parametrize("iterations", [1, 3, 10])
 @pytest.mark.parametrize("step", [0.3, 2.0])
-def test_images_move_as_in_the_paper(size, iterations, step):
+@pytest.mark.parametrize("beyond", [0.0, 0.4])
+def test_images_move_as_in_the_paper(beyond, size, iterations, step):
+    """Impressions may be beyond [0,1]: they get no further, and are not drawn back, which would change their class."""
     teacher, images = classifier(0, width=math.prod(size), size=size), pixels(12, size)
+    images = images * (1 + 2 * beyond) - beyond
     mean, std = channels(MEAN, size), channels(STD, size)
     start = (images.flatten(1).numpy() - mean) / std
     head = teacher.head()
@@ -70,7 +73,7 @@ def test_images_move_as_in_the_paper(size, iterations, step):
     )
     low, high = -mean / std, (1 - mean) / std
     moved = [
-        losses.boundary_sample(x, weight, bias, b, k, step, iterations, low, high)
+        losses.boundary_sample(x, weight, bias, b, k, step, iterations, np.minimum(low, x), np.maximum(high, x))
         for x, b, k in zip(start, base, target, strict=True)
     ]
     np.testing.assert_allclose(found.flatten(1), np.stack(moved) * std + mean, atol=1e-10)

@@ -72,6 +72,22 @@ def test_terms_are_logged_as_means_over_the_step(tmp_path):
     np.testing.assert_allclose(first, second, rtol=1e-5)
 
 
+@pytest.mark.parametrize(("name", "tolerance"), [("sp", 1e-4), ("pkt", 0.1), ("information-flow", 0.2)])
+def test_what_falls_with_the_size_of_a_batch_pulls_as_the_whole_batch_would(name, tolerance, tmp_path):
+    """Parts with the same images: of two copies of each the similarities are halved, and their squares' mean is too."""
+    images = torch.cat([pixels(8), pixels(8)])
+    lengths = []
+    for passes in (1, 2):
+        entry = catalog.entries("objectives")[name]
+        objective = entry.load()(build(entry.config, {"taps": ("logits",)}))
+        student, teacher = network(1), network(2)
+        objective.connect(student, teacher)
+        learner = regime("offline", Given(images), student, [(1.0, objective)], teacher=teacher, accumulate=passes)
+        losses = [learner.loss(part)[0] for part in learner.parts(Given(images).all())]
+        lengths.append(float(sum(losses)) / passes)
+    assert lengths[1] == pytest.approx(lengths[0], rel=tolerance)
+
+
 def test_objectives_count_steps_and_not_passes(tmp_path):
     loss, steps = response(), []
     loss.after_step = lambda: steps.append(1)

@@ -26,6 +26,19 @@ def test_a_share_fades_from_step_to_step(tmp_path, monkeypatch):
     assert shares == pytest.approx([max(0, 1 - step / 3 / 2) for step in range(9)])
 
 
+@pytest.mark.parametrize("config", [{"teacher_epochs": 3, "fade": True}, {"teacher_epochs": 1}])
+def test_labels_wait_for_what_is_learned_alone(config, tmp_path):
+    """As :class:`FSP` lets nothing but its flow be learned at first."""
+    loss = response()
+    loss.__class__ = type("First", (type(loss),), {"phase": 2})
+    learner = regime("offline", Given(pixels(), LABELS), objectives=[(1.0, loss)], epochs=3, config=config, **PLAIN)
+    shares = []
+    for epoch in range(3):
+        loss.epoch = learner.epochs = epoch
+        shares.append(learner.share)
+    assert shares[:2] == [1, 1] and shares[2] < 1
+
+
 def learned(source: Given, epochs: int, config: dict, tmp_path) -> tuple[oracles.Array, oracles.Array, list[bool]]:
     """The student after some epochs of one step, the same by hand, and in which of them the teacher was asked."""
     tau, asked = 3.0, []

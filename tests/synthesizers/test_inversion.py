@@ -396,6 +396,26 @@ def test_layers_are_watched_only_for_a_term(name, values, watched, tmp_path):
     assert ("statistics" in made.terms) == bool(watched)
 
 
+@pytest.mark.parametrize(("name", "whole"), [("deepinversion", True), ("bn-statistics", True), ("deepdream", False)])
+def test_the_last_batch_has_statistics_of_as_many_images(name, whole, tmp_path):
+    """Where they are looked at. What is too much of it is thrown away; a set of one short batch is as it is."""
+    seen = []
+
+    def make(num_images: int, first: int, count: int) -> Tensor:
+        teacher = smooth_teacher()
+        method = synthesizer(name, tmp_path / f"{num_images}", teacher, num_images, batch_size=4, iterations=2)
+        torch.manual_seed(3)
+        with teacher.net[0].register_forward_hook(lambda _, images, __: seen.append(len(images[0]))):
+            made = method.make(first, count)
+        assert len(made.pixels) == len(made.targets) == count
+        return made.pixels
+
+    last, full = make(5, 4, 1), make(8, 4, 4)
+    assert torch.equal(last, full[:1]) == whole
+    assert make(1, 0, 1).shape[0] == 1
+    assert seen == [4 if whole else 1] * 2 + [4] * 2 + [1] * 2
+
+
 def test_layers_that_do_not_run_have_no_part(tmp_path):
     teacher = smooth_teacher()
     torch.manual_seed(0)
