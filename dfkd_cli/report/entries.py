@@ -23,6 +23,7 @@ from dfkd_cli.report.places import find, recorded_as
 from dfkd_cli.trust import CONFIG, Code
 
 LOG = logging.getLogger(__name__)
+_READ = ("architecture", "dataset", "metadata")  # what no teacher and no transfer set is, by its role among the parents
 
 
 @dataclass(frozen=True)
@@ -132,8 +133,13 @@ class Model:
 
     @property
     def key(self) -> str:
-        """Equal for repeats over seeds; networks that different first teachers were at the head of are none."""
-        return self.row or digest([self.settings, self.part, self.line[-1:]] if self.run else self.sha256)
+        """Equal for repeats over seeds; networks that others taught are none."""
+        return self.row or digest([self.settings, self.part, self.taught_by] if self.run else self.sha256)
+
+    @property
+    def taught_by(self) -> Sequence[str]:
+        """The hashes of those that taught it and were there before; a chain's own hops are repeated with it."""
+        return list(self.line[-1:] if self.chain else self.line)
 
     @property
     def label(self) -> str:
@@ -264,8 +270,10 @@ def read_curves(path: Path) -> dict[str, list[float]]:
 
 
 def settings_of(run: Mapping[str, Any]) -> dict[str, Any]:
-    """The settings in a ``run.json``, without seed and parents."""
-    return {k: v for k, v in run.get("identity", {}).items() if k not in ("seed", "parents")}
+    """The settings in a ``run.json`` without seed and parents; of what files they name, some of the hash."""
+    identity = run.get("identity", {})
+    read = {p["role"]: p["sha256"][:12] for p in identity.get("parents") or () if p.get("role") in _READ}
+    return {k: v for k, v in identity.items() if k not in ("seed", "parents")} | read
 
 
 def _sum(seconds: Sequence[float | None]) -> float | None:

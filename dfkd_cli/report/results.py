@@ -15,9 +15,13 @@ Measures = Mapping[str, Any]  # of one model: top1, agreement, ...
 
 
 def spread(values: Iterable[float | None]) -> dict[str, Any] | None:
-    """Mean, sample standard deviation (None of one value) and the values themselves; None where nothing is known."""
-    numbers = [value for value in values if value is not None]
-    if not numbers:
+    """Mean, sample standard deviation (None of one value) and the values themselves; None where one is not known.
+
+    The mean of some seeds alone would stand beside those of all.
+    """
+    given = list(values)
+    numbers = [value for value in given if value is not None]
+    if not numbers or len(numbers) < len(given):
         return None
     sd = statistics.stdev(numbers) if len(numbers) > 1 else None
     return {"mean": statistics.fmean(numbers), "sd": sd, "values": numbers}
@@ -126,7 +130,7 @@ def _labels(models: Sequence[Model]) -> list[str]:
     """The models' labels; where two of them are the same, with the settings, or the teachers, that tell them apart."""
 
     def facts(model: Model) -> dict[str, Any]:
-        return {**_flat(model.settings), "teacher": " ".join(sha256[:8] for sha256 in model.line[-1:])}
+        return {**_flat(model.settings), "teacher": " ".join(sha256[:8] for sha256 in model.taught_by)}
 
     labels = []
     for model in models:

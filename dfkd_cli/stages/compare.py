@@ -33,12 +33,13 @@ from dfkd_cli.report.entries import Model, ShardSet, read_model, read_models, re
 from dfkd_cli.report.results import rows
 from dfkd_cli.report.sections import Section, arrange
 from dfkd_cli.settings import Layer, Settings, recipe_layer, resolve
-from dfkd_cli.stages.grid.commands import Grid, PlannedRun, qualified
+from dfkd_cli.stages.grid.commands import Grid, PlannedRun, own_code, qualified
 from dfkd_cli.stages.grid.estimate import estimate
 from dfkd_cli.stages.grid.planner import plan
 from dfkd_cli.stages.grid.scheduler import launcher, run_grid
 from dfkd_cli.stages.grid.script import script
 from dfkd_cli.stages.inputs import pick_device
+from dfkd_cli.stages.lineage import replaced
 from dfkd_cli.stages.measures import Examiner, check_gate
 from dfkd_cli.stages.meter import Meter
 from dfkd_cli.trust import CONFIG, Code
@@ -228,14 +229,15 @@ def _so_far(path: Path, code: Code, terminal: Terminal) -> list[Model]:
     return [*teachers, *_models(finished, code)]
 
 
-def _check_own(grid: Grid, planned: PlannedRun, parents: Sequence[Mapping[str, Any]]) -> None:
+def _check_own(grid: Grid, planned: PlannedRun, contents: Sequence[Mapping[str, Any]]) -> None:
     """Raise :class:`ConfigError` where a directory of the grid holds another run than the one that is planned."""
     hint = f"choose another --out, or remove {planned.out}"
     try:
-        check_free(planned.out, planned.settings, parents)
+        check_free(planned.out, planned.settings, [*contents, *own_code(planned.settings)])
     except ConfigError as error:
         raise ConfigError(error.message, hint) from None
-    if (others := grid.other_sources(planned)) and begun(planned.out):
+    others = grid.other_sources(planned) + [f"another {role}" for role in replaced(planned.out, grid.root)]
+    if others and begun(planned.out):
         raise ConfigError(f"{planned.out} holds another run: {'; '.join(others)}", hint)
 
 

@@ -78,18 +78,32 @@ def lineage(path: Path, below: tuple[Path, ...] = ()) -> list[dict[str, Any]]:
     return [parent | _found(parent, path, chain) for parent in read_run(path).get("parents", [])]
 
 
+def replaced(run: Path, within: Path) -> list[str]:
+    """The roles of what a run read outside of a directory where something else lies now."""
+    parents = read_run(run).get("parents", [])
+    outside = [p for p in parents if "path" in p and not Path(p["path"]).resolve().is_relative_to(within.resolve())]
+    return [parent["role"] for parent in outside if _compared(parent, run)[0] == "another"]
+
+
 def _found(parent: dict[str, Any], child: Path, chain: tuple[Path, ...]) -> dict[str, Any]:
+    found, place = _compared(parent, child)
+    described = {} if found is None else {"found": found}
+    return described if place is None else described | {"lineage": lineage(place, chain)}
+
+
+def _compared(parent: dict[str, Any], child: Path) -> tuple[str | None, Path | None]:
+    """What became of an input, None where that cannot be told; and where it is, if it is the same."""
     if "path" not in parent:
-        return {}
+        return None, None
     there = [place for place in where(parent, child) if place.exists()]
     if not there:
-        return {} if ":" in parent["path"] else {"found": "gone"}  # a SPEC is no place
+        return (None if ":" in parent["path"] else "gone"), None  # a SPEC is no place
     artifacts = [place for place in there if any((place / name).is_file() for name in RECORDS)]
     for place in artifacts:
         with contextlib.suppress(DfkdError, OSError, KeyError):  # damaged is not the same either
             if _identity(place, parent["role"]) == parent["sha256"]:
-                return {"found": "same", "lineage": lineage(place, chain)}
-    return {"found": "another"} if artifacts else {}
+                return "same", place
+    return ("another" if artifacts else None), None
 
 
 def _identity(path: Path, role: str) -> str:

@@ -231,6 +231,13 @@ def test_students_of_two_teachers_are_never_ranked_together(here, cli):
     (section,) = results_in(here / "judged")["sections"]
     assert sorted(row["runs"][0]["path"] for row in section["rows"][1:]) == ["others-student", "own-student"]
     assert len({row["label"] for row in section["rows"]}) == 3
+    # Nor is what a student has taught, alone or in a committee, a repeat of that student.
+    for name, teachers in (("pupil", ["others-student"]), ("of-both", ["other", "others-student"])):
+        assert cli("distill", *SMALL, "--teacher", *teachers, *arguments[2:4], "--out", name)[0] == 0
+    assert cli("compare", "others-student", "pupil", "of-both", "--teacher", "other", "--out", "taught")[0] == 0
+    (section,) = results_in(here / "taught")["sections"]
+    assert [row["seeds"] for row in section["rows"][1:]] == [[0]] * 3
+    assert len({row["label"] for row in section["rows"]}) == 4
 
 
 def test_a_student_finds_its_teacher_from_anywhere_or_says_what_to_do(made, tmp_path, monkeypatch, cli):
@@ -390,10 +397,10 @@ def test_pictures_say_nothing_and_have_every_name(here, cli, recwarn):
 
 @pytest.mark.parametrize("values", [[0.5], [0.25, 0.75], [0.9, 0.8, 0.85, 0.1]])
 def test_spread_is_mean_and_sample_deviation(values):
-    made = spread([*values, None])
+    made = spread(values)
     assert made["mean"] == pytest.approx(np.mean(values))
     assert made["sd"] == (pytest.approx(np.std(values, ddof=1)) if len(values) > 1 else None)
-    assert spread([None]) is None
+    assert spread([None]) is spread([*values, None]) is None  # of all seeds, or of none
 
 
 def test_published_numbers_and_wall_time_reach_every_table(here, cli):

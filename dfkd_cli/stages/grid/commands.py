@@ -17,10 +17,13 @@ from dfkd_cli.artifacts.copies import on_this_machine
 from dfkd_cli.artifacts.files import take_lock
 from dfkd_cli.artifacts.run import LOCK
 from dfkd_cli.errors import ConfigError, DfkdError, RunFailed, did_you_mean, machine_can_fail
+from dfkd_cli.models.names import Architecture
 from dfkd_cli.options import FOREIGN, Run
 from dfkd_cli.processes import computing_with
 from dfkd_cli.settings import Layer, Settings, resolve
+from dfkd_cli.spec import Spec
 from dfkd_cli.stages.inputs import check_precision, pick_device
+from dfkd_cli.stages.training import specs
 from dfkd_cli.trust import CONFIG
 from dfkd_cli.ui import LOGGER, Notes, Terminal
 
@@ -90,6 +93,15 @@ class Grid:
                 if then != own:
                     changed.append(f"{name.replace('_', '-')}: {' '.join(then)} instead of {' '.join(own)}")
         return changed
+
+
+def own_code(settings: Settings) -> list[dict[str, Any]]:
+    """What a command trains, as its parents, where all of that is code of the user's; else nothing."""
+    named = [getattr(settings.inputs, name, None) for name in ("student", "model")]
+    networks = [spec for name in named if isinstance(name, str) for spec in specs(settings, name)]
+    if not all((file := Spec.read(spec).file) is not None and Path(file).is_file() for spec in networks):
+        return []
+    return [parent for spec in networks for parent in Architecture(spec).parents]
 
 
 def _sources(value: Any, root: str) -> list[str]:

@@ -269,6 +269,10 @@ def test_another_source_makes_another_run(here, tmp_path, cli, monkeypatch):
     grid["synthesize"] = {"method": "noise", "num_images": 4}
     real = {"distill": {"transfer_set": ["real:20"]}}
     grid["rows"] = {"a": real, "b": {"synthesize": {}}, "c": {"shards": "b"}}
+    assert cli("synthesize", "--teacher", "teacher", "--method", "noise", "--num-images", "5", "--out", "set")[0] == 0
+    code = "from torch import nn\ndef net(): return nn.Sequential(nn.Flatten(), nn.Linear(1024, 10))\n"
+    (tmp_path / "net.py").write_text(code)
+    grid["rows"]["d"] = {"distill": {"transfer_set": ["set"], "student": "./net.py:net"}}
     recipe, teacher = tmp_path / "own.yaml", "teacher"
 
     def compare(*more: str) -> tuple[int, str]:
@@ -288,6 +292,15 @@ def test_another_source_makes_another_run(here, tmp_path, cli, monkeypatch):
         directory = f"own/runs/{row}/seed0/student"
         assert (code, f"{directory} holds another run: {words}" in err, f"remove {directory}" in err) == (2, True, True)
         grid["rows"][row] = usual
+    held = "own/runs/d/seed0/student holds another run: another"
+    (tmp_path / "net.py").write_text(code.replace("(nn.F", "(nn.Dropout(), nn.F"))
+    assert f"{held} architecture" in compare("--out", "own")[1]
+    (tmp_path / "net.py").write_text(code)
+    (tmp_path / "set").rename(tmp_path / "former")
+    assert cli("synthesize", "--teacher", "teacher", "--method", "noise", "--num-images", "6", "--out", "set")[0] == 0
+    assert f"{held} transfer-set" in compare("--out", "own")[1]
+    shutil.rmtree(tmp_path / "set")
+    (tmp_path / "former").rename(tmp_path / "set")
     for more in (("--rows", "a", "--overwrite"), ("--dry-run", "--script", "jobs.sh", "--overwrite")):
         code, err = compare("--out", "own", *more)
         assert (code, "every row in own would be removed" in err) == (2, True)
