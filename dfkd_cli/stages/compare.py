@@ -33,13 +33,12 @@ from dfkd_cli.report.entries import Model, ShardSet, read_model, read_models, re
 from dfkd_cli.report.results import rows
 from dfkd_cli.report.sections import Section, arrange
 from dfkd_cli.settings import Layer, Settings, recipe_layer, resolve
-from dfkd_cli.stages.grid.commands import Grid, PlannedRun, own_code, qualified
+from dfkd_cli.stages.grid.commands import Grid, PlannedRun, qualified
 from dfkd_cli.stages.grid.estimate import estimate
 from dfkd_cli.stages.grid.planner import plan
 from dfkd_cli.stages.grid.scheduler import launcher, run_grid
 from dfkd_cli.stages.grid.script import script
 from dfkd_cli.stages.inputs import pick_device
-from dfkd_cli.stages.lineage import replaced
 from dfkd_cli.stages.measures import Examiner, check_gate
 from dfkd_cli.stages.meter import Meter
 from dfkd_cli.trust import CONFIG, Code
@@ -131,7 +130,7 @@ def run(settings: Settings, terminal: Terminal, dry_run: bool = False) -> dict[s
     if settings.inputs.rows is not None:
         terminal.say("only the rows that --rows names are shown; without it all are, and those are not run again")
     facts: dict[str, Any] = {"judge": judge and judge.sha256} if grid is None else {"grid": grid.sha256}
-    facts |= {} if grid is None else {"unmade": sum(read_run(run.out).get("status") != "done" for run in grid.runs)}
+    facts |= {} if grid is None else {"unmade": sum(not grid.made(run) for run in grid.runs)}
     if grid is not None and (tested := contents(settings.inputs.dataset)):
         facts["dataset_sha256"] = tested[0]["sha256"]  # a grid may have made no model yet that is tested on it
     directory = RunDirectory(out, settings, _parents(models, shards, sections), facts)
@@ -229,15 +228,14 @@ def _so_far(path: Path, code: Code, terminal: Terminal) -> list[Model]:
     return [*teachers, *_models(finished, code)]
 
 
-def _check_own(grid: Grid, planned: PlannedRun, contents: Sequence[Mapping[str, Any]]) -> None:
+def _check_own(grid: Grid, planned: PlannedRun, parents: Sequence[Mapping[str, Any]]) -> None:
     """Raise :class:`ConfigError` where a directory of the grid holds another run than the one that is planned."""
     hint = f"choose another --out, or remove {planned.out}"
     try:
-        check_free(planned.out, planned.settings, [*contents, *own_code(planned.settings)])
+        check_free(planned.out, planned.settings, parents)
     except ConfigError as error:
         raise ConfigError(error.message, hint) from None
-    others = grid.other_sources(planned) + [f"another {role}" for role in replaced(planned.out, grid.root)]
-    if others and begun(planned.out):
+    if (others := grid.other_sources(planned)) and begun(planned.out):
         raise ConfigError(f"{planned.out} holds another run: {'; '.join(others)}", hint)
 
 

@@ -15,7 +15,8 @@ from typing import Any
 from dfkd_cli import catalog, config
 from dfkd_cli.artifacts.copies import on_this_machine
 from dfkd_cli.artifacts.files import take_lock
-from dfkd_cli.artifacts.run import LOCK
+from dfkd_cli.artifacts.integrity import read_run
+from dfkd_cli.artifacts.run import LOCK, check_free
 from dfkd_cli.errors import ConfigError, DfkdError, RunFailed, did_you_mean, machine_can_fail
 from dfkd_cli.models.names import Architecture
 from dfkd_cli.options import FOREIGN, Run
@@ -23,6 +24,7 @@ from dfkd_cli.processes import computing_with
 from dfkd_cli.settings import Layer, Settings, resolve
 from dfkd_cli.spec import Spec
 from dfkd_cli.stages.inputs import check_precision, pick_device
+from dfkd_cli.stages.lineage import replaced
 from dfkd_cli.stages.training import specs
 from dfkd_cli.trust import CONFIG
 from dfkd_cli.ui import LOGGER, Notes, Terminal
@@ -78,6 +80,14 @@ class Grid:
     sha256: str  # stands for all that decides the tables; where the directories lie does not
     root: Path  # the directory of their directories
 
+    def made(self, run: PlannedRun) -> bool:
+        """Whether a run is finished, of what now lies outside of the grid; else its command has to say what differs."""
+        try:
+            check_free(run.out, run.settings, own_code(run.settings))
+        except ConfigError:
+            return False
+        return read_run(run.out).get("status") == "done" and not replaced(run.out, self.root)
+
     def other_sources(self, run: PlannedRun) -> list[str]:
         """What a run that is there read instead of what is planned. Of what lies outside of the grid hashes tell."""
         path, place = run.out / CONFIG, str(run.out.relative_to(self.root))
@@ -97,6 +107,8 @@ class Grid:
 
 def own_code(settings: Settings) -> list[dict[str, Any]]:
     """What a command trains, as its parents, where all of that is code of the user's; else nothing."""
+    if settings.command not in ("train-teacher", "synthesize", "distill"):
+        return []
     named = [getattr(settings.inputs, name, None) for name in ("student", "model")]
     networks = [spec for name in named if isinstance(name, str) for spec in specs(settings, name)]
     if not all((file := Spec.read(spec).file) is not None and Path(file).is_file() for spec in networks):

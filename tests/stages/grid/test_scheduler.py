@@ -270,8 +270,8 @@ def test_another_source_makes_another_run(here, tmp_path, cli, monkeypatch):
     real = {"distill": {"transfer_set": ["real:20"]}}
     grid["rows"] = {"a": real, "b": {"synthesize": {}}, "c": {"shards": "b"}}
     assert cli("synthesize", "--teacher", "teacher", "--method", "noise", "--num-images", "5", "--out", "set")[0] == 0
-    code = "from torch import nn\ndef net(): return nn.Sequential(nn.Flatten(), nn.Linear(1024, 10))\n"
-    (tmp_path / "net.py").write_text(code)
+    net = "from torch import nn\ndef net(): return nn.Sequential(nn.Flatten(), nn.Linear(1024, 10))\n"
+    (tmp_path / "net.py").write_text(net)
     grid["rows"]["d"] = {"distill": {"transfer_set": ["set"], "student": "./net.py:net"}}
     recipe, teacher = tmp_path / "own.yaml", "teacher"
 
@@ -292,15 +292,6 @@ def test_another_source_makes_another_run(here, tmp_path, cli, monkeypatch):
         directory = f"own/runs/{row}/seed0/student"
         assert (code, f"{directory} holds another run: {words}" in err, f"remove {directory}" in err) == (2, True, True)
         grid["rows"][row] = usual
-    held = "own/runs/d/seed0/student holds another run: another"
-    (tmp_path / "net.py").write_text(code.replace("(nn.F", "(nn.Dropout(), nn.F"))
-    assert f"{held} architecture" in compare("--out", "own")[1]
-    (tmp_path / "net.py").write_text(code)
-    (tmp_path / "set").rename(tmp_path / "former")
-    assert cli("synthesize", "--teacher", "teacher", "--method", "noise", "--num-images", "6", "--out", "set")[0] == 0
-    assert f"{held} transfer-set" in compare("--out", "own")[1]
-    shutil.rmtree(tmp_path / "set")
-    (tmp_path / "former").rename(tmp_path / "set")
     for more in (("--rows", "a", "--overwrite"), ("--dry-run", "--script", "jobs.sh", "--overwrite")):
         code, err = compare("--out", "own", *more)
         assert (code, "every row in own would be removed" in err) == (2, True)
@@ -317,14 +308,25 @@ def test_another_source_makes_another_run(here, tmp_path, cli, monkeypatch):
     assert code == 0, err
     shutil.copytree("own/runs/c/seed0/student", "outside")
     judge = "own/runs/a/seed0/student"  # of what is no grid's
-    assert cli("compare", "own", "outside", "--teacher", judge, "--out", "both")[0] == 0
+    assert cli("compare", "own", "outside", "--teacher", judge, "--out", "both", "--allow-code")[0] == 0
     ranked, judged = results_in(tmp_path / "both")["sections"]
-    assert sorted(row["label"] for row in ranked["rows"]) == ["a", "b", "c", "teacher"]
+    assert sorted(row["label"] for row in ranked["rows"]) == ["a", "b", "c", "d", "teacher"]
     assert [row["runs"][0]["path"] for row in judged["rows"]] == [judge, "outside"]
     shutil.move("own", "elsewhere")  # and seen from there it is the same
     teacher = str(tmp_path / "teacher")
     code, err = compare("--out", str(tmp_path / "elsewhere"))
     assert (code, "elsewhere is already complete" in err) == (0, True)
+
+    # What has changed outside is said by the row's own command; the others are none the worse.
+    held = "elsewhere/runs/d/seed0/student holds another run: another"
+    (tmp_path / "net.py").write_text(net.replace("(nn.F", "(nn.Dropout(), nn.F"))
+    code, err = compare("--out", "elsewhere")
+    assert (code, f"{held} architecture" in err) == (4, True), err
+    (tmp_path / "net.py").write_text(net)
+    (tmp_path / "set").rename(tmp_path / "former")
+    assert cli("synthesize", "--teacher", "teacher", "--method", "noise", "--num-images", "6", "--out", "set")[0] == 0
+    code, err = compare("--out", "elsewhere")
+    assert (code, f"{held} transfer-set" in err) == (4, True), err
 
 
 def test_a_row_that_cannot_be_made_again_is_not_shown_as_it_was(here, tmp_path, cli, monkeypatch):
