@@ -8,14 +8,16 @@ import functools
 import importlib
 import importlib.util
 import inspect
+import logging
 import os
 import pkgutil
 import sys
+import warnings
 from collections.abc import Callable, Iterator
 from contextlib import AbstractContextManager
 from pathlib import Path
 from types import ModuleType
-from typing import Any
+from typing import Any, cast
 
 import torch
 from torch import nn
@@ -279,10 +281,12 @@ def _user_code(spec: str, num_classes: int, input_size: Size) -> nn.Module:
 def _foreign(spec: str, when: str, hint: str | Callable[[Exception], str]) -> Iterator[None]:
     """Run a user's code as a script's: it sees no arguments of this program's, and does not end it.
 
-    The type of new tensors, the number of threads and the working directory are afterwards as they were.
+    The type of new tensors, the number of threads and the working directory are afterwards as they were, and no warning
+    is an error, nor is any silenced, that was not before.
     """
     words, source, here = sys.argv, Spec.read(spec).source, os.getcwd()
     floats, threads = torch.get_default_dtype(), torch.get_num_threads()
+    filters, disabled = list(warnings.filters), logging.root.manager.disable
     sys.argv = [source]
     try:
         with _as_config_error(f"{spec}: failed", hint), _beside(source):
@@ -296,6 +300,9 @@ def _foreign(spec: str, when: str, hint: str | Callable[[Exception], str]) -> It
         torch.set_default_dtype(floats)
         torch.set_num_threads(threads)
         os.chdir(here)
+        logging.disable(disabled)
+        for added in [entry for entry in warnings.filters if entry[0] == "error" and entry not in filters]:
+            cast("list[Any]", warnings.filters).remove(added)
 
 
 def _beside(source: str) -> AbstractContextManager[None]:

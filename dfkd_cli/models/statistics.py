@@ -12,7 +12,7 @@ from torch import Tensor, nn
 from torch.nn.modules.batchnorm import _BatchNorm
 
 from dfkd_cli.models.activations import first
-from dfkd_cli.models.classifier import Classifier, probe
+from dfkd_cli.models.classifier import Classifier, probe, undisturbed
 from dfkd_cli.models.moments import Moments, moments, normalise
 
 DEAD = 1e-5  # recorded variance of a channel that never told images apart
@@ -218,9 +218,9 @@ def _inputs(
     runs: Counter[str] = Counter()
 
     def watch(name: str, channels: int) -> Any:
-        def before(_: nn.Module, inputs: tuple[Any, ...], named: dict[str, Any]) -> None:
+        def before(layer: nn.Module, inputs: tuple[Any, ...], named: dict[str, Any]) -> None:
             values = first(*inputs, *named.values())
-            take(name, runs[name], values if values.shape[1] == channels else values.transpose(1, -1))
+            take(name, runs[name], values if _channels_first(layer, values, channels) else values.transpose(1, -1))
             runs[name] += 1
 
         return before
@@ -242,6 +242,17 @@ def _inputs(
             channels = layer.running_mean.numel()  # type: ignore[union-attr]  # batch_norms() have them
             hooks.enter_context(layer.register_forward_pre_hook(watch(name, channels), with_kwargs=True))
         yield
+
+
+def _channels_first(layer: nn.Module, values: Tensor, channels: int) -> bool:
+    """Whether a layer's channels are the second axis of what goes in; where the last one is as long, it is asked."""
+    if isinstance(layer, _BatchNorm) or values.shape[1] != channels or values.shape[-1] != channels or values.ndim < 3:
+        return values.shape[1] == channels
+    sides = range(channels + 1, channels + values.ndim - 1)
+    images = values.new_zeros(1, channels, *sides)
+    with undisturbed(layer, layer.training), contextlib.suppress(Exception):  # of other sides it normalises no other
+        return bool(layer.forward(images).shape == images.shape)
+    return False
 
 
 def _plain(layer: _BatchNorm) -> bool:

@@ -14,6 +14,7 @@
 from __future__ import annotations
 
 import itertools
+import logging
 from collections.abc import Iterable
 
 from torch import nn
@@ -24,6 +25,7 @@ from dfkd_cli.models.activations import Call, Tap, calls_of
 from dfkd_cli.models.classifier import Classifier, is_batch_norm
 from dfkd_cli.models.committee import Committee
 
+LOG = logging.getLogger(__name__)
 BEFORE = ".pre"
 LAST, STAGES, PENULTIMATE, LOGITS = "last", "stages", "penultimate", "logits"
 
@@ -39,6 +41,7 @@ class Taps:
         self.classifier = classifier
         self._calls = calls_of(classifier)
         self._latest = {call.path: call for call in self._calls}
+        self.earlier: dict[str, str] = {}  # by a stage's path, what is after it and runs again
         several = isinstance(classifier.net, Committee)  # each has stages of its own
         self.stages = {f"stage{i}": path for i, path in enumerate([] if several else self._stages(), start=1)}
 
@@ -48,15 +51,18 @@ class Taps:
         if named := list(names):
             return named
         maps: dict[tuple[int, ...], str] = {}
-        convolved = set()
+        convolved, last = set(), dict[tuple[int, ...], str]()
         for call in self._calls:
             if call.output.ndim == 4:
                 size = tuple(call.output.shape[2:])
+                last[size] = call.path
                 if self._latest[call.path] is call:  # what runs again gives its last value
                     maps[size] = call.path
                 if isinstance(call.layer, nn.Conv2d):
                     convolved.add(size)
-        return [path for size, path in maps.items() if size in convolved and size != (1, 1)]
+        stages = {size: path for size, path in maps.items() if size in convolved and size != (1, 1)}
+        self.earlier = {path: last[size] for size, path in stages.items() if last[size] != path}
+        return list(stages.values())
 
     def names(self, wanted: Iterable[str]) -> list[str]:
         """The names of single places that the wanted names stand for: ``stages`` are several."""
@@ -65,6 +71,10 @@ class Taps:
             base, before = (name.removesuffix(BEFORE), BEFORE) if name.endswith(BEFORE) else (name, "")
             stages = list(self.stages) if base == STAGES else list(self.stages)[-1:] if base == LAST else []
             single += [stage + before for stage in stages] or [name]
+        for name in single:
+            if (later := self.earlier.get(path := self.stages.get(name, ""))) is not None:
+                LOG.warning("%s: %s is what comes out of %s, before %s, of which only the last run can be read",
+                            self.classifier.info.spec, name, path, later)  # fmt: skip
         return single
 
     def find(self, name: str) -> Tap:

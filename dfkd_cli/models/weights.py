@@ -30,8 +30,13 @@ _UNCOUNTED = "num_batches_tracked"  # inference does not use it; files from befo
 _STATISTICS = ("running_mean", "running_var")
 _WHOLE_NUMBERS = ("zero_point", "_packed_params._packed_params")
 _LEFT_OUT = "torch.save({k: v for k, v in state.items() if k in net.state_dict()}, NEW)"
+_JOINED = "safetensors.torch.save_file({k: v for file in FILES for k, v in load_file(file).items()}, NEW)"
 _LISTED = 3  # keys named in a message
 _DENSENET = re.compile(r"(denselayer\d+\.(?:norm|conv))\.([12])(?=\.)")  # torchvision's names before PyTorch 0.4
+# What PyTorch wraps parts of a network in when it compiles them, shares them out or forgets their activations.
+_WRAPPER = re.compile(r"(?<![^.])(_orig_mod|_fsdp_wrapped_module|_checkpoint_wrapped_module)\.")
+_NORMED = re.compile(r".*(_g|_v|_orig|_u)|.*\bparametrizations\..*")
+_PART = re.compile(r"-\d+-of-\d+\.")
 _DEPTH = 20  # containers within containers that a file may have
 
 
@@ -94,6 +99,8 @@ def _of_versions(state: Mapping[str, Tensor], like: Mapping[str, Tensor] | None 
 
 
 def _read(file: Path) -> Any:
+    if file.name.endswith(".index.json"):
+        raise ArtifactError(f"{file}: names several files of weights", f"join them: {_JOINED}")
     with file.open("rb") as stream:
         start = stream.read(9)
     if start[8:] == b"{":  # after the length of the header
@@ -164,6 +171,8 @@ def _fitting(entries: Mapping[str, _Entry], expected: Mapping[str, Tensor], file
     The network's keys may have a prefix themselves that the file lacks. What lies beside them in the same containers
     and has their prefix belongs to them.
     """
+    if not any(map(_WRAPPER.search, expected)):
+        entries = {_WRAPPER.sub("", path): entry for path, entry in entries.items()}
     fits: Counter[tuple[str, str]] = Counter()
     lackings = list(_shared_prefixes(expected))
     for path, entry in entries.items():
@@ -192,8 +201,9 @@ def _fitting(entries: Mapping[str, _Entry], expected: Mapping[str, Tensor], file
     return {key: tensor for key in beside if isinstance(tensor := taken[key].value, Tensor)}
 
 
-def _rank(prefix: str) -> int:
-    return next((i for i, name in enumerate(_PREFERRED) if prefix.startswith(f"{name}.")), len(_PREFERRED))
+def _rank(prefix: str) -> tuple[int, ...]:
+    ranks = {name: index for index, name in enumerate(_PREFERRED)}
+    return tuple(ranks.get(part, len(ranks)) for part in prefix.removesuffix(".").split("."))
 
 
 def _shared_prefixes(keys: Iterable[str]) -> Iterator[str]:
@@ -240,6 +250,12 @@ def _check_fit(state: dict[str, Tensor], net: nn.Module, file: Path) -> dict[str
             hint = "the statistics of BatchNorm are buffers: save net.state_dict(), not the parameters alone"
         elif any(key.endswith(_WHOLE_NUMBERS) for key in unexpected):
             hint = "they are of a quantized network: give those that it was made from"
+        elif any(key.endswith("_mask") and key.removesuffix("mask") + "orig" in unexpected for key in unexpected):
+            hint = "they are of a pruned network: torch.nn.utils.prune.remove(layer, name) of each layer before saving"
+        elif any(map(_NORMED.fullmatch, unexpected)):
+            hint = "saved with weight or spectral norm: build the model with the same, or remove it before saving"
+        elif _PART.search(file.name):
+            hint = f"this is one of several files; join them: {_JOINED}"
         raise ArtifactError(f"{file}: the weights do not fit the model: {'; '.join(diff)}", hint)
     return renamed
 

@@ -3,8 +3,10 @@
 from __future__ import annotations
 
 import copy
+import logging
 import os
 import sys
+import warnings
 from pathlib import Path
 
 import pytest
@@ -180,7 +182,18 @@ class Tokens(nn.Module):
         return self.norm(x.flatten(2).transpose(1, 2)).transpose(1, 2).view_as(x)
 
 
-@pytest.mark.parametrize("norm", [OfImages, Tokens])
+class Last(nn.Module):
+    """Channels are the last of four axes; the sides are six, as many as there are channels."""
+
+    def __init__(self, channels: int) -> None:
+        super().__init__()
+        self.norm = OfTokens(channels)
+
+    def forward(self, x: Tensor) -> Tensor:
+        return self.norm(x.permute(0, 2, 3, 1)).permute(0, 3, 1, 2)
+
+
+@pytest.mark.parametrize("norm", [OfImages, Tokens, Last])
 def test_statistics_of_ones_own_are_compared_channel_by_channel(norm):
     """The oracle is BatchNorm of PyTorch with the same statistics."""
     net = Net(norm=norm).eval()
@@ -294,14 +307,18 @@ def test_parts_may_come_into_being_when_a_network_runs(opened, make):
 
 
 def test_what_a_users_code_changes_for_all_is_undone(opened, tmp_path):
-    """The type of new tensors, threads, the working directory, and what of the import path we brought."""
+    """The type of new tensors, threads, the working directory, what of the import path we brought, what is warned."""
     threads = torch.get_num_threads()
+    filters = [*warnings.filters]
 
     def make() -> Net:
         torch.set_default_dtype(torch.float64)
         torch.set_num_threads(threads + 1)
         os.chdir("/")
         sys.path.pop(0)
+        logging.disable(logging.WARNING)
+        warnings.simplefilter("error", DeprecationWarning)
+        warnings.filterwarnings("ignore", message="of mine")
         return Net()
 
     weights, places = Net().state_dict(), [*sys.path]
@@ -309,6 +326,10 @@ def test_what_a_users_code_changes_for_all_is_undone(opened, tmp_path):
     assert (torch.get_default_dtype(), Path.cwd()) == (torch.float32, tmp_path)
     assert (torch.get_num_threads(), sys.path) == (threads, places)
     assert model(torch.zeros(2, *SIZE)).dtype is torch.float32
+    assert logging.root.manager.disable == 0
+    mine, *others = warnings.filters
+    assert (mine[0], others) == ("ignore", filters)  # what it does not want to hear stays unsaid
+    warnings.filters.remove(mine)
 
 
 class Checkpointed(Net):

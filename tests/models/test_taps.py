@@ -69,6 +69,24 @@ def test_stages_of_networks_that_name_them_and_of_those_that_do_not(spec, side, 
     assert hooked(made) == 0
 
 
+class OneActivation(nn.Sequential):
+    """Two resolutions whose maps one module activates."""
+
+    def __init__(self, act: nn.Module) -> None:
+        super().__init__(nn.Conv2d(3, 4, 3), act, nn.Conv2d(4, 4, 3, stride=2), act, nn.Flatten(), nn.LazyLinear(10))
+
+
+@pytest.mark.parametrize("shared", [True, False])
+def test_a_stage_whose_last_map_cannot_be_read_is_named(shared, caplog):
+    net = OneActivation(nn.ReLU())
+    if not shared:
+        net[3] = nn.ReLU()
+    made = of(net, (3, 8, 8))
+    assert Taps(made).names(["stages", "logits"]) == ["stage1", "stage2", "logits"]
+    told = [record.getMessage() for record in caplog.records]
+    assert [("stage1 is what comes out of 0, before 1" in line) for line in told] == [True] * shared
+
+
 @pytest.mark.parametrize("spec", ["torchvision:resnet18", "torchvision:vgg11", "lenet5", "resnet20", "wrn-16-1"])
 def test_features_are_what_the_layers_give_and_lead_to_the_logits(spec):
     made, pixels = classifier(spec), torch.rand(3, 3, 32, 32)

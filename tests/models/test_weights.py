@@ -41,6 +41,10 @@ def prefixed(state, prefix):
         lambda s: {"net": prefixed(s, "_orig_mod.")},
         lambda s: {"state_dict": prefixed(s, "model._orig_mod."), "hyper_parameters": {"lr": 0.1}},
         lambda s: prefixed(s, "module.net."),
+        lambda s: {"model": {f"{k.partition('.')[0]}._orig_mod.{k.partition('.')[2]}": v for k, v in s.items()}},
+        lambda s: {
+            "module._fsdp_wrapped_module." + k.replace(".", "._checkpoint_wrapped_module."): v for k, v in s.items()
+        },
         lambda s: {k: v for k, v in s.items() if "num_batches" not in k},
     ],
 )
@@ -179,10 +183,24 @@ def test_of_several_that_fit_one_is_named_and_the_user_may_choose(tmp_path, sour
 
 
 def test_a_teacher_is_preferred_to_its_student(tmp_path, source):
-    torch.save({"student": target().state_dict(), "teacher": source.state_dict()}, tmp_path / "w")
-    net = target()
-    load_weights(net, tmp_path / "w")
-    assert same_weights(net, source)
+    both = {"student": target().state_dict(), "teacher": source.state_dict()}
+    within = {f"{who}.{key}": value for who, state in both.items() for key, value in state.items()}  # as Lightning's
+    for content in (both, {"state_dict": within}):
+        torch.save(content, tmp_path / "w")
+        net = target()
+        load_weights(net, tmp_path / "w")
+        assert same_weights(net, source)
+
+
+def test_files_of_several_are_told_how_they_are_joined(tmp_path, source):
+    state = source.state_dict()
+    del state["head.weight"]
+    torch.save(state, tmp_path / "model-00001-of-00002.bin")
+    (tmp_path / "model.safetensors.index.json").write_text('{"weight_map": {}}')
+    for name in ("model-00001-of-00002.bin", "model.safetensors.index.json"):
+        with pytest.raises(ArtifactError) as caught:
+            load_weights(target(), tmp_path / name)
+        assert "join them: safetensors" in caught.value.hint
 
 
 class Tied(nn.Module):
@@ -340,11 +358,24 @@ def test_weights_that_do_not_fit_are_named_and_change_nothing(tmp_path, source):
     assert all(torch.equal(value, before[key]) for key, value in net.state_dict().items())
 
 
+def saved_as(state, *names):
+    """The weights of a head that has other parameters in their place."""
+    own = {key: value for key, value in state.items() if key != "head.weight"}
+    return own | {f"head.{name}": state["head.weight"] for name in names}
+
+
 @pytest.mark.parametrize(
     ("change", "hint"),
     [
         (lambda state: {k: v for k, v in state.items() if "running" not in k}, "statistics of BatchNorm are buffers"),
         (lambda state: state | {"head.zero_point": torch.zeros(1)}, "of a quantized network"),
+        (lambda state: saved_as(state, "weight_orig", "weight_mask"), r"prune\.remove"),
+        (lambda state: saved_as(state, "weight_g", "weight_v"), "weight or spectral norm"),
+        (lambda state: saved_as(state, "weight_orig", "weight_u"), "weight or spectral norm"),
+        (
+            lambda state: saved_as(state, "parametrizations.weight.original0", "parametrizations.weight.original1"),
+            "weight or spectral norm",
+        ),
     ],
 )
 def test_what_is_the_matter_with_weights_is_said(tmp_path, source, change, hint):
