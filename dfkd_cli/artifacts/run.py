@@ -109,7 +109,7 @@ class RunDirectory:
                 if "sealed" in self.record and previous.get("sealed") != self.record["sealed"]:
                     self.record["sealed"] = "python"  # the weaker one holds for the whole
                 # Its identity too, which shards have in them: an older version knew fewer options.
-                lasting = {"identity", "started", "seconds", "within", "concerns", "id", "kept", "device"}
+                lasting = {"identity", "started", "seconds", "within", "concerns", "id", "kept", "device", "processes"}
                 lasting -= {"concerns"} if previous.get("cut_at") else set()  # they were of the smaller set
                 self.record |= {key: previous[key] for key in lasting if key in previous}
                 self.before = {file["path"]: file["sha256"] for file in previous["artifacts"]}
@@ -124,7 +124,7 @@ class RunDirectory:
                 if ours and item.name not in (LOCK, SCRATCH):
                     remove(item)
         check_inside(self.path)
-        for pattern in (".*.tmp", "*/.*.tmp"):
+        for pattern in (".*.tmp", "*/.*.tmp", "*/*/.*.tmp"):
             for left_by_a_kill in self.path.glob(pattern):
                 remove(left_by_a_kill)
         scratch = self.path / SCRATCH

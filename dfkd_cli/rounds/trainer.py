@@ -42,6 +42,7 @@ CHECKPOINT = Path("checkpoints", "last.ckpt")
 SAVED = "dfkd"  # our part of it
 # Lightning sets this to keep processes fit to fork, which none of ours is; every step of Adam would load NVML anew.
 os.environ["PYTORCH_NVML_BASED_CUDA_CHECK"] = "0"
+LOG = logging.getLogger(__name__)
 LASTING = 3  # rounds in a row that a concern must have lasted to be said, unless it is there at the end
 
 
@@ -61,6 +62,12 @@ def fit(learner: Learner, run: RunDirectory, terminal: Terminal, callbacks: Sequ
     trainer = trainer_for(run, [] if learner.stateless else [curves], learner.rounds, callbacks)
     run.record["device"] = str(trainer.strategy.root_device)
     start = _saved_state(learner, run, curves, terminal)
+    if not learner.stateless:
+        begun_by = run.record.get("processes", trainer.world_size)
+        if start is not None and begun_by != trainer.world_size:
+            what = "%s: begun in %d, goes on in %d: who shares batches decides the result, and it is that of neither"
+            LOG.warning(what, run.path, begun_by, trainer.world_size)
+        run.record["processes"] = trainer.world_size
     launcher = trainer.strategy.launcher
     with launcher.together(run, terminal) if isinstance(launcher, Launcher) else contextlib.nullcontext():
         trainer.fit(learner, DataLoader(TensorDataset(torch.zeros(1))), ckpt_path=start, weights_only=True)

@@ -13,7 +13,7 @@ from pathlib import Path
 
 import pytest
 from forks import Fork
-from pipeline import HANGS, OUTPUTS, PIPELINE, finish, hashes, kill_after_saving, meeting, run, run_in_turn, start
+from pipeline import HANGS, OUTPUTS, PIPELINE, edit, finish, hashes, kill_after_saving, meeting, run, run_in_turn, start
 
 
 @pytest.fixture(scope="module")
@@ -219,6 +219,19 @@ def test_dropped_and_reordered_inputs_are_another_run(reference: tuple, tmp_path
         code, _, err = cli(*command, *other)
         assert code == 2, other
         assert "holds another run" in err
+
+
+def test_a_training_that_goes_on_in_more_processes_says_so(reference: tuple, tmp_path: Path) -> None:
+    """They share its batches, which is another result; how many there were is on record."""
+    (tmp_path / "teacher").symlink_to(reference[2] / "teacher")
+    command = ["distill", "--transfer-set", "noise:40", "--steps", "401", "--batch-size", "8", "--out", "student"]
+    kill_after_saving(command, tmp_path, tmp_path / "student" / "checkpoints" / "last.ckpt")
+    shutil.copytree(tmp_path / "student", tmp_path / "same")
+    for out, before, told in (("student", 2, True), ("same", 1, False)):
+        edit(tmp_path / out / "run.json", processes=before)
+        done = run([*command[:-1], out], tmp_path)
+        assert (done.returncode, f"begun in {before}, goes on in 1" in done.stderr) == (0, told), done.stderr
+        assert json.loads((tmp_path / out / "run.json").read_text())["processes"] == 1
 
 
 def test_a_run_goes_on_with_the_threads_it_began_with(reference: tuple, tmp_path: Path) -> None:

@@ -122,6 +122,7 @@ class _Pilots:
     def __init__(self, place: Path) -> None:
         self.place = place
         self.known: dict[str, tuple[Path, float]] = {}  # of each distinct command where its stand-in is, and its time
+        self.numbers = itertools.count()  # of what is timed: one that fails leaves something behind
         self.stand_ins: dict[Path, Path] = {}  # of the directory of each command
         self.images: dict[Path, int] = {}  # how many there would be in each directory of shards
 
@@ -168,7 +169,7 @@ class _Pilots:
 
     def _time(self, settings: Settings) -> float:
         """Let a command do a few rounds. A batch of images is optimised for few inner steps, which stand for all."""
-        out, method = self.place / "timed" / str(len(self.known)), _method(settings)
+        out, method = self.place / "timed" / str(next(self.numbers)), _method(settings)
         simple = isinstance(method, ImageOptimization) and "student" not in settings.method.entry.needs
         parts = 1.0
         if simple and not getattr(method, "coarse_iterations", 0) and method.iterations > MOST_ITERATIONS:
