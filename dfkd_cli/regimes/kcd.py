@@ -210,5 +210,6 @@ class Store(Source):
 
 def sizes(count: int, keep: float, rankings: int) -> list[int]:
     """How many of so many images are left before the first ranking and after each."""
-    fewer, least = int(count * (1 - keep) / rankings), int(keep * count)
+    # Rounded first: ten images less a tenth are nine, whatever 1 - 0.9 comes to in binary.
+    fewer, least = (int(round(value, 6)) for value in (count * (1 - keep) / rankings, keep * count))
     return [max(count - fewer * index, least) for index in range(rankings + 1)]

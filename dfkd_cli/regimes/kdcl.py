@@ -111,7 +111,9 @@ class Collaborative(Distillation):
                 student.eval()
                 answers.append(torch.cat([student(part.pixels).softmax(1) for part in self.held_parts()]))
                 student.train()
-            self.mixture.copy_(weights(torch.stack(answers), self.held.true_labels.to(self.device)))
+            measured = weights(torch.stack(answers), self.held.true_labels.to(self.device))
+            # Of all processes the first one's: BatchNorm's averages, which answer here, are each process's own.
+            self.mixture.copy_(self.trainer.strategy.broadcast(measured))
 
     def on_save_checkpoint(self, checkpoint: dict[str, Any]) -> None:
         """The mixture is a buffer; of which epoch it is decides when it is measured next."""

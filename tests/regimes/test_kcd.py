@@ -39,6 +39,7 @@ def test_sizes_are_those_of_the_released_schedule():
     assert sizes(50_000, 0.7, 6) == [50_000, 47_500, 45_000, 42_500, 40_000, 37_500, 35_000]
     assert sizes(10, 0.7, 6) == [10] * 7  # a sixth of three is none
     assert sizes(10, 1.0, 2) == [10, 10, 10]
+    assert sizes(10, 0.9, 1) == [10, 9] and sizes(100, 0.29, 1)[-1] == 29  # 1 - 0.9 and 29 per cent are less in binary
 
 
 def test_more_images_may_fall_out_than_are_left(tmp_path):
