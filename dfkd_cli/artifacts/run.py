@@ -62,7 +62,7 @@ class RunDirectory:
         self.path, self.settings, self.facts = path, settings, facts
         self.parents = parents
         self.before: dict[str, str] = {}  # by path, the hashes of what it had made when it was finished
-        self.identity = {**_own(settings), "parents": _as_recorded(parents, [])}
+        self.identity = {**_own(settings), "parents": [_own_facts(parent) for parent in parents]}
         self.record: dict[str, Any] = {
             "schema": 1,
             "command": settings.command,
@@ -325,12 +325,21 @@ def begun(path: Path) -> bool:
     return any(not item.name.startswith(".") and item.name not in RECORDS_ONLY for item in path.iterdir())
 
 
+def _own_facts(parent: Mapping[str, Any]) -> dict[str, Any]:
+    """What of a parent stands for it in an identity."""
+    return {key: value for key, value in parent.items() if key not in ("path", "formerly")}
+
+
 def _as_recorded(parents: Sequence[Mapping[str, Any]], recorded: Sequence[Any]) -> list[dict[str, Any]]:
     """What stands for parents in an identity: what did in an earlier version's, where they are the same by that."""
-    found = []
+    found, roles = [], {parent.get("role") for parent in recorded}
     for parent in parents:
-        own = {key: value for key, value in parent.items() if key not in ("path", "formerly")}
+        own = _own_facts(parent)
         before = own | {"sha256": parent["formerly"]} if "formerly" in parent else own
+        if before.get("sha256", "") is None:  # nothing stood for what it holds
+            before = {key: value for key, value in before.items() if key != "sha256"}
+            if parent["role"] not in roles:
+                continue
         found.append(before if before in recorded else own)
     return found
 

@@ -74,6 +74,9 @@ _PUBLISHED = {
     "cifar100": ("CIFAR100", 3),
     "svhn": ("SVHN", 3),
 }
+# Where in a root torchvision keeps them.
+_KEPT = {"cifar10": "cifar-10-batches-py", "cifar100": "cifar-100-python", "svhn": "test_32x32.mat"}
+_KEPT |= {"mnist": "MNIST/raw", "fashion-mnist": "FashionMNIST/raw"}
 # What its readers raise where files are absent, damaged, or cannot be downloaded.
 _UNREADABLE = (OSError, RuntimeError, ValueError, LookupError, AssertionError, EOFError, pickle.UnpicklingError)
 
@@ -183,18 +186,22 @@ def load(
     return Dataset(name, split, classes, image_shape or native_shape, labels, pixels, note)
 
 
-def contents(name: str) -> list[dict[str, Any]]:
-    """What a dataset is read from, as a run's parents; nothing of what is known by its name.
+def contents(name: str, data_dir: str | None = None) -> list[dict[str, Any]]:
+    """What a dataset is read from, as a run's parents; nothing of torchvision's own files, whose sums it checks.
 
     Of a directory the images that are read: their names, and what :func:`fingerprint` sees of each. ``formerly`` is
-    what earlier versions had for a hash, of the names and sizes of all files.
+    what earlier versions had for a hash, of the names and sizes of all files; None where they had none, as of a dataset
+    that is known by its name and lies there as images.
 
     Raises:
         ConfigError: No such dataset.
         ArtifactError: A file cannot be read.
     """
     if name in DATASETS:
-        return []
+        root = _tree(name, data_dir)
+        if root is None:
+            return []
+        return [{**contents(str(root))[0], "spec": name, "formerly": None}]
     root = _directory(name)
     labelled = [place / label for place in (halves_of(root) or {"": root}).values() for label in class_names(place)]
     images = sorted(path for place in labelled for path in image_paths(place))
@@ -202,6 +209,16 @@ def contents(name: str) -> list[dict[str, Any]]:
     files = sorted(path for path in root.rglob("*") if path.is_file())
     sizes = [[path.relative_to(root).as_posix(), path.stat().st_size] for path in files]
     return [{"role": "dataset", "path": name, "sha256": digest(seen), "formerly": digest(sizes)}]
+
+
+def _tree(name: str, data_dir: str | None) -> Path | None:
+    """Where a dataset that is known by its name is read from images; None where it is read from published files."""
+    for root in seal.dataset_roots(data_dir) if name in _PUBLISHED else ():
+        if any((root / name / split).is_dir() for split in ("train", "test")):
+            return root / name
+        if (root / _KEPT[name]).exists():
+            return None
+    return None
 
 
 def _directory(name: str) -> Path:

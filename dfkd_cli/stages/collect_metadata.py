@@ -68,7 +68,7 @@ def run(settings: Settings, terminal: Terminal, dry_run: bool = False) -> dict[s
     if dataset is None:
         raise ConfigError(f"{inputs.teacher}: the teacher's record names no dataset", "give --dataset NAME or DIR")
     images = real_images(teacher, dataset, inputs.data_dir, inputs.num_images, settings.run.seed)
-    content = datasets.contents(dataset) or [{"role": "dataset", "spec": dataset}]
+    content = datasets.contents(dataset, inputs.data_dir) or [{"role": "dataset", "spec": dataset}]
     parents = [teacher.parent("teacher"), *content]
     directory = RunDirectory(settings.out, settings, parents, {"data_free": False})
     if directory.claim():

@@ -126,14 +126,17 @@ def run(settings: Settings, terminal: Terminal, dry_run: bool = False) -> dict[s
     contents = functools.cache(_contents)
     if grid is not None and not settings.run.overwrite:
         for planned in grid.runs:
-            _check_own(grid, planned, contents(getattr(planned.settings.inputs, "dataset", None)))
+            named = (getattr(planned.settings.inputs, name, None) for name in ("dataset", "data_dir"))
+            _check_own(grid, planned, contents(*named))
     if settings.inputs.rows is not None:
         terminal.say("only the rows that --rows names are shown; without it all are, and those are not run again")
     facts: dict[str, Any] = {"judge": judge and judge.sha256} if grid is None else {"grid": grid.sha256}
     facts |= {} if grid is None else {"unmade": sum(not grid.made(run) for run in grid.runs)}
-    if grid is not None and (tested := contents(settings.inputs.dataset)):
+    if grid is not None and (tested := contents(settings.inputs.dataset, settings.inputs.data_dir)):
         facts["dataset_sha256"] = tested[0]["sha256"]  # a grid may have made no model yet that is tested on it
-    directory = RunDirectory(out, settings, _parents(models, shards, sections), facts)
+    of_sections, data_dir = dict.fromkeys(section.dataset for section in sections), settings.inputs.data_dir
+    parents = _parents(models, shards) + [content for name in of_sections for content in contents(name, data_dir)]
+    directory = RunDirectory(out, settings, parents, facts)
     if dry_run:
         return _rehearse(directory, models, grid, terminal)
     if directory.claim():
@@ -262,18 +265,16 @@ def _models(runs: Sequence[PlannedRun], code: Code) -> list[Model]:
     return models
 
 
-def _parents(models: Sequence[Model], shards: Sequence[ShardSet], sections: Sequence[Section]) -> list[dict[str, Any]]:
-    """What decides the result, by hash; a grid's runs have identities of their own."""
+def _parents(models: Sequence[Model], shards: Sequence[ShardSet]) -> list[dict[str, Any]]:
+    """What decides the result, by hash, beside images; a grid's runs have identities of their own."""
     parents = [{"role": "model", "path": str(m.path), "sha256": m.sha256} for m in models]
-    parents += [{"role": "shards", "path": str(s.path), "sha256": s.sha256} for s in shards]
-    return parents + [
-        content for name in dict.fromkeys(s.dataset for s in sections) for content in datasets.contents(name)
-    ]
+    return parents + [{"role": "shards", "path": str(s.path), "sha256": s.sha256} for s in shards]
 
 
-def _contents(dataset: str | None) -> list[dict[str, Any]]:
+def _contents(dataset: str | None, data_dir: str | None) -> list[dict[str, Any]]:
     """What a dataset is read from; nothing where none is named, or it is not on this machine."""
-    return [] if dataset is None or not Path(dataset).is_dir() else datasets.contents(dataset)
+    there = dataset is not None and (dataset in datasets.DATASETS or Path(dataset).is_dir())
+    return datasets.contents(dataset, data_dir) if dataset is not None and there else []
 
 
 def _check_asked(settings: Settings, dry_run: bool) -> None:

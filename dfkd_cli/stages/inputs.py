@@ -157,7 +157,7 @@ def open_transfer_set(
             raise ConfigError(f"transfer set {name}: the teacher's record names no dataset", hint)
         real = real_images(teacher, dataset, data_dir, count, seed)
         parent = {"role": "transfer-set", "spec": f"{name} {dataset}" if kind == "real" else name}
-        for content in datasets.contents(dataset):
+        for content in datasets.contents(dataset, data_dir):
             parent |= {key: content[key] for key in ("sha256", "formerly")}
         return TransferSet(real, parent)
     path = Path(name)

@@ -155,6 +155,7 @@ class Examiner:
 
     def __init__(self, device: torch.device, data_dir: str | None, batch_size: int = BATCH) -> None:
         self.device, self.batch_size = device, batch_size
+        self.data_dir = data_dir
         self._load = functools.cache(functools.partial(datasets.load, data_dir=data_dir))
         self._examinations: dict[Any, Examination] = {}
         self._answered: dict[Any, Examination] = {}

@@ -35,7 +35,7 @@ class Meter:
 
     def measure(self, model: Model, teacher: Model, dataset: str) -> dict[str, Any]:
         """What is measured of a model on test images, its agreement with the teacher included."""
-        contents = [content["sha256"] for content in self.contents(dataset)]
+        contents = [content["sha256"] for content in self.contents(dataset, self.examiner.data_dir)]
         names = digest([model.record.get("classes"), teacher.record.get("classes")])
         key = " ".join([model.sha256, teacher.sha256, names, dataset, *contents])
         if key not in self.taken:

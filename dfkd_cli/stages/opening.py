@@ -112,7 +112,7 @@ class Opener:
         parents = [*(m.parent("teacher") for m in teachers), model.parent("model")]
         if dataset is not None:
             *_, images = [self.examiner.images(dataset, m.classifier.info, m.path) for m in (*teachers, model)]
-            facts["count"], parents = len(images), [*parents, *self.contents(dataset)]
+            facts["count"], parents = len(images), [*parents, *self.contents(dataset, self.inputs.data_dir)]
         shown = [(name, self._unlabelled(name, model, teacher)) for name in self.inputs.unlabelled or ()]
         parents += [opened.parent for _, opened in shown]
         measure = functools.partial(self._measure, model, teacher, dataset, shown)

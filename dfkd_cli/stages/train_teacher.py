@@ -72,7 +72,10 @@ def run(settings: Settings, terminal: Terminal, dry_run: bool = False) -> dict[s
     mean, std = dataset.mean_std()
     info = ModelInfo(inputs.model, len(dataset.classes), dataset.image_shape, mean, std, dataset.classes)
     named = architectures(settings, inputs.model)
-    parents = [*(parent for model in named for parent in model.parents), *datasets.contents(inputs.dataset)]
+    parents = [
+        *(parent for model in named for parent in model.parents),
+        *datasets.contents(inputs.dataset, inputs.data_dir),
+    ]
     directory = RunDirectory(settings.out, settings, parents, {"data_free": False})
     network, peers = students(settings, info, "teacher")
     objectives = connect(settings.components["objective"], network, network, settings.run.seed)

@@ -49,6 +49,29 @@ def test_students_of_other_real_images_are_no_repeats(here, cli):
     assert len({row["label"] for row in rows}) == 3
 
 
+def test_images_under_a_known_name_count_too(here, cli):
+    """Of a run of an earlier version, in which they did not, nobody knows what they were: it is as it was."""
+    (here / "data").mkdir()
+    (here / "photos").rename(here / "data" / "mnist")
+    known = ("--dataset", "mnist", "--data-dir", "data", *STEP)
+    assert cli("train-teacher", *known)[0] == 0
+    assert cli("distill", "--transfer-set", "real", "--data-dir", "data", *STEP)[0] == 0
+    before = json.loads((here / "teacher" / "run.json").read_text())
+    assert "already complete" in cli("train-teacher", *known)[2]
+    photo("data/mnist/train/a/1.bmp")
+    for command, role in (
+        (("train-teacher", *known), "dataset"),
+        (("distill", "--transfer-set", "real", "--data-dir", "data", *STEP), "transfer-set"),
+    ):
+        code, _, err = cli(*command)
+        assert (code, f"another {role}" in err) == (2, True), err
+    identity = before["identity"] | {"parents": [p for p in before["identity"]["parents"] if p["role"] != "dataset"]}
+    edit(here / "teacher" / "run.json", identity=identity | {"parents": [{"role": "model", "sha256": "0"}]})
+    assert cli("train-teacher", *known)[0] == 2
+    edit(here / "teacher" / "run.json", identity=identity)
+    assert "already complete" in cli("train-teacher", *known)[2]
+
+
 def seen() -> str:
     (parent,) = contents("photos")
     return parent["sha256"]
