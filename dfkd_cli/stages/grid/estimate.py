@@ -168,16 +168,32 @@ class _Pilots:
         return settings.replace(**changes)
 
     def _time(self, settings: Settings) -> float:
-        """Let a command do a few rounds. A batch of images is optimised for few inner steps, which stand for all."""
+        """Let a command do a few rounds. A batch of images is optimised for few inner steps, which stand for all.
+
+        Rounds of a warm-up, in which a student rests, are timed apart from the others.
+        """
+        warmup = getattr(_method(settings), "warmup_share", 0.0)
+        if not 0 < warmup < 1:
+            return self._time_alike(settings)
+        resting, learning = (self._time_alike(_with_method(settings, warmup_share=share)) for share in (1.0, 0.0))
+        return warmup * resting + (1 - warmup) * learning
+
+    def _time_alike(self, settings: Settings) -> float:
+        """The same where all rounds are alike."""
         out, method = self.place / "timed" / str(next(self.numbers)), _method(settings)
         simple = isinstance(method, ImageOptimization) and "student" not in settings.method.entry.needs
         parts = 1.0
         if simple and not getattr(method, "coarse_iterations", 0) and method.iterations > MOST_ITERATIONS:
             parts = method.iterations / MOST_ITERATIONS
-            cut = dataclasses.replace(settings.method, config=dataclasses.replace(method, iterations=MOST_ITERATIONS))
-            settings = dataclasses.replace(settings, components={**settings.components, "method": (cut,)})
+            settings = _with_method(settings, iterations=MOST_ITERATIONS)
         _carry_out(_at(settings, out), _timed, time.monotonic(), parts)
         return float((out / TIME).read_text())
+
+
+def _with_method(settings: Settings, **values: Any) -> Settings:
+    """The command with other values in its method's configuration."""
+    other = dataclasses.replace(settings.method, config=dataclasses.replace(settings.method.config, **values))
+    return dataclasses.replace(settings, components={**settings.components, "method": (other,)})
 
 
 def _method(settings: Settings) -> Any:

@@ -9,7 +9,7 @@ import pytest
 
 from dfkd_cli.rounds.pilot import Pilot
 from dfkd_cli.settings import recipe_layer, resolve
-from dfkd_cli.stages.grid.estimate import simulate
+from dfkd_cli.stages.grid.estimate import _Pilots, simulate
 from dfkd_cli.stages.grid.planner import plan
 
 GRID = {
@@ -59,6 +59,16 @@ def test_rounds_that_were_done_stand_for_all():
     assert pilot.seconds() == 3 + 9 * 1.5
     pilot.rounds, pilot.starts = 5, [100.0, 112.0]
     assert pilot.seconds() == 5 * 12
+
+
+@pytest.mark.parametrize(("share", "expected"), [(0.25, 0.25 * 10 + 0.75 * 50), (0.0, 50), (1.0, 10)])
+def test_rounds_in_which_a_student_rests_are_timed_apart(share, expected, tmp_path):
+    class Timed(_Pilots):
+        def _time_alike(self, settings):
+            return {1.0: 10.0, 0.0: 50.0}[settings.method.config.warmup_share]
+
+    typed = {"method": "nayer", "student": "resnet8", "warmup_share": share}
+    assert Timed(tmp_path)._time(resolve("synthesize", [("--", typed)])) == expected
 
 
 def test_an_estimate_times_each_command_once_and_writes_nothing(here, cli):
