@@ -23,7 +23,7 @@ from dfkd_cli.report.places import find, recorded_as
 from dfkd_cli.trust import CONFIG, Code
 
 LOG = logging.getLogger(__name__)
-_READ = ("architecture", "dataset", "metadata")  # what no teacher and no transfer set is, by its role among the parents
+_READ = ("architecture", "dataset", "metadata")  # roles of parents, beside teachers and transfer sets, that tell apart
 
 
 @dataclass(frozen=True)
@@ -270,10 +270,14 @@ def read_curves(path: Path) -> dict[str, list[float]]:
 
 
 def settings_of(run: Mapping[str, Any]) -> dict[str, Any]:
-    """The settings in a ``run.json`` without seed and parents; of what files they name, some of the hash."""
+    """The settings in a ``run.json`` without seed and parents; of some files that they name, the first of the hash."""
     identity = run.get("identity", {})
-    read = {p["role"]: p["sha256"][:12] for p in identity.get("parents") or () if p.get("role") in _READ}
-    return {k: v for k, v in identity.items() if k not in ("seed", "parents")} | read
+    read: dict[str, list[str]] = {}
+    for parent in identity.get("parents") or ():
+        if parent.get("role") in _READ and "sha256" in parent:
+            read.setdefault(parent["role"], []).append(parent["sha256"][:12])
+    hashes = {f"{role}_sha256": " ".join(each) for role, each in read.items()}
+    return {k: v for k, v in identity.items() if k not in ("seed", "parents")} | hashes
 
 
 def _sum(seconds: Sequence[float | None]) -> float | None:
