@@ -281,8 +281,8 @@ def _user_code(spec: str, num_classes: int, input_size: Size) -> nn.Module:
 def _foreign(spec: str, when: str, hint: str | Callable[[Exception], str]) -> Iterator[None]:
     """Run a user's code as a script's: it sees no arguments of this program's, and does not end it.
 
-    The type of new tensors, the number of threads and the working directory are afterwards as they were, and no warning
-    is an error, nor is any silenced, that was not before.
+    The type of new tensors, the number of threads and the working directory are afterwards as they were, and neither is
+    a warning an error that was none before, nor is logging off.
     """
     words, source, here = sys.argv, Spec.read(spec).source, os.getcwd()
     floats, threads = torch.get_default_dtype(), torch.get_num_threads()
