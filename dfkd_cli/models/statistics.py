@@ -109,7 +109,8 @@ class LayerMoments:
 def batch_moments(classifier: Classifier, correction: int = 0) -> Iterator[dict[str, Moments]]:
     """The moments of what last went into every BatchNorm layer, whenever ``net`` runs inside the ``with`` block.
 
-    Of a layer that one pass runs several times they are the mean over its runs, as in :class:`LayerMoments`.
+    Of a layer that one pass runs several times they are the mean over its runs, as in :class:`LayerMoments`. Meanwhile
+    nothing may copy the network: the copy of a layer would tell of its input here.
     """
     seen: dict[str, Moments] = {}
 
@@ -217,10 +218,14 @@ def _inputs(
     """
     runs: Counter[str] = Counter()
 
+    channels_last: dict[str, bool] = {}
+
     def watch(name: str, channels: int) -> Any:
         def before(layer: nn.Module, inputs: tuple[Any, ...], named: dict[str, Any]) -> None:
             values = first(*inputs, *named.values())
-            take(name, runs[name], values if _channels_first(layer, values, channels) else values.transpose(1, -1))
+            if name not in channels_last:
+                channels_last[name] = _takes_channels_last(layer, values, channels)
+            take(name, runs[name], values.transpose(1, -1) if channels_last[name] else values)
             runs[name] += 1
 
         return before
@@ -244,14 +249,14 @@ def _inputs(
         yield
 
 
-def _channels_first(layer: nn.Module, values: Tensor, channels: int) -> bool:
-    """Whether a layer's channels are the second axis of what goes in; where the last one is as long, it is asked."""
+def _takes_channels_last(layer: nn.Module, values: Tensor, channels: int) -> bool:
+    """Whether a layer's channels are the last axis of what goes in; where the second is as long, it is asked."""
     if isinstance(layer, _BatchNorm) or values.shape[1] != channels or values.shape[-1] != channels or values.ndim < 3:
-        return values.shape[1] == channels
-    sides = range(channels + 1, channels + values.ndim - 1)
-    images = values.new_zeros(1, channels, *sides)
-    with undisturbed(layer, layer.training), contextlib.suppress(Exception):  # of other sides it normalises no other
-        return bool(layer.forward(images).shape == images.shape)
+        return values.shape[1] != channels
+    sides = [side for side in range(2, values.ndim + 1) if side != channels][: values.ndim - 2]
+    tokens = values.new_zeros(1, *sides, channels)
+    with undisturbed(layer, layer.training), contextlib.suppress(Exception):  # it cannot: its channels are the second
+        return bool(layer.forward(tokens).shape == tokens.shape)
     return False
 
 

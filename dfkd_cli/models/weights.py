@@ -30,7 +30,8 @@ _UNCOUNTED = "num_batches_tracked"  # inference does not use it; files from befo
 _STATISTICS = ("running_mean", "running_var")
 _WHOLE_NUMBERS = ("zero_point", "_packed_params._packed_params")
 _LEFT_OUT = "torch.save({k: v for k, v in state.items() if k in net.state_dict()}, NEW)"
-_JOINED = "safetensors.torch.save_file({k: v for file in FILES for k, v in load_file(file).items()}, NEW)"
+_JOINED = "torch.save({k: v for file in FILES for k, v in %s.items()}, NEW)"
+_READ_BY = {".safetensors": "safetensors.torch.load_file(file)"}
 _LISTED = 3  # keys named in a message
 _DENSENET = re.compile(r"(denselayer\d+\.(?:norm|conv))\.([12])(?=\.)")  # torchvision's names before PyTorch 0.4
 # What PyTorch wraps parts of a network in when it compiles them, shares them out or forgets their activations.
@@ -100,7 +101,7 @@ def _of_versions(state: Mapping[str, Tensor], like: Mapping[str, Tensor] | None 
 
 def _read(file: Path) -> Any:
     if file.name.endswith(".index.json"):
-        raise ArtifactError(f"{file}: names several files of weights", f"join them: {_JOINED}")
+        raise ArtifactError(f"{file}: names several files of weights", _joining(file.with_suffix("").with_suffix("")))
     with file.open("rb") as stream:
         start = stream.read(9)
     if start[8:] == b"{":  # after the length of the header
@@ -171,8 +172,9 @@ def _fitting(entries: Mapping[str, _Entry], expected: Mapping[str, Tensor], file
     The network's keys may have a prefix themselves that the file lacks. What lies beside them in the same containers
     and has their prefix belongs to them.
     """
-    if not any(map(_WRAPPER.search, expected)):
-        entries = {_WRAPPER.sub("", path): entry for path, entry in entries.items()}
+    unwrapped = {_WRAPPER.sub("", path): entry for path, entry in entries.items()}
+    if len(unwrapped) == len(entries) and not any(map(_WRAPPER.search, expected)):
+        entries = unwrapped
     fits: Counter[tuple[str, str]] = Counter()
     lackings = list(_shared_prefixes(expected))
     for path, entry in entries.items():
@@ -255,9 +257,14 @@ def _check_fit(state: dict[str, Tensor], net: nn.Module, file: Path) -> dict[str
         elif any(map(_NORMED.fullmatch, unexpected)):
             hint = "saved with weight or spectral norm: build the model with the same, or remove it before saving"
         elif _PART.search(file.name):
-            hint = f"this is one of several files; join them: {_JOINED}"
+            hint = _joining(file)
         raise ArtifactError(f"{file}: the weights do not fit the model: {'; '.join(diff)}", hint)
     return renamed
+
+
+def _joining(file: Path) -> str:
+    """What makes one file of weights out of several like this."""
+    return f"join the several files: {_JOINED % _READ_BY.get(file.suffix, 'torch.load(file, weights_only=True)')}"
 
 
 def _renamed(state: Mapping[str, Tensor], net: nn.Module) -> dict[str, Tensor] | None:

@@ -113,7 +113,7 @@ class Collaborative(Distillation):
                 student.train()
             measured = weights(torch.stack(answers), self.held.true_labels.to(self.device))
             # Of all processes the first one's: BatchNorm's averages, which answer here, are each process's own.
-            self.mixture.copy_(self.trainer.strategy.broadcast(measured))
+            self.mixture.copy_(self.trainer.strategy.broadcast(measured.cpu()))
 
     def on_save_checkpoint(self, checkpoint: dict[str, Any]) -> None:
         """The mixture is a buffer; of which epoch it is decides when it is measured next."""

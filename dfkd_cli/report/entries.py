@@ -23,7 +23,8 @@ from dfkd_cli.report.places import find, recorded_as
 from dfkd_cli.trust import CONFIG, Code
 
 LOG = logging.getLogger(__name__)
-_READ = ("architecture", "dataset", "metadata")  # roles of parents, beside teachers and transfer sets, that tell apart
+# Roles of parents that are no teachers and no transfer sets.
+_READ = ("architecture", "dataset", "metadata", "weights")
 
 
 @dataclass(frozen=True)
@@ -80,6 +81,7 @@ class Model:
         shards: The shard sets it learned from, or was trained along with, as far as they were found.
         chain: The directory of the chain that it is the last model of, or a hop.
         hops: The seconds of the runs of that chain that came before it, by their directories.
+        own_hops: The hashes of the models of that chain that are in its line.
         row: The name of its row in a grid.
         series: The name of the curve over set sizes that it is a point of.
         group: The name of its teacher in a grid, empty for the only one; None outside of grids.
@@ -97,6 +99,7 @@ class Model:
     shards: Sequence[ShardSet] = ()
     chain: Path | None = None
     hops: Mapping[Path, float | None] = field(default_factory=dict)
+    own_hops: frozenset[str] = frozenset()
     row: str | None = None
     series: str | None = None
     group: str | None = None
@@ -137,9 +140,9 @@ class Model:
         return self.row or digest([self.settings, self.part, self.taught_by] if self.run else self.sha256)
 
     @property
-    def taught_by(self) -> Sequence[str]:
-        """The hashes of those that taught it and were there before; a chain's own hops are repeated with it."""
-        return list(self.line[-1:] if self.chain else self.line)
+    def taught_by(self) -> str | None:
+        """The hash of who taught it and was there before: a chain's own hops are repeated with it. None of nobody."""
+        return next((sha256 for sha256 in self.line if sha256 not in self.own_hops), None)
 
     @property
     def label(self) -> str:
@@ -232,10 +235,11 @@ def read_models(directory: Path, code: Code) -> list[Model]:
             part=hop.path.relative_to(directory).as_posix(),
             chain=directory,
             hops={place: took[place] for place, sha256 in way.items() if sha256 in hop.line},
+            own_hops=frozenset(way.values()),
         )
         for hop in (read_model(ModelDirectory(str(place)), code) for place in way)
     ]
-    last = replace(model, chain=directory, hops=took) if took else model
+    last = replace(model, chain=directory, hops=took, own_hops=frozenset(way.values())) if took else model
     return [last, *(read_model(ModelDirectory(str(place)), code) for place in beside), *hops]
 
 

@@ -130,7 +130,7 @@ def _labels(models: Sequence[Model]) -> list[str]:
     """The models' labels; where two of them are the same, with the settings, or the teachers, that tell them apart."""
 
     def facts(model: Model) -> dict[str, Any]:
-        return {**_flat(model.settings), "teacher": " ".join(sha256[:8] for sha256 in model.taught_by)}
+        return {**_flat(model.settings), "teacher": (model.taught_by or "")[:8]}
 
     labels = []
     for model in models:

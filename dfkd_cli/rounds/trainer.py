@@ -42,7 +42,6 @@ CHECKPOINT = Path("checkpoints", "last.ckpt")
 SAVED = "dfkd"  # our part of it
 # Lightning sets this to keep processes fit to fork, which none of ours is; every step of Adam would load NVML anew.
 os.environ["PYTORCH_NVML_BASED_CUDA_CHECK"] = "0"
-LOG = logging.getLogger(__name__)
 LASTING = 3  # rounds in a row that a concern must have lasted to be said, unless it is there at the end
 
 
@@ -65,8 +64,11 @@ def fit(learner: Learner, run: RunDirectory, terminal: Terminal, callbacks: Sequ
     if not learner.stateless:
         begun_by = run.record.get("processes", trainer.world_size)
         if start is not None and begun_by != trainer.world_size:
-            what = "%s: begun in %d, goes on in %d: who shares batches decides the result, and it is that of neither"
-            LOG.warning(what, run.path, begun_by, trainer.world_size)
+            run.warn(
+                f"it was begun in {begun_by} and goes on in {trainer.world_size} processes, which share each batch: "
+                "the result is that of neither number",
+                terminal,
+            )
         run.record["processes"] = trainer.world_size
     launcher = trainer.strategy.launcher
     with launcher.together(run, terminal) if isinstance(launcher, Launcher) else contextlib.nullcontext():

@@ -134,8 +134,8 @@ def run(settings: Settings, terminal: Terminal, dry_run: bool = False) -> dict[s
     facts |= {} if grid is None else {"unmade": sum(not grid.made(run) for run in grid.runs)}
     if grid is not None and (tested := contents(settings.inputs.dataset, settings.inputs.data_dir)):
         facts["dataset_sha256"] = tested[0]["sha256"]  # a grid may have made no model yet that is tested on it
-    of_sections, data_dir = dict.fromkeys(section.dataset for section in sections), settings.inputs.data_dir
-    parents = _parents(models, shards) + [content for name in of_sections for content in contents(name, data_dir)]
+    of_sections, where = dict.fromkeys(section.dataset for section in sections), settings.inputs.data_dir
+    parents = _parents(models, shards) + [content for name in of_sections for content in datasets.contents(name, where)]
     directory = RunDirectory(out, settings, parents, facts)
     if dry_run:
         return _rehearse(directory, models, grid, terminal)

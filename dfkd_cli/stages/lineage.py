@@ -79,9 +79,9 @@ def lineage(path: Path, below: tuple[Path, ...] = ()) -> list[dict[str, Any]]:
 
 
 def replaced(run: Path, within: Path) -> list[str]:
-    """The roles of what a run read outside of a directory where something else lies now."""
-    parents = read_run(run).get("parents", [])
-    outside = [p for p in parents if "path" in p and not Path(p["path"]).resolve().is_relative_to(within.resolve())]
+    """The roles of images and metadata that a run read outside of a directory, where something else lies now."""
+    parents = [p for p in read_run(run).get("parents", []) if p["role"] in ("transfer-set", "metadata") and "path" in p]
+    outside = [parent for parent in parents if not Path(parent["path"]).resolve().is_relative_to(within.resolve())]
     return [parent["role"] for parent in outside if _compared(parent, run)[0] == "another"]
 
 

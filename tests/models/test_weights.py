@@ -194,13 +194,21 @@ def test_a_teacher_is_preferred_to_its_student(tmp_path, source):
 
 def test_files_of_several_are_told_how_they_are_joined(tmp_path, source):
     state = source.state_dict()
-    del state["head.weight"]
-    torch.save(state, tmp_path / "model-00001-of-00002.bin")
-    (tmp_path / "model.safetensors.index.json").write_text('{"weight_map": {}}')
-    for name in ("model-00001-of-00002.bin", "model.safetensors.index.json"):
-        with pytest.raises(ArtifactError) as caught:
-            load_weights(target(), tmp_path / name)
-        assert "join them: safetensors" in caught.value.hint
+    last = {"head.weight": state.pop("head.weight")}
+    for suffix, save in ((".bin", torch.save), (".safetensors", safetensors.torch.save_file)):
+        files = [tmp_path / f"model-0000{number}-of-00002{suffix}" for number in (1, 2)]
+        for file, part in zip(files, (state, last), strict=True):
+            save(part, file)
+        index = tmp_path / f"model{suffix}.index.json"
+        index.write_text('{"weight_map": {}}')
+        for named in (files[0], index):
+            with pytest.raises(ArtifactError) as caught:
+                load_weights(target(), named)
+            typed = caught.value.hint.removeprefix("join the several files: ")
+            exec(typed, {"torch": torch, "safetensors": safetensors, "FILES": files, "NEW": tmp_path / "whole"})
+            net = target()
+            load_weights(net, tmp_path / "whole")
+            assert same_weights(net, source)
 
 
 class Tied(nn.Module):
