@@ -229,17 +229,18 @@ def read_models(directory: Path, code: Code) -> list[Model]:
     took = {place: read_run(place).get("seconds") for place in runs_within(directory)}
     # A search for the best way has tried others too.
     way = {place: sha256 for place in took if (sha256 := recorded_as(place / RECORD)) in model.line}
+    own_hops = frozenset(way.values())
     hops = [
         replace(
             hop,
             part=hop.path.relative_to(directory).as_posix(),
             chain=directory,
             hops={place: took[place] for place, sha256 in way.items() if sha256 in hop.line},
-            own_hops=frozenset(way.values()),
+            own_hops=own_hops,
         )
         for hop in (read_model(ModelDirectory(str(place)), code) for place in way)
     ]
-    last = replace(model, chain=directory, hops=took, own_hops=frozenset(way.values())) if took else model
+    last = replace(model, chain=directory, hops=took, own_hops=own_hops) if took else model
     return [last, *(read_model(ModelDirectory(str(place)), code) for place in beside), *hops]
 
 

@@ -82,11 +82,13 @@ class Grid:
 
     def made(self, run: PlannedRun) -> bool:
         """Whether a run is finished, of what now lies outside of the grid; else its command has to say what differs."""
+        if read_run(run.out).get("status") != "done":
+            return False
         try:
             check_free(run.out, run.settings, own_code(run.settings))
         except ConfigError:
             return False
-        return read_run(run.out).get("status") == "done" and not replaced(run.out, self.root)
+        return not replaced(run.out, self.root)
 
     def other_sources(self, run: PlannedRun) -> list[str]:
         """What a run that is there read instead of what is planned. Of what lies outside of the grid hashes tell."""
