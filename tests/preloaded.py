@@ -8,6 +8,7 @@ import io
 
 from forks import STAGES
 
+from dfkd_cli.catalog import commands
 from dfkd_cli.cli import app
 
 LATE = """
@@ -16,8 +17,10 @@ LATE = """
 """
 for name in (*STAGES, *LATE.split()):
     importlib.import_module(name)
-with contextlib.redirect_stdout(io.StringIO()):  # finds the methods, and reads their options
-    for words in ("synthesize --method zskd", "distill --method offline --objective response"):
+with contextlib.redirect_stdout(io.StringIO()):  # finds the methods, models and recipes, and reads their options
+    for words in (*commands(), "synthesize --method zskd", "distill --method offline --objective response"):
         assert app.main([*words.split(), "--help"]) == 0
+    for kind in ("models", "recipes"):
+        assert app.main(["ls", kind]) == 0
 
 importlib.import_module("dfkd_cli.frozen")
