@@ -44,8 +44,8 @@ Rule = tuple[str, int]
 
 _SYSTEM = ("/usr", "/bin", "/sbin", "/lib", "/lib32", "/lib64", "/etc", "/proc", "/sys", "/nix/store")
 _DEVICES = ("null", "zero", "full", "random", "urandom", "tty", "ptmx", "pts", "nvidia*", "dri", "kfd", "dxg")
-_FONTS = os.path.join(os.environ.get("XDG_CACHE_HOME") or "~/.cache", "matplotlib")  # torchmetrics imports it
-_CACHES = (_FONTS, "~/.config/matplotlib", "~/.nv", "/tmp/nvidia-mps")
+_CACHES = ("~/.nv", "/tmp/nvidia-mps")
+_MATPLOTLIB = "MPLCONFIGDIR"  # where Matplotlib, which torchmetrics imports, writes what it finds of fonts
 _SUFFIXES = tuple(importlib.machinery.all_suffixes())
 
 
@@ -110,9 +110,9 @@ class Access:
             raise ConfigError(f"{scratch} is a file", "choose another --out")
         scratch.mkdir(exist_ok=True)
         scratch = Path(tempfile.mkdtemp(dir=scratch))  # a process that is refused the output does not take this one's
-        with contextlib.suppress(OSError):
-            os.makedirs(os.path.expanduser(_FONTS), exist_ok=True)
         tempfile.tempdir = os.environ["TMPDIR"] = str(scratch)
+        if not all(map(_writable, _matplotlib())):  # it would make a directory beyond our life, with a warning
+            os.environ[_MATPLOTLIB] = str(scratch)
         rules = [*self._readable(), *looked_at, (str(output), WRITE)]
         rules += [(str(place.parent), REMOVE_DIR) for place in made[-1:]]
         _drop_open_files()
@@ -148,7 +148,7 @@ class Access:
         devices = [str(path) for name in _DEVICES for path in Path("/dev").glob(name)]
         shared = ["/dev/shm"] if self.processes else []
         own = os.path.realpath("/proc/self")  # where threads write their names
-        yield from ((os.path.expanduser(place), WRITE) for place in (*devices, *shared, *_CACHES, own))
+        yield from ((os.path.expanduser(place), WRITE) for place in (*devices, *shared, *_matplotlib(), *_CACHES, own))
 
 
 def access(settings: Settings, dry_run: bool = False) -> Access | None:
@@ -179,6 +179,21 @@ def access(settings: Settings, dry_run: bool = False) -> Access | None:
         asks=asked and any(":" in name for name in settings.inputs.teacher),
         sealed=seal.sealed_places(getattr(settings.inputs, "data_dir", None)),
     )
+
+
+def _matplotlib() -> list[str]:
+    """The directories that Matplotlib writes to."""
+    if place := os.environ.get(_MATPLOTLIB):
+        return [place]
+    homes = [os.environ.get(f"XDG_{name}_HOME") or f"~/.{name.lower()}" for name in ("CACHE", "CONFIG")]
+    return [os.path.expanduser(os.path.join(home, "matplotlib")) for home in homes]
+
+
+def _writable(place: str) -> bool:
+    """Whether a directory can be written to, made if it is not there."""
+    with contextlib.suppress(OSError):
+        os.makedirs(place, exist_ok=True)
+    return os.path.isdir(place) and os.access(place, os.W_OK)
 
 
 def _is_text(kind: Any) -> bool:

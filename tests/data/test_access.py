@@ -305,6 +305,25 @@ def test_commands_that_need_data_are_not_confined():
 
 
 @needs_landlock
+@pytest.mark.parametrize("home", ["new", "/dev/null"])
+def test_matplotlib_has_where_to_write(here, home):
+    """Also where its user has none of its directories yet, or cannot have them."""
+    draws = """
+from dfkd_cli.data.access import Access
+with Access((), (), "out", False, False, False, ()).confined():
+    import matplotlib, os
+    for place in (matplotlib.get_configdir(), matplotlib.get_cachedir()):
+        open(os.path.join(place, "written"), "w").close()
+"""
+    variables = {name: value for name, value in os.environ.items() if not name.startswith(("XDG_", "MPL"))}
+    done = subprocess.run(
+        [sys.executable, "-c", draws], env=variables | {"HOME": home}, capture_output=True, text=True, check=True
+    )
+    assert done.stderr == "" and not Path("out").exists()
+    assert home != "new" or (Path("new/.cache/matplotlib/written").exists() and Path("new/.config/matplotlib").exists())
+
+
+@needs_landlock
 def test_copies_of_what_lies_at_urls_can_be_read_among_datasets_and_nothing_beside_them(here, monkeypatch):
     place = here / "data" / "urls"
     for name in ("one", "other"):
