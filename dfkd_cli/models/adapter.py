@@ -134,7 +134,7 @@ def _how_logits(output: Any, num_classes: int) -> str:
 def require_gradients(
     net: nn.Module, spec: str, input_size: tuple[int, int, int], looked_into: AbstractContextManager[Any] | None = None
 ) -> Any:
-    """Check that gradients come back through a network to its images (C, H, W).
+    """Check that gradients come back through a network to its images (C, H, W); a warning where they are all 0.
 
     Args:
         net: The network.
@@ -154,13 +154,15 @@ def require_gradients(
             with looked_into or contextlib.nullcontext() as seen:
                 answer = logits_in(net(images)).square().sum()
             # In the same mode: what is checkpointed is computed anew.
-            reached = answer.requires_grad and torch.autograd.grad(answer, images, allow_unused=True)[0] is not None
+            found = torch.autograd.grad(answer, images, allow_unused=True)[0] if answer.requires_grad else None
     except Exception as error:  # foreign code can raise anything
         if "checkpoint" in str(error).lower():
             hint = "switch gradient checkpointing off where it is built"
         raise ArtifactError(f"{spec}: fails where gradients are taken: {str(error)[:200]}", hint) from error
-    if not reached:
+    if found is None:
         raise ArtifactError(f"{spec}: no gradient comes back to its images", hint)
+    if not found.any():
+        LOG.warning("%s: the gradient that comes back to images of noise is 0, and they may stay noise: %s", spec, hint)
     return seen
 
 

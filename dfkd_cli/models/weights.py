@@ -292,16 +292,16 @@ def _place(value: Tensor) -> tuple[Any, ...]:
 
 
 def _check_kinds(state: Mapping[str, Tensor], net: nn.Module, file: Path) -> None:
-    """Refuse what can be no network's weights as it is: sparse, without values, complex, or whole numbers."""
+    """Refuse what can be no network's weights as it is: sparse, without values, or of a kind that would lose some."""
     expected, parameters = state_of(net), dict(net.named_parameters(remove_duplicate=False))
 
-    def fits(value: Tensor, parameter: Tensor | None) -> bool:
-        floating = parameter is None or value.is_floating_point() or not parameter.is_floating_point()
-        return plain(value) and floating and value.is_complex() <= (parameter is not None and parameter.is_complex())
+    def fits(key: str, value: Tensor) -> bool:
+        floating = value.is_floating_point() or key not in parameters or not parameters[key].is_floating_point()
+        return plain(value) and floating and value.is_complex() <= expected[key].is_complex()
 
     odd = [
         f"{key} ({value.device.type}, {value.layout}, {value.dtype})".replace("torch.", "")
-        for key, value in state.items() if key in expected and not fits(value, parameters.get(key))
+        for key, value in state.items() if key in expected and not fits(key, value)
     ]  # fmt: skip
     if odd:
         raise ArtifactError(f"{file}: not weights as they are: {some(odd)}", "save them dense, in floating point")
@@ -340,5 +340,6 @@ def not_finite(state: Mapping[str, Tensor], net: nn.Module) -> list[str]:
         if is_batch_norm(layer):
             vital |= {f"{path}.{name}" if path else name for name, _ in layer.named_buffers(recurse=False)}
             variances.add(f"{path}.running_var" if path else "running_var")
-    bad = [key for key, value in state.items() if key in vital and not value.float().isfinite().all()]
-    return bad + [f"{key} (below 0)" for key, value in state.items() if key in variances and (value < 0).any()]
+    wide = {key: value if value.is_complex() else value.float() for key, value in state.items() if key in vital}
+    bad = [key for key, value in wide.items() if not value.isfinite().all()]
+    return bad + [f"{key} (below 0)" for key, value in wide.items() if key in variances and (value < 0).any()]

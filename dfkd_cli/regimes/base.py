@@ -29,7 +29,7 @@ from dfkd_cli.models.black_box import BlackBox
 from dfkd_cli.models.classifier import Classifier
 from dfkd_cli.objectives.base import Objective
 from dfkd_cli.options import Training
-from dfkd_cli.rounds.learner import Learner
+from dfkd_cli.rounds.learner import Learner, fusible
 from dfkd_cli.seeds import derive, seed_torch
 
 # What may make images that a network cannot learn from.
@@ -250,7 +250,7 @@ class Regime(Learner):
             )
         else:
             cls = {"adam": torch.optim.Adam, "adamw": torch.optim.AdamW}[c.optimizer]
-            optimizer = cls(parameters, c.lr, weight_decay=c.weight_decay, fused=True)
+            optimizer = cls(parameters, c.lr, weight_decay=c.weight_decay, fused=fusible(parameters))
         return [optimizer], [self.schedule(optimizer, *self.span(max(self.steps_before - 1, 0)))]
 
     def schedule(self, optimizer: torch.optim.Optimizer, start: int, stop: int) -> LRScheduler:

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import math
 from abc import ABC, abstractmethod
-from collections.abc import Mapping
+from collections.abc import Iterable, Mapping
 from types import MappingProxyType
 from typing import Any
 
@@ -104,6 +104,11 @@ class Learner(pl.LightningModule, ABC):
 
     def configure_optimizers(self) -> Any:
         """No optimiser that outlives a round, unless a subclass has one."""
+
+
+def fusible(parameters: Iterable[Tensor]) -> bool:
+    """Whether one kernel of Adam's can take them all: it knows no complex numbers."""
+    return not any(map(torch.is_complex, parameters))
 
 
 def weighted_sum(terms: Mapping[str, Tensor], weights: Any) -> Tensor:

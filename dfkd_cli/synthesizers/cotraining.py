@@ -23,7 +23,7 @@ from dfkd_cli.models.quantized import follow_ranges
 from dfkd_cli.objectives.base import Outputs, ask
 from dfkd_cli.objectives.response import soft_loss
 from dfkd_cli.options import measured_at_once
-from dfkd_cli.rounds.learner import weighted_sum
+from dfkd_cli.rounds.learner import fusible, weighted_sum
 from dfkd_cli.seeds import derive, seed_torch
 from dfkd_cli.synthesis_options import CoTraining, PoolTraining
 from dfkd_cli.synthesizers.base import SynthesisTask, Synthesizer
@@ -90,7 +90,8 @@ class CoTrainer(Synthesizer):
             optimizer = torch.optim.SGD(parameters, c.student_lr, momentum=0.9, weight_decay=c.student_weight_decay)
         else:
             decay = c.student_weight_decay
-            optimizer = torch.optim.Adam(parameters, c.student_lr, weight_decay=decay, fused=self.can_fuse)
+            fused = self.can_fuse and fusible(parameters)
+            optimizer = torch.optim.Adam(parameters, c.student_lr, weight_decay=decay, fused=fused)
         return [(optimizer, CosineAnnealingLR(optimizer, T_max=max(self.student_steps, 1)))]
 
     def configure_optimizers(self) -> Any:

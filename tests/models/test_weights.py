@@ -507,6 +507,37 @@ def test_tensors_that_are_no_weights_as_they_are(tmp_path, change, words):
         load_weights(Watching(), tmp_path / "w")
 
 
+class Wave(nn.BatchNorm1d):
+    """Has complex numbers that it learns and others that it keeps."""
+
+    def __init__(self) -> None:
+        super().__init__(2)
+        self.gain = nn.Parameter(torch.complex(torch.rand(2), torch.rand(2)))
+        self.register_buffer("band", torch.complex(torch.rand(2), torch.rand(2)))
+
+
+def test_complex_numbers_are_weights_where_the_network_has_them(tmp_path, recwarn):
+    net, other = Wave(), Wave()
+    save_weights(tmp_path / "w", net)
+    load_weights(other, tmp_path / "w")
+    assert torch.equal(net.gain, other.gain) and torch.equal(net.band, other.band)
+    torch.save(net.state_dict() | {"gain": torch.complex(torch.ones(2), torch.full((2,), torch.nan))}, tmp_path / "w")
+    with pytest.raises(ArtifactError, match="not finite: gain"):
+        load_weights(other, tmp_path / "w")
+    assert not recwarn.list
+
+
+@pytest.mark.parametrize("dtype", [torch.float8_e4m3fn, torch.float8_e5m2])
+def test_floats_of_eight_bits_are_weights(tmp_path, dtype):
+    net, state = Watching(), {key: value.to(dtype) for key, value in Watching().state_dict().items()}
+    torch.save(state, tmp_path / "w")
+    load_weights(net, tmp_path / "w")
+    assert torch.equal(net[0].weight, state["0.weight"].float())
+    torch.save(state | {"1.running_var": torch.full((2,), -1.0).to(dtype)}, tmp_path / "w")
+    with pytest.raises(ArtifactError, match=r"1\.running_var \(below 0\)"):
+        load_weights(net, tmp_path / "w")
+
+
 def test_floats_of_other_widths_are_weights(tmp_path):
     state = {
         key: value.bfloat16() if "weight" in key else value.double() for key, value in Watching().state_dict().items()

@@ -68,6 +68,17 @@ class Frozen(Net):
 
 frozen_answers = lambda: Frozen()
 
+class Filtered(nn.Module):
+    def __init__(self):
+        super().__init__()
+        self.gain = nn.Parameter(torch.ones(32, 17, dtype=torch.complex64))
+        self.register_buffer("band", torch.ones(32, 17, dtype=torch.complex64))
+    def forward(self, x):
+        return torch.fft.irfft2(torch.fft.rfft2(x) * self.gain * self.band, s=x.shape[2:])
+
+filtered = lambda: nn.Sequential(Filtered(), Net())
+rounded = lambda: Net(start=lambda x: (x * 255).round() / 255)
+
 scripted = lambda: nn.Sequential(torch.jit.script(nn.Sequential(nn.Flatten(), nn.Linear(1024, 10))))
 deep = lambda: nn.Sequential(nn.Flatten(), nn.Linear(1024, 10), nn.BatchNorm1d(10))
 """
@@ -102,6 +113,24 @@ def test_a_users_network_teaches_through_the_whole_pipeline(here, cli, name):
     code, _, err = cli("distill", *teacher(name), *student)
     assert code == 0, err
     assert json.loads(Path("student/run.json").read_text())["status"] == "done"
+
+
+@pytest.mark.parametrize("optimizer", ["adam", "sgd"])
+def test_a_network_of_complex_numbers_learns_and_teaches(here, cli, optimizer):
+    """What was trained can be read: numbers that a buffer holds may be complex as those of a parameter."""
+    student = ["--student", "net.py:filtered", "--transfer-set", "noise:8", "--steps", "2", "--batch-size", "4"]
+    code, _, err = cli("distill", *teacher("plain"), *student, "--optimizer", optimizer)
+    assert code == 0, err
+    code, _, err = cli("synthesize", "--method", "zskd", "--teacher", "student", "--allow-code", *SMALL)
+    assert (code, "UserWarning" in err) == (0, False), err
+
+
+@pytest.mark.parametrize(("name", "said"), [("rounded", True), ("plain", False)])
+@pytest.mark.parametrize("mode", [[], ["--dry-run"]])
+def test_a_gradient_of_nothing_but_zeros_is_said(here, cli, name, said, mode):
+    """The images stay the noise that they began as."""
+    code, _, err = cli("synthesize", "--method", "class-impressions", *teacher(name), *SMALL, *mode)
+    assert (code, f"net.py:{name}: the gradient that comes back to images of noise is 0" in err) == (0, said), err
 
 
 def test_a_network_whose_values_must_lie_contiguously(here, cli):
