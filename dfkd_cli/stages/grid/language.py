@@ -85,7 +85,7 @@ _OWN = (
     "deadline",
     "threads",
 )  # what the grid itself decides for every command
-_NAME = re.compile(r"[A-Za-z0-9][A-Za-z0-9._-]*")
+_NAME = re.compile(r"[A-Za-z0-9][A-Za-z0-9._-]{0,199}")
 _Section = tuple[str, Any]  # where settings stand in the recipe, for messages, and what stands there
 
 
@@ -162,7 +162,7 @@ def _named(value: Any, where: str) -> Mapping[str, Any]:
     """A mapping from names that can be those of directories beside teacher and metadata."""
     for name in mapping(value, where):
         if not _NAME.fullmatch(name) or name in ("teacher", "metadata"):
-            hint = "letters, digits, . _ -; not `teacher`, not `metadata`"
+            hint = "at most 200 letters, digits, . _ -; not `teacher`, not `metadata`"
             raise ConfigError(f"{where}.{name}: not a name for a row or a teacher", hint)
     return mapping(value, where)
 

@@ -114,6 +114,7 @@ def test_a_typed_teacher_is_not_one_of_several(here, cli):
         ("{shards: zskd,", "{", "nothing to distill from"),
         ("distill: {temperature", "distil: {temperature", "did you mean 'distill'"),
         ("zskd-hot: {", "../zskd: {", "not a name for a row"),
+        ("zskd-hot: {", f"{'z' * 201}: {{", "at most 200 letters"),
         ("sizes: [6, 4]", "sizes: [9, 4]", "row growing: a student from 9 images, of 8"),
         ("{num_images: 8}", "{num_images: 8, out: x}", "grid.synthesize.out"),
         ("{num_images: 8}", "[8]", "grid.synthesize: must be a mapping"),
