@@ -14,11 +14,12 @@ There is no list to edit elsewhere. Whoever asks about commands asks :func:`comm
 
 from __future__ import annotations
 
+import contextlib
 import dataclasses
 import functools
 import importlib
 import re
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -91,7 +92,9 @@ class Command:
     @property
     def inputs(self) -> type:
         """The configuration class of what the command reads and how."""
-        return _heads()[self.name].value("Inputs")
+        head = _heads()[self.name]
+        with _reading(head.path):
+            return head.value("Inputs")
 
     def data_free(self, inputs: Any) -> bool:
         """Whether no dataset may be opened with these inputs: as ``data_free`` in the file says, which few have."""
@@ -109,7 +112,8 @@ def commands() -> dict[str, Command]:
     records = []
     for name, head in _heads().items():
         text = "\n\n".join(" ".join(paragraph.split()) for paragraph in head.doc.split("\n\n"))
-        records.append(dataclasses.replace(head.value("COMMAND"), name=name, help=text))
+        with _reading(head.path):
+            records.append(dataclasses.replace(head.value("COMMAND"), name=name, help=text))
     return {record.name: record for record in sorted(records, key=lambda record: record.position)}
 
 
@@ -123,6 +127,16 @@ def _heads() -> dict[str, Module]:
     """The heads of the files of commands, by the commands' names."""
     texts = {path: path.read_text(encoding="utf-8") for path in sorted((PACKAGE / "stages").glob("*.py"))}
     return {_public(path): Module(path, head.group()) for path, text in texts.items() if (head := _HEAD.match(text))}
+
+
+@contextlib.contextmanager
+def _reading(path: Path) -> Iterator[None]:
+    """Say which file it is that cannot be read, also to who uses another one."""
+    try:
+        yield
+    except Exception as error:
+        what = f"{path.name}: {str(error).removeprefix(f'{path}: ')}"
+        raise ConfigError(what, "mend this file of dfkd_cli; --debug shows where") from error
 
 
 def _public(path: Path) -> str:
@@ -163,11 +177,22 @@ def _item(name: str, kind: str, summary: str, paper: str = "", needs: Sequence[s
     return {"name": name, "kind": kind, "needs": list(needs), "paper": paper, "summary": summary}
 
 
+NEEDS = {  # what methods of each package can need
+    "synthesizers": {"attention", "batchnorm", "metadata", "student"},
+    "objectives": {"batchnorm", "labels", "logits", "targets"},
+    "regimes": {"answers", "labels", "network", "objective", "teacher"},
+}
+
+
 @functools.cache
 def entries(package: str) -> dict[str, Entry]:
     """Every method of a package, by public name."""
-    candidates = (_read(path, package) for path in sorted((PACKAGE / package).glob("*.py")))
-    return {entry.name: entry for entry in candidates if entry is not None}
+    found = {}
+    for path in sorted((PACKAGE / package).glob("*.py")):
+        with _reading(path):
+            if entry := _read(path, package):
+                found[entry.name] = entry
+    return found
 
 
 def find(package: str, name: str, what: str) -> Entry:
@@ -187,11 +212,14 @@ def _read(path: Path, package: str) -> Entry | None:
     if not workers:
         raise TypeError(f"{path}: no class in it has a literal `kind`, or a base of the package that has one")
     traits: Any = module.traits(worker := workers[-1])
+    needs, words = getattr(traits, "needs", ()), NEEDS[package]
+    if not isinstance(needs, tuple) or not words.issuperset(needs):
+        raise TypeError(f"{path}: {worker}.needs is {needs!r}, and no tuple of {', '.join(sorted(words))}")
     return Entry(
         name=_public(path),
         package=package,
         kind=traits.kind,
-        needs=tuple(getattr(traits, "needs", ())),
+        needs=needs,
         paper=_paper(module.doc),
         summary=_summary(module.doc),
         doc=module.doc,

@@ -85,8 +85,13 @@ class Module:
         literals: dict[str, Any] = {}
         for attribute in statement.body:
             if isinstance(attribute, (ast.Assign, ast.AnnAssign)) and attribute.value is not None:
-                with contextlib.suppress(ValueError):
-                    literals |= dict.fromkeys(_bound(attribute), ast.literal_eval(attribute.value))
+                bound = set(_bound(attribute))
+                try:
+                    literals |= dict.fromkeys(bound, ast.literal_eval(attribute.value))
+                except ValueError:
+                    if traits := bound & {"kind", "needs"}:
+                        what = f"{name}.{traits.pop()} is read as it is written"
+                        raise TypeError(f"{self.path}: {what}: as a literal") from None
         return type(name, tuple(base for base in bases if base is not object), literals)
 
     def _base(self, node: ast.expr) -> type:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import re
 import shutil
 import sys
 from collections.abc import Callable
@@ -15,6 +16,7 @@ from pipeline import run_in_turn
 import dfkd_cli
 from dfkd_cli import catalog
 from dfkd_cli.config import defaults, hints, options
+from dfkd_cli.errors import ConfigError
 from dfkd_cli.unimported import Module
 
 METHODS = [
@@ -37,18 +39,6 @@ def test_a_method_is_what_its_text_says(entry):
     assert (entry.kind, entry.needs) == (worker.kind, worker.needs)
     assert entry.weight == getattr(worker, "default_weight", 1.0)
     assert alike(entry.config, sys.modules[worker.__module__].Config)
-
-
-NEEDS = {
-    "synthesizers": {"attention", "batchnorm", "metadata", "student"},
-    "objectives": {"batchnorm", "labels", "logits", "targets"},
-    "regimes": {"answers", "labels", "network", "objective", "teacher"},
-}
-
-
-@pytest.mark.parametrize("entry", METHODS, ids=lambda entry: entry.name)
-def test_a_method_needs_what_is_looked_for(entry):
-    assert NEEDS[entry.package].issuperset(entry.needs)
 
 
 @pytest.mark.parametrize("command", catalog.commands().values(), ids=lambda command: command.name)
@@ -101,7 +91,8 @@ def test_traits_are_inherited_as_python_inherits_them():
     assert (inherited.kind, inherited.needs, inherited.scaled) == ("images", ("batchnorm",), True)
     assert module.traits("Restated").needs == ("batchnorm", "student")
     assert (mixed.kind, mixed.needs) == ("own", ("batchnorm",))
-    assert module.traits("Computed").kind == "own"
+    with pytest.raises(TypeError, match=r"Computed\.kind is read as it is written"):
+        module.traits("Computed")
     assert module.traits("Qualified").kind == "images"
     assert module.traits("Dotted").needs == module.traits("PoolTrainer").needs == ("student",)
     assert module.traits("nn") is module.traits("torch") is module.traits("absent") is object
@@ -141,9 +132,37 @@ def test_what_cannot_be_read_is_said_with_its_place(tmp_path):
     assert (caught.value.filename, caught.value.lineno) == (str(broken), 1)
     with pytest.raises(NameError, match=r"unbased.py: 'Config' draws on 'torch', which only importing"):
         Module(unbased, "import torch\nclass Config(torch.nn.Module): pass").value("Config")
-    unbased.write_text("class Config: pass\nclass Worker: pass\n")
-    with pytest.raises(TypeError, match=r"unbased.py: no class in it has a literal `kind`"):
-        catalog._read(unbased, "synthesizers")
+
+
+@pytest.mark.parametrize(
+    ("text", "words"),
+    [
+        ("class Config(:", "invalid syntax"),
+        ("class Config: pass\nclass Worker: pass", "no class in it has a literal `kind`"),
+        (
+            "import torch\nclass Config(torch.nn.Module): pass\nclass Worker: kind = 'images'",
+            "'Config' draws on 'torch'",
+        ),
+        (
+            "class Config: pass\nclass Worker:\n kind = 'images'\n needs = 'batchnorm'",
+            "Worker.needs is 'batchnorm', and",
+        ),
+        (
+            "class Config: pass\nclass Worker:\n kind = 'images'\n needs = ('bachnorm',)",
+            "Worker.needs is ('bachnorm',), and no tuple",
+        ),
+        (
+            "class Config: pass\nclass Worker:\n kind = 'images'\n needs = (*A, 'student')",
+            "Worker.needs is read as it is",
+        ),
+    ],
+)
+def test_a_file_that_cannot_be_read_is_named_also_to_who_wants_another(text, words, tmp_path, monkeypatch):
+    (tmp_path / "synthesizers").mkdir()
+    (tmp_path / "synthesizers" / "broken.py").write_text(text)
+    monkeypatch.setattr(catalog, "PACKAGE", tmp_path)
+    with pytest.raises(ConfigError, match=rf"^broken\.py: {re.escape(words)}"):
+        catalog.entries.__wrapped__("synthesizers")
 
 
 # -- one new file ------------------------------------------------------------------------------------------------------

@@ -34,7 +34,8 @@ def linear_teacher(
 
 def teacher_spec(entry: catalog.Entry, other: str = "lenet5") -> str:
     """A model SPEC that has what a method needs of its teacher."""
-    return {"attention": "vit-1-32", "batchnorm": "resnet8"}.get(next(iter(entry.needs), ""), other)
+    with_it = {"attention": "vit-1-32", "batchnorm": "resnet8"}
+    return next((with_it[need] for need in entry.needs if need in with_it), other)
 
 
 def synthesizer(

@@ -110,4 +110,7 @@ def _metavar(kind: Any) -> str:
         return f"{item} ..." if args[-1] is Ellipsis else " ".join([item] * len(args))
     if origin is typing.Literal:
         return "|".join(map(str, args))
-    return {int: "INT", float: "FLOAT", str: "TEXT"}[kind]
+    words = {int: "INT", float: "FLOAT", str: "TEXT"}
+    if kind not in words:
+        raise TypeError(f"{kind}: an option is a number, bool, str, Literal, a tuple of these, or one of them | None")
+    return words[kind]

@@ -200,8 +200,8 @@ class PairwiseObjective(FeatureObjective):
 
     def forward(self, student: Outputs, teacher: Outputs, images: Images) -> dict[str, Tensor]:
         terms = [self.compare(index, *pair) for index, pair in enumerate(self.features(student, teacher))]
-        return {name: torch.stack([pair[name] for pair in terms]).sum() for name in terms[0]}
+        return {name: torch.stack([pair[name] for pair in terms]).sum(0) for name in terms[0]}
 
     @abstractmethod
     def compare(self, index: int, student: Tensor, teacher: Tensor) -> dict[str, Tensor]:
-        """The terms of pair ``index``, whose features are (B, ...)."""
+        """The terms, 0-d, of pair ``index``, whose features are (B, ...)."""

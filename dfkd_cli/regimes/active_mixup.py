@@ -35,7 +35,7 @@ from torch import Tensor
 from dfkd_cli.config import option
 from dfkd_cli.data.sources import Images, Source, concatenated
 from dfkd_cli.errors import ConfigError
-from dfkd_cli.regimes.base import STEPS_PER_ROUND, Task, length
+from dfkd_cli.regimes.base import Task, length
 from dfkd_cli.regimes.offline import Offline
 from dfkd_cli.seeds import derive
 
@@ -79,7 +79,6 @@ class ActiveMixup(Offline):
         lengths = [length(task.training, size)[1] for size in self.sizes]
         self.starts = [0, *itertools.accumulate(lengths)]
         self.steps = self.starts[-1]
-        self.rounds = -(-self.steps // STEPS_PER_ROUND)
         self.start = {name: value.clone() for name, value in self.student.state_dict().items()}
         self.recorded: list[tuple[Tensor, Tensor]] = []
 

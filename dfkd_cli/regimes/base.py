@@ -119,7 +119,6 @@ class Regime(Learner):
             what = f"--accumulate {task.training.accumulate}: a batch has {batch} images, each pass at least one"
             raise ConfigError(what, "raise --batch-size, or lower --accumulate")
         _, self.steps = length(task.training, len(self.train_source))
-        self.rounds = -(-self.steps // STEPS_PER_ROUND)
         if isinstance(box := self.teacher, BlackBox) and self.queries > (box.ledger.budget or self.queries):
             raise ConfigError(
                 f"--queries {box.ledger.budget}: {self.queries:,} images are to be asked about",
@@ -130,6 +129,11 @@ class Regime(Learner):
     def queries(self) -> int:
         """How many images a black box is asked about at most: by the method, or to measure agreement."""
         return len(self.source)
+
+    @property
+    def rounds(self) -> int:  # type: ignore[override]  # which others set
+        """One for each stretch of steps."""
+        return -(-self.steps // STEPS_PER_ROUND)
 
     def done(self, rounds: int) -> int:
         return min(rounds * STEPS_PER_ROUND, self.steps)

@@ -36,7 +36,7 @@ from dfkd_cli.data.batches import Batches
 from dfkd_cli.data.sources import Images, Source
 from dfkd_cli.errors import ConfigError
 from dfkd_cli.objectives.base import Outputs, everywhere
-from dfkd_cli.regimes.base import STEPS_PER_ROUND, Task, length
+from dfkd_cli.regimes.base import Task, length
 from dfkd_cli.regimes.offline import Offline
 
 EXPONENT = 0.03
@@ -81,7 +81,6 @@ class Condensation(Offline):
         if len(self.per_epoch) <= config.period:
             self.note = f"kcd: images are ranked every {config.period} epochs, and it learns for {len(self.per_epoch)}"
         self.steps = self.starts[-1] if training.steps is None else training.steps
-        self.rounds = -(-self.steps // STEPS_PER_ROUND)
         self.recorded: dict[str, Any] | None = None
 
     @functools.cached_property

@@ -112,5 +112,7 @@ def fusible(parameters: Iterable[Tensor]) -> bool:
 
 
 def weighted_sum(terms: Mapping[str, Tensor], weights: Any) -> Tensor:
-    """The terms times the attributes of the same names, summed."""
+    """The terms, 0-d, times the attributes of the same names, summed."""
+    if several := [name for name, term in terms.items() if term.ndim]:
+        raise TypeError(f"{', '.join(several)}: a term is 0-d, and not of shape {tuple(terms[several[0]].shape)}")
     return torch.stack([getattr(weights, name) * term for name, term in terms.items()]).sum()

@@ -173,6 +173,7 @@ class Synthesizer(Learner):
         for first in range(start, stop, batch):
             seed_torch(self.device, "shard", self.seed, first // batch)
             impressions = self.make(first, count := min(batch, stop - first))
+            self._check_shapes(impressions, count)
             self.check_finite(impressions.terms, shard)
             tensors, costs = self._stored(impressions, shard)
             parts.append(tensors)
@@ -196,6 +197,14 @@ class Synthesizer(Learner):
         """The images of a shard."""
         size = self.config.of_a_shard
         return min(size, self.num_images - shard * size)
+
+    def _check_shapes(self, impressions: Impressions, count: int) -> None:
+        """Whether a method made what it was asked for."""
+        info, targets = self.teacher.info, impressions.targets
+        made = [tuple(impressions.pixels.shape), *([] if targets is None else [tuple(targets.shape)])]
+        wanted = [(count, *info.input_size), (count, info.num_classes)][: len(made)]
+        if made != wanted:
+            raise TypeError(f"{type(self).__name__}.make gives images and targets of {made} where {wanted} are due")
 
     @torch.no_grad()
     def _stored(self, impressions: Impressions, shard: int) -> tuple[dict[str, Tensor], dict[str, Tensor]]:

@@ -14,7 +14,7 @@ import numpy as np
 import oracles
 import pytest
 import torch
-from stand_ins import Given, work
+from stand_ins import Given, check_interruption, work
 from tiny_regimes import CLASSES, REGIMES, inputs, linear, network, pixels, regime, response
 from torch import Tensor, nn
 
@@ -500,6 +500,28 @@ def regimes_of_recipes() -> set[str]:
 @pytest.mark.parametrize("name", REGIMES)
 def test_every_regime_has_a_recipe(name):
     assert name in regimes_of_recipes()
+
+
+@pytest.mark.parametrize("name", REGIMES)
+def test_a_regime_that_is_stopped_goes_on_as_if_it_had_not_been(name, tmp_path, monkeypatch, make_teacher):
+    """All that it has learned is in its state, chance is its step's alone, and its teacher stays as it is."""
+    monkeypatch.setattr(base, "STEPS_PER_ROUND", 3)
+    values = {"method": name, "teacher": [str(make_teacher("lenet5"))], "transfer_set": ["noise:24"]}
+    values |= {"steps": 9, "batch_size": 4, "holdout": 0.2, "device": "cpu"}
+    if "answers" in REGIMES[name].needs:
+        values["answers"] = "label"
+    settings = resolve("distill", [("", values)])
+
+    def run(directory, *callbacks):
+        with opened(settings) as job:
+            learner = settings.method.entry.load()(job.task(settings), settings.method.config)
+            before = copy.deepcopy(job.teacher.classifier.state_dict())
+            work(learner, directory, *callbacks)
+            after = job.teacher.classifier.state_dict()
+            assert all(torch.equal(value, after[key]) for key, value in before.items())
+        return learner
+
+    check_interruption(run, tmp_path)
 
 
 @pytest.mark.parametrize("name", [name for name, entry in REGIMES.items() if "teacher" in entry.needs])
