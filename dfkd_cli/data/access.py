@@ -45,7 +45,7 @@ Rule = tuple[str, int]
 _SYSTEM = ("/usr", "/bin", "/sbin", "/lib", "/lib32", "/lib64", "/etc", "/proc", "/sys", "/nix/store")
 _DEVICES = ("null", "zero", "full", "random", "urandom", "tty", "ptmx", "pts", "nvidia*", "dri", "kfd", "dxg")
 _CACHES = ("~/.nv", "/tmp/nvidia-mps")
-_MATPLOTLIB = "MPLCONFIGDIR"  # where Matplotlib, which torchmetrics imports, writes what it finds of fonts
+_MATPLOTLIB, _CACHE = "MPLCONFIGDIR", "XDG_CACHE_HOME"
 _SUFFIXES = tuple(importlib.machinery.all_suffixes())
 
 
@@ -111,8 +111,8 @@ class Access:
         scratch.mkdir(exist_ok=True)
         scratch = Path(tempfile.mkdtemp(dir=scratch))  # a process that is refused the output does not take this one's
         tempfile.tempdir = os.environ["TMPDIR"] = str(scratch)
-        if not all(map(_writable, _matplotlib())):  # it would make a directory beyond our life, with a warning
-            os.environ[_MATPLOTLIB] = str(scratch)
+        if not all(map(_writable, _of_fonts())):  # libraries would warn, and leave behind what cannot be removed
+            os.environ |= dict.fromkeys((_MATPLOTLIB, _CACHE), str(scratch))
         rules = [*self._readable(), *looked_at, (str(output), WRITE)]
         rules += [(str(place.parent), REMOVE_DIR) for place in made[-1:]]
         _drop_open_files()
@@ -148,7 +148,7 @@ class Access:
         devices = [str(path) for name in _DEVICES for path in Path("/dev").glob(name)]
         shared = ["/dev/shm"] if self.processes else []
         own = os.path.realpath("/proc/self")  # where threads write their names
-        yield from ((os.path.expanduser(place), WRITE) for place in (*devices, *shared, *_matplotlib(), *_CACHES, own))
+        yield from ((os.path.expanduser(place), WRITE) for place in (*devices, *shared, *_of_fonts(), *_CACHES, own))
 
 
 def access(settings: Settings, dry_run: bool = False) -> Access | None:
@@ -181,16 +181,19 @@ def access(settings: Settings, dry_run: bool = False) -> Access | None:
     )
 
 
-def _matplotlib() -> list[str]:
-    """The directories that Matplotlib writes to."""
-    if place := os.environ.get(_MATPLOTLIB):
-        return [place]
-    homes = [os.environ.get(f"XDG_{name}_HOME") or f"~/.{name.lower()}" for name in ("CACHE", "CONFIG")]
-    return [os.path.expanduser(os.path.join(home, "matplotlib")) for home in homes]
+def _of_fonts() -> list[str]:
+    """Where Matplotlib, which torchmetrics imports, and fontconfig, which that asks, write what they find of fonts."""
+    cache = os.path.expanduser(os.environ.get(_CACHE) or "~/.cache")
+    config = os.path.expanduser(os.environ.get("XDG_CONFIG_HOME") or "~/.config")
+    own = os.environ.get(_MATPLOTLIB)
+    places = [own] if own else [os.path.join(home, "matplotlib") for home in (cache, config)]
+    return [os.path.join(cache, "fontconfig"), *places]
 
 
 def _writable(place: str) -> bool:
-    """Whether a directory can be written to, made if it is not there."""
+    """Whether a directory can be written to, made if it is not there; one below ~ of who has no home cannot."""
+    if not os.path.isabs(place):
+        return False
     with contextlib.suppress(OSError):
         os.makedirs(place, exist_ok=True)
     return os.path.isdir(place) and os.access(place, os.W_OK)

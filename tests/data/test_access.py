@@ -305,21 +305,22 @@ def test_commands_that_need_data_are_not_confined():
 
 
 @needs_landlock
-@pytest.mark.parametrize("home", ["new", "/dev/null"])
-def test_matplotlib_has_where_to_write(here, home):
-    """Also where its user has none of its directories yet, or cannot have them."""
+@pytest.mark.parametrize("home", ["new", "/dev/null", "~"])
+def test_libraries_have_where_to_write_about_fonts(here, home):
+    """Also where the user has none of their directories yet, or cannot have them."""
     draws = """
 from dfkd_cli.data.access import Access
 with Access((), (), "out", False, False, False, ()).confined():
     import matplotlib, os
-    for place in (matplotlib.get_configdir(), matplotlib.get_cachedir()):
+    fontconfig = os.path.expanduser(os.path.join(os.environ.get("XDG_CACHE_HOME", "~/.cache"), "fontconfig"))
+    os.makedirs(fontconfig, exist_ok=True)
+    for place in (fontconfig, matplotlib.get_configdir(), matplotlib.get_cachedir()):
         open(os.path.join(place, "written"), "w").close()
 """
     variables = {name: value for name, value in os.environ.items() if not name.startswith(("XDG_", "MPL"))}
-    done = subprocess.run(
-        [sys.executable, "-c", draws], env=variables | {"HOME": home}, capture_output=True, text=True, check=True
-    )
-    assert done.stderr == "" and not Path("out").exists()
+    variables["HOME"] = str(here / "new") if home == "new" else home  # ~ stays ~ for who has no home
+    done = subprocess.run([sys.executable, "-c", draws], env=variables, capture_output=True, text=True, check=True)
+    assert done.stderr == "" and not Path("out").exists() and not Path("~").exists()
     assert home != "new" or (Path("new/.cache/matplotlib/written").exists() and Path("new/.config/matplotlib").exists())
 
 
