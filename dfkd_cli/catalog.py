@@ -125,8 +125,12 @@ def command(name: str) -> Command:
 @functools.cache
 def _heads() -> dict[str, Module]:
     """The heads of the files of commands, by the commands' names."""
-    texts = {path: path.read_text(encoding="utf-8") for path in sorted((PACKAGE / "stages").glob("*.py"))}
-    return {_public(path): Module(path, head.group()) for path, text in texts.items() if (head := _HEAD.match(text))}
+    heads = {}
+    for path in sorted((PACKAGE / "stages").glob("*.py")):
+        if head := _HEAD.match(path.read_text(encoding="utf-8")):
+            with _reading(path):
+                heads[_public(path)] = Module(path, head.group())
+    return heads
 
 
 @contextlib.contextmanager
@@ -135,8 +139,8 @@ def _reading(path: Path) -> Iterator[None]:
     try:
         yield
     except Exception as error:
-        what = f"{path.name}: {str(error).removeprefix(f'{path}: ')}"
-        raise ConfigError(what, "mend this file of dfkd_cli; --debug shows where") from error
+        what = f"reading {path.relative_to(PACKAGE)}: {str(error).removeprefix(f'{path}: ')}"
+        raise ConfigError(what, "mend this file of the package; DFKD_DEBUG=1 shows where") from error
 
 
 def _public(path: Path) -> str:
@@ -215,6 +219,8 @@ def _read(path: Path, package: str) -> Entry | None:
     needs, words = getattr(traits, "needs", ()), NEEDS[package]
     if not isinstance(needs, tuple) or not words.issuperset(needs):
         raise TypeError(f"{path}: {worker}.needs is {needs!r}, and no tuple of {', '.join(sorted(words))}")
+    if computed := sorted(module.computed(worker) & {"kind", "needs", "default_weight"}):
+        raise TypeError(f"{path}: write {', '.join(computed)} of {worker} as literals: they are read without being run")
     return Entry(
         name=_public(path),
         package=package,
@@ -243,10 +249,11 @@ def models() -> list[dict[str, Any]]:
     """The built-in architectures: every file in ``models/`` with ``NAMES`` is a family."""
     items = []
     for path in sorted((PACKAGE / "models").glob("*.py")):
-        module = read(path)
-        if "NAMES" in module.names:
-            about = _public(path), _summary(module.doc), _paper(module.doc)
-            items += [_item(name, *about) for name in module.value("NAMES")]
+        with _reading(path):
+            module = read(path)
+            if "NAMES" in module.names:
+                about = _public(path), _summary(module.doc), _paper(module.doc)
+                items += [_item(name, *about) for name in module.value("NAMES")]
     return items
 
 

@@ -90,9 +90,9 @@ def machine_can_fail(lower: str = "--batch-size") -> Iterator[None]:
             raise RunFailed("out of memory", f"lower {lower}; what was finished is kept") from None
         raise
     except ImportError as error:
-        if "failed to map segment" in str(error):  # ulimit -v
-            hint = "raise the limit of the address space (ulimit -v), or use a machine with more memory"
-            raise RunFailed("out of memory while libraries are loaded", hint) from None
+        if "failed to map segment" in str(error):
+            hint = "raise the limit of the address space (ulimit -v), or mount where it lies without noexec"
+            raise RunFailed(f"a library cannot be loaded: {error}", hint) from None
         raise
     except OSError as error:
         if error.errno is None:  # not the system's

@@ -82,17 +82,13 @@ class Module:
         if not isinstance(statement, ast.ClassDef):
             return object
         bases = [self._base(node) for node in statement.bases]
-        literals: dict[str, Any] = {}
-        for attribute in statement.body:
-            if isinstance(attribute, (ast.Assign, ast.AnnAssign)) and attribute.value is not None:
-                bound = set(_bound(attribute))
-                try:
-                    literals |= dict.fromkeys(bound, ast.literal_eval(attribute.value))
-                except ValueError:
-                    if traits := bound & {"kind", "needs"}:
-                        what = f"{name}.{traits.pop()} is read as it is written"
-                        raise TypeError(f"{self.path}: {what}: as a literal") from None
+        literals, _ = _attributes(statement)
         return type(name, tuple(base for base in bases if base is not object), literals)
+
+    def computed(self, name: str) -> set[str]:
+        """The attributes that a class of the module itself gives, and not as literals."""
+        statement = self.names[name]
+        return _attributes(statement)[1] if isinstance(statement, ast.ClassDef) else set()
 
     def _base(self, node: ast.expr) -> type:
         """A base class, written as its name or as ``module.name``."""
@@ -110,6 +106,19 @@ class Module:
 def read(path: Path) -> Module:
     """The module in a file."""
     return Module(path, path.read_text(encoding="utf-8"))
+
+
+def _attributes(statement: ast.ClassDef) -> tuple[dict[str, Any], set[str]]:
+    """What a class assigns: literals by name, and the names of all else."""
+    literals, others = dict[str, Any](), set[str]()
+    for attribute in statement.body:
+        if isinstance(attribute, (ast.Assign, ast.AnnAssign)) and attribute.value is not None:
+            names = list(_bound(attribute))
+            try:
+                literals |= dict.fromkeys(names, ast.literal_eval(attribute.value))
+            except (ValueError, TypeError):
+                others |= {*names}
+    return literals, others
 
 
 def _source(statement: ast.ImportFrom) -> Module | None:

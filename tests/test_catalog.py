@@ -91,8 +91,8 @@ def test_traits_are_inherited_as_python_inherits_them():
     assert (inherited.kind, inherited.needs, inherited.scaled) == ("images", ("batchnorm",), True)
     assert module.traits("Restated").needs == ("batchnorm", "student")
     assert (mixed.kind, mixed.needs) == ("own", ("batchnorm",))
-    with pytest.raises(TypeError, match=r"Computed\.kind is read as it is written"):
-        module.traits("Computed")
+    assert module.traits("Computed").kind == "own"
+    assert module.computed("Computed") == {"kind"} and module.computed("Own") == set()
     assert module.traits("Qualified").kind == "images"
     assert module.traits("Dotted").needs == module.traits("PoolTrainer").needs == ("student",)
     assert module.traits("nn") is module.traits("torch") is module.traits("absent") is object
@@ -134,34 +134,26 @@ def test_what_cannot_be_read_is_said_with_its_place(tmp_path):
         Module(unbased, "import torch\nclass Config(torch.nn.Module): pass").value("Config")
 
 
+WORKER = "class Config: pass\nclass Worker:\n kind = 'images'\n "
+
+
 @pytest.mark.parametrize(
     ("text", "words"),
     [
         ("class Config(:", "invalid syntax"),
         ("class Config: pass\nclass Worker: pass", "no class in it has a literal `kind`"),
-        (
-            "import torch\nclass Config(torch.nn.Module): pass\nclass Worker: kind = 'images'",
-            "'Config' draws on 'torch'",
-        ),
-        (
-            "class Config: pass\nclass Worker:\n kind = 'images'\n needs = 'batchnorm'",
-            "Worker.needs is 'batchnorm', and",
-        ),
-        (
-            "class Config: pass\nclass Worker:\n kind = 'images'\n needs = ('bachnorm',)",
-            "Worker.needs is ('bachnorm',), and no tuple",
-        ),
-        (
-            "class Config: pass\nclass Worker:\n kind = 'images'\n needs = (*A, 'student')",
-            "Worker.needs is read as it is",
-        ),
+        ("import torch\nclass Config(torch.nn.Module): pass\nclass Worker: kind = 'images'", "'Config' draws on"),
+        (WORKER + "needs = 'batchnorm'", "Worker.needs is 'batchnorm', and no tuple"),
+        (WORKER + "needs = ('bachnorm',)", "Worker.needs is ('bachnorm',), and no tuple"),
+        (WORKER + "needs = (*A, 'student')", "write needs of Worker as literals"),
+        (WORKER + "default_weight = 2000.0 / 2", "write default_weight of Worker as literals"),
     ],
 )
 def test_a_file_that_cannot_be_read_is_named_also_to_who_wants_another(text, words, tmp_path, monkeypatch):
     (tmp_path / "synthesizers").mkdir()
     (tmp_path / "synthesizers" / "broken.py").write_text(text)
     monkeypatch.setattr(catalog, "PACKAGE", tmp_path)
-    with pytest.raises(ConfigError, match=rf"^broken\.py: {re.escape(words)}"):
+    with pytest.raises(ConfigError, match=rf"^reading synthesizers/broken\.py: {re.escape(words)}"):
         catalog.entries.__wrapped__("synthesizers")
 
 

@@ -45,7 +45,7 @@ Rule = tuple[str, int]
 _SYSTEM = ("/usr", "/bin", "/sbin", "/lib", "/lib32", "/lib64", "/etc", "/proc", "/sys", "/nix/store")
 _DEVICES = ("null", "zero", "full", "random", "urandom", "tty", "ptmx", "pts", "nvidia*", "dri", "kfd", "dxg")
 _CACHES = ("~/.nv", "/tmp/nvidia-mps")
-_MATPLOTLIB, _CACHE = "MPLCONFIGDIR", "XDG_CACHE_HOME"
+_MATPLOTLIB = "MPLCONFIGDIR"
 _SUFFIXES = tuple(importlib.machinery.all_suffixes())
 
 
@@ -111,8 +111,9 @@ class Access:
         scratch.mkdir(exist_ok=True)
         scratch = Path(tempfile.mkdtemp(dir=scratch))  # a process that is refused the output does not take this one's
         tempfile.tempdir = os.environ["TMPDIR"] = str(scratch)
-        if not all(map(_writable, _of_fonts())):  # libraries would warn, and leave behind what cannot be removed
-            os.environ |= dict.fromkeys((_MATPLOTLIB, _CACHE), str(scratch))
+        # One of the user's own may hold anything; where none can be written, Matplotlib warns and leaves one behind.
+        if os.environ.get(_MATPLOTLIB) or not all(map(_writable, _of_fonts())):
+            os.environ[_MATPLOTLIB] = str(scratch)
         rules = [*self._readable(), *looked_at, (str(output), WRITE)]
         rules += [(str(place.parent), REMOVE_DIR) for place in made[-1:]]
         _drop_open_files()
@@ -183,15 +184,14 @@ def access(settings: Settings, dry_run: bool = False) -> Access | None:
 
 def _of_fonts() -> list[str]:
     """Where Matplotlib, which torchmetrics imports, and fontconfig, which that asks, write what they find of fonts."""
-    cache = os.path.expanduser(os.environ.get(_CACHE) or "~/.cache")
-    config = os.path.expanduser(os.environ.get("XDG_CONFIG_HOME") or "~/.config")
-    own = os.environ.get(_MATPLOTLIB)
-    places = [own] if own else [os.path.join(home, "matplotlib") for home in (cache, config)]
-    return [os.path.join(cache, "fontconfig"), *places]
+    cache = os.environ.get("XDG_CACHE_HOME") or "~/.cache"
+    config = os.environ.get("XDG_CONFIG_HOME") or "~/.config"
+    places = os.path.join(cache, "fontconfig"), os.path.join(cache, "matplotlib"), os.path.join(config, "matplotlib")
+    return [os.path.expanduser(place) for place in places]
 
 
 def _writable(place: str) -> bool:
-    """Whether a directory can be written to, made if it is not there; one below ~ of who has no home cannot."""
+    """Whether a directory can be written to, made, to stay, if it is not there; of who has no home none below ~ can."""
     if not os.path.isabs(place):
         return False
     with contextlib.suppress(OSError):

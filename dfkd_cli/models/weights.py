@@ -292,12 +292,15 @@ def _place(value: Tensor) -> tuple[Any, ...]:
 
 
 def _check_kinds(state: Mapping[str, Tensor], net: nn.Module, file: Path) -> None:
-    """Refuse what can be no network's weights as it is: sparse, without values, or of a kind that would lose some."""
+    """Refuse what is no network's weights as it is: sparse, without values, whole numbers, or complex for real ones."""
     expected, parameters = state_of(net), dict(net.named_parameters(remove_duplicate=False))
 
     def fits(key: str, value: Tensor) -> bool:
-        floating = value.is_floating_point() or key not in parameters or not parameters[key].is_floating_point()
-        return plain(value) and floating and value.is_complex() <= expected[key].is_complex()
+        whole = key in parameters and fractional(parameters[key]) and not fractional(value)
+        return plain(value) and not whole and value.is_complex() <= expected[key].is_complex()
+
+    def fractional(value: Tensor) -> bool:
+        return value.is_floating_point() or value.is_complex()
 
     odd = [
         f"{key} ({value.device.type}, {value.layout}, {value.dtype})".replace("torch.", "")
@@ -323,9 +326,11 @@ def require_tensors(net: nn.Module) -> None:
     Raises:
         ConfigError: There is more in it than dense tensors.
     """
-    if others := [key for key, value in state_of(net).items() if not plain(value)]:
-        what = f"{type(net).__name__}: its state is more than dense tensors: {some(others)}"
-        raise ConfigError(what, "keep it in buffers, or out of the state_dict: without get_extra_state")
+    state = state_of(net).items()
+    if others := [key for key, value in state if not plain(value) or value.dtype == torch.complex128]:
+        what = f"{type(net).__name__}: its state is more than dense tensors that can be stored: {some(others)}"
+        hint = "keep it in buffers, complex numbers as complex64, or out of the state_dict: without get_extra_state"
+        raise ConfigError(what, hint)
 
 
 def not_finite(state: Mapping[str, Tensor], net: nn.Module) -> list[str]:
@@ -340,6 +345,9 @@ def not_finite(state: Mapping[str, Tensor], net: nn.Module) -> list[str]:
         if is_batch_norm(layer):
             vital |= {f"{path}.{name}" if path else name for name, _ in layer.named_buffers(recurse=False)}
             variances.add(f"{path}.running_var" if path else "running_var")
-    wide = {key: value if value.is_complex() else value.float() for key, value in state.items() if key in vital}
-    bad = [key for key, value in wide.items() if not value.isfinite().all()]
-    return bad + [f"{key} (below 0)" for key, value in wide.items() if key in variances and (value < 0).any()]
+
+    def wide(value: Tensor) -> Tensor:
+        return value.to(torch.complex64) if value.is_complex() else value.float()
+
+    bad = [key for key, value in state.items() if key in vital and not wide(value).isfinite().all()]
+    return bad + [f"{key} (below 0)" for key, value in state.items() if key in variances and (wide(value) < 0).any()]

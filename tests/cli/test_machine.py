@@ -124,8 +124,8 @@ def test_what_the_machine_refuses_is_no_bug(tmp_path: Path) -> None:
     if Path("/dev/full").exists():
         with pytest.raises(RunFailed, match="No space left"), machine_can_fail(), open("/dev/full", "wb", 0) as full:
             full.write(b"x")
-    with pytest.raises(RunFailed, match="out of memory"), machine_can_fail():  # as glibc says under ulimit -v
-        raise ImportError("libtorch_cuda.so: failed to map segment from shared object")
+    with pytest.raises(RunFailed, match="libtorch_cuda: failed to map"), machine_can_fail():  # as under ulimit -v
+        raise ImportError("libtorch_cuda: failed to map segment from shared object")
     with pytest.raises(ModuleNotFoundError), machine_can_fail():
         raise ModuleNotFoundError("No module named 'torch'")
     with pytest.raises(OSError, match="truncated"), machine_can_fail():  # no system call said so

@@ -304,24 +304,38 @@ def test_commands_that_need_data_are_not_confined():
         assert access(resolve(command, [("", inputs)])) is None
 
 
+PLACES = (".cache", "fontconfig"), (".cache", "matplotlib"), (".config", "matplotlib")
+
+
 @needs_landlock
-@pytest.mark.parametrize("home", ["new", "/dev/null", "~"])
-def test_libraries_have_where_to_write_about_fonts(here, home):
-    """Also where the user has none of their directories yet, or cannot have them."""
+@pytest.mark.parametrize(("home", "more"), [("new", ""), ("/dev/null", ""), ("~", ""), ("new", "private")])
+def test_libraries_have_where_to_write_about_fonts(here, home, more):
+    """Also where the user has none of their directories yet, or cannot have them, or names one that holds anything."""
     draws = """
 from dfkd_cli.data.access import Access
 with Access((), (), "out", False, False, False, ()).confined():
-    import matplotlib, os
-    fontconfig = os.path.expanduser(os.path.join(os.environ.get("XDG_CACHE_HOME", "~/.cache"), "fontconfig"))
-    os.makedirs(fontconfig, exist_ok=True)
-    for place in (fontconfig, matplotlib.get_configdir(), matplotlib.get_cachedir()):
+    import matplotlib, os, sys
+    fontconfig = os.path.expanduser("~/.cache/fontconfig")
+    places = [matplotlib.get_configdir(), matplotlib.get_cachedir(), *filter(os.path.isdir, [fontconfig])]
+    for place in places:
         open(os.path.join(place, "written"), "w").close()
+    for name in sys.argv[1:]:
+        try:
+            open(os.path.join(name, "one"))
+        except PermissionError:
+            continue
+        sys.exit(f"{name} was read")
 """
+    Path("private").mkdir()
+    Path("private/one").write_text("one")
     variables = {name: value for name, value in os.environ.items() if not name.startswith(("XDG_", "MPL"))}
     variables["HOME"] = str(here / "new") if home == "new" else home  # ~ stays ~ for who has no home
-    done = subprocess.run([sys.executable, "-c", draws], env=variables, capture_output=True, text=True, check=True)
-    assert done.stderr == "" and not Path("out").exists() and not Path("~").exists()
-    assert home != "new" or (Path("new/.cache/matplotlib/written").exists() and Path("new/.config/matplotlib").exists())
+    variables |= {"MPLCONFIGDIR": str(here / more)} if more else {}
+    done = subprocess.run(
+        [sys.executable, "-c", draws, str(here / "private")], env=variables, capture_output=True, text=True, check=False
+    )
+    assert (done.returncode, done.stderr) == (0, "") and not Path("out").exists() and not Path("~").exists()
+    assert home != "new" or more or all(Path("new", *place, "written").exists() for place in PLACES)
 
 
 @needs_landlock

@@ -18,7 +18,7 @@ from dfkd_cli.models import cifar_resnet
 from dfkd_cli.models.directory import save_weights
 from dfkd_cli.models.names import locate
 from dfkd_cli.models.registry import build
-from dfkd_cli.models.weights import load_weights
+from dfkd_cli.models.weights import load_weights, require_tensors
 from dfkd_cli.options import ForeignModel
 from dfkd_cli.trust import Code
 
@@ -463,7 +463,9 @@ class Stateful(nn.Linear):
 
 def test_a_state_that_is_more_than_tensors_is_refused(tmp_path):
     torch.save(nn.Sequential(Stateful(4, 2)).state_dict(), tmp_path / "w")
-    with pytest.raises(ConfigError, match=r"Sequential: its state is more than dense tensors: 0\._extra_state -- keep"):
+    with pytest.raises(
+        ConfigError, match=r"Sequential: its state is more than dense tensors that can be stored: 0\._ex"
+    ):
         load_weights(nn.Sequential(Stateful(4, 2)), tmp_path / "w")
 
 
@@ -524,6 +526,16 @@ def test_complex_numbers_are_weights_where_the_network_has_them(tmp_path, recwar
     torch.save(net.state_dict() | {"gain": torch.complex(torch.ones(2), torch.full((2,), torch.nan))}, tmp_path / "w")
     with pytest.raises(ArtifactError, match="not finite: gain"):
         load_weights(other, tmp_path / "w")
+    wide = torch.full((2,), 1e300, dtype=torch.complex128)
+    torch.save(net.state_dict() | {"gain": wide}, tmp_path / "w")
+    with pytest.raises(ArtifactError, match="not finite: gain"):  # as those of the network would be
+        load_weights(other, tmp_path / "w")
+    torch.save(net.state_dict() | {"gain": torch.ones(2, dtype=torch.int8)}, tmp_path / "w")
+    with pytest.raises(ArtifactError, match=r"not weights as they are: gain \(cpu, strided, int8\)"):
+        load_weights(other, tmp_path / "w")
+    net.register_buffer("wide", wide)
+    with pytest.raises(ConfigError, match=r"can be stored: wide -- .* complex numbers as complex64"):
+        require_tensors(net)
     assert not recwarn.list
 
 

@@ -508,6 +508,7 @@ def test_a_regime_that_is_stopped_goes_on_as_if_it_had_not_been(name, tmp_path, 
     monkeypatch.setattr(base, "STEPS_PER_ROUND", 3)
     values = {"method": name, "teacher": [str(make_teacher("lenet5"))], "transfer_set": ["noise:24"]}
     values |= {"steps": 9, "batch_size": 4, "holdout": 0.2, "device": "cpu"}
+    values |= {key: said["rehearsal"] for key, said in options(REGIMES[name].config).items() if "rehearsal" in said}
     if "answers" in REGIMES[name].needs:
         values["answers"] = "label"
     settings = resolve("distill", [("", values)])
