@@ -162,7 +162,7 @@ def require_gradients(
     if found is None:
         raise ArtifactError(f"{spec}: no gradient comes back to its images", hint)
     if not found.any():
-        LOG.warning("%s: the gradient that comes back to images of noise is 0; unless a layer of it is: %s", spec, hint)
+        LOG.warning("%s: the gradient that comes back to images of noise is 0: unless its weights are, %s", spec, hint)
     return seen
 
 
