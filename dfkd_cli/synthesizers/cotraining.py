@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import functools
 from abc import abstractmethod
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from typing import Any, ClassVar
 
 import torch
@@ -70,10 +70,9 @@ class CoTrainer(Synthesizer):
     def of_a_step(self) -> int:
         """Images of one step of the student."""
 
-    @property
-    def can_fuse(self) -> bool:
+    def can_fuse(self, parameters: Iterable[Tensor]) -> bool:
         """Whether Adam can be fused: in mixed precision it would unscale gradients itself, too late to clip them."""
-        return not (self.config.clip and self.trainer.precision.endswith("mixed"))
+        return fusible(parameters) and not (self.config.clip and self.trainer.precision.endswith("mixed"))
 
     def can_continue(self, index: int) -> bool:
         return self.writer.rows.keys() >= set(range(index - self.training_rounds))
@@ -89,8 +88,7 @@ class CoTrainer(Synthesizer):
         if c.student_optimizer == "sgd":
             optimizer = torch.optim.SGD(parameters, c.student_lr, momentum=0.9, weight_decay=c.student_weight_decay)
         else:
-            decay = c.student_weight_decay
-            fused = self.can_fuse and fusible(parameters)
+            decay, fused = c.student_weight_decay, self.can_fuse(parameters)
             optimizer = torch.optim.Adam(parameters, c.student_lr, weight_decay=decay, fused=fused)
         return [(optimizer, CosineAnnealingLR(optimizer, T_max=max(self.student_steps, 1)))]
 

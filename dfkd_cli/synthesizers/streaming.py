@@ -79,7 +79,8 @@ class StreamTrainer(CoTrainer):
     def trained(self) -> Sequence[tuple[Optimizer, LRScheduler | None]]:
         """The students and the generators."""
         (student, falling), c = super().trained()[0], self.config
-        generator = torch.optim.Adam(self.generators.parameters(), c.lr, betas=c.betas, fused=self.can_fuse)
+        parameters = list(self.generators.parameters())
+        generator = torch.optim.Adam(parameters, c.lr, betas=c.betas, fused=self.can_fuse(parameters))
         of_student = None if c.schedule == "constant" else falling
         of_generator = CosineAnnealingLR(generator, T_max=c.steps) if c.schedule == "cosine" else None
         return [(student, of_student), (generator, of_generator)]
