@@ -86,7 +86,7 @@ class _Spread(torch.autograd.Function):
 
 
 class ResponseNorm(nn.LocalResponseNorm):
-    """:class:`torch.nn.LocalResponseNorm` with beta 0.75, to float32 rounding.
+    """:class:`torch.nn.LocalResponseNorm` with beta 0.75, to rounding. Under autocast, in the images' own precision.
 
     PyTorch's pools in three dimensions and raises to a power, which on a CPU takes three quarters of an AlexNet's time;
     as a product with a banded matrix and two roots it takes a quarter of that.
@@ -101,15 +101,16 @@ class ResponseNorm(nn.LocalResponseNorm):
 
     def forward(self, images: Tensor) -> Tensor:
         """(B, C, H, W), the same shape."""
-        if images.device.type != "cpu" or torch.is_autocast_enabled("cpu"):
+        if images.device.type != "cpu":
             return super().forward(images)
         channels = images.shape[1]
         band = images.new_ones(channels, channels).tril((self.size - 1) // 2).triu(-(self.size // 2))
-        return _ResponseNorm.apply(images, band.mul_(self.alpha / self.size)[..., None, None], self.k)
+        with torch.autocast("cpu", enabled=False):
+            return _ResponseNorm.apply(images, band.mul_(self.alpha / self.size)[..., None, None], self.k)
 
 
 class _ResponseNorm(torch.autograd.Function):
-    """``x d^(-3/4)``, where ``d = k + sum_j band_ij x_j^2``."""
+    """``x d^(-3/4)``, where ``d = k + sum_j band_ij x_j^2``; all in the precision of ``x``."""
 
     @staticmethod
     def forward(ctx: Any, images: Tensor, band: Tensor, k: float) -> Tensor:
@@ -123,12 +124,13 @@ class _ResponseNorm(torch.autograd.Function):
     @staticmethod
     def backward(ctx: Any, gradient: Tensor) -> tuple[Tensor | None, ...]:
         images, band, divisor, factor = ctx.saved_tensors
-        if torch.is_grad_enabled():  # this gradient is to have one: what it depends on comes from the images again
-            divisor = conv2d(images.square(), band) + ctx.k
-            factor = divisor**-0.75
-        direct = gradient * factor
-        shares = conv2d(direct * images / divisor, band.transpose(0, 1))
-        return torch.addcmul(direct, images, shares, value=-1.5), None, None
+        with torch.autocast("cpu", enabled=False):
+            if torch.is_grad_enabled():  # this gradient is to have one: what it depends on comes from the images again
+                divisor = conv2d(images.square(), band) + ctx.k
+                factor = divisor**-0.75
+            direct = gradient * factor
+            shares = conv2d(direct * images / divisor, band.transpose(0, 1))
+            return torch.addcmul(direct, images, shares, value=-1.5), None, None
 
 
 class FirstConv2d(nn.Conv2d):

@@ -126,6 +126,20 @@ def test_response_norm_is_that_of_the_library(channels, size, layout):
     np.testing.assert_allclose(results[0][0].detach(), x * (1.5 + 0.3 / size * np.stack(sums, 1)) ** -0.75, rtol=1e-12)
 
 
+def test_response_norm_under_autocast_keeps_the_precision_of_its_images():
+    images = 3 * torch.randn(2, 16, 6, 6)
+    results = []
+    for dtype in (torch.bfloat16, torch.float64):
+        inputs = images.bfloat16().to(dtype).requires_grad_()
+        with torch.autocast("cpu", torch.bfloat16, enabled=dtype is torch.bfloat16):
+            output = ResponseNorm(5, alpha=0.3)(inputs)
+        assert output.dtype is dtype
+        (gradient,) = torch.autograd.grad(output, inputs, torch.ones_like(output), create_graph=True)
+        results.append([output, gradient, *torch.autograd.grad(gradient.pow(2).sum(), inputs)])
+    for given, expected in zip(*results, strict=True):
+        assert (given.double() - expected).norm() < 0.02 * expected.norm()
+
+
 @pytest.mark.parametrize(
     "layer, library",
     [(HalvingMaxPool(), nn.MaxPool2d(2)), (ResponseNorm(5, 0.3, k=1.5), nn.LocalResponseNorm(5, 0.3, 0.75, 1.5))],
