@@ -133,9 +133,9 @@ def test_response_norm_under_autocast_keeps_the_precision_of_its_images():
         inputs = images.bfloat16().to(dtype).requires_grad_()
         with torch.autocast("cpu", torch.bfloat16, enabled=dtype is torch.bfloat16):
             output = ResponseNorm(5, alpha=0.3)(inputs)
+            (gradient,) = torch.autograd.grad(output, inputs, torch.ones_like(output), create_graph=True)
+            results.append([output, gradient, *torch.autograd.grad(gradient.pow(2).sum(), inputs)])
         assert output.dtype is dtype
-        (gradient,) = torch.autograd.grad(output, inputs, torch.ones_like(output), create_graph=True)
-        results.append([output, gradient, *torch.autograd.grad(gradient.pow(2).sum(), inputs)])
     for given, expected in zip(*results, strict=True):
         assert (given.double() - expected).norm() < 0.02 * expected.norm()
 
