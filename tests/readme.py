@@ -29,7 +29,7 @@ from dfkd_cli.report import charts
 from dfkd_cli.report.table import LEFT, cells, escape, markdown, markdown_table
 
 # report.html has room for them
-_LEFT_OUT = ("AGREEMENT %", "SYNTHESIS s", "DISTILLATION s", "PARAMS", "BYTES", "LATENCY ms", "SEEDS")
+_LEFT_OUT = ("AGREEMENT %", "SYNTHESIS s", "DISTILLATION s", "REACHED s", "PARAMS", "BYTES", "LATENCY ms", "SEEDS")
 _BLOCK = re.compile(
     r"(<!-- (\S+\.json|rows|synthesizers|objectives|regimes)\b(.*?)-->\n).*?(<!-- end of \w+ -->)", re.DOTALL
 )

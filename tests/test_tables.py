@@ -15,7 +15,7 @@ import pytest
 from pipeline import HANGS
 from rich.console import Console
 
-from dfkd_cli.report.table import _EXPENDABLE, terminal_table
+from dfkd_cli.report.table import _EXPENDABLE, reached, terminal_table
 from dfkd_cli.tables import Columns
 
 FIGURES = {"ROW": ["a student of a long name", "b"], "TOP-1 %": ["12.34 ± 0.56", "-"], "BYTES": ["1,234,567", "89"]}
@@ -69,6 +69,22 @@ def test_a_comparison_can_be_shown_on_every_terminal(width):
     assert not {"BEST TEST %", "SELECTED %"} & set(table.columns)  # or this shows nothing
     assert set(table.columns) & set(_EXPENDABLE)
     assert "50.00" in shown(table, width)
+
+
+def test_a_published_figure_is_reached_by_the_first_snapshot_that_is_as_good():
+    def run(synthesis, training, *top1s):  # one snapshot of every second round of ten
+        seconds = {"synthesis": synthesis, "training": training, "total": (synthesis or 0) + (training or 0)}
+        snapshots = [{"round": 2 * index + 1, "top1": top1} for index, top1 in enumerate(top1s)]
+        return {"seconds": seconds, "rounds": 10, "measures": {"snapshots": snapshots}}
+
+    row = {"role": "student", "published": 0.8}
+    of_shards, in_the_loop, never = run(100, 50, 0.5, 0.8, 0.7), run(200, None, 0.9), run(10, 10, 0.79)
+    assert reached(row | {"runs": [of_shards]})["mean"] == pytest.approx(100 + 0.4 * 50)
+    both = reached(row | {"runs": [of_shards, in_the_loop]})
+    assert both["values"] == pytest.approx([120, 0.2 * 200])
+    assert reached(row | {"runs": [of_shards, never]}) is None  # of all seeds, or of none
+    assert reached(row | {"published": None, "runs": [of_shards]}) is None
+    assert reached(row | {"runs": [{"seconds": of_shards["seconds"], "rounds": 10, "measures": {}}]}) is None
 
 
 def test_commands_on_narrow_terminals(teacher, tmp_path, cli, monkeypatch):

@@ -6,13 +6,13 @@ from collections.abc import Container, Iterable, Iterator, Mapping, Sequence
 from datetime import timedelta
 from typing import Any
 
-from dfkd_cli.report.results import curves
+from dfkd_cli.report.results import curves, spread
 from dfkd_cli.tables import Columns
 
 LEFT = ("ROW", "STUDENT", "SEEDS", "DATA")  # columns of words
 # Left out of a narrow terminal, in this order.
 _EXPENDABLE = (
-    "PARAMS", "BYTES", "LATENCY ms", "BEST TEST %", "SELECTED %", "IMAGES", "QUERIES", "SEEDS",
+    "PARAMS", "BYTES", "LATENCY ms", "BEST TEST %", "SELECTED %", "REACHED s", "IMAGES", "QUERIES", "SEEDS",
     "STUDENT", "AGREEMENT %", "DISTILLATION s", "SYNTHESIS s", "TOTAL s",
 )  # fmt: skip
 _SEEDS_SHOWN = 5
@@ -23,6 +23,7 @@ def cells(row: Mapping[str, Any]) -> dict[str, str]:
 
     Top-1 is the last epoch's. ``SELECTED`` is that of the snapshot with the best agreement on held-out images of the
     transfer set; ``BEST TEST`` that of the best snapshot on the test images, which many papers print.
+    ``REACHED`` is after how many of the seconds a snapshot was as good on the test images as the published figure.
     """
     training, total = (row["seconds"][name] if row["role"] == "student" else None for name in ("training", "total"))
     seeds = [str(seed) for seed in row["seeds"] if seed is not None]
@@ -40,6 +41,7 @@ def cells(row: Mapping[str, Any]) -> dict[str, str]:
         "SYNTHESIS s": seconds(row["seconds"]["synthesis"]),
         "DISTILLATION s": seconds(training),
         "TOTAL s": seconds(total),
+        "REACHED s": seconds(reached(row)),
         "PARAMS": _count(row["parameters"]),
         "BYTES": _count(row.get("bytes")),  # older results have neither
         "LATENCY ms": _number(row.get("latency_ms"), 2),
@@ -53,6 +55,25 @@ def data(row: Mapping[str, Any]) -> str:
     if not row["data_free"]:
         return "real data"
     return f"uses {', '.join(row['uses'])}" if row["uses"] else "data-free"
+
+
+def reached(row: Mapping[str, Any]) -> dict[str, Any] | None:
+    """Seconds of all the work until the first snapshot that is as good on the test images as the published figure.
+
+    Rounds of one run count alike. None where a seed has no such snapshot, or there is no figure.
+    """
+    if row["published"] is None or row["role"] != "student":
+        return None
+    return spread(_reached(run, row["published"]) for run in row["runs"])
+
+
+def _reached(run: Mapping[str, Any], top1: float) -> float | None:
+    good = (snapshot["round"] for snapshot in run["measures"].get("snapshots", []) if snapshot["top1"] >= top1)
+    first, took = next(good, None), run["seconds"]
+    if first is None or took["total"] is None:
+        return None
+    training = took["total"] if took["training"] is None else took["training"]  # of a student in the loop, all of it
+    return float(took["total"] - training * (1 - (first + 1) / run["rounds"]))
 
 
 def failed_cells(section: Mapping[str, Any]) -> list[dict[str, str]]:
