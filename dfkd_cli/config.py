@@ -78,8 +78,9 @@ def hints(cls: type) -> Mapping[str, Any]:
 
 
 def defaults(cls: type) -> dict[str, Any]:
-    """The fields of a configuration class that have a default, with it."""
-    return {f.name: f.default for f in dataclasses.fields(cls) if f.default is not dataclasses.MISSING}
+    """The fields of a configuration class that have a default, with it as :func:`plain` gives values."""
+    given = {f.name: f.default for f in dataclasses.fields(cls) if f.default is not dataclasses.MISSING}
+    return {name: list(value) if isinstance(value, tuple) else value for name, value in given.items()}
 
 
 def strip_none(annotation: Any) -> tuple[Any, bool]:

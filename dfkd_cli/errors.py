@@ -58,7 +58,7 @@ class RunFailed(DfkdError):
 
 
 class GateNotMet(DfkdError):
-    """A quality gate (``--min-top1``, ``--fail-below``) was not met. The results are as good as without it."""
+    """A quality gate (such as ``--min-top1``) was not met. The results are as good as without it."""
 
     code = "gate"
     exit_code = 5
@@ -70,7 +70,6 @@ class Interrupted(BaseException):
     def __init__(self, signum: int) -> None:
         super().__init__(f"signal {signum}")
         self.signum = signum
-        self.exit_code = 128 + signum
 
 
 FULL = (errno.ENOSPC, errno.EDQUOT, errno.EFBIG)  # what the system says of a disk that is full, or of a file's limit

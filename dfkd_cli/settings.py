@@ -102,11 +102,11 @@ class Settings:
         components = [(choice, self.components[choice.flag]) for choice in choices]
         methods = [chosen[0].config for choice, chosen in components if not choice.several]
         sections = [*methods, self.inputs, self.run]
-        completed = {name: value for section in sections for name, value in _plain_defaults(type(section)).items()}
+        completed = {name: value for section in sections for name, value in config.defaults(type(section)).items()}
         completed |= identity
         for choice, chosen in components:
             if choice.several and isinstance(values := identity.get(choice.flag), dict):
-                defaults = {c.entry.name: _plain_defaults(type(c.config)) for c in chosen}
+                defaults = {c.entry.name: config.defaults(type(c.config)) for c in chosen}
                 completed[choice.flag] = {name: defaults.get(name, {}) | values[name] for name in values}
         return completed
 
@@ -134,8 +134,7 @@ class Settings:
 
 def _changed(section: Any, change: Callable[[str], str]) -> Any:
     """A configuration object with every text in it changed."""
-    values = {field.name: getattr(section, field.name) for field in dataclasses.fields(section)}
-    return dataclasses.replace(section, **trust.each_read(values, change))
+    return dataclasses.replace(section, **trust.each_read(vars(section), change))
 
 
 def resolve(command: str, sources: Sequence[tuple[Any, ...]]) -> Settings:
@@ -213,7 +212,7 @@ def _says_itself(teacher: Any) -> bool:
 
 
 def _must_be_default(source: str, name: str, value: Any, command: str) -> None:
-    """Refuse what means nothing to a command; records of earlier versions have its default."""
+    """Refuse what means nothing to a command; its records have it too, with its default."""
     kind, default = config.hints(Run)[name], config.defaults(Run)[name]
     if config.convert(value, kind, source + name) != default:
         raise ConfigError(f"{source}{name}: means nothing to {command}", "leave it out")
@@ -283,9 +282,7 @@ def _flatten(
             continue
         if key in chosen:
             if isinstance(value, Mapping):
-                picked = {
-                    entry.name for entry, _ in chosen[key]
-                }  # another choice than the recipe's takes none of its keys
+                picked = {entry.name for entry, _ in chosen[key]}  # another choice takes none of the recipe's keys
                 for name, inner in value.items():
                     if isinstance(inner, Mapping) and name in picked:
                         flat |= {(key, name, k): v for k, v in inner.items() if k != "weight"}
@@ -336,10 +333,3 @@ def assignments(items: list[str]) -> dict[str, str]:
         path, dot, name = key.rpartition(".")
         pairs[path + dot + name.replace("-", "_")] = value
     return pairs
-
-
-def _plain_defaults(section: type) -> dict[str, Any]:
-    """The defaults of a configuration class, as :meth:`Settings.plain` has them."""
-    return {
-        name: list(value) if isinstance(value, tuple) else value for name, value in config.defaults(section).items()
-    }

@@ -88,7 +88,7 @@ class CoarseToFine(ImageOptimization):
 
 @dataclass(frozen=True, kw_only=True)
 class Inversion(CoarseToFine):
-    """How DeepDream and DeepInversion optimise images, as the teacher's ``net`` takes them, and their image priors."""
+    """How DeepDream and those after it optimise images, as the teacher's ``net`` takes them, and their priors."""
 
     batch_size: int = 256
     iterations: int = 2000
@@ -146,15 +146,17 @@ class GeneratorTraining(CoTraining, ShardsOfBatches):
         10_000, "iterations, each of which trains the generator and then the student", low=1, rehearsal=1
     )
     batch_size: int = option(256, "images of one step", low=2)
-    latent: int = option(100, "numbers that the generator makes an image from", low=1)
+    latent: int = option(100, "numbers that the generator makes an image from", low=1, high=10**6)
     lr: float = option(1e-3, "the generator's Adam learning rate", above=0)
     betas: tuple[float, float] = option((0.9, 0.999), "the generator's Adam betas, below 1", low=0, high=0.99999)
     schedule: RateSchedule = option("cosine", "learning rates: all stay, all fall to 0, only the student's falls")
-    width: float = option(1.0, "the generator's numbers of maps, times this", above=0)
+    width: float = option(1.0, "the generator's numbers of maps, times this", low=1e-6, high=1000)
     end: GeneratorEnd = option(
         "tanh", "how the generator ends: tanh and BatchNorm, BatchNorm with scale, or within [0,1]"
     )
-    generators: int = option(1, "generators, which share the images of a step; all are written", low=1, rehearsal=2)
+    generators: int = option(
+        1, "generators, which share the images of a step; all are written", low=1, high=1000, rehearsal=2
+    )
     students: int = option(1, "students; all but the first only stand against the generators", low=1, rehearsal=2)
     student_steps: int = option(1, "steps of the student in each iteration", low=1, rehearsal=1)
     student_images: StudentImages = option(
@@ -202,8 +204,8 @@ class PooledGeneration(PoolTraining, Shards):
     iterations: int = option(200, "inner steps on one batch of images", low=1, rehearsal=1)
     lr: float = option(1e-3, "Adam learning rate of the generator", above=0)
     betas: tuple[float, float] = option((0.5, 0.999), "Adam's betas, below 1", low=0, high=0.99999)
-    latent: int = option(256, "numbers that the generator makes an image from", low=1)
-    width: float = option(1.0, "multiplies the generator's maps", above=0)
+    latent: int = option(256, "numbers that the generator makes an image from", low=1, high=10**6)
+    width: float = option(1.0, "multiplies the generator's maps", low=1e-6, high=1000)
     view_crop: int = option(
         4, "networks see generated images cropped at random, after padding by so many pixels", low=0
     )

@@ -77,7 +77,7 @@ class Module:
         What is no class of the package is ``object``.
         """
         statement = self.names.get(name)
-        if isinstance(statement, ast.ImportFrom) and (source := _source(statement)):
+        if isinstance(statement, ast.ImportFrom) and (source := _in_package(statement.module or "")):
             return source.traits(_alias(statement, name).name)
         if not isinstance(statement, ast.ClassDef):
             return object
@@ -121,11 +121,6 @@ def _attributes(statement: ast.ClassDef) -> tuple[dict[str, Any], set[str]]:
     return literals, others
 
 
-def _source(statement: ast.ImportFrom) -> Module | None:
-    """The module of the package that an import is from, or None."""
-    return _in_package(statement.module or "")
-
-
 def _module(statement: ast.Import | ast.ImportFrom, name: str) -> Module | None:
     """The module of the package that an import brings under this name, or None."""
     parts = statement.module if isinstance(statement, ast.ImportFrom) else None, _alias(statement, name).name
@@ -147,7 +142,7 @@ def _imported(statement: ast.Import | ast.ImportFrom, name: str) -> Any:
     if not {module, module.partition(".")[0]}.isdisjoint(_LIGHT):
         imported = importlib.import_module(module)
         return imported if isinstance(statement, ast.Import) else getattr(imported, alias.name)
-    if isinstance(statement, ast.ImportFrom) and (source := _source(statement)):
+    if isinstance(statement, ast.ImportFrom) and (source := _in_package(statement.module or "")):
         return source.value(alias.name)
     raise NameError(f"{module} is not imported for its definitions", name=name)
 

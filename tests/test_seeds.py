@@ -7,6 +7,7 @@ import torch
 from dfkd_cli.models.classifier import ModelInfo
 from dfkd_cli.seeds import derive, seed_torch
 from dfkd_cli.stages.training import fresh
+from dfkd_cli.trust import Code
 
 
 def test_domains_and_lengths_keep_seeds_apart():
@@ -18,7 +19,7 @@ def test_domains_and_lengths_keep_seeds_apart():
 
 def test_a_student_does_not_start_from_its_teachers_first_weights():
     info = ModelInfo("lenet5", 10, (1, 32, 32), (0.0,), (1.0,))
-    teacher, student, again = (fresh(info, role, 0).head().weight for role in ("teacher", "student", "student"))
+    teacher, student, again = (fresh(info, role, 0, Code()).head().weight for role in ("teacher", "student", "student"))
     assert not torch.equal(teacher, student)
     assert torch.equal(student, again)
 

@@ -16,7 +16,7 @@ import os
 import signal
 import subprocess
 import sys
-from collections.abc import Callable, Collection
+from collections.abc import Collection
 from pathlib import Path
 from typing import Any
 
@@ -112,17 +112,12 @@ def main() -> None:
         take_credentials(typed)
         try:
             with machine_can_fail():
-                say("is in", url, str(copy_of(url, Path(place), functools.partial(say, "has", url))))
+                server = Server(url)
+                sha256, rows = server.rows()
+                server.receive(rows, directory := Path(place, sha256), functools.partial(say, "has", url))
+                say("is in", url, str(directory))
         except DfkdError as error:
             say(error.code, url, error.message, error.hint)
             break
     answer.close()
     os._exit(0)  # file systems may have threads that nobody has to wait for
-
-
-def copy_of(url: str, place: Path, advance: Callable[[int, int], Any] = lambda *_: None) -> Path:
-    """A directory in ``place`` with what lies at a URL, whole."""
-    server = Server(url)
-    sha256, rows = server.rows()
-    server.receive(rows, place / sha256, advance)
-    return place / sha256

@@ -110,7 +110,7 @@ class Server:
             try:
                 rows = read_json(path, Index, DAMAGED)["files"]
             except ArtifactError as error:
-                raise ArtifactError(error.message.replace(str(path), f"{self.url}/{INDEX}"), error.hint) from None
+                raise ArtifactError(error.message.replace(scratch, self.url), error.hint) from None
         for name in (row["path"] for row in rows):
             check_name(name, f"{self.url}/{INDEX}")
         return sha256, rows

@@ -5,7 +5,7 @@
 are there, the manifest may lag behind them, as it says so much of every class that it costs more than many a shard;
 their hashes stand in files ``.hashes-*`` until then, one of each process, with a line for each shard.
 Fields of a shard: ``images`` (B, C, H, W), ``logits`` (B, K) of the teacher on the stored images, ``targets`` (B, K)
-soft labels aimed at, ``labels`` (B,) classes aimed at; only ``images`` and ``logits`` are always there.
+soft labels aimed at; only ``images`` and ``logits`` are always there.
 """
 
 from __future__ import annotations

@@ -50,8 +50,6 @@ def main(argv: list[str] | None = None) -> int:
             status = app(tokens, standalone_mode=False)
             sys.stdout.flush()
         return status if isinstance(status, int) else 0
-    except typer.Exit as leave:
-        return leave.exit_code
     except typer.Abort:
         return 128 + signal.SIGINT
     except typer.TyperException as error:  # the parser's own usage errors
@@ -133,8 +131,6 @@ def build(argv: list[str], terminal: Terminal) -> tuple[typer.Typer, list[str]]:
         help="Compress an image classifier whose training data nobody may see any more.",
         epilog="Start: dfkd train-teacher, dfkd synthesize --method zskd, dfkd distill, dfkd compare student/",
         context_settings=CONTEXT,
-        add_completion=True,
-        no_args_is_help=False,
         pretty_exceptions_enable=False,
         # Some environments force colour, even into a pipe: there, help is plain.
         rich_markup_mode="rich" if sys.stdout.isatty() else None,

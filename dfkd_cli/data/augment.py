@@ -9,7 +9,7 @@ from __future__ import annotations
 
 from collections.abc import Callable
 from functools import partial
-from typing import Any, Literal
+from typing import Any
 
 import torch
 from torch import Tensor, nn
@@ -28,15 +28,11 @@ class RandomAffine(v2.Transform):  # type: ignore[misc]  # torchvision ships no 
         rotate: Angles are uniform in +- this many degrees; positive is clockwise.
         translate: Shifts are uniform in +- this fraction of each side; positive is right and down.
         scale: Zooms are uniform in 1 +- this; above 1 enlarges.
-        fill: What lies outside the image: a number, a tensor (C,), or ``"border"`` to repeat the nearest pixel.
+        fill: What lies outside the image: a number, or a tensor (C,).
     """
 
     def __init__(
-        self,
-        rotate: float = 0.0,
-        translate: float = 0.0,
-        scale: float = 0.0,
-        fill: Tensor | float | Literal["border"] = 0.0,
+        self, rotate: float = 0.0, translate: float = 0.0, scale: float = 0.0, fill: Tensor | float = 0.0
     ) -> None:
         super().__init__()
         self.rotate, self.translate, self.scale, self.fill = rotate, translate, scale, fill
@@ -54,8 +50,6 @@ class RandomAffine(v2.Transform):  # type: ignore[misc]  # torchvision ships no 
     def transform(self, images: Tensor, params: dict[str, Tensor]) -> Tensor:
         """Resample images (B, C, H, W) with the given parameters."""
         grid = _sampling_grid(images, **params)
-        if isinstance(self.fill, str):
-            return grid_sample(images, grid, padding_mode="border", align_corners=False)
         fill = _per_channel(self.fill, images)
         return grid_sample(images - fill, grid, padding_mode="zeros", align_corners=False) + fill
 

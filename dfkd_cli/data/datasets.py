@@ -66,17 +66,14 @@ _STATISTICS_IMAGES = 10_000
 _NETWORK_TIMEOUT = 30.0  # seconds
 
 
-# How torchvision calls a dataset, and its channels.
+# How torchvision calls a dataset, its channels, and where in a root torchvision keeps it.
 _PUBLISHED = {
-    "mnist": ("MNIST", 1),
-    "fashion-mnist": ("FashionMNIST", 1),
-    "cifar10": ("CIFAR10", 3),
-    "cifar100": ("CIFAR100", 3),
-    "svhn": ("SVHN", 3),
+    "mnist": ("MNIST", 1, "MNIST/raw"),
+    "fashion-mnist": ("FashionMNIST", 1, "FashionMNIST/raw"),
+    "cifar10": ("CIFAR10", 3, "cifar-10-batches-py"),
+    "cifar100": ("CIFAR100", 3, "cifar-100-python"),
+    "svhn": ("SVHN", 3, "test_32x32.mat"),
 }
-# Where in a root torchvision keeps them.
-_KEPT = {"cifar10": "cifar-10-batches-py", "cifar100": "cifar-100-python", "svhn": "test_32x32.mat"}
-_KEPT |= {"mnist": "MNIST/raw", "fashion-mnist": "FashionMNIST/raw"}
 # What its readers raise where files are absent, damaged, or cannot be downloaded.
 _UNREADABLE = (OSError, RuntimeError, ValueError, LookupError, AssertionError, EOFError, pickle.UnpicklingError)
 
@@ -216,7 +213,7 @@ def _tree(name: str, data_dir: str | None) -> Path | None:
     for root in seal.dataset_roots(data_dir) if name in _PUBLISHED else ():
         if any((root / name / split).is_dir() for split in ("train", "test")):
             return root / name
-        if (root / _KEPT[name]).exists():
+        if (root / _PUBLISHED[name][2]).exists():
             return None
     return None
 

@@ -87,7 +87,8 @@ class Function(nn.Module):
         elif first.numel() and int(first.min()) >= 0 and int(first.max()) < self.num_classes:
             if sizes == [(count,)]:
                 return labelled(first, self.num_classes)
-            pair = len(parts) == 2 and sizes[0] == sizes[1] == (count, first.shape[-1]) and last.is_floating_point()
+            pair = len(parts) == first.ndim == 2 and sizes[0] == sizes[1] and len(first) == count
+            pair = pair and last.is_floating_point()
             if pair and _are_probabilities(last, 0.0):
                 return likeliest(last.double(), first, self.num_classes)
         shapes = " and ".join(f"{part.dtype} {[*part.shape]}".removeprefix("torch.") for part in parts)

@@ -10,7 +10,7 @@ import torch
 from torch import Tensor, nn
 
 from dfkd_cli.artifacts.integrity import check_finished, intact
-from dfkd_cli.artifacts.records import Count, Hashed, read_json
+from dfkd_cli.artifacts.records import Hashed, read_json
 from dfkd_cli.errors import ArtifactError, ConfigError
 from dfkd_cli.models.classifier import Classifier, ModelInfo
 from dfkd_cli.models.directory import Input, Provenance, read_info
@@ -28,7 +28,7 @@ class ExportRecord(Input):
     kind: Literal["export"]
     weights: Hashed
     opset: int
-    parameters: Count
+    parameters: int
     macs: int
     metrics: NotRequired[dict[str, Any]]
     provenance: NotRequired[Provenance]

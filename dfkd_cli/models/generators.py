@@ -184,7 +184,8 @@ def load_generators(directory: Path) -> tuple[Generators, dict[str, Any]]:
     """
     record = read_json(intact(directory / RECORD), GeneratorRecord)
     weights = intact(directory / WEIGHTS, record["weights"]["sha256"])
-    info, settings = read_info(record["teacher_input"], directory / RECORD), record["settings"]
+    info = read_info(record["teacher_input"], directory / RECORD)
+    settings: dict[str, Any] = {k: v for k, v in record["settings"].items() if k in Settings.__annotations__}
     with torch.random.fork_rng(devices=[]):
         generators = Generators(info, **settings)
     load_weights(generators, weights)

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from typing import Any
+from typing import Any, ClassVar
 
 import torch.nn.functional as F
 from torch import Tensor
@@ -43,11 +43,15 @@ def truth(teacher: Outputs, images: Images) -> Tensor:
 class AnswerObjective(Objective):
     """An objective between logits. Its ``Config`` extends :class:`dfkd_cli.options.Answers`.
 
+    Attributes:
+        not_of_two: Why logits of two classes cannot be compared so; empty where they can.
+
     Raises:
         ConfigError: Hard labels are to be smoothed, and have no weight.
     """
 
     kind = "response"
+    not_of_two: ClassVar[str] = ""
     config: Answers
 
     def __init__(self, config: Any) -> None:
@@ -59,8 +63,12 @@ class AnswerObjective(Objective):
             )
 
     def connect(self, student: Classifier, teacher: Classifier) -> None:
-        if self.config.standardise and teacher.info.num_classes < 3:
+        if teacher.info.num_classes > 2:
+            return
+        if self.config.standardise:
             raise ConfigError("--standardise: z-scores of two logits are always the same two", "leave it out")
+        if self.not_of_two:
+            raise ConfigError(self.not_of_two, "use --objective response")
 
     def strength(self, term: str) -> float:
         """That of the objective; ``hard`` is the task itself and always counts in full."""

@@ -19,8 +19,6 @@ from torch import Tensor
 
 from dfkd_cli.config import option
 from dfkd_cli.data.sources import Images
-from dfkd_cli.errors import ConfigError
-from dfkd_cli.models.classifier import Classifier
 from dfkd_cli.objectives.answers import AnswerObjective
 from dfkd_cli.objectives.base import Outputs
 from dfkd_cli.options import Answers
@@ -41,12 +39,8 @@ class DIST(AnswerObjective):
 
     relational = True
     terms = ("inter", "intra", "hard")
+    not_of_two = "dist needs three classes or more: two correlate always"
     config: Config
-
-    def connect(self, student: Classifier, teacher: Classifier) -> None:
-        super().connect(student, teacher)
-        if teacher.info.num_classes < 3:
-            raise ConfigError("dist needs three classes or more: two correlate always", "use --objective response")
 
     def forward(self, student: Outputs, teacher: Outputs, images: Images) -> dict[str, Tensor]:
         """Terms ``inter``, ``intra`` and, where it has a weight, ``hard``."""

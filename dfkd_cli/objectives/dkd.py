@@ -24,8 +24,6 @@ from torch import Tensor
 
 from dfkd_cli.config import option
 from dfkd_cli.data.sources import Images
-from dfkd_cli.errors import ConfigError
-from dfkd_cli.models.classifier import Classifier
 from dfkd_cli.objectives.answers import AnswerObjective, divergence, hard_labels
 from dfkd_cli.objectives.base import Outputs
 from dfkd_cli.options import Answers, Rising
@@ -43,12 +41,8 @@ class DKD(AnswerObjective):
     """Binary divergence of the target class, divergence among the others."""
 
     terms = ("target", "non_target", "hard")
+    not_of_two = "dkd needs three classes or more: of two, one is left"
     config: Config
-
-    def connect(self, student: Classifier, teacher: Classifier) -> None:
-        super().connect(student, teacher)
-        if teacher.info.num_classes < 3:
-            raise ConfigError("dkd needs three classes or more: of two, one is left", "use --objective response")
 
     def forward(self, student: Outputs, teacher: Outputs, images: Images) -> dict[str, Tensor]:
         """Terms ``target``, ``non_target`` and, where it has a weight, ``hard``."""

@@ -9,28 +9,17 @@ from torch import Tensor, nn
 from dfkd_cli.errors import ConfigError
 
 
-def require_maps(objective: str, *shapes: tuple[int, ...]) -> None:
-    """Refuse features of one image that are no maps (C, H, W).
+def require_maps(objective: str, *shapes: tuple[int, ...], or_vectors: bool = False) -> None:
+    """Refuse features of one image that are no maps (C, H, W), nor vectors (D,) if these will do.
 
     Raises:
-        ConfigError: They are not.
+        ConfigError: They are not, such as tokens (N, C).
     """
+    wanted, hint = ("maps or vectors", ", such as penultimate") if or_vectors else ("maps", "")
     for shape in shapes:
-        if len(shape) != 3:
-            raise ConfigError(f"{objective} compares feature maps, not features of shape {shape}", "give other --taps")
-
-
-def require_maps_or_vectors(objective: str, *shapes: tuple[int, ...]) -> None:
-    """Refuse features of one image that are neither maps (C, H, W) nor vectors (D,), such as tokens (N, C).
-
-    Raises:
-        ConfigError: They are not.
-    """
-    for shape in shapes:
-        if len(shape) not in (1, 3):
+        if len(shape) != 3 and not (or_vectors and len(shape) == 1):
             raise ConfigError(
-                f"{objective} compares feature maps or vectors, not features of shape {shape}",
-                "give other --taps, such as penultimate",
+                f"{objective} compares feature {wanted}, not features of shape {shape}", f"give other --taps{hint}"
             )
 
 

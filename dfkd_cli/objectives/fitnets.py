@@ -42,7 +42,7 @@ from dfkd_cli.config import option
 from dfkd_cli.errors import ConfigError
 from dfkd_cli.models.statistics import Covariance
 from dfkd_cli.objectives.base import Outputs, PairwiseObjective
-from dfkd_cli.objectives.features import BatchNorm, as_maps, require_maps_or_vectors, same_size
+from dfkd_cli.objectives.features import BatchNorm, as_maps, require_maps, same_size
 from dfkd_cli.options import Compared
 
 
@@ -84,7 +84,7 @@ class FitNets(PairwiseObjective):
         self.regressors = nn.ModuleList()
 
     def prepare(self, student: tuple[int, ...], teacher: tuple[int, ...]) -> None:
-        require_maps_or_vectors("fitnets", student, teacher)
+        require_maps("fitnets", student, teacher, or_vectors=True)
         index, (channels, *size) = len(self.regressors), teacher
         if self.projects_teacher:
             both = self.config.project == "both"

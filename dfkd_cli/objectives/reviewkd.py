@@ -27,7 +27,7 @@ from dfkd_cli.config import option
 from dfkd_cli.data.sources import Images
 from dfkd_cli.models.classifier import Classifier
 from dfkd_cli.objectives.base import FeatureObjective, Outputs
-from dfkd_cli.objectives.features import BatchNorm, as_maps, require_maps_or_vectors
+from dfkd_cli.objectives.features import BatchNorm, as_maps, require_maps
 from dfkd_cli.options import Compared, Rising
 
 WIDEST = 512  # channels of what is handed from level to level
@@ -56,7 +56,7 @@ class ReviewKD(FeatureObjective):
         self.shapes: list[tuple[tuple[int, ...], tuple[int, ...]]] = []
 
     def prepare(self, student: tuple[int, ...], teacher: tuple[int, ...]) -> None:
-        require_maps_or_vectors("reviewkd", student, teacher)
+        require_maps("reviewkd", student, teacher, or_vectors=True)
         self.shapes.append((student, teacher))
 
     def connect(self, student: Classifier, teacher: Classifier) -> None:

@@ -77,9 +77,9 @@ class Regime(Learner):
     """Trains a student by steps of one batch each; rounds are stretches of steps.
 
     A subclass says in ``needs`` what it asks for (``"teacher"``, which has to be a ``"network"`` or nothing but its
-    ``"answers"``; ``"objective"`` where distances are the user's choice, ``"labels"``, stored ``"logits"`` and
-    ``"targets"``), has a ``Config`` in its file, and gives the loss of a batch in :meth:`loss`. Parameters that the
-    loss does not depend on stay as they are: neither momentum nor weight decay changes them.
+    ``"answers"``; ``"objective"`` where distances are the user's choice; ``"labels"``), has a ``Config`` in its
+    file, and gives the loss of a batch in :meth:`loss`. Parameters that the loss does not depend on stay as they are:
+    neither momentum nor weight decay changes them.
     """
 
     kind = "regime"
@@ -302,9 +302,9 @@ class Regime(Learner):
             student.train()
         for step, images in enumerate(self.draw(start, stop), start):
             terms = self._step(step, images)
-            self.first |= {name: float(term.detach()) for name, term in terms.items() if name not in self.first}
+            self.first |= {name: float(term) for name, term in terms.items() if name not in self.first}
             for name, term in terms.items():
-                sums[name] = sums[name] + term.detach() if name in sums else term.detach()
+                sums[name] = sums.get(name, 0) + term
             counts.update(terms.keys())
         means = {name: total / counts[name] for name, total in sums.items()}
         if self.held_out is not None:

@@ -24,6 +24,7 @@ from __future__ import annotations
 
 import functools
 import itertools
+from bisect import bisect_right
 from collections.abc import Iterator, Mapping
 from dataclasses import dataclass, replace
 from typing import Any
@@ -109,7 +110,7 @@ class Condensation(Offline):
         self.sets: dict[int, Batches] = {}
 
     def passed(self, step: int) -> float:
-        epoch = int(torch.searchsorted(torch.tensor(self.starts), step, right=True)) - 1
+        epoch = bisect_right(self.starts, step) - 1
         return epoch + (step - self.starts[epoch]) / self.per_epoch[epoch]
 
     def draw(self, start: int, stop: int) -> Iterator[Images]:

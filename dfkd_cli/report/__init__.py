@@ -1,1 +1,1 @@
-"""Comparisons: what finished directories say about themselves, grids of them, and the tables and pages made of it."""
+"""Comparisons: what finished directories say about themselves, and the tables and pages made of it."""

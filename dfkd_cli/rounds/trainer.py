@@ -84,18 +84,18 @@ def _saved_state(learner: Learner, run: RunDirectory, curves: MetricsFile, termi
         return None
     try:
         state = read_pickle(path, "meta")
-        done, saved = state["epoch"] + 1, state.get(SAVED, {})
-        ours = done in range(1, learner.rounds + 1) and saved.get("id", run.record["id"]) == run.record["id"]
+        done, saved = state["epoch"] + 1, state[SAVED]
+        ours = done in range(1, learner.rounds + 1) and saved["id"] == run.record["id"]
         # Not the settings: this process has written its own, which may differ in what decides no result.
-        kept = {name: sha256 for name, sha256 in saved.get("kept", {}).items() if name != CONFIG}
+        kept = {name: sha256 for name, sha256 in saved["kept"].items() if name != CONFIG}
         run.record["kept"] |= kept
-        files_whole = all(run.kept(run.path / name) for name in kept)
+        files_whole, recorded = all(run.kept(run.path / name) for name in kept), saved["curves"]
     except Exception as error:
         raise ArtifactError(f"{path}: not a readable checkpoint", AFRESH) from error
     if not ours and writes_records():  # the first of all processes has the record
         raise ArtifactError(f"{path}: the checkpoint of another run", AFRESH)
     rows = curves.digest(done)
-    curves_whole = rows is not None and rows == saved.get("curves", rows)
+    curves_whole = rows is not None and rows == recorded
     if files_whole and curves_whole and learner.can_continue(done):  # which may take over what it finds: it comes last
         return path
     terminal.say(f"{run.path}: what earlier rounds wrote is damaged or gone; all rounds are done again")

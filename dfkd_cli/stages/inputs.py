@@ -90,14 +90,14 @@ def _counted(name: str) -> tuple[str, int | None]:
     return kind, int(count)
 
 
-def wanted_images(inputs: Any, info: ModelInfo) -> Any:
-    """How many images ``num_images``, or ``images_per_class`` times the classes, asks for; None for all.
+def wanted_images(inputs: Any, info: ModelInfo) -> int:
+    """How many images ``num_images``, or ``images_per_class`` times the classes, asks for.
 
     Raises:
         ConfigError: More than a set may have.
     """
     if not inputs.images_per_class:
-        return inputs.num_images
+        return int(inputs.num_images)
     if (count := inputs.images_per_class * info.num_classes) > MOST_IMAGES:
         what = f"--images-per-class {inputs.images_per_class}"
         raise ConfigError(f"{what}: {count:,} images of {info.num_classes} classes", "give less")

@@ -63,9 +63,8 @@ class Opener:
         self.examiner = Examiner(pick_device(settings.run.device), inputs.data_dir, inputs.batch_size)
         self.passes = self.examiner.device, inputs.batch_size  # how images are shown to a model
         self.where = inputs.data_dir, self.seed  # images come from
-        self.sets: dict[
-            tuple[str, str], TransferSet
-        ] = {}  # without labels, by name and teacher, who says what `real` is
+        # Without labels, by name and teacher, who says what `real` is.
+        self.sets: dict[tuple[str, str], TransferSet] = {}
         self.contents = functools.cache(datasets.contents)  # once for all models
         self.orphans: list[str] = []
         self.ends: list[End] = []

@@ -207,7 +207,7 @@ def _make(
 ) -> None:
     """Do the rounds and write what is made of them."""
     config, info, used = settings.method.config, teacher.classifier.info, uses(settings.method.entry)
-    count: int = wanted_images(settings.inputs, info)
+    count = wanted_images(settings.inputs, info)
     head = manifest_head(settings, info, teacher.sha256, config.dtype, True, used)
     began = {key: value for key, value in head["config"].items() if key in directory.record["identity"]}
     key = digest({**head, "config": began})  # the same for a run that an older version began, which knew fewer options

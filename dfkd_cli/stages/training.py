@@ -41,13 +41,7 @@ OF_A_SHARD = 1000  # images
 QUERIES = "queries"  # where answers of a black box are kept
 
 
-def fresh(
-    info: ModelInfo,
-    role: str,
-    seed: int,
-    code: Code = Code(),  # noqa: B008  # immutable
-    teacher: Location | None = None,
-) -> Classifier:
+def fresh(info: ModelInfo, role: str, seed: int, code: Code, teacher: Location | None = None) -> Classifier:
     """A new classifier; its weights depend on its role and the seed only, or are those of the model that it is to copy.
 
     Args:

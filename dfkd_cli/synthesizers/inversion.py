@@ -1,4 +1,4 @@
-"""What DeepDream, DeepInversion and Adaptive DeepInversion share: image priors on what the teacher sees."""
+"""What DeepDream, DeepInversion and those after them share: image priors on what the teacher sees."""
 
 from __future__ import annotations
 

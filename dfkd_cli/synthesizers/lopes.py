@@ -189,7 +189,7 @@ class Lopes(ImageOptimizer):
     def terms(self, look: Look, targets: Activations) -> dict[str, Tensor]:
         """The distance to the sampled activations, and the smoothness prior where it is on."""
         outputs = {name: output.flatten(1) for name, output in look.features.items()}
-        outputs[self.head] = look.logits.flatten(1) / self.metadata.temperature
+        outputs[self.head] = look.logits / self.metadata.temperature
         active = {name: outputs[name].relu() for name in targets.values}
         if self.config.variant == "top":
             distance = F.mse_loss(active[self.head], targets.values[self.head])

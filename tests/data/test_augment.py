@@ -71,13 +71,11 @@ def test_affine_identity_is_exact():
     assert torch.equal(affine(images, 0, 1, (0, 0)), images)
 
 
-def test_affine_fill_per_channel_and_border():
+def test_affine_fill_per_channel():
     images = random_images()
     outside = affine(images, 0, 1, (1, 0), fill=torch.tensor([0.25, 0.75]))
     assert torch.allclose(outside[:, 0], torch.tensor(0.25, dtype=torch.float64))
     assert torch.allclose(outside[:, 1], torch.tensor(0.75, dtype=torch.float64))
-    shifted = affine(images, 0, 1, (0.5, 0), fill="border")
-    assert torch.allclose(shifted[..., :8], images[..., :1].expand(-1, -1, -1, 8))
 
 
 def test_affine_draws_within_bounds_and_per_image():

@@ -12,6 +12,7 @@ import pytest
 import torch
 from PIL import Image
 from pipeline import finish, start
+from safetensors.torch import save_file
 from torch import nn
 
 from dfkd_cli.artifacts.files import sha256_file
@@ -134,6 +135,9 @@ def test_a_damaged_file_is_named_and_can_be_given_up(tmp_path):
     damaged.write_bytes(data)
     with pytest.raises(ArtifactError, match=r"asked-00001.*delete it"):
         box()[0].ledger.open(tmp_path)
+    save_file({"keys": torch.zeros(2, dtype=torch.bfloat16)}, damaged)  # a type that NumPy does not know
+    with pytest.raises(ArtifactError, match=r"asked-00001.*cannot be read.*"):
+        box()[0].ledger.open(tmp_path)
     damaged.unlink()
     again, net = box()
     again.ledger.open(tmp_path)
@@ -216,6 +220,7 @@ def test_classes_are_integers_of_any_kind(kind):
         (np.array([1, 2, K], np.uint16), rf"classes 1 to {K}: the first is 0"),
         (np.array([0, 1, -1]), r"int64 \[3\]"),
         ((np.zeros((3, 2), int), np.full((3, 2), 0.9)), "and float64"),
+        ((3, 0.9), r"int64 \[\] and float32 \[\] for 3 images"),
         (np.zeros((3, K), int), r"int64 \[3, 5\]"),
         (None, "failed: "),
         ("no", "failed: "),
@@ -362,6 +367,7 @@ FAR = ("--transfer-set", "noise:50", *SHORT, "--out", "out")
         (("--method", "active-mixup"), 2, "active-mixup asks a black box"),
         (("--teacher", "./api.py:ask", *OF_API[:-2]), 2, "--answers"),
         (("--teacher", "./api.py:ask", "--answers", "label"), 2, "--input-size and --num-classes"),
+        (("--teacher", "./api.py:ask", *OF_API, "--num-classes", "1"), 2, "of one class there is nothing to learn"),
         (("--teacher", "./api.py:nothing", *OF_API), 2, "./api.py:nothing: no function nothing in ./api.py"),
         (("--teacher", "./none.py:ask", *OF_API), 2, "no such file"),
         (("--teacher", "./api.py:strange", *OF_API), 4, "returned float32 [50, 1, 32, 32] for 50 images"),

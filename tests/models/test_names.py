@@ -171,7 +171,7 @@ def test_code_is_built_where_the_user_names_it_and_not_where_a_directory_does(he
     info = ModelInfo("./net.py:net", 10, (1, 32, 32), (0.0,), (1.0,))
     assert fresh(info, "student", 0, Code(frozenset({"./net.py:net"}))).info.spec == "./net.py:net"
     with pytest.raises(ArtifactError, match="this model is code, which is not run"):
-        fresh(info, "student", 0)
+        fresh(info, "student", 0, Code())
     record = json.loads(Path("mine/model.json").read_text())
     Path("mine/model.json").write_text(json.dumps({**record, "spec": "net.py:net"}))
     info = dataclasses.replace(info, spec="mine")

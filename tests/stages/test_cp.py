@@ -192,6 +192,11 @@ def test_nothing_is_written_through_a_linked_directory(cli, place, url, tmp_path
     assert not any(victim.iterdir())
 
 
+def test_an_index_of_a_later_version_is_named_by_its_url(cli, tmp_path):
+    (tmp_path / INDEX).write_text(json.dumps({"schema": 2, "kind": "files", "files": []}))
+    one_line(cli("cp", f"file://{tmp_path}", tmp_path / "x"), 3, f"error: file://{tmp_path}: files schema 2")
+
+
 @pytest.mark.parametrize("name", ["../secret", "/etc/passwd", "a/../../secret", ".hidden", "a\\b", "C:x", ""])
 def test_a_stranger_names_no_file_outside(cli, shards, url, name, tmp_path):
     (tmp_path / "secret").write_text("x")

@@ -155,7 +155,8 @@ def test_every_flipped_bit_of_a_checkpoint_is_noticed(here: Path, cli) -> None:
     [
         ({"epoch": 10**12}, "of another run"),
         ({"epoch": "1"}, "not a readable checkpoint"),
-        ({"dfkd": {"id": "another"}}, "of another run"),
+        ({"dfkd": {"id": "another", "kept": {}, "curves": None}}, "of another run"),
+        ({"dfkd": {}}, "not a readable checkpoint"),
         ({"dfkd": 3}, "not a readable checkpoint"),
     ],
 )

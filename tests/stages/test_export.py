@@ -296,6 +296,9 @@ def test_what_is_exported_is_copied_and_checked_without_the_record_of_its_run(cl
     assert cli("cp", f"file://{tmp_path}/server/bare", tmp_path / "back")[0] == 0
     assert (tmp_path / "back" / "model.onnx").read_bytes() == (finished / "model.onnx").read_bytes()
     assert cli("info", tmp_path / "back")[0] == 0
+    record = json.loads((bare / "export.json").read_text())
+    (bare / "export.json").write_text(json.dumps(record | {"parameters": 138_357_544}))  # a VGG-16
+    assert cli("info", bare)[0] == 0
     (bare / "model.onnx").write_bytes((bare / "model.onnx").read_bytes()[:-1])
     for command in (("info", bare), ("cp", bare, f"file://{tmp_path}/server/damaged")):
         code, _, err = cli(*command)

@@ -30,6 +30,7 @@ from dfkd_cli.synthesizers.dafl import information, one_hot
 from dfkd_cli.synthesizers.dfq import answer_entropy
 from dfkd_cli.synthesizers.pooled import agreed_divergence
 from dfkd_cli.synthesizers.terms import mean_answer_entropy
+from dfkd_cli.trust import Code
 
 METHODS = catalog.entries("synthesizers")
 RNG = np.random.default_rng(0)
@@ -45,7 +46,7 @@ def make_method(tmp_path, make_teacher):
         config = build(METHODS[name].config, {"batch_size": 4, "latent": 5, "width": 0.05, "steps": 2, **values})
         info = teacher.info
         head = {"shape": list(info.input_size), "dtype": "float16", "num_classes": 10, "teacher": {"sha256": "0"}}
-        student = fresh(dataclasses.replace(info, spec="lenet5-half"), "student", 0)
+        student = fresh(dataclasses.replace(info, spec="lenet5-half"), "student", 0, Code())
         task = SynthesisTask(teacher, 4, 0, ShardWriter(tmp_path, head, 1), student=student)
         return METHODS[name].load()(task, config)
 
@@ -177,6 +178,9 @@ def test_a_generator_directory_gives_the_same_images(tmp_path):
         record_file.write_text(json.dumps(json.loads(whole) | {"provenance": provenance | strange}))
         with pytest.raises(ArtifactError, match=f"generator.json is damaged: provenance.{next(iter(strange))}"):
             load_generators(tmp_path)
+    with_more = json.loads(whole)
+    record_file.write_text(json.dumps(with_more | {"settings": with_more["settings"] | {"later": 1}}))
+    torch.testing.assert_close(load_generators(tmp_path)[0](latents), generators(latents))
     record_file.write_text(whole)
     weights = tmp_path / "generator.safetensors"
     weights.write_bytes(weights.read_bytes()[:-1] + b"x")

@@ -76,15 +76,8 @@ from dfkd_cli.settings import Layer, Settings, recipe_layer
 _COMMON = ("metadata", "synthesize", "student", "export")  # what rows have in common: all, or those of one teacher
 _KEYS = ("seeds", "teacher", "teachers", *_COMMON, "rows")
 _ROW_KEYS = ("teachers", "synthesize", "cotrained", "shards", "taught_by", "distill", "sizes", "export", "seeds")
-_OWN = (
-    "teacher",
-    "metadata",
-    "out",
-    "overwrite",
-    "seed",
-    "deadline",
-    "threads",
-)  # what the grid itself decides for every command
+# What the grid itself decides for every command.
+_OWN = ("teacher", "metadata", "out", "overwrite", "seed", "deadline", "threads")
 _NAME = re.compile(r"[A-Za-z0-9][A-Za-z0-9._-]{0,199}")
 _Section = tuple[str, Any]  # where settings stand in the recipe, for messages, and what stands there
 
