@@ -146,7 +146,7 @@ class GeneratorTraining(CoTraining, ShardsOfBatches):
         10_000, "iterations, each of which trains the generator and then the student", low=1, rehearsal=1
     )
     batch_size: int = option(256, "images of one step", low=2)
-    latent: int = option(100, "numbers that the generator makes an image from", low=1, high=10**6)
+    latent: int = option(100, "numbers that the generator makes an image from", low=1)
     lr: float = option(1e-3, "the generator's Adam learning rate", above=0)
     betas: tuple[float, float] = option((0.9, 0.999), "the generator's Adam betas, below 1", low=0, high=0.99999)
     schedule: RateSchedule = option("cosine", "learning rates: all stay, all fall to 0, only the student's falls")
@@ -204,7 +204,7 @@ class PooledGeneration(PoolTraining, Shards):
     iterations: int = option(200, "inner steps on one batch of images", low=1, rehearsal=1)
     lr: float = option(1e-3, "Adam learning rate of the generator", above=0)
     betas: tuple[float, float] = option((0.5, 0.999), "Adam's betas, below 1", low=0, high=0.99999)
-    latent: int = option(256, "numbers that the generator makes an image from", low=1, high=10**6)
+    latent: int = option(256, "numbers that the generator makes an image from", low=1)
     width: float = option(1.0, "multiplies the generator's maps", low=1e-6, high=1000)
     view_crop: int = option(
         4, "networks see generated images cropped at random, after padding by so many pixels", low=0

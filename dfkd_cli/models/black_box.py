@@ -17,7 +17,7 @@ import torch
 from torch import Tensor, nn
 
 from dfkd_cli.artifacts.ledger import Ledger
-from dfkd_cli.errors import RunFailed
+from dfkd_cli.errors import ConfigError, RunFailed
 from dfkd_cli.models.classifier import Classifier, ModelInfo
 
 SMOOTHING = 0.1  # share of a label that all classes have
@@ -60,11 +60,14 @@ class Function(nn.Module):
     probabilities (B, N).
 
     Raises:
+        ConfigError: There is one class.
         RunFailed: It fails, or returns something else.
     """
 
     def __init__(self, ask: Callable[[Any], Any], spec: str, num_classes: int) -> None:
         super().__init__()
+        if num_classes < 2:
+            raise ConfigError(f"{spec}: of one class there is nothing to learn", "give --num-classes 2 or more")
         self.ask, self.spec, self.num_classes = ask, spec, num_classes
 
     def forward(self, pixels: Tensor) -> Tensor:

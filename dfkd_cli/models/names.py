@@ -243,8 +243,6 @@ class UserFunction:
             ArtifactError: The SPEC is code that may not run.
         """
         code.check(self.name)
-        if self.info.num_classes < 2:
-            raise ConfigError(f"{self.name}: of one class there is nothing to learn", "give --num-classes 2 or more")
         function = Function(load_code(self.name), self.name, self.info.num_classes)
         asked = Classifier(function, self.info.of_pixels())
         facts = dataclasses.asdict(self.info)

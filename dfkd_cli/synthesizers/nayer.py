@@ -48,7 +48,7 @@ class Config(PooledGeneration):
     batch_size: int = 400
     iterations: int = 30
     lr: float = option(4e-3, "Adam learning rate of the generator and the noisy layers")
-    latent: int = option(1000, "outputs of a noisy layer, which the generator makes an image from", low=1, high=10**6)
+    latent: int = option(1000, "outputs of a noisy layer, which the generator makes an image from", low=1)
     embedding: Literal["one-hot", "random"] = option("one-hot", "embeddings of the classes, no text encoder's")
     embedding_size: int = option(512, "numbers of a random embedding", low=1)
     generator_life: tuple[int, int] = option(
