@@ -72,19 +72,25 @@ def test_a_comparison_can_be_shown_on_every_terminal(width):
 
 
 def test_a_published_figure_is_reached_by_the_first_snapshot_that_is_as_good():
-    def run(synthesis, training, *top1s):  # one snapshot of every second round of ten
+    def run(synthesis, training, *top1s, path="student", work=None):  # one snapshot of every second round of ten
         seconds = {"synthesis": synthesis, "training": training, "total": (synthesis or 0) + (training or 0)}
         snapshots = [{"round": 2 * index + 1, "top1": top1} for index, top1 in enumerate(top1s)]
-        return {"seconds": seconds, "rounds": 10, "measures": {"snapshots": snapshots}}
+        shards = [{"path": "shards", "seconds": synthesis}]
+        measured = {"rounds": 10, "measures": {"snapshots": snapshots}}
+        return {"path": path, "seconds": seconds, "shards": shards, **measured, **({"work": work} if work else {})}
 
     row = {"role": "student", "published": 0.8}
-    of_shards, in_the_loop, never = run(100, 50, 0.5, 0.8, 0.7), run(200, None, 0.9), run(10, 10, 0.79)
+    of_shards, never = run(100, 50, 0.5, 0.8, 0.7), run(10, 10, 0.79)
+    in_the_loop = run(200, None, 0.9, path="shards/student", work={"shards": 200})
+    work = {"shards": 100, "student/assistants/resnet8": 30, "student": 20}
+    of_a_chain = run(100, 50, 0.5, 0.8, 0.7, work=work)
     assert reached(row | {"runs": [of_shards]})["mean"] == pytest.approx(100 + 0.4 * 50)
     both = reached(row | {"runs": [of_shards, in_the_loop]})
     assert both["values"] == pytest.approx([120, 0.2 * 200])
+    assert reached(row | {"runs": [of_a_chain]})["mean"] == pytest.approx(100 + 30 + 0.4 * 20)
     assert reached(row | {"runs": [of_shards, never]}) is None  # of all seeds, or of none
     assert reached(row | {"published": None, "runs": [of_shards]}) is None
-    assert reached(row | {"runs": [{"seconds": of_shards["seconds"], "rounds": 10, "measures": {}}]}) is None
+    assert reached(row | {"runs": [of_shards | {"measures": {}}]}) is None
 
 
 def test_commands_on_narrow_terminals(teacher, tmp_path, cli, monkeypatch):

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Container, Iterable, Iterator, Mapping, Sequence
 from datetime import timedelta
+from pathlib import Path
 from typing import Any
 
 from dfkd_cli.report.results import curves, spread
@@ -69,11 +70,21 @@ def reached(row: Mapping[str, Any]) -> dict[str, Any] | None:
 
 def _reached(run: Mapping[str, Any], top1: float) -> float | None:
     good = (snapshot["round"] for snapshot in run["measures"].get("snapshots", []) if snapshot["top1"] >= top1)
-    first, took = next(good, None), run["seconds"]
-    if first is None or took["total"] is None:
+    # A student in the loop lies in the run that trained it.
+    own = (took for place, took in _work(run).items() if took is not None and Path(run["path"]).is_relative_to(place))
+    first, last, total = next(good, None), next(own, None), run["seconds"]["total"]
+    if first is None or last is None or total is None:
         return None
-    training = took["total"] if took["training"] is None else took["training"]  # of a student in the loop, all of it
-    return float(took["total"] - training * (1 - (first + 1) / run["rounds"]))
+    return float(total - last * (1 - (first + 1) / run["rounds"]))
+
+
+def _work(run: Mapping[str, Any]) -> Mapping[str, float | None]:
+    """The seconds of everything that was done for a model, by directory."""
+    # Results that were kept before this was in them have one model of each run.
+    return run.get("work") or {
+        run["path"]: run["seconds"]["training"],
+        **{shards["path"]: shards["seconds"] for shards in run["shards"]},
+    }
 
 
 def failed_cells(section: Mapping[str, Any]) -> list[dict[str, str]]:
@@ -106,11 +117,7 @@ def worked(section: Mapping[str, Any]) -> timedelta:
     """The time that the runs of a section took in all, as far as it is known; each counts once."""
     took: dict[str, float | None] = {}
     for run in (run for row in section["rows"] for run in row["runs"]):
-        # Results that were kept before this was in them have one model of each run.
-        took |= run.get("work") or {
-            run["path"]: run["seconds"]["training"],
-            **{shards["path"]: shards["seconds"] for shards in run["shards"]},
-        }
+        took |= _work(run)
     return timedelta(seconds=round(sum(seconds or 0.0 for seconds in took.values())))
 
 
