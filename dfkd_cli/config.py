@@ -79,8 +79,7 @@ def hints(cls: type) -> Mapping[str, Any]:
 
 def defaults(cls: type) -> dict[str, Any]:
     """The fields of a configuration class that have a default, with it as :func:`plain` gives values."""
-    given = {f.name: f.default for f in dataclasses.fields(cls) if f.default is not dataclasses.MISSING}
-    return {name: list(value) if isinstance(value, tuple) else value for name, value in given.items()}
+    return _plain({f.name: f.default for f in dataclasses.fields(cls) if f.default is not dataclasses.MISSING})
 
 
 def strip_none(annotation: Any) -> tuple[Any, bool]:
@@ -216,7 +215,11 @@ def shortened(config: Any) -> Any:
 
 def plain(config: Any) -> dict[str, Any]:
     """A configuration object as plain YAML and JSON values."""
-    return {k: list(v) if isinstance(v, tuple) else v for k, v in dataclasses.asdict(config).items()}
+    return _plain(dataclasses.asdict(config))
+
+
+def _plain(values: Mapping[str, Any]) -> dict[str, Any]:
+    return {k: list(v) if isinstance(v, tuple) else v for k, v in values.items()}
 
 
 class _UniqueKeys(yaml.SafeLoader):  # type: ignore[misc]  # PyYAML has no annotations
