@@ -12,7 +12,7 @@ import time
 from collections.abc import Iterator
 from dataclasses import dataclass, replace
 from pathlib import Path
-from typing import Any, Literal
+from typing import Any, Literal, NamedTuple
 
 import numpy as np
 import torch
@@ -66,13 +66,20 @@ _STATISTICS_IMAGES = 10_000
 _NETWORK_TIMEOUT = 30.0  # seconds
 
 
-# How torchvision calls a dataset, its channels, and where in a root torchvision keeps it.
+class _Published(NamedTuple):
+    """How torchvision calls a dataset, its channels, and where in a root torchvision keeps it."""
+
+    reader: str
+    channels: int
+    kept: str
+
+
 _PUBLISHED = {
-    "mnist": ("MNIST", 1, "MNIST/raw"),
-    "fashion-mnist": ("FashionMNIST", 1, "FashionMNIST/raw"),
-    "cifar10": ("CIFAR10", 3, "cifar-10-batches-py"),
-    "cifar100": ("CIFAR100", 3, "cifar-100-python"),
-    "svhn": ("SVHN", 3, "test_32x32.mat"),
+    "mnist": _Published("MNIST", 1, "MNIST/raw"),
+    "fashion-mnist": _Published("FashionMNIST", 1, "FashionMNIST/raw"),
+    "cifar10": _Published("CIFAR10", 3, "cifar-10-batches-py"),
+    "cifar100": _Published("CIFAR100", 3, "cifar-100-python"),
+    "svhn": _Published("SVHN", 3, "test_32x32.mat"),
 }
 # What its readers raise where files are absent, damaged, or cannot be downloaded.
 _UNREADABLE = (OSError, RuntimeError, ValueError, LookupError, AssertionError, EOFError, pickle.UnpicklingError)
@@ -173,7 +180,7 @@ def load(
         native_shape = (1, 32, 32)
     elif name in _PUBLISHED:
         pixels, labels, classes = _load_published(name, split, seal.dataset_roots(data_dir), download)
-        native_shape = (_PUBLISHED[name][1], 32, 32)
+        native_shape = (_PUBLISHED[name].channels, 32, 32)
     else:
         paths, labels, classes = _list_tree(_directory(name), split)
         native_shape, note = (image_shape, "") if image_shape else common_shape(paths)
@@ -213,7 +220,7 @@ def _tree(name: str, data_dir: str | None) -> Path | None:
     for root in seal.dataset_roots(data_dir) if name in _PUBLISHED else ():
         if any((root / name / split).is_dir() for split in ("train", "test")):
             return root / name
-        if (root / _PUBLISHED[name][2]).exists():
+        if (root / _PUBLISHED[name].kept).exists():
             return None
     return None
 
@@ -276,7 +283,7 @@ def _load_published(
         if (root / name / split).is_dir():
             paths, labels, classes = _list_tree(root / name, split)
             shape, _ = common_shape(paths)
-            return ImageFiles(paths, (_PUBLISHED[name][1], *shape[1:])), labels, classes
+            return ImageFiles(paths, (_PUBLISHED[name].channels, *shape[1:])), labels, classes
         with contextlib.suppress(*_UNREADABLE):
             return _read_published(name, split, root, download=False)
     reason = "downloading is off"
@@ -302,7 +309,7 @@ def _download(name: str, split: Split, root: Path) -> tuple[Tensor, Tensor, tupl
 
 
 def _read_published(name: str, split: Split, root: Path, download: bool) -> tuple[Tensor, Tensor, tuple[str, ...]]:
-    reader = getattr(torchvision.datasets, _PUBLISHED[name][0])
+    reader = getattr(torchvision.datasets, _PUBLISHED[name].reader)
     which = {"split": split} if name == "svhn" else {"train": split == "train"}
     with _quiet_network():
         data = reader(root, download=download, **which)
